@@ -1,0 +1,277 @@
+"""What a Mixtral is: its shape, its released presets, its size and its cost.
+
+Letters used everywhere in this package: B batch, T query positions, S key positions, D hidden size, N query heads,
+K key/value heads, G = N / K, H head size, E experts, C chosen experts per token (top-k), M = B * T tokens,
+R = M * C routed rows, F expert feed-forward size, V vocabulary, L layers.
+"""
+
+import warnings
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class FrozenConfig(BaseModel):
+    """Base of every configuration class: immutable, hashable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class MixtralConfig(FrozenConfig):
+    """The shape of a Mixtral; with one expert it is a dense Mistral. Field names are those of Hugging Face."""
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, description="feed-forward size of one expert")
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
+    num_local_experts: int = Field(8, gt=0)
+    num_experts_per_tok: int = Field(2, gt=0)
+    max_position_embeddings: int = Field(32768, gt=0)
+    rope_theta: float = Field(1e6, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    sliding_window: int | None = Field(None, gt=0, description="a query at p sees keys p - w + 1 ... p")
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, ge=0)
+    router_aux_loss_coef: float = Field(0.02, ge=0, description="of the released checkpoint, for hf_pooled")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_head_dim(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("head_dim"):
+            hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+            if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+                if hidden % heads:
+                    raise ValueError(
+                        f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}): set head_dim"
+                    )
+                return {**values, "head_dim": hidden // heads}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is larger than "
+                f"num_local_experts ({self.num_local_experts})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd: rotary embedding rotates pairs")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """One expert: no router, no balance loss."""
+        return self.num_local_experts == 1
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """A released shape by name; `overrides` replace single fields.
+
+        Raises:
+            ValueError: unknown name (the known ones are listed) or inconsistent overrides.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown model preset {name!r}: known are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], architectures: tuple[str, ...] = ("mixtral", "mistral")) -> Self:
+        """From the content of a Hugging Face config.json, as transformers 4 or 5 write it.
+
+        Raises:
+            ValueError: another architecture, or a variant that this package does not compute (named in the message).
+        """
+        kind = _architecture(config, architectures)
+        _refuse_variants(config)
+        rope = config.get("rope_parameters") or {}
+        theta = rope.get("rope_theta", config.get("rope_theta"))
+        values: dict[str, Any] = {
+            **_HF_DEFAULTS[kind],
+            **{k: config[k] for k in cls.model_fields if k in config},
+        }
+        values["rope_theta"] = theta if theta is not None else _HF_DEFAULTS[kind]["rope_theta"]
+        values["head_dim"] = values.get("head_dim") or 0
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads")
+        if kind != "mixtral":
+            values |= {"num_local_experts": 1, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.0}
+        if kind == "llama":
+            values["sliding_window"] = None
+        missing = [f for f in _HF_REQUIRED if values.get(f) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        if kind == "mixtral" and values.get("sliding_window") is not None:
+            warnings.warn(
+                f"config.json sets sliding_window {values['sliding_window']} for a Mixtral; "
+                "the released Mixtral models have none (null)",
+                stacklevel=2,
+            )
+        return cls(**values)
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The content of config.json, in words that transformers 4 and 5 both read."""
+        kind = "mistral" if self.is_dense else "mixtral"
+        values = self.model_dump()
+        if self.is_dense:
+            for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+                del values[key]
+        else:
+            values |= {"output_router_logits": False, "router_jitter_noise": 0.0}
+        return {
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "model_type": kind,
+            **values,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "use_cache": True,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    def num_params(self) -> int:
+        """Number of parameters in all."""
+        return self._params(self.num_local_experts)
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses: all but the experts that were not chosen."""
+        return self._params(self.num_experts_per_tok)
+
+    def _params(self, experts: int) -> int:
+        d, h = self.hidden_size, self.head_dim
+        attention = d * h * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        router = 0 if self.is_dense else d * self.num_local_experts
+        layer = attention + router + experts * 3 * d * self.intermediate_size + 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + d
+
+    def flops_per_token(self, seq_len: int, attention: Literal["causal", "full"] = "causal") -> float:
+        """Useful FLOPs of forward + backward for one token: 6 per matmul parameter used, plus attention scores.
+
+        The input embedding is a look-up and counts 0. `full` counts every query-key pair (the convention of most
+        published MFU figures), `causal` those that the mask lets through, the sliding window included.
+        """
+        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        matmul = 6 * (self.num_active_params() - lookup - norms)
+        window = min(self.sliding_window or seq_len, seq_len)
+        keys = seq_len if attention == "full" else window - window * (window - 1) / (2 * seq_len)
+        return matmul + 12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * keys
+
+
+class MoeConfig(FrozenConfig):
+    """How the expert block is carried out. Only `capacity_factor` changes what is computed: it drops tokens."""
+
+    matmul: Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"] = Field(
+        "auto", description="grouped matmul back-end"
+    )
+    transport: Literal["auto", "ring", "alltoall"] = Field(
+        "auto", description="how tokens reach experts on other devices of the expert axis"
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="null: dropless; else an expert takes at most ceil(factor * tokens * k / E) rows",
+    )
+    router_dtype: Literal["float32", "compute"] = Field(
+        "float32", description="precision of the router logits"
+    )
+    chunk_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="tokens per device that the block handles at a time; bounds the dropless buffer",
+    )
+
+
+class ComputeConfig(FrozenConfig):
+    """How the maths is carried out: precision, kernels, what is recomputed in the backward pass."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute precision; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+    remat: Literal["none", "minimal", "full"] = Field(
+        "none", description="none saves all, minimal saves matmul outputs, full saves only the routing"
+    )
+    attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = "auto"
+    loss_chunk: int = Field(
+        0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape"
+    )
+    moe: MoeConfig = MoeConfig()
+
+
+def _architecture(config: dict[str, Any], known: tuple[str, ...]) -> str:
+    kind = config.get("model_type") or ""
+    named = ", ".join(config.get("architectures") or []) or kind or "nothing"
+    if kind not in known:
+        raise ValueError(f"config.json names architecture {named}: supported are {', '.join(known)}")
+    return kind
+
+
+def _refuse_variants(config: dict[str, Any]) -> None:
+    """Variants that would load and then compute something else are refused by name."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"rope type {rope_type!r} is not supported: only 'default' is")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{key} is not supported: Mixtral has no biases")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only 'silu' is")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"quantised weights ({method}) are not supported: convert the unquantised checkpoint"
+        )
+    if config.get("router_jitter_noise"):
+        warnings.warn(f"router_jitter_noise {config['router_jitter_noise']} is ignored", stacklevel=3)
+
+
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What transformers assumes for a key that config.json leaves out.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixtral": dict(
+        num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-5, sliding_window=None, num_local_experts=8,
+        num_experts_per_tok=2, router_aux_loss_coef=0.001, max_position_embeddings=131072,
+    ),
+    "mistral": dict(
+        num_key_value_heads=8, rope_theta=1e4, rms_norm_eps=1e-6, sliding_window=4096, max_position_embeddings=131072
+    ),
+    "llama": dict(num_key_value_heads=None, rope_theta=1e4, rms_norm_eps=1e-6, max_position_embeddings=2048),
+}  # fmt: skip
+
+_8X7B: dict[str, Any] = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=32768,
+    rope_theta=1e6, router_aux_loss_coef=0.02,
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        vocab_size=4096, hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=4096,
+        rope_theta=1e4, router_aux_loss_coef=0.02,
+    ),
+    "mistral-7b": {
+        **_8X7B, "num_local_experts": 1, "num_experts_per_tok": 1, "rope_theta": 1e4, "sliding_window": 4096,
+        "router_aux_loss_coef": 0.0,
+    },
+    "mixtral-8x7b": _8X7B,
+    "mixtral-8x22b": {
+        **_8X7B, "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56, "num_attention_heads": 48,
+        "max_position_embeddings": 65536, "router_aux_loss_coef": 0.001,
+    },
+}  # fmt: skip
