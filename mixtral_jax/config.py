@@ -183,9 +183,7 @@ class MoeConfig(FrozenConfig):
         gt=0,
         description="null: dropless; else an expert takes at most ceil(factor * tokens * k / E) rows",
     )
-    router_dtype: Literal["float32", "compute"] = Field(
-        "float32", description="precision of the router logits"
-    )
+    router_dtype: Literal["float32", "compute"] = Field("float32", description="precision of the router logits")
     chunk_tokens: int | None = Field(
         None,
         gt=0,
@@ -203,9 +201,7 @@ class ComputeConfig(FrozenConfig):
         "none", description="none saves all, minimal saves matmul outputs, full saves only the routing"
     )
     attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = "auto"
-    loss_chunk: int = Field(
-        0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape"
-    )
+    loss_chunk: int = Field(0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape")
     moe: MoeConfig = MoeConfig()
 
 
@@ -232,9 +228,7 @@ def _refuse_variants(config: dict[str, Any]) -> None:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only 'silu' is")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"quantised weights ({method}) are not supported: convert the unquantised checkpoint"
-        )
+        raise ValueError(f"quantised weights ({method}) are not supported: convert the unquantised checkpoint")
     if config.get("router_jitter_noise"):
         warnings.warn(f"router_jitter_noise {config['router_jitter_noise']} is ignored", stacklevel=3)
 

@@ -34,7 +34,5 @@ class OptimizerConfig(FrozenConfig):
     @model_validator(mode="after")
     def _decay_steps_belongs_to_wsd(self) -> Self:
         if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(
-                f"decay_steps ({self.decay_steps}) belongs to schedule wsd, not to {self.schedule}"
-            )
+            raise ValueError(f"decay_steps ({self.decay_steps}) belongs to schedule wsd, not to {self.schedule}")
         return self
