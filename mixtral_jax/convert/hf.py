@@ -1,0 +1,192 @@
+"""Hugging Face directories: which layout the files have, whether they are whole, and each slot's bytes."""
+
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.convert.files import Directory, LocalReader, RemoteReader
+from mixtral_jax.convert.safetensors_io import Tensor, read_header
+from mixtral_jax.convert.table import Layout, Place, Slot, slots
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old files carry; it follows from rope_theta
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class HfSource:
+    """A Hugging Face directory as slots. All checks are made here, before anything is written.
+
+    Raises:
+        ValueError: no config.json, another architecture, files missing or truncated, tensors missing, unexpected,
+            of a wrong shape or dtype, or two layouts mixed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], architectures: tuple[str, ...] = ("mixtral", "mistral")) -> None:
+        self.directory = Directory(path)
+        self.hf_config = read_config(self.directory)
+        self.config = MixtralConfig.from_hf(self.hf_config, architectures)
+        self._readers: dict[str, LocalReader | RemoteReader] = {}
+        self._tensors = self._scan()
+        self.slots = slots(self.config)
+        self.layout = _layout(self._tensors)
+        self._places = {slot.name: place(slot, self.config, self.layout) for slot in self.slots}
+        self._check()
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        return self._tensors[self._places[slot.name].name].dtype
+
+    def band(self, slot: Slot) -> int | None:
+        """Rows that must be read at once; None: any number."""
+        return None
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        """Hub rows start ... stop - 1 of a slot, as (rows, cols) or (rows,)."""
+        where = self._places[slot.name]
+        return self.read_rows(where.name, where.first_row + start, where.first_row + stop, slot.shape[1:])
+
+    def read_rows(self, name: str, start: int, stop: int, tail: tuple[int, ...]) -> np.ndarray:
+        """Rows of a tensor seen as a matrix with rows of shape `tail`."""
+        tensor = self._tensors[name]
+        width = int(np.prod(tail)) * tensor.dtype.itemsize
+        data = self._readers[tensor.file].pread(tensor.offset + start * width, (stop - start) * width)
+        return np.frombuffer(data, tensor.dtype).reshape(stop - start, *tail)
+
+    def _scan(self) -> dict[str, Tensor]:
+        files, index = weight_files(self.directory)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            self._readers[file] = self.directory.reader(file)
+            found = read_header(self.directory, file, self._readers[file])
+            twice = sorted(tensors.keys() & found.keys())
+            if twice:
+                raise ValueError(f"{twice[0]} is both in {tensors[twice[0]].file} and in {file} of {self.directory}")
+            tensors |= found
+        for name, file in index.items():
+            if name not in tensors:
+                raise ValueError(f"{self.directory}/{INDEX} places {name} in {file}, which does not hold it")
+        return {name: t for name, t in tensors.items() if not _IGNORED.fullmatch(name)}
+
+    def _check(self) -> None:
+        places = self._places.values()
+        expected = {p.name: p.shape for p in places}
+        if self.config.tie_word_embeddings and "lm_head.weight" in self._tensors:
+            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        missing = [name for name in expected if name not in self._tensors]
+        unexpected = [name for name in self._tensors if name not in expected]
+        if missing or unexpected:
+            raise ValueError(slot_error(str(self.directory), missing, unexpected))
+        for name, shape in expected.items():
+            tensor = self._tensors[name]
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name} in {self.directory}/{tensor.file} has shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(shape)}"
+                )
+            assert tensor.dtype
+        if self.config.tie_word_embeddings and "lm_head.weight" in self._tensors:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """A tied model may carry its head a second time; then it must be the embedding."""
+        rows, cols = self._tensors["lm_head.weight"].shape
+        for start in range(0, rows, 4096):
+            stop = min(start + 4096, rows)
+            both = [self.read_rows(n, start, stop, (cols,)) for n in ("lm_head.weight", "model.embed_tokens.weight")]
+            if both[0].tobytes() != both[1].tobytes():
+                raise ValueError(
+                    f"config.json of {self.directory} ties the embeddings, but lm_head.weight differs from "
+                    "model.embed_tokens.weight: set tie_word_embeddings to false"
+                )
+
+
+def read_config(directory: Directory) -> dict[str, Any]:
+    """config.json of a directory.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    names = directory.names()
+    if not names and not directory.exists():
+        raise FileNotFoundError(f"{directory} does not exist")
+    if "config.json" not in names:
+        raise ValueError(f"{directory} has no config.json: it is no model directory")
+    try:
+        config = json.loads(directory.read_bytes("config.json"))
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory}/config.json holds no JSON object")
+    return config
+
+
+def weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
+    """The safetensors files of a directory, and the index (empty for a single file).
+
+    Raises:
+        ValueError: there are none, a shard is missing on disk or in the index, or the weights are pickles.
+    """
+    names = directory.names()
+    shards = [n for n in names if _SHARD.fullmatch(n)]
+    if INDEX in names:
+        try:
+            index = dict(json.loads(directory.read_bytes(INDEX))["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{directory}/{INDEX} does not parse: a JSON object with weight_map was expected"
+            ) from None
+        files = sorted(set(index.values()))
+        absent = [f for f in files if f not in names]
+        if absent:
+            raise ValueError(f"{directory} lacks {', '.join(absent)}, which {INDEX} names")
+        strays = [s for s in shards if s not in files]
+        if strays:
+            raise ValueError(f"{directory}/{INDEX} does not name {', '.join(strays)}, which is there")
+        return files, index
+    if SINGLE in names:
+        return [SINGLE], {}
+    if shards:
+        raise ValueError(f"{directory} has {len(shards)} shards ({shards[0]} ...) but no {INDEX}")
+    pickles = [n for n in names if n.endswith(_PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"{directory} holds pickled weights ({pickles[0]}), which are not read: save it as safetensors"
+        )
+    raise ValueError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _layout(tensors: dict[str, Tensor]) -> Layout:
+    fused = next((n for n in tensors if ".mlp.experts." in n), None)
+    hub = next((n for n in tensors if ".block_sparse_moe.experts." in n), None)
+    if fused and hub:
+        raise ValueError(f"two expert layouts are mixed: {fused} (fused) and {hub} (one tensor an expert)")
+    return "fused" if fused else "hub"
+
+
+def place(slot: Slot, config: MixtralConfig, layout: Layout) -> Place:
+    """Where the hub's or the fused layout keeps a slot."""
+    if layout == "hub" or not slot.leaf.path.startswith("layers.moe."):
+        return Place(slot.name, slot.shape)
+    prefix = f"model.layers.{slot.layer}.mlp."
+    E, F, D = config.num_local_experts, config.intermediate_size, config.hidden_size
+    if slot.leaf.path == "layers.moe.w13":  # w1 of an expert, then its w3
+        first = (2 * slot.expert + slot.half) * F
+        return Place(prefix + "experts.gate_up_proj", (E, 2 * F, D), first)
+    if slot.leaf.path == "layers.moe.w2":
+        return Place(prefix + "experts.down_proj", (E, D, F), slot.expert * D)
+    return Place(prefix + "gate.weight", slot.shape)
+
+
+def slot_error(where: str, missing: list[str], unexpected: list[str]) -> str:
+    """Both lists, shortened."""
+
+    def listed(names: list[str]) -> str:
+        shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
+        return f"{len(names)}" + (f" ({shown})" if names else "")
+
+    return f"{where} does not match its config.json: missing tensors {listed(missing)}; unexpected {listed(unexpected)}"
