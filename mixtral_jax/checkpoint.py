@@ -1,0 +1,201 @@
+"""Arrays out to disk and back onto any mesh. The one importer of Orbax, whose import path is still moving.
+
+A checkpoint is a directory with one tree of arrays under `state/` and small JSON items beside it. It appears under its
+final name only when it is complete, with `commit_success.txt` in it; `files.json`, written after that, lists the size
+of every file, so that a truncated or half-deleted checkpoint is recognised without reading it.
+"""
+
+import errno
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+FORMAT = 1
+COMMIT = "commit_success.txt"
+FILES = "files.json"
+STATE = "state"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+JsonItems = Mapping[str, Mapping[str, Any]]
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+
+
+class PendingSave:
+    """A save under way. `result()` waits until it is complete on disk."""
+
+    def __init__(self, path: epath.Path, response: ocp.AsyncResponse[None], context: ocp.Context):
+        self._path, self._response, self._context = path, response, context
+
+    def result(self) -> int:
+        """Wait; return the bytes on disk.
+
+        Raises:
+            OSError: the file system refused (full, not writable, too large). Nothing is left under the final name.
+        """
+        with self._context:
+            _as_os_error(self._path, self._response.result)
+        if jax.process_index() != 0:
+            return 0
+        sizes = _file_sizes(self._path)
+        _write_atomically(self._path / FILES, json.dumps(sizes))
+        return sum(sizes.values())
+
+
+def save(path: epath.PathLike, tree: Any, items: JsonItems | None = None) -> int:
+    """Write `tree` (arrays) and `items` (JSON) to the new directory `path`, and wait; return the bytes on disk."""
+    return save_async(path, tree, items).result()
+
+
+def save_async(path: epath.PathLike, tree: Any, items: JsonItems | None = None) -> PendingSave:
+    """Copy `tree` off the devices, then write in the background. The arrays may be donated as soon as this returns.
+
+    Raises:
+        OSError: the directory cannot be made.
+    """
+    target = epath.Path(os.path.abspath(path) if "://" not in str(path) else path)
+    items = items or {}
+    context = _context(tuple(items))
+    with context:
+        start = functools.partial(
+            ocp.save_checkpointables_async,
+            target,
+            {STATE: tree, **{k: dict(v) for k, v in items.items()}},
+            custom_metadata={"format": FORMAT},
+        )
+        return PendingSave(target, _as_os_error(target, start), context)
+
+
+def restore(path: epath.PathLike, abstract: Any, *, partial: bool = False) -> Any:
+    """The tree at `path`, placed as the shardings of `abstract` (ShapeDtypeStruct leaves) say, on any mesh.
+
+    `partial` reads only the leaves that `abstract` has. A dtype in `abstract` other than the stored one casts.
+
+    Raises:
+        ValueError: a leaf is missing or has another shape; it is named.
+    """
+    target = epath.Path(path)
+    stored = tree_shapes(target)
+    wanted = _flat_shapes(abstract)
+    _check_shapes(target, stored, wanted, partial)
+    with _context(partial=partial):
+        return ocp.load_checkpointables(target, {STATE: abstract})[STATE]
+
+
+def discard_unfinished(path: epath.PathLike) -> None:
+    """Remove what a save of `path` that was killed or refused has left; never a finished checkpoint."""
+    target = epath.Path(path)
+    if jax.process_index() == 0 and target.parent.exists():
+        for leftover in target.parent.glob(f"{target.name}{_UNFINISHED}*"):
+            leftover.rmtree(missing_ok=True)
+
+
+def read_item(path: epath.PathLike, name: str) -> dict[str, Any]:
+    """The JSON item `name` of a checkpoint."""
+    with _context((name,)):
+        return ocp.load_checkpointables(epath.Path(path), {name: None})[name]  # type: ignore[return-value]  # JSON
+
+
+def tree_shapes(path: epath.PathLike) -> Shapes:
+    """Shape and dtype of every stored leaf by its dotted name; reads no array."""
+    with _context():
+        return _flat_shapes(ocp.checkpointables_metadata(epath.Path(path)).metadata[STATE])
+
+
+def damage(path: epath.PathLike) -> str | None:
+    """Why the checkpoint at `path` is not whole, or None. Sizes are compared; contents are not read."""
+    target = epath.Path(path)
+    if not (target / COMMIT).exists():
+        return f"{COMMIT} is missing"
+    if not (target / FILES).exists():  # killed between the commit and the list: the commit itself is complete
+        return None
+    try:
+        expected = json.loads((target / FILES).read_text())
+    except ValueError:
+        return f"{FILES} is not readable"
+    found = _file_sizes(target)
+    for name, size in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} of {size} bytes"
+    return None
+
+
+def _context(json_items: tuple[str, ...] = (), *, partial: bool = False) -> ocp.Context:
+    context = ocp.Context()
+    registry = ocp.handlers.local_registry()
+    for name in json_items:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context.checkpointables.registry = registry
+    context.array.saving.scoped_storage_options_creator = _chunks
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    """Stacked expert leaves in chunks of one layer and one expert, so that they can be streamed back."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    if getattr(value, "ndim", 0) < 4:
+        return options()
+    return options(chunk_byte_size=math.prod(value.shape[2:]) * value.dtype.itemsize, shard_axes=(0, 1))
+
+
+def _flat_shapes(tree: Any) -> Shapes:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_dotted(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """`params.layers.moe.w2`; a field of a named tuple and a key of the dict that it is stored as read alike."""
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _check_shapes(path: epath.Path, stored: Shapes, wanted: Shapes, partial: bool) -> None:
+    for name, (shape, _) in wanted.items():
+        if name not in stored:
+            raise ValueError(f"checkpoint {path} has no {name}, which the model needs with shape {shape}")
+        if stored[name][0] != shape:
+            raise ValueError(f"{name} has shape {stored[name][0]} in checkpoint {path}, but {shape} in the model")
+    extra = [] if partial else [name for name in stored if name not in wanted]
+    if extra:
+        raise ValueError(f"checkpoint {path} has {extra[0]}, which the model does not have")
+
+
+def _file_sizes(path: epath.Path) -> dict[str, int]:
+    return dict(sorted(_walk(path, "")))
+
+
+def _walk(path: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
+    for child in path.iterdir():
+        if child.is_dir():
+            yield from _walk(child, f"{prefix}{child.name}/")
+        elif child.name != FILES:
+            yield f"{prefix}{child.name}", child.stat().length
+
+
+def _write_atomically(path: epath.Path, text: str) -> None:
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _as_os_error(path: epath.Path, write: Callable[[], Any]) -> Any:
+    """write(), with a refusal by the system as an OSError: tensorstore reports a full disk as a ValueError."""
+    try:
+        return write()
+    except Exception as error:
+        discard_unfinished(path)
+        code = next((c for c in _REFUSALS if os.strerror(c) in str(error)), None)
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
