@@ -8,6 +8,7 @@ of every file, so that a truncated or half-deleted checkpoint is recognised with
 import errno
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,9 @@ COMMIT = "commit_success.txt"
 FILES = "files.json"
 STATE = "state"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+
+# Orbax logs, with tracebacks, what it also raises, and advice about chunk sizes that are chosen on purpose.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 JsonItems = Mapping[str, Mapping[str, Any]]
 Shapes = dict[str, tuple[tuple[int, ...], str]]

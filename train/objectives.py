@@ -1,10 +1,17 @@
 """What is minimised: an objective is two functions, weight(batch) and loss(model, frozen, batch, divisor)."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 from pydantic import Field
 
-from mixtral_jax.config import FrozenConfig
+from data.batch import Batch
+from mixtral_jax.config import FrozenConfig, MixtralConfig
+from mixtral_jax.model import Mixtral, next_token_sums
+from mixtral_jax.moe.losses import RouterStats, balance_loss, load_metrics, z_loss
 
 
 class RouterConfig(FrozenConfig):
@@ -16,3 +23,94 @@ class RouterConfig(FrozenConfig):
     )
     router_aux_loss_coef: float = Field(0.01, ge=0, description="coefficient of the balance loss")
     router_z_loss_coef: float = Field(0.001, ge=0, description="coefficient of the router z-loss")
+
+
+class Divisor(NamedTuple):
+    """Counted once over the whole global batch of a step, before any forward pass."""
+
+    weight: Float[Array, ""]  # sum of the target weights
+    tokens: Float[Array, ""]  # tokens that are not padding
+
+
+class Report(NamedTuple):
+    """An objective's part of the metrics of a step."""
+
+    scalars: dict[str, Float[Array, ""]]
+    counts_LE: Float[Array, "L E"] | None
+
+
+class EvalSums(NamedTuple):
+    """Additive over batches."""
+
+    nll: Float[Array, ""]  # sum of w * nll, nats
+    weight: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+class Objective(NamedTuple):
+    """What the step knows of an objective. `parts` are sums over micro-batches of whatever `report` needs.
+
+    weight(batch of (A, b, ...)) -> divisor · loss(model, rows of (b, ...), divisor) -> (this micro-batch's share of the
+    loss, parts) · report(parts) -> metrics · evaluate(model, rows) -> EvalSums, cross-entropy only.
+    """
+
+    weight: Callable[[Any], Any]
+    loss: Callable[[Any, Any, Any], tuple[Float[Array, ""], Any]]
+    report: Callable[[Any], Report]
+    evaluate: Callable[[Any, Any], EvalSums]
+
+
+class NextTokenParts(NamedTuple):
+    """Shares of the step's metrics from one micro-batch; they add up."""
+
+    ce_loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    tokens: Float[Array, ""]
+    stats: RouterStats
+
+
+def next_token(router: RouterConfig, model: MixtralConfig) -> Objective:
+    """Next-token prediction for pretraining and SFT; the data sets the weights (NUMERICS D1).
+
+    loss = sum w * nll / W + router terms. The router terms are products of batch means, so they are not additive: those
+    of a micro-batch are weighted by its share of the step's tokens (NUMERICS C3).
+    """
+    top_k = model.num_experts_per_tok
+
+    def loss(model_: Mixtral, rows: Batch, divisor: Divisor) -> tuple[Float[Array, ""], NextTokenParts]:
+        sums, stats = token_sums(model_, rows)
+        share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
+        aux, z = jnp.zeros(()), jnp.zeros(())
+        if router.router_aux_loss_coef and not model.is_dense:
+            aux = router.router_aux_loss_coef * share * balance_loss(stats, router.balance_loss, top_k)
+        if router.router_z_loss_coef and not model.is_dense:
+            z = router.router_z_loss_coef * share * z_loss(stats)
+        ce = sums.nll / divisor.weight
+        tokens = share * divisor.tokens
+        parts = NextTokenParts(ce, aux, z, sums.correct / divisor.weight, tokens, stats)
+        return ce + aux + z, jax.lax.stop_gradient(parts)
+
+    def report(parts: NextTokenParts) -> Report:
+        scalars = {f"train/{name}": getattr(parts, name) for name in NextTokenParts._fields[:-1]}
+        if model.is_dense:
+            return Report(scalars, None)
+        health = load_metrics(parts.stats, top_k)
+        health["moe/z"] = z_loss(parts.stats) / model.num_hidden_layers
+        return Report(scalars | health, parts.stats.counts_LE)
+
+    return Objective(batch_divisor, loss, report, lambda model_, rows: token_sums(model_, rows)[0])
+
+
+def batch_divisor(batch: Batch) -> Divisor:
+    """Of a whole step. Both are at least 1, so that a batch of padding only gives a loss of 0."""
+    weight = jnp.sum(batch.weights, dtype=jnp.float32)
+    tokens = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
+    return Divisor(jnp.where(weight > 0, weight, 1.0), jnp.maximum(tokens, 1.0))
+
+
+def token_sums(model: Mixtral, rows: Batch) -> tuple[EvalSums, RouterStats]:
+    """Summed cross-entropy of rows of (b, T), and the router's statistics."""
+    sums, stats = next_token_sums(model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids)
+    return EvalSums(sums.loss_sum, jnp.sum(rows.weights, dtype=jnp.float32), sums.correct_sum), stats

@@ -1,14 +1,23 @@
-"""AdamW: schedules, decay mask, clipping."""
+"""AdamW by optax: schedules, decay mask, clipping, spike detection, and the guard around the update.
 
-from typing import Literal, Self
+The guard is a `lax.cond` around the whole update, not a `where` on its results: XLA on the CPU then updates parameters
+and moments in place, in about one pass over memory (62 M parameters, 2 cores: 0.08 s; 0.21 s with `where`).
+"""
 
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
 
 
 class OptimizerConfig(FrozenConfig):
-    """How parameters move. Weight decay is decoupled: scaled by the learning rate, never part of the gradient."""
+    """How parameters move. Weight decay is decoupled: times the learning rate, no part of the gradient."""
 
     name: Literal["adamw"] = Field("adamw", description="the optimizer")
     learning_rate: float = Field(3e-4, gt=0, description="the highest learning rate, reached after warm-up")
@@ -36,3 +45,131 @@ class OptimizerConfig(FrozenConfig):
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f"decay_steps ({self.decay_steps}) belongs to schedule wsd, not to {self.schedule}")
         return self
+
+
+Params = Any  # nested dict of fp32 arrays
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+SPIKE_MEMORY = 0.98  # the running mean of gradient norms looks back over about 50 updates
+SPIKE_WARMUP = 20  # updates before a spike can be told from a beginning
+
+
+class Optimizer(NamedTuple):
+    """What the step needs: the optax transformation without learning rate and clipping, and those two."""
+
+    transformation: optax.GradientTransformation
+    schedule: Schedule
+    max_grad_norm: float | None
+    skip_spikes: float | None
+
+
+class OptimizerState(NamedTuple):
+    """Moments in fp32, the running mean of gradient norms (corrected by its count), and whether all was finite."""
+
+    moments: optax.OptState
+    norm_mean: Float[Array, ""]
+    norm_count: Int[Array, ""]
+    healthy: Bool[Array, ""]
+
+
+class Applied(NamedTuple):
+    """The result of one update."""
+
+    params: Params
+    state: OptimizerState
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    skipped: Bool[Array, ""]
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
+    """AdamW (1711.05101) for a run of `steps` updates."""
+    transformation = optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+    )
+    return Optimizer(transformation, make_schedule(config, steps), config.max_grad_norm, config.skip_spikes)
+
+
+def init_optimizer(optimizer: Optimizer, params: Params) -> OptimizerState:
+    """Zero moments, one of each for every parameter."""
+    return OptimizerState(
+        optimizer.transformation.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(True)
+    )
+
+
+def decay_mask(params: Params) -> Any:
+    """True for matrices (and stacks of them), False for norm scales, told by the name of the leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Learning rate of update n = 1 ... steps: linear warm-up, then the schedule, at its last value when n = steps.
+
+    Raises:
+        ValueError: warm-up (and the decay of wsd) do not fit into `steps`.
+    """
+    warmup = config.warmup_steps
+    if warmup > steps:
+        raise ValueError(f"optimizer.warmup_steps ({warmup}) is larger than steps ({steps})")
+    decay = steps - warmup
+    if config.schedule == "wsd":
+        decay = config.decay_steps or min(max(steps // 10, 1), decay)
+        if warmup + decay > steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({warmup}) + optimizer.decay_steps ({decay}) is larger than steps ({steps})"
+            )
+    peak, final = config.learning_rate, config.final_learning_rate_fraction
+
+    def schedule(n: Int[Array, ""]) -> Float[Array, ""]:
+        rise = jnp.minimum(n / warmup, 1.0) if warmup else jnp.ones(())
+        done = jnp.clip((n - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+        if config.schedule == "constant":
+            return jnp.asarray(peak * rise, jnp.float32)
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1 - done
+        return jnp.asarray(peak * rise * (final + (1 - final) * fall), jnp.float32)
+
+    return schedule
+
+
+def apply_gradients(
+    optimizer: Optimizer,
+    params: Params,
+    state: OptimizerState,
+    grads: Params,
+    loss: Float[Array, ""],
+    n: Int[Array, ""],
+) -> Applied:
+    """Update number `n`: clip by the global norm, then AdamW; left out where loss or norm is not finite, or spikes.
+
+    After a loss or a norm that is not finite `state.healthy` stays False and no later update is applied, so that the
+    host may read the flag late and still find the last good state.
+    """
+    grad_norm = optax.global_norm(grads)
+    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    spike = _is_spike(optimizer, state, grad_norm)
+    scale = jnp.ones(())
+    if optimizer.max_grad_norm is not None:
+        scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
+    learning_rate = optimizer.schedule(n)
+
+    def update(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
+        clipped = jax.tree.map(lambda g: g * scale, grads)
+        direction, moments = optimizer.transformation.update(clipped, moments, params)
+        return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), moments
+
+    def leave(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
+        return params, moments
+
+    params, moments = jax.lax.cond(healthy & ~spike, update, leave, params, state.moments)
+    mean = SPIKE_MEMORY * state.norm_mean + (1 - SPIKE_MEMORY) * grad_norm
+    counts = healthy & ~spike
+    state = OptimizerState(moments, jnp.where(counts, mean, state.norm_mean), state.norm_count + counts, healthy)
+    return Applied(params, state, grad_norm, learning_rate, healthy & spike)
+
+
+def _is_spike(optimizer: Optimizer, state: OptimizerState, grad_norm: Float[Array, ""]) -> Bool[Array, ""]:
+    if optimizer.skip_spikes is None:
+        return jnp.array(False)
+    mean = state.norm_mean / jnp.maximum(1 - SPIKE_MEMORY**state.norm_count, 1e-6)
+    return (state.norm_count >= SPIKE_WARMUP) & (grad_norm > optimizer.skip_spikes * mean)

@@ -1,0 +1,63 @@
+"""TrainState: what changes from step to step, where it lives, and how it begins."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
+
+
+class TrainState(NamedTuple):
+    """Donated to every step, saved in every checkpoint. `params` are fp32 masters; under LoRA the adapters only."""
+
+    step: Int[Array, ""]  # updates done
+    params: Params
+    optimizer: OptimizerState
+
+
+def create_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, init_optimizer(optimizer, params))
+
+
+def abstract_state(abstract_params: Params, optimizer: Optimizer, shardings: Params | None = None) -> TrainState:
+    """Shapes, dtypes and placement of the state. Moments lie where their parameters lie; scalars are everywhere.
+
+    Args:
+        abstract_params: ShapeDtypeStruct leaves.
+        shardings: a sharding for each parameter; None: one device, the default one.
+    """
+    state = jax.eval_shape(lambda p: create_state(p, optimizer), abstract_params)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_path = {_names(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        sharding = next((s for own, s in by_path.items() if names[-len(own) :] == own), everywhere)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def init_state(make_params: Callable[[], Params], optimizer: Optimizer, abstract: TrainState) -> TrainState:
+    """A fresh state, made on the devices where `abstract` says it lies; no device ever holds more than its share."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: create_state(make_params(), optimizer), out_shardings=shardings)()
+
+
+def start_from(params: Params, optimizer: Optimizer, abstract: TrainState) -> TrainState:
+    """A fresh state around loaded weights (fp32, already placed), which it takes over."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(lambda p: create_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
+    return make(params)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
