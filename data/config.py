@@ -1,0 +1,81 @@
+"""What a run reads: sources, tokenizer, packing, mixture. Paths are relative to the working directory."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class FrozenConfig(BaseModel):
+    """Immutable and strict about unknown keys (the data room knows nothing of the model's room)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SourceConfig(FrozenConfig):
+    """One named collection of records."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the source in every metric")
+    path: str | tuple[str, ...] = Field(description="file, directory or glob, or a list of them")
+    weight: float | None = Field(
+        None, gt=0, description="share of the rows, relative to the other sources; null: by size"
+    )
+    format: Literal["auto", "jsonl", "parquet", "text", "array_record", "tfds", "datasets"] = Field(
+        "auto", description="auto: by the file's extension, or by what the directory holds"
+    )
+    split: str | None = Field(None, description="split of a TFDS or Hugging Face data set")
+    text_key: str = Field("text", description="column of the text of a document")
+    messages_key: str = Field("messages", description="column of a chat")
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a tuple."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class DataConfig(FrozenConfig):
+    """The sources of a run and how they become rows."""
+
+    tokenizer: str = Field(description="SentencePiece model, tokenizer.json, or a directory that holds one of them")
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    validation: tuple[SourceConfig, ...] = ()
+    examples: Literal["text", "chat"] = Field(
+        "text", description="text: documents, every token learned; chat: only answers are learned"
+    )
+    template: str | dict[str, Any] = Field(
+        "v1", description="chat format: v1, v3 (Mistral instruct), chatml, or a description"
+    )
+    train_on: Literal["all", "last"] = Field("all", description="of a chat all answers are learned, or the last")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat cuts documents at row ends, best_fit only those longer than a row"
+    )
+    temperature: float | None = Field(
+        None, gt=0, description="rows of a source are drawn in proportion to (weight * rows)^(1 / temperature)"
+    )
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data, instead of steps")
+    cache_dir: str = ".cache/mixtral-jax"
+    on_error: Literal["fail", "skip"] = Field("fail", description="skip: count bad records, show the first few")
+    workers: int = Field(0, ge=0, description="processes that tokenise; 0: one a core")
+    restart: bool = Field(False, description="start at row 0 where a checkpoint was made from other data")
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _names_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are named {name!r}: each needs its own name")
+        return sources
+
+    @model_validator(mode="after")
+    def _weights_are_complete(self) -> Self:
+        named = [source.name for source in self.train if source.weight is not None]
+        if named and self.temperature is None and len(named) < len(self.train):
+            missing = next(source.name for source in self.train if source.weight is None)
+            raise ValueError(
+                f"source {missing!r} has no weight while {named[0]!r} has one: give every source a weight, or none"
+            )
+        return self

@@ -1,0 +1,206 @@
+"""Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import grain
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from data.batch import Batch
+from data.cache import PreparedSource, digest
+from data.config import DataConfig
+from data.order import GlobalOrder, shares
+from data.prepare import prepare
+from data.rows import Row, padding_row
+
+_THREADS = 2
+_AHEAD = 4  # batches
+
+
+class Rows:
+    """Random access to the rows of prepared sources."""
+
+    def __init__(self, sources: tuple[PreparedSource, ...]):
+        self.sources = sources
+        self._readers = [ArrayRecordDataSource(source.paths) for source in sources]
+
+    def read(self, places: list[tuple[int, int]]) -> list[Row]:
+        """Rows at (source, row)."""
+        rows: list[Row] = [padding_row(self.sources[0].format.seq_len)] * len(places)
+        for number, reader in enumerate(self._readers):
+            wanted = [i for i, (source, _) in enumerate(places) if source == number]
+            if wanted:
+                records = reader.__getitems__([places[i][1] for i in wanted])
+                for i, record in zip(wanted, records, strict=True):
+                    rows[i] = self.sources[number].format.decode(record)
+        return rows
+
+    def close(self) -> None:
+        """Closes the files."""
+        for reader in self._readers:
+            reader.__exit__(None, None, None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are laid out in batches: global sizes, and which share of each micro-batch is ours."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    shard: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) is not a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.micro_batch_size % count:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) is not a multiple of the {count} batch shards"
+            )
+        assert 0 <= index < count
+
+    @property
+    def accumulation(self) -> int:
+        """A, the number of micro-batches."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def rows(self, start: int) -> list[int]:
+        """Global rows of this shard in the step that begins at row `start`: of each micro-batch a contiguous block."""
+        index, count = self.shard
+        local = self.micro_batch_size // count
+        firsts = range(start + index * local, start + self.global_batch_size, self.micro_batch_size)
+        return [first + j for first in firsts for j in range(local)]
+
+
+class _Steps:
+    """The batches of a run by number, for grain."""
+
+    def __init__(self, rows: Rows, order: GlobalOrder, layout: Layout, start_row: int):
+        self._rows, self._order, self._layout, self._start = rows, order, layout, start_row
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, step: int) -> Batch:
+        wanted = self._layout.rows(self._start + step * self._layout.global_batch_size)
+        return stack(self._rows.read([self._order[r] for r in wanted]), self._layout.accumulation)
+
+
+def stack(rows: list[Row], accumulation: int) -> Batch:
+    """Rows into a Batch of `accumulation` micro-batches."""
+    fields = (np.stack(field) for field in zip(*rows, strict=True))
+    return Batch(*(x.reshape(accumulation, -1, x.shape[-1]) for x in fields))
+
+
+class Loader:
+    """Endless batches. `next_row` is the whole state: the first global row that was not handed out yet."""
+
+    def __init__(self, sources: tuple[PreparedSource, ...], order: GlobalOrder, layout: Layout, start_row: int):
+        self.sources, self.order, self.next_row = sources, order, start_row
+        self._layout = layout
+        self._rows = Rows(sources)
+        steps = grain.MapDataset.source(_Steps(self._rows, order, layout, start_row))
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        self._batches = iter(steps.to_iter_dataset(options))
+        self.fingerprint = digest(
+            {
+                "sources": [(s.name, s.fingerprint) for s in sources],
+                "order": [order.rows, order.shares, order.seed],
+                "version": 1,
+            }
+        )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of the configuration."""
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all sources."""
+        return self.order.total
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.next_row += self._layout.global_batch_size
+        return batch
+
+    def drawn(self, row: int | None = None) -> dict[str, tuple[int, int]]:
+        """(rows, tokens) drawn from each source before global row `row`, the next one if not given.
+
+        Rows are exact; tokens are rows times the mean of the source, exact after whole epochs.
+        """
+        counts = self.order.drawn(self.next_row if row is None else row)
+        return {s.name: (n, round(n * s.tokens / s.rows)) for s, n in zip(self.sources, counts, strict=True)}
+
+    def close(self) -> None:
+        """Ends the reading threads and closes the files."""
+        self._batches.close()
+        self._rows.close()
+
+
+def open_loader(
+    data: DataConfig,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    micro_batch_size: int | None = None,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    start_row: int = 0,
+) -> Loader:
+    """Batches of the training sources, prepared first where the cache lacks them.
+
+    Row r of the global order belongs to step r // global_batch_size; inside a step micro-batch a has rows
+    a * micro_batch_size and on, of which `shard` (i, n) takes the i-th contiguous n-th.
+
+    Raises:
+        ValueError: sizes that do not divide, or anything that `prepare` refuses.
+    """
+    layout = Layout(global_batch_size, micro_batch_size or global_batch_size, shard)
+    sources = prepare(data, seq_len, seed).train
+    parts = shares([s.rows for s in sources], [s.weight for s in data.train], data.temperature)
+    order = GlobalOrder([s.rows for s in sources], parts, seed)
+    return Loader(sources, order, layout, start_row)
+
+
+class EvalSource:
+    """The whole validation text of one source, as batches of one micro-batch (A = 1); can be iterated again."""
+
+    def __init__(self, source: PreparedSource, batch_size: int, shard: tuple[int, int]):
+        self.name, self.text_bytes, self.targets = source.name, source.text_bytes, source.targets
+        self.documents, self.rows = source.documents, source.rows
+        self._source, self._layout = source, Layout(batch_size, batch_size, shard)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._layout.global_batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = Rows((self._source,))
+        try:
+            for step in range(len(self)):
+                wanted = self._layout.rows(step * self._layout.global_batch_size)
+                rows = reader.read([(0, r) for r in wanted if r < self.rows])
+                padding = [padding_row(self._source.format.seq_len)] * (len(wanted) - len(rows))
+                yield stack(rows + padding, 1)
+        finally:
+            reader.close()
+
+
+def eval_batches(
+    data: DataConfig, *, seq_len: int, batch_size: int, shard: tuple[int, int] = (0, 1), seed: int = 0
+) -> dict[str, EvalSource]:
+    """Each validation source by name. Every token but BOS is a target exactly once; the last batch is padded.
+
+    `text_bytes` of a source is what its nats are divided by for bits per byte (NUMERICS D7).
+    """
+    sources = prepare(data, seq_len, seed).validation
+    return {source.name: EvalSource(source, batch_size, shard) for source in sources}
