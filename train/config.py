@@ -235,7 +235,8 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"{micro * max(1, round(rows / micro))} would be"
         )
     mesh = config.mesh
-    product = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.expert) if size > 0)
+    axes = (mesh.data, mesh.fsdp, mesh.expert, mesh.dcn_data, mesh.dcn_fsdp)
+    product = math.prod(size for size in axes if size > 0)  # -1 is not known before the devices are
     if micro % product:
         yield (
             f"micro_batch_size ({micro}) is not a multiple of the {product} batch shards of "
