@@ -1,0 +1,109 @@
+"""Grouped matmul: rows sorted by group, each group times its own matrix. One function, one VJP, several back-ends.
+
+    y[r] = x[r] @ w[g]   for the rows r of group g;   dx[r] = dy[r] @ w[g]^T;   dw[g] = sum over its rows x[r]^T dy[r]
+
+Rows behind the last group are undefined in every back-end and must be selected away by the caller, never multiplied.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.kernels.blocked import blocked_rows, blocked_weights
+from mixtral_jax.sharding import alike
+
+Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
+
+
+def resolve_matmul(backend: str, platform: str) -> str:
+    """The back-end that `auto` stands for on a platform (cpu, gpu, tpu).
+
+    ragged_dot is never chosen: on GPU it is a dense fallback, on TPU its weight gradient costs E times the useful work.
+    """
+    if backend != "auto":
+        return backend
+    if platform == "tpu":
+        return "megablox"
+    if platform in ("gpu", "cuda", "rocm"):
+        from mixtral_jax.kernels.accelerator import has_tokamax
+
+        return "tokamax" if has_tokamax() else "blocked"
+    return "blocked"
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], *, backend: str = "auto"
+) -> Float[Array, "R F"]:
+    """x[r] @ w[group of r] for rows sorted by group; rows behind sum(group_sizes) are undefined.
+
+    Accumulated in fp32, returned in x's dtype. Source: MegaBlocks (2211.15841).
+    """
+    backend = resolve_matmul(backend, jax.default_backend())
+    return _grouped_matmul(backend, *alike(x_RD, w_EDF, group_sizes_E))
+
+
+def _forward(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
+    """x @ w per group, or x @ w^T."""
+    if backend == "blocked":
+        return blocked_rows(x_RD, w_EDF, sizes_E, transpose=transpose)
+    if backend == "dense":
+        return _dense_rows(x_RD, w_EDF, sizes_E, transpose)
+    if backend == "ragged_dot":
+        w = jnp.swapaxes(w_EDF, 1, 2) if transpose else w_EDF
+        return jax.lax.ragged_dot(x_RD, w, sizes_E).astype(x_RD.dtype)
+    from mixtral_jax.kernels import accelerator
+
+    return accelerator.rows(backend, x_RD, w_EDF, sizes_E, transpose)
+
+
+def _weight_gradient(
+    backend: str, x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """sum over the rows of each group of x^T dy, (E, D, F)."""
+    if backend == "blocked":
+        return blocked_weights(x_RD, dy_RF, sizes_E).astype(dtype)
+    if backend in ("dense", "ragged_dot"):
+        member_RE = _membership(x_RD.shape[0], sizes_E)
+        inside_R1 = jnp.any(member_RE, axis=1, keepdims=True)
+        x_RD, dy_RF = jnp.where(inside_R1, x_RD, 0), jnp.where(inside_R1, dy_RF, 0)
+        return jnp.einsum("RE,RD,RF->EDF", member_RE.astype(x_RD.dtype), x_RD, dy_RF).astype(dtype)
+    from mixtral_jax.kernels import accelerator
+
+    return accelerator.weights(backend, x_RD, dy_RF, sizes_E, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _forward(backend, x_RD, w_EDF, sizes_E, transpose=False)
+
+
+def _vjp_forward(backend, x_RD, w_EDF, sizes_E):
+    return _forward(backend, x_RD, w_EDF, sizes_E, transpose=False), (x_RD, w_EDF, sizes_E)
+
+
+def _vjp_backward(backend, saved, dy_RF):
+    x_RD, w_EDF, sizes_E = saved
+    dx_RD = _forward(backend, dy_RF, w_EDF, sizes_E, transpose=True)
+    inside_R = jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E)
+    dx_RD = jnp.where(inside_R[:, None], dx_RD, 0)
+    return dx_RD, _weight_gradient(backend, x_RD, dy_RF, sizes_E, w_EDF.dtype), None
+
+
+_grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _membership(rows: int, sizes_E: jax.Array) -> jax.Array:
+    """(R, E): whether row r belongs to group e."""
+    ends_E = jnp.cumsum(sizes_E)
+    row_R1 = jnp.arange(rows)[:, None]
+    return (row_R1 >= (ends_E - sizes_E)[None, :]) & (row_R1 < ends_E[None, :])
+
+
+def _dense_rows(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
+    """The oracle: every row times every matrix, then the right one selected."""
+    y_REF = jnp.einsum("RF,EDF->RED" if transpose else "RD,EDF->REF", x_RD, w_EDF)
+    member_RE = _membership(x_RD.shape[0], sizes_E)
+    return jnp.sum(jnp.where(member_RE[..., None], y_REF, 0), axis=1)

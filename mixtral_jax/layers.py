@@ -1,0 +1,49 @@
+"""RMS norm and token embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.sharding import axis_index, axis_size, gather, psum
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """scale * x / sqrt(mean(x^2) + eps). Statistics in fp32, cast to x's dtype, then times the scale (1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm with a learned scale; `stack` is the leading shape of stacked layers."""
+
+    def __init__(self, dim: int, eps: float, *, stack: tuple[int, ...] = (), dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((*stack, dim), dtype), axes=("layers",) * len(stack) + ("norm",))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Embedding(nnx.Module):
+    """Token embedding, vocabulary-parallel over `tensor`."""
+
+    def __init__(self, vocab: int, dim: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
+        self.weight = nnx.Param(std * jax.random.normal(key, (vocab, dim), dtype), axes=("vocab", "embed"))
+
+    def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        w_VD = gather(self.weight, dtype)
+        if axis_size("tensor") == 1:
+            return psum(jnp.take(w_VD, tokens_BT, axis=0, mode="clip"), ("tensor",))
+        local_BT = tokens_BT - axis_index("tensor") * w_VD.shape[0]
+        here_BT = (local_BT >= 0) & (local_BT < w_VD.shape[0])
+        x_BTD = jnp.take(w_VD, jnp.where(here_BT, local_BT, 0), axis=0, mode="clip")
+        return psum(jnp.where(here_BT[..., None], x_BTD, 0), ("tensor",))
+
+
+class Head(nnx.Module):
+    """The untied output matrix (D, V), vocabulary-parallel over `tensor`."""
+
+    def __init__(self, dim: int, vocab: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
+        self.weight = nnx.Param(std * jax.random.normal(key, (dim, vocab), dtype), axes=("embed", "vocab"))

@@ -1,0 +1,187 @@
+"""Mixtral: embed -> stacked, scanned, rematerialised blocks -> norm -> head."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.attention import Attention, Rows
+from mixtral_jax.config import ComputeConfig, MixtralConfig
+from mixtral_jax.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, linear_logps
+from mixtral_jax.layers import Embedding, Head, RMSNorm
+from mixtral_jax.moe.block import SparseMoe
+from mixtral_jax.moe.losses import RouterStats
+from mixtral_jax.rope import rope_angles
+from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, gather, psum, sharded
+
+# What each policy saves for the backward pass besides the layer's input. All save the routing.
+SAVED = {
+    "minimal": ("route", "query", "key", "value", "attended", "expert_hidden"),
+    "full": ("route",),
+}
+
+
+def compute_dtype(dtype: str) -> jnp.dtype:
+    """The dtype that a ComputeConfig.dtype stands for on this machine."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        compute: ComputeConfig,
+        *,
+        key: jax.Array,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+    ):
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        attention_key, moe_key = jax.random.split(key)
+        self.backend = compute.attention
+        self.attention_norm = norm()
+        self.attention = Attention(config, key=attention_key, stack=stack, dtype=dtype)
+        self.moe_norm = norm()
+        self.moe = SparseMoe(config, compute.moe, key=moe_key, stack=stack, dtype=dtype)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows) -> tuple[Float[Array, "B T D"], RouterStats]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows, self.backend)
+        y_BTD, stats = self.moe(self.moe_norm(x_BTD), rows.segments_BT > 0)
+        return x_BTD + y_BTD, stats
+
+
+class Mixtral(nnx.Module):
+    """The model. Parameters are stored in `param_dtype`; the maths runs in compute.dtype.
+
+    Under `jax.set_mesh(mesh)` the same calls run on the whole mesh: (B, T) is split over data x fsdp x expert and
+    context, which must divide it.
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        compute: ComputeConfig = ComputeConfig(),  # noqa: B008 - frozen
+        *,
+        key: jax.Array,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.config, self.compute = config, compute
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        size, std = (config.vocab_size, config.hidden_size), config.initializer_range
+        self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype)
+        self.layers = Block(config, compute, key=layers_key, stack=(config.num_hidden_layers,), dtype=param_dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
+        if not config.tie_word_embeddings:
+            self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits, fp32.
+
+        Args:
+            tokens_BT: token ids.
+            positions: place of each token in its document; counts from 0 if not given.
+            segment_ids: document of each token, 0 for padding; one document if not given.
+        """
+
+        def local(model: Mixtral, *rows: jax.Array) -> jax.Array:
+            x_BTD, _ = model.hidden(*rows)
+            return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
+
+        rows = fill_rows(tokens_BT, positions, segment_ids)
+        return sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+
+    def hidden(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """This device's last hidden states after the final norm, and the router statistics of all devices, by layer."""
+        config = self.config
+        rows = Rows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
+
+        def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, RouterStats]:
+            return layer(x_BTD, rows)
+
+        if self.compute.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED[self.compute.remat])
+            body = jax.checkpoint(body, policy=policy)
+        x_BTD = self.embed(tokens_BT, compute_dtype(self.compute.dtype))
+        x_BTD, stats = jax.lax.scan(body, x_BTD, self.layers)
+        return self.norm(x_BTD), stats
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The output matrix in the compute dtype: this device's shard of the vocabulary."""
+        dtype = compute_dtype(self.compute.dtype)
+        if self.config.tie_word_embeddings:
+            return gather(self.embed.weight, dtype).T
+        return gather(self.head.weight, dtype)
+
+
+def fill_rows(tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> tuple[jax.Array, ...]:
+    """(tokens, positions, segments) with the defaults: one document, counted from 0."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    return tokens_BT, positions, jnp.ones_like(tokens_BT) if segments is None else segments
+
+
+def next_token_sums(
+    model: Mixtral,
+    tokens_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+) -> tuple[CrossEntropy, RouterStats]:
+    """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices."""
+
+    def local(model: Mixtral, tokens, targets, weights, positions, segments):
+        x_BTD, stats = model.hidden(tokens, positions, segments)
+        sums = linear_cross_entropy(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
+            chunk=model.compute.loss_chunk,
+        )  # fmt: skip
+        return psum(sums, TOKEN_AXES), stats
+
+    rows = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
+    return sharded(local, model, rows, (batch_spec(),) * 5, P())
+
+
+def target_logps(
+    model: Mixtral,
+    tokens_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], RouterStats]:
+    """log p(target) at every position, fp32, and the router statistics."""
+
+    def local(model: Mixtral, tokens, targets, positions, segments):
+        x_BTD, stats = model.hidden(tokens, positions, segments)
+        logps_M = linear_logps(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1),
+            chunk=model.compute.loss_chunk,
+        )  # fmt: skip
+        return logps_M.reshape(tokens.shape), stats
+
+    rows = (tokens_BT, targets_BT, positions_BT, segments_BT)
+    return sharded(local, model, rows, (batch_spec(),) * 4, (batch_spec(), P()))
+
+
+def abstract_model(
+    config: MixtralConfig,
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008 - frozen
+    param_dtype: Any = jnp.float32,
+) -> Mixtral:
+    """The model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Mixtral(config, compute, key=jax.random.key(0), param_dtype=param_dtype))

@@ -1,0 +1,256 @@
+"""The mesh, and where every parameter and activation lives on it.
+
+The model runs inside one `jax.shard_map` over the whole mesh, so each collective below is written out, once, and
+`check_vma=True` makes jax refuse a value that claims to be equal on all devices and was never reduced. Without a mesh
+(one device) every function here is the identity.
+
+Axes. `data`, `fsdp` and `expert` share the batch; `context` shares the sequence; `tensor` shares heads, ffn and
+vocabulary. `fsdp` (and, for dense weights, `expert`) shard the parameters, which are gathered where they are used: the
+transpose of that gather is a reduce-scatter, so gradients and optimizer state stay sharded (ZeRO-3).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pydantic import Field, model_validator
+
+from mixtral_jax.config import FrozenConfig
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+
+# Logical axis of a parameter -> mesh axes that shard it. A name that is not here is an error.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "experts": ("expert",),
+    "router_experts": (),
+    "gate_up": (),
+    "ffn": ("tensor",),
+    "norm": (),
+}
+# Logical axes that are gathered before use; the others are computed on as shards.
+GATHERED = ("embed", "expert_embed")
+
+
+class MeshConfig(FrozenConfig):
+    """Sizes of the mesh axes; at most one is -1, which takes the devices that are left."""
+
+    data: int = Field(-1, description="replicas of the parameters; shares the batch")
+    fsdp: int = Field(1, description="shards parameters and the batch")
+    expert: int = Field(1, description="shards experts, dense parameters and the batch")
+    tensor: int = Field(1, description="shards heads, ffn and vocabulary")
+    context: int = Field(1, description="shards the sequence")
+    dcn_data: int = Field(1, gt=0, description="slices or nodes along data, outside the fast network")
+    dcn_fsdp: int = Field(1, gt=0, description="slices or nodes along fsdp, outside the fast network")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        sizes = {a: getattr(self, a) for a in MESH_AXES}
+        for axis, size in sizes.items():
+            if size == 0 or size < -1:
+                raise ValueError(f"mesh.{axis} is {size}: it must be a positive size or -1")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"more than one mesh axis is -1: {', '.join(a for a, s in sizes.items() if s == -1)}")
+        return self
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of every axis, over fast and slow network together, for `num_devices` devices.
+
+        Raises:
+            ValueError: the product of the sizes is not the number of devices.
+        """
+        sizes = {a: getattr(self, a) for a in MESH_AXES}
+        slow = {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
+        known = math.prod(s for s in sizes.values() if s != -1) * math.prod(slow.values())
+        free = [a for a, s in sizes.items() if s == -1]
+        if free:
+            if num_devices % known:
+                raise ValueError(f"mesh: {num_devices} devices are not a multiple of {known}, the product of the axes")
+            sizes[free[0]] = num_devices // known
+        elif known != num_devices:
+            shape = " x ".join(f"{a} {s}" for a, s in (sizes | {f"dcn_{a}": s for a, s in slow.items()}).items())
+            raise ValueError(f"mesh: {shape} = {known} devices, but there are {num_devices}")
+        return {a: s * slow.get(a, 1) for a, s in sizes.items()}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh over `devices` (all by default), or None for a single device, where nothing is sharded."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    if len(devices) == 1:
+        return None
+    shape = tuple(sizes[a] for a in MESH_AXES)
+    if config.dcn_data * config.dcn_fsdp > 1:
+        from jax.experimental import mesh_utils
+
+        slow = (config.dcn_data, config.dcn_fsdp, 1, 1, 1)
+        fast = tuple(n // s for n, s in zip(shape, slow, strict=True))
+        grid = mesh_utils.create_hybrid_device_mesh(fast, slow, devices)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    if devices[0].platform == "cpu":
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+# ---- placement, decided once -----------------------------------------------------------------------------------------
+
+
+def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: dict[str, int], name: str) -> P:
+    """PartitionSpec of a parameter with the logical `axes`.
+
+    Raises:
+        ValueError: a logical axis without a rule, a mesh axis used twice, or a dimension that it does not divide.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has {len(shape)} dimensions but {len(axes)} logical axes: {', '.join(axes)}")
+    used: set[str] = set()
+    spec: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        if logical not in LOGICAL_AXES:
+            raise ValueError(f"{name}: logical axis {logical!r} has no rule in LOGICAL_AXES")
+        mesh_axes = LOGICAL_AXES[logical]
+        if used & set(mesh_axes):
+            raise ValueError(
+                f"{name}: two of its axes ({', '.join(axes)}) would be sharded over {used & set(mesh_axes)}"
+            )
+        used |= set(mesh_axes)
+        parts = math.prod(mesh_shape[a] for a in mesh_axes)
+        if size % parts:
+            over = " x ".join(f"{a} {mesh_shape[a]}" for a in mesh_axes)
+            raise ValueError(
+                f"{name}: its {logical} dimension {size} is not a multiple of {parts} (mesh {over}): "
+                f"choose a smaller mesh.{mesh_axes[-1]} or pad the model"
+            )
+        spec.append(mesh_axes or None)
+    return P(*spec)
+
+
+def param_specs(model: nnx.Module, mesh: Any) -> Any:
+    """PartitionSpecs shaped like `model`: a module whose leaves are specs."""
+    mesh_shape = dict(mesh.shape)
+    graphdef, state = nnx.split(model)
+    specs = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        specs.append(param_spec(variable.get_metadata()["axes"], variable.shape, mesh_shape, name))
+    return jax.tree.unflatten(jax.tree.structure(state), specs), graphdef
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh | None) -> dict | None:
+    """NamedShardings as a nested dict with the keys of `nnx.to_pure_dict(nnx.state(model))`; None without a mesh."""
+    if mesh is None:
+        return None
+    specs, _ = param_specs(model, mesh)
+    pure = nnx.to_pure_dict(nnx.state(model))
+    named = [NamedSharding(mesh, s) for s in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))]
+    return jax.tree.unflatten(jax.tree.structure(pure), named)
+
+
+def batch_spec(leading: int = 0) -> P:
+    """Spec of a (..., B, T) array with `leading` unsharded dimensions before the batch."""
+    return P(*(None,) * leading, BATCH_AXES, "context")
+
+
+def batch_sharding(mesh: Mesh | None, leading: int = 1) -> NamedSharding | None:
+    """Sharding of a Batch leaf (A, b, T); None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, batch_spec(leading))
+
+
+# ---- inside the shard_map: each is the identity without a mesh -------------------------------------------------------
+
+
+def _inside() -> bool:
+    """Whether this code is being traced for one device of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and len(mesh.manual_axes) > 0
+
+
+def axis_size(name: str) -> int:
+    """Devices along a mesh axis."""
+    return jax.lax.axis_size(name) if _inside() else 1
+
+
+def axis_index(name: str) -> jax.Array | int:
+    """This device's place along a mesh axis."""
+    return jax.lax.axis_index(name) if _inside() else 0
+
+
+def psum(x: Any, axes: Sequence[str]) -> Any:
+    """Sum over the devices along `axes`."""
+    return jax.tree.map(lambda a: jax.lax.psum(varying(a, axes), tuple(axes)), x) if _inside() else x
+
+
+def axis_max(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Maximum over the devices along `axes`; no gradient."""
+    return jax.lax.pmax(varying(jax.lax.stop_gradient(x), axes), tuple(axes)) if _inside() else x
+
+
+def variance(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which `x` differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x` typed as different on each device along `axes`; the transpose is the psum of its gradient."""
+    if not _inside():
+        return x
+    missing = tuple(a for a in axes if a not in variance(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays with one common variance: what a custom_vjp wants of its arguments."""
+    if not _inside():
+        return arrays
+    axes = sorted(frozenset().union(*map(variance, arrays)))
+    return tuple(varying(a, axes) for a in arrays)
+
+
+def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
+
+    Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
+    """
+    w = param[...].astype(dtype)
+    if not _inside():
+        return w
+    w = varying(w, TOKEN_AXES)
+    names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
+    for dim, name in enumerate(names):
+        if name in GATHERED:
+            w = jax.lax.all_gather(w, LOGICAL_AXES[name], axis=dim, tiled=True)
+    return w
+
+
+def sharded(
+    local: Callable[..., Any], model: nnx.Module, args: tuple[Any, ...], in_specs: tuple[Any, ...], out_specs: Any
+) -> Any:
+    """local(model, *args) on every device's shards; a plain call without a mesh.
+
+    Outputs that `out_specs` calls replicated must have been reduced: jax checks it while tracing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(model, *args)
+    specs, graphdef = param_specs(model, mesh)
+    _, state = nnx.split(model)
+
+    def body(state: Any, *args: Any) -> Any:
+        return local(nnx.merge(graphdef, state), *args)
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=True)
+    return run(state, *args)
