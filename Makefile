@@ -1,0 +1,62 @@
+# Each target makes .venv by itself; a stamp file in it says what is installed. Nothing else is needed than Python
+# 3.11 or newer, make and git.
+#
+#   make quickstart   train a small Mixtral on five languages and code, on this machine's CPU
+#   make test         the fast tests (two workers: make test WORKERS=4 changes that)
+#   make test-slow    the tests that take minutes
+#   make lint         ruff and mypy
+#   make bench        measure, beside transformers, and write docs/benchmarks.md
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+quickstart: $(VENV)/core.stamp
+	$(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
+
+test: $(VENV)/test.stamp
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/test.stamp
+	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy mixtral_jax train data launch.py
+
+format: $(VENV)/test.stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/test.stamp
+	$(RUN) -m tests.bench.run
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; say which: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "making $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is written last: an install that was cut off is done again.
+$(VENV)/core.stamp: pyproject.toml constraints.txt | $(RUN)
+	@echo "installing mixtral-jax into $(VENV); the first time this takes a few minutes"
+	$(RUN) -m pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(RUN)
+	@echo "installing mixtral-jax with what its tests compare it to (torch, transformers, libtpu, ...) into $(VENV)"
+	$(RUN) -m pip install --quiet --editable '.[test,aot]' --constraint constraints.txt
+	@touch $(VENV)/core.stamp $@

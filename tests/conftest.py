@@ -1,0 +1,79 @@
+"""Strict tests: eight CPU devices, no silent broadcasting, warnings are errors (pyproject.toml), no network.
+
+The environment is set while pytest loads this file, before anything imports jax; processes that tests start inherit
+it. Under pytest-xdist every worker loads this file by itself.
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+os.environ |= {
+    "JAX_PLATFORMS": os.environ.get("MIXTRAL_JAX_TEST_PLATFORM", "cpu"),
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiling dominates these tests; programs compiled once are shared by workers and later runs.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    # torch, an oracle here, would otherwise take every core in every worker.
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS)),
+}
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+_connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "", None, socket.gethostname())
+
+
+def _refuse_strangers(address: Any) -> None:
+    host = address[0] if isinstance(address, tuple) else ""  # a Unix socket's address is a path
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in _LOCAL_NAMES and not str(host).startswith("127."):
+        raise PermissionError(f"this test tried to reach {host!r}: tests use no network")
+
+
+def _guarded_connect(self: socket.socket, address: Any) -> None:
+    _refuse_strangers(address)
+    _connect(self, address)
+
+
+def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
+    _refuse_strangers(address)
+    return _connect_ex(self, address)
+
+
+def _guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+    _refuse_strangers((host, 0))
+    return _getaddrinfo(host, *args, **kwargs)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Any:
+    """Only this machine can be reached."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", _guarded_connect)
+    patch.setattr(socket.socket, "connect_ex", _guarded_connect_ex)
+    patch.setattr(socket, "getaddrinfo", _guarded_getaddrinfo)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
