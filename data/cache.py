@@ -112,9 +112,14 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file so that a reader sees all of it or none."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `write_atomically`, for bytes."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(temporary, "wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
