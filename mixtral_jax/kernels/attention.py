@@ -1,11 +1,11 @@
 """Grouped-query attention: one function, several back-ends, one meaning (docs: NUMERICS B3, B4, B9).
 
-out[b,t,n] = sum over s of softmax_s( q[b,t,n] . k[b,s,n // G] / sqrt(H) ) v[b,s,n // G], over the keys that t sees: of its
+out[b,t,n] = sum over s of softmax_s( q[b,t,n] . k[b,s,n//G] / sqrt(H) ) v[b,s,n//G], over the keys that t sees: of its
 own segment (segment 0 is padding), at positions p - window + 1 ... p. Mixtral 2401.04088; GQA 2305.13245. The mask
 comes from positions and segments, never from the order of the tokens in the row. A query that sees no key gives 0.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp

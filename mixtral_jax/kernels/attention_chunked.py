@@ -9,24 +9,23 @@ Layout: the G query heads of a kv head are rows of one matrix, R = block_T * G, 
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 NEVER = -1e30  # a score that no key reaches: finite, so that rows without any key give no NaN
 
 
 class Tiling(NamedTuple):
-    """How T queries and S keys are cut, and which tiles can hold anything. Static, hashable."""
+    """How T queries and S keys are cut, and which key blocks first <= j < stop query block i visits. Static."""
 
     block_T: int
     block_S: int
-    pairs: tuple[tuple[int, int], ...]
+    first: tuple[int, ...]
+    stop: tuple[int, ...]
 
 
 class Tokens(NamedTuple):
@@ -42,16 +41,14 @@ def tile(T: int, S: int, block_T: int, block_S: int, *, window: int | None, orde
     Within a segment of an ordered row, positions grow at least as fast as indices: a key of a higher index, or one
     that is `window` or more indices behind, is never seen.
     """
-    pairs = []
-    for i in range(math.ceil(T / block_T)):
-        first, last = i * block_T, min((i + 1) * block_T, T) - 1
-        for j in range(math.ceil(S / block_S)):
-            key_first, key_last = j * block_S, (j + 1) * block_S - 1
-            too_late = ordered and key_first > last
-            too_old = ordered and window is not None and first - key_last >= window
-            if not (too_late or too_old):
-                pairs.append((i, j))
-    return Tiling(block_T, block_S, tuple(pairs))
+    key_blocks = math.ceil(S / block_S)
+    first, stop = [], []
+    for start in range(0, T, block_T):
+        end = min(start + block_T, T)  # the queries start ... end - 1
+        oldest = max(0, start - window + 1) if ordered and window is not None else 0
+        first.append(min(oldest // block_S, key_blocks - 1))
+        stop.append(min(math.ceil(end / block_S), key_blocks) if ordered else key_blocks)
+    return Tiling(block_T, block_S, tuple(first), tuple(stop))
 
 
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> Array:
@@ -97,82 +94,86 @@ def _attend(
 
 
 def _forward(
-    q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, window: int | None, tiling: Tiling
+    q_iBKRH: Array, k_jBKSH: Array, v_jBKSH: Array, queries: Tokens, keys: Tokens, window: int | None, tiling: Tiling
 ) -> tuple[Array, Any]:
-    def visit(state: tuple[Array, Array, Array], i: Any, j: Any) -> tuple[Array, Array, Array]:
-        out, top, total = state
-        s = _scores(q, k, queries, keys, i, j, window)
-        m_old = top[i]
-        m = jnp.maximum(m_old, s.max(-1, keepdims=True))
-        p = jnp.exp(s - m)
-        shrink = jnp.exp(m_old - m)
-        o = jnp.einsum("BKRS,BKSH->BKRH", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-        return (
-            out.at[i].set(out[i] * shrink + o),
-            top.at[i].set(m),
-            total.at[i].set(total[i] * shrink + p.sum(-1, keepdims=True)),
-        )
+    def query_block(_: None, block: tuple[Array, Tokens, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        q, tokens, first, stop = block
 
-    zeros = _zeros_like(q)
-    top = jnp.full_like(zeros[..., :1], NEVER)
-    out, top, total = _each_pair(visit, (zeros, top, zeros[..., :1]), tiling)
-    seen = top > NEVER / 2
-    # rows without keys: output 0, and a log-sum-exp so high that their probabilities are 0 in the backward pass
-    out = jnp.where(seen, out / jnp.where(seen, total, 1.0), 0.0).astype(q.dtype)
-    lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -NEVER)
-    return out, (q, k, v, queries, keys, out, lse)
+        def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            out, top, total = state
+            s = _scores(q, _at(k_jBKSH, j), tokens, Tokens(*(_at(x, j) for x in keys)), window)
+            new_top = jnp.maximum(top, s.max(-1, keepdims=True))
+            shrink = jnp.exp(top - new_top)
+            p = jnp.exp(s - new_top)
+            out = out * shrink + _einsum("BKRS,BKSH->BKRH", p.astype(q.dtype), _at(v_jBKSH, j))
+            return out, new_top, total * shrink + p.sum(-1, keepdims=True)
+
+        zeros = jnp.zeros_like(q, dtype=jnp.float32)
+        start = zeros, jnp.full_like(zeros[..., :1], NEVER), zeros[..., :1]
+        out, top, total = lax.fori_loop(first, stop, visit, start)
+        # Rows without keys: output 0, and a log-sum-exp so high that their probabilities are 0 in the backward pass.
+        seen = top > NEVER / 2
+        total = jnp.where(seen, total, 1.0)
+        return None, (jnp.where(seen, out / total, 0.0).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -NEVER))
+
+    out, lse = lax.scan(query_block, None, (q_iBKRH, queries, *_bounds(tiling)))[1]
+    return out, (q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, out, lse)
 
 
-def _backward(window: int | None, tiling: Tiling, saved: Any, g: Array) -> tuple[Any, ...]:
-    q, k, v, queries, keys, out, lse = saved
-    delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    # The products over rows take these transposes: turning the probabilities themselves is what costs on a CPU.
-    q_T, g_T = lax.optimization_barrier((q.swapaxes(-1, -2), g.swapaxes(-1, -2)))
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _backward(window: int | None, tiling: Tiling, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]:
+    q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, out, lse = saved
+    delta = jnp.sum(g_iBKRH.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
 
-    def visit(state: tuple[Array, Array, Array], i: Any, j: Any) -> tuple[Array, Array, Array]:
-        dq, dk, dv = state
-        p = jnp.exp(_scores(q, k, queries, keys, i, j, window) - lse[i])
-        dp = einsum("BKRH,BKSH->BKRS", g[i], v[j])
-        ds = (p * (dp - delta[i])).astype(q.dtype)
-        return (
-            dq.at[i].add(einsum("BKRS,BKSH->BKRH", ds, k[j])),
-            dk.at[j].add(einsum("BKHR,BKRS->BKHS", q_T[i], ds)),
-            dv.at[j].add(einsum("BKHR,BKRS->BKHS", g_T[i], p.astype(g.dtype))),
-        )
+    def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
+        q, g, delta, lse, tokens, first, stop = block
+        # Products over the rows take these transposes: turning the probabilities instead is what costs on a CPU.
+        q_T, g_T = lax.optimization_barrier((q.swapaxes(-1, -2), g.swapaxes(-1, -2)))
 
-    start = (_zeros_like(q), _zeros_like(k.swapaxes(-1, -2)), _zeros_like(v.swapaxes(-1, -2)))
-    dq, dk, dv = _each_pair(visit, start, tiling)
-    scale = q.shape[-1] ** -0.5
-    dk, dv = dk.swapaxes(-1, -2), dv.swapaxes(-1, -2)
-    return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None
+        def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = state
+            k, v = _at(k_jBKSH, j), _at(v_jBKSH, j)
+            p = jnp.exp(_scores(q, k, tokens, Tokens(*(_at(x, j) for x in keys)), window) - lse)
+            ds = (p * (_einsum("BKRH,BKSH->BKRS", g, v) - delta)).astype(q.dtype)
+            dq += _einsum("BKRS,BKSH->BKRH", ds, k)
+            dk = _add_at(dk, j, _einsum("BKHR,BKRS->BKHS", q_T, ds))
+            return dq, dk, _add_at(dv, j, _einsum("BKHR,BKRS->BKHS", g_T, p.astype(g.dtype)))
+
+        dq, *sums = lax.fori_loop(first, stop, visit, (jnp.zeros_like(q, dtype=jnp.float32), *sums))
+        return tuple(sums), dq
+
+    zeros = jnp.zeros_like(k_jBKSH.swapaxes(-1, -2), dtype=jnp.float32)
+    xs = (q_iBKRH, g_iBKRH, delta, lse, queries, *_bounds(tiling))
+    (dk, dv), dq = lax.scan(query_block, (zeros, zeros), xs)
+    scale = q_iBKRH.shape[-1] ** -0.5
+    dk, dv = dk.swapaxes(-1, -2) * scale, dv.swapaxes(-1, -2)
+    return (dq * scale).astype(q_iBKRH.dtype), dk.astype(k_jBKSH.dtype), dv.astype(v_jBKSH.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-def _scores(q: Array, k: Array, queries: Tokens, keys: Tokens, i: Any, j: Any, window: int | None) -> Array:
+
+def _scores(q: Array, k: Array, queries: Tokens, keys: Tokens, window: int | None) -> Array:
     """Scaled and masked scores (B, K, R, S) of one tile, fp32; the mask is shared by all heads."""
-    s = jnp.einsum("BKRH,BKSH->BKRS", q[i], k[j], preferred_element_type=jnp.float32)
-    seen = visible(Tokens(*(x[i] for x in queries)), Tokens(*(x[j] for x in keys)), window)
-    bias_BTS = jnp.where(seen, 0.0, NEVER)
+    s = _einsum("BKRH,BKSH->BKRS", q, k)
+    # the barrier keeps the comparisons from being repeated for every head, inside each use of the scores
+    bias_BTS = lax.optimization_barrier(jnp.where(visible(queries, keys, window), 0.0, NEVER))
     (B, K, R, S), T = s.shape, bias_BTS.shape[1]
     s_BKTGS = s.reshape(B, K, T, R // T, S) * q.shape[-1] ** -0.5
     return (s_BKTGS + bias_BTS[:, None, :, None, :]).reshape(s.shape)
 
 
-# With few tiles, straight-line code lets XLA drop the loop's bookkeeping; with many, it must not grow.
-_UNROLL = 12
+def _bounds(tiling: Tiling) -> tuple[Array, Array]:
+    return jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32)
 
 
-def _each_pair(visit: Callable[..., Any], state: Any, tiling: Tiling) -> Any:
-    """Visit every tile in order."""
-    if len(tiling.pairs) <= _UNROLL:
-        for i, j in tiling.pairs:
-            state = visit(state, i, j)
-        return state
-    pairs = jnp.asarray(np.array(tiling.pairs, np.int32))
-    return lax.scan(lambda state, pair: (visit(state, pair[0], pair[1]), None), state, pairs)[0]
+def _at(x: Array, index: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def _add_at(x: Array, index: Array, term: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(x, _at(x, index) + term, index, 0)
 
 
 def _cut(x_BTNH: Array, block: int, K: int) -> Array:
@@ -197,10 +198,6 @@ def _join(x_iBKRH: Array, T: int, N: int) -> Array:
     block = R * K // N
     x = x_iBKRH.reshape(n, B, K, block, N // K, H).transpose(1, 0, 3, 2, 4, 5)
     return x.reshape(B, n * block, N, H)[:, :T]
-
-
-def _zeros_like(x: Array) -> Array:
-    return jnp.zeros_like(x, dtype=jnp.float32)
 
 
 def _vary_alike(tree: Any) -> Any:
