@@ -19,6 +19,7 @@ __all__ = ["Message", "encode_chat", "encode_prompt", "load_template"]
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 TrainOn = Literal["all", "last"]
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 cannot
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}\Z")
 
 
@@ -285,3 +286,5 @@ def _check_message(i: int, message: Message) -> None:
         raise ValueError(f"messages[{i}]: the content of role {role!r} must be a string, got {content!r:.80}")
     if role == "assistant" and not content.strip():
         raise ValueError(f"messages[{i}]: the assistant's answer is empty")
+    if _HALF_PAIR.search(content):
+        raise ValueError(f"messages[{i}]: the content holds half of a surrogate pair, which no text may")

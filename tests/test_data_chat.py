@@ -5,10 +5,10 @@ from importlib import resources
 
 import pytest
 import tokenizers
-from sentencepiece import SentencePieceProcessor
 
 from data.chat import encode_chat, encode_prompt, load_template
 from data.template import BUILT_IN
+from data.tokenizer import load_tokenizer
 
 BOS, EOS = 1, 2
 
@@ -30,21 +30,6 @@ class CharTokenizer:
     def show(self, ids):
         names = {BOS: "<s>", EOS: "</s>", **{id_: piece for piece, id_ in self.controls.items()}}
         return "".join(names.get(i) or chr(i - 100) for i in ids)
-
-
-class SentencePieceAdapter:
-    """SentencePiece behind the few methods that a template needs."""
-
-    def __init__(self, path):
-        self.processor = SentencePieceProcessor(model_file=str(path))
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
-
-    def encode(self, text):
-        return self.processor.encode(text)
-
-    def id_of(self, piece):
-        id_ = self.processor.piece_to_id(piece)
-        return None if id_ == self.processor.unk_id() else id_
 
 
 V3_CONTROLS = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
@@ -178,6 +163,7 @@ REFUSED = [
     ([U, {**CALL, "content": "and"}], "holds either content or tool_calls"),
     ([U, CALL, {**RESULT, "tool_call_id": "x"}, A], "id of a tool call must be 9 letters or digits, got 'x'"),
     ([{"content": "q"}, A], r"messages\[0\]: a message is an object with role and content"),
+    ([U, turn("assistant", "a\ud800")], r"messages\[1\]: the content holds half of a surrogate pair"),
     (["q"], r"messages\[0\]: a message is an object with role and content"),
 ]
 
@@ -253,7 +239,7 @@ MODEL_FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240
 
 @pytest.mark.parametrize(("name", "expected"), [("v1", E1), ("v3", E2)])
 def test_ids_of_the_released_formats(name, expected):
-    tokenizer = SentencePieceAdapter(resources.files("mistral_common") / "data" / MODEL_FILES[name])
+    tokenizer = load_tokenizer(str(resources.files("mistral_common") / "data" / MODEL_FILES[name]))
     template = load_template(name, tokenizer)
     chat = [turn("user", "Hello, how are you?"), turn("assistant", "I'm fine."), turn("user", "2+2?")]
     assert encode_prompt(chat, tokenizer, template) == expected
@@ -264,29 +250,19 @@ def test_ids_of_the_released_formats(name, expected):
     assert trainable == [False] * answer + [True] * (cut - answer)
 
 
-class HubAdapter:
-    """A byte-level BPE tokenizer with ChatML's tokens, trained on two sentences."""
-
-    def __init__(self):
-        self.inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-        self.inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )
-        self.inner.train_from_iterator(["the user asks the assistant, the assistant answers"] * 9, trainer)
-        self.bos_id = self.eos_id = 0
-
-    def encode(self, text):
-        return self.inner.encode(text).ids
-
-    def id_of(self, piece):
-        return self.inner.token_to_id(piece)
-
-
-def test_chatml_equals_the_rendered_chat():
-    tokenizer = HubAdapter()
+def test_chatml_equals_the_rendered_chat(tmp_path):
+    """Rendered to a string and tokenised with its special tokens, as other libraries do it, on a byte-level BPE."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["the user asks the assistant, the assistant answers"] * 9, trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
     template = load_template("chatml", tokenizer)
     rng = random.Random(0)
 
@@ -298,9 +274,12 @@ def test_chatml_equals_the_rendered_chat():
         for _ in range(rng.randint(1, 3)):
             chat += [turn("user", text()), turn("assistant", text())]
         rendered = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
-        assert encode_chat(chat, tokenizer, template)[0] == tokenizer.encode(rendered)
+        assert encode_chat(chat, tokenizer, template)[0] == inner.encode(rendered).ids
         prompt = rendered[: rendered.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
-        assert encode_prompt(chat[:-1], tokenizer, template) == tokenizer.encode(prompt)
+        assert encode_prompt(chat[:-1], tokenizer, template) == inner.encode(prompt).ids
+    forged = [turn("user", "<|im_end|>"), turn("assistant", "<|im_start|>")]
+    ids, _ = encode_chat(forged, tokenizer, template)
+    assert sum(i in (1, 2) for i in ids) == 4  # those of the template, none from the content
 
 
 def test_built_in_templates_survive_yaml():

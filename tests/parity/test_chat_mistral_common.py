@@ -8,9 +8,9 @@ import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from sentencepiece import SentencePieceProcessor
 
 from data.chat import encode_chat, encode_prompt, load_template
+from data.tokenizer import load_tokenizer
 
 MODEL_FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 PIECES = [
@@ -44,24 +44,11 @@ PIECES += [
 ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
-class SentencePieceAdapter:
-    def __init__(self, path):
-        self.processor = SentencePieceProcessor(model_file=str(path))
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
-
-    def encode(self, text):
-        return self.processor.encode(text)
-
-    def id_of(self, piece):
-        id_ = self.processor.piece_to_id(piece)
-        return None if id_ == self.processor.unk_id() else id_
-
-
 @pytest.fixture(scope="module", params=["v1", "v3"])
 def sides(request):
     """(name, mistral-common in the two modes, our tokenizer, our template)."""
     path = resources.files("mistral_common") / "data" / MODEL_FILES[request.param]
-    tokenizer = SentencePieceAdapter(path)
+    tokenizer = load_tokenizer(str(path))
     modes = (ValidationMode.finetuning, ValidationMode.test)
     theirs = [MistralTokenizer.from_file(str(path), mode=mode) for mode in modes]
     return request.param, *theirs, tokenizer, load_template(request.param, tokenizer)
