@@ -133,15 +133,18 @@ def to_yaml(values: Mapping[str, Any], notes: Mapping[str, str] | None = None) -
 
 
 def closest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The most similar of the known dotted paths, or None; the last part of a path counts on its own too."""
+    """The known dotted path whose last part is most similar, or None; among equals the nearest as a whole."""
+
+    def similarity(candidate: str) -> tuple[float, float]:
+        leaf = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return leaf, difflib.SequenceMatcher(None, word, candidate).ratio()
 
     def score(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-        leaf = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return max(whole, leaf) + 0.1 * whole  # equal leaves: the path that is nearer as a whole
+        leaf, whole = similarity(candidate)
+        return leaf + 0.3 * whole
 
     best = max(known, key=score, default=None)
-    return best if best is not None and score(best) >= cutoff + 0.1 else None
+    return best if best is not None and similarity(best)[0] >= cutoff else None
 
 
 def show(value: Any) -> str:

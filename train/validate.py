@@ -104,6 +104,8 @@ def _schema_problems(
             case _:
                 unions.setdefault(path, []).append(_sentence(detail))
     for path, texts in unions.items():
+        if any(other.startswith(f"{path}.") for other in unions):
+            continue  # one branch of a union fits, but for its parts
         first, *others = dict.fromkeys(texts)
         yield path, " or ".join([first, *(text.removeprefix("must be ") for text in others)])
 
