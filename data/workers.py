@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from typing import Self, TypeVar
 
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -41,14 +41,19 @@ class Workers:
                 yield job, function(job)
             return
         waiting: deque[tuple[J, Future[R]]] = deque()
-        for job in jobs:
-            waiting.append((job, self._pool.submit(function, job)))
-            if len(waiting) > 4 * self._count:
+        try:
+            for job in jobs:
+                waiting.append((job, self._pool.submit(function, job)))
+                if len(waiting) > 4 * self._count:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+        finally:  # after an error nobody may still write where the caller cleans up
+            for _, future in waiting:
+                future.cancel()
+            wait([future for _, future in waiting])
 
 
 def _start_worker() -> None:
