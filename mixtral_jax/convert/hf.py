@@ -29,21 +29,25 @@ class HfSource:
 
     def __init__(self, path: str | os.PathLike[str], architectures: tuple[str, ...] = ("mixtral", "mistral")) -> None:
         self.directory = Directory(path)
-        self.hf_config = read_config(self.directory)
+        self.hf_config = self._read_config()
         self.config = MixtralConfig.from_hf(self.hf_config, architectures)
         self._readers: dict[str, LocalReader | RemoteReader] = {}
         self._tensors = self._scan()
         self.slots = slots(self.config)
-        self.layout = _layout(self._tensors)
-        self._places = {slot.name: place(slot, self.config, self.layout) for slot in self.slots}
+        self.layout = self._layout_of()
+        self._places = {slot.name: self._place(slot) for slot in self.slots}
         self._check()
 
     def dtype(self, slot: Slot) -> np.dtype:
         return self._tensors[self._places[slot.name].name].dtype
 
     def band(self, slot: Slot) -> int | None:
-        """Rows that must be read at once; None: any number."""
+        """Rows that it is best to read at once; None: any number."""
         return None
+
+    def cost(self, slot: Slot) -> int:
+        """Bytes that reading holds: a few rows at a time."""
+        return 1 << 20
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         """Hub rows start ... stop - 1 of a slot, as (rows, cols) or (rows,)."""
@@ -57,8 +61,24 @@ class HfSource:
         data = self._readers[tensor.file].pread(tensor.offset + start * width, (stop - start) * width)
         return np.frombuffer(data, tensor.dtype).reshape(stop - start, *tail)
 
+    def _read_config(self) -> dict[str, Any]:
+        return read_config(self.directory)
+
+    def _files(self) -> tuple[list[str], dict[str, str]]:
+        return weight_files(self.directory)
+
+    def _layout_of(self) -> Layout:
+        fused = next((n for n in self._tensors if ".mlp.experts." in n), None)
+        hub = next((n for n in self._tensors if ".block_sparse_moe.experts." in n), None)
+        if fused and hub:
+            raise ValueError(f"two expert layouts are mixed: {fused} (fused) and {hub} (one tensor an expert)")
+        return "fused" if fused else "hub"
+
+    def _place(self, slot: Slot) -> Place:
+        return place(slot, self.config, self.layout)
+
     def _scan(self) -> dict[str, Tensor]:
-        files, index = weight_files(self.directory)
+        files, index = self._files()
         tensors: dict[str, Tensor] = {}
         for file in files:
             self._readers[file] = self.directory.reader(file)
@@ -158,14 +178,6 @@ def weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
             f"{directory} holds pickled weights ({pickles[0]}), which are not read: save it as safetensors"
         )
     raise ValueError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}")
-
-
-def _layout(tensors: dict[str, Tensor]) -> Layout:
-    fused = next((n for n in tensors if ".mlp.experts." in n), None)
-    hub = next((n for n in tensors if ".block_sparse_moe.experts." in n), None)
-    if fused and hub:
-        raise ValueError(f"two expert layouts are mixed: {fused} (fused) and {hub} (one tensor an expert)")
-    return "fused" if fused else "hub"
 
 
 def place(slot: Slot, config: MixtralConfig, layout: Layout) -> Place:
