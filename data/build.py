@@ -241,9 +241,7 @@ def _finish(cache: Path, recipe: Recipe, count: int, results: list[_Shard]) -> N
             f"{parts} held {found} of {counts.documents} documents: it was damaged and is removed now, run again"
         )
     if not found:
-        seen = f"{counts.empty} empty, {counts.dropped} without an answer to learn, {counts.problems.count} bad"
-        files = ", ".join(recipe.files[:3]) + (" ..." if len(recipe.files) > 3 else "")
-        raise ValueError(f"source {recipe.source.name!r}: no documents in {files} ({seen} records)")
+        raise ValueError(_no_documents(recipe, counts))
     prepared = PreparedSource(
         name=recipe.source.name,
         fingerprint=recipe.fingerprint,
@@ -266,6 +264,16 @@ def _finish(cache: Path, recipe: Recipe, count: int, results: list[_Shard]) -> N
         shutil.rmtree(final)
     os.rename(directory, final)
     _remove(parts)
+
+
+def _no_documents(recipe: Recipe, counts: Counts) -> str:
+    seen = {"empty": counts.empty, "without an answer to learn": counts.dropped, "bad": counts.problems.count}
+    found = ", ".join(f"{count} {what}" for what, count in seen.items() if count)
+    files = ", ".join(recipe.files[:3]) + (" ..." if len(recipe.files) > 3 else "")
+    first = "".join(f"; {message}" for message in counts.problems.first[:1])
+    return f"source {recipe.source.name!r}: no documents to learn from in {files}, " + (
+        f"which has {found} records{first}" if found else "which has no records"
+    )
 
 
 def _remove(parts: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
-from data.sources import Lump
+from data.sources import Lump, Problems
 
 _BATCH = 256
 
@@ -34,7 +34,7 @@ def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[
     return found
 
 
-def parquet(source: SourceConfig, file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
     """Records of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -48,7 +48,9 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...]) -> Iterat
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
 
-def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def hugging_face(
+    source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems
+) -> Iterator[dict[str, Any]]:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
     for file in [path] if os.path.isfile(path) else _arrow_files(Path(path), source.split):
         yield from _arrow(file, columns)
@@ -93,7 +95,7 @@ def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
 
 
-def array_record(source: SourceConfig, file: str, columns: tuple[str, ...]) -> Iterator[Any]:
+def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[Any]:
     """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -105,16 +107,17 @@ def array_record(source: SourceConfig, file: str, columns: tuple[str, ...]) -> I
         for start in range(0, reader.num_records(), _BATCH):
             records = reader.read(start, min(start + _BATCH, reader.num_records()))
             for number, record in enumerate(records, start + 1):
-                yield _json_or_text(record, source.text_key, f"{file}, record {number}")
+                try:
+                    yield _json_or_text(record, source.text_key)
+                except UnicodeDecodeError:
+                    where = f"{file}, record {number}"
+                    problems.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
     finally:
         reader.close()
 
 
-def _json_or_text(record: bytes, key: str, where: str) -> dict[str, Any]:
-    try:
-        text = record.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8 (a TFDS data set is read through its directory)") from None
+def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
+    text = record.decode("utf-8")
     if text.startswith("{"):
         try:
             parsed = json.loads(text)
@@ -125,7 +128,7 @@ def _json_or_text(record: bytes, key: str, where: str) -> dict[str, Any]:
     return {key: text}
 
 
-def tfds(source: SourceConfig, path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
     """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
     import tensorflow_datasets
 
@@ -145,8 +148,12 @@ def tfds(source: SourceConfig, path: str, columns: tuple[str, ...]) -> Iterator[
     records = builder.as_data_source(split=split)
     wanted = _present(path, builder.info.features.keys(), columns)
     for start in range(0, len(records), _BATCH):
-        for record in records.__getitems__(range(start, min(start + _BATCH, len(records)))):
-            yield {key: _plain(record[key]) for key in wanted}
+        numbers = range(start, min(start + _BATCH, len(records)))
+        for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
+            try:
+                yield {key: _plain(record[key]) for key in wanted}
+            except UnicodeDecodeError:
+                problems.report(f"{path}, record {number + 1}: not UTF-8")
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,8 @@ from data.sources import Lump, Problems
 from data.template import Template
 from data.tokenizer import Tokenizer
 
+MAX_ENCODED = 4_000_000  # characters
+
 
 class Documents(NamedTuple):
     """Tokenised documents, end to end."""
@@ -55,8 +57,28 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, problems: Problem
             continue
         text_bytes += size
         texts.append(text)
-    tokens, lengths = _with_bos_eos(tokenizer.encode_batch(texts), tokenizer)
+    tokens, lengths = _with_bos_eos(_encode_all(texts, tokenizer), tokenizer)
     return Documents(tokens, lengths, None, text_bytes, empty)
+
+
+def _encode_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """A tokenizer holds some 50 bytes a character: very long texts are encoded piece by piece, cut at white space.
+
+    Each piece may begin with the space that the tokenizer puts in front of a text.
+    """
+    if all(len(text) <= MAX_ENCODED for text in texts):
+        return tokenizer.encode_batch(texts)
+    encoded = []
+    for text in texts:
+        ids: list[int] = []
+        while text:
+            end = len(text)
+            if end > MAX_ENCODED:
+                end = max(text.rfind(c, 0, MAX_ENCODED) for c in "\n ") + 1 or MAX_ENCODED
+            ids += tokenizer.encode(text[:end])
+            text = text[end:]
+        encoded.append(ids)
+    return encoded
 
 
 def _lacks_text(record: dict[str, Any], key: str) -> str:

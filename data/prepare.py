@@ -143,6 +143,6 @@ def _recipe(
 
 
 def _lock(cache: Path, recipe: Recipe, suffix: str, show: bool) -> Any:
-    path = cache / f"{recipe.fingerprint[:24]}{suffix}.lock"
+    path = cache / "locks" / f"{recipe.fingerprint[:24]}{suffix}"
     waiting = f"source {recipe.source.name!r}: waiting for another process that prepares it ({path})"
     return locked(path, waiting, say if show else lambda _: None)

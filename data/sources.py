@@ -193,25 +193,38 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], proble
             "tfds": columnar.tfds,
             "datasets": columnar.hugging_face,
         }
-        yield from columnar.lumps(file, readers[kind](source, file, columns), LUMP_BYTES)
+        yield from columnar.lumps(file, readers[kind](source, file, columns, problems), LUMP_BYTES)
+
+
+class _CutOff(Exception):
+    """The bytes of a file end, or make no sense, before its end."""
 
 
 def _jsonl(file: str, problems: Problems) -> Iterator[Lump]:
-    """Whole lines, about a megabyte of them at a time."""
+    """Whole lines, about a megabyte of them at a time; of a file that is cut off, those that are whole."""
     rest: list[bytes] = []
     held, number = 0, 1
-    for block in _blocks(file, problems):
-        end = block.rfind(b"\n") + 1
-        if end and held + end >= LUMP_BYTES:
-            lines = b"".join([*rest, block[:end]])
-            yield Lump(file, number, lines)
-            number += lines.count(b"\n")
-            rest, held = [], 0
-            block = block[end:]
-        rest.append(block)
-        held += len(block)
-    if held:
-        yield Lump(file, number, b"".join(rest))
+    damage = ""
+    try:
+        for block in _blocks(file):
+            end = block.rfind(b"\n") + 1
+            if end and held + end >= LUMP_BYTES:
+                lines = b"".join([*rest, block[:end]])
+                yield Lump(file, number, lines)
+                number += lines.count(b"\n")
+                rest, held = [], 0
+                block = block[end:]
+            rest.append(block)
+            held += len(block)
+    except _CutOff as error:
+        damage = str(error)
+    lines = b"".join(rest)
+    if damage:
+        lines = lines[: lines.rfind(b"\n") + 1]
+        last = number - 1 + lines.count(b"\n")
+        problems.report(f"{file}: {damage} after line {last}")
+    if lines:
+        yield Lump(file, number, lines)
 
 
 def _text(file: str, key: str, problems: Problems) -> Iterator[Lump]:
@@ -225,48 +238,53 @@ def _text(file: str, key: str, problems: Problems) -> Iterator[Lump]:
         except UnicodeDecodeError as error:
             problems.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
 
-    for block in _blocks(file, problems):
-        rest += block
-        if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
-            yield from lump(rest[:end])
-            rest, number = rest[end:], number + 1
+    try:
+        for block in _blocks(file):
+            rest += block
+            if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
+                yield from lump(rest[:end])
+                rest, number = rest[end:], number + 1
+    except _CutOff as error:
+        rest = rest[: rest.rfind(b"\n") + 1]
+        problems.report(f"{file}, part {number}: {error}")
     if rest:
         yield from lump(rest)
 
 
-def _blocks(file: str, problems: Problems) -> Iterator[bytes]:
-    """The bytes of a file, decompressed."""
+def _blocks(file: str) -> Iterator[bytes]:
+    """The bytes of a file, decompressed; raises _CutOff where they end early."""
     try:
         with open(file, "rb") as stream:
             raw = iter(lambda: stream.read(_READ_BYTES), b"")
             if file.endswith(".gz"):
-                yield from _inflate(file, raw, lambda: zlib.decompressobj(31), problems)
+                yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)
             elif file.endswith(".zst"):
                 import zstandard
 
-                yield from _inflate(file, raw, zstandard.ZstdDecompressor().decompressobj, problems)
+                new_stream = zstandard.ZstdDecompressor().decompressobj
+                yield from _inflate(raw, new_stream, zstandard.ZstdError)
             else:
                 yield from raw
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _inflate(file: str, raw: Iterator[bytes], new_stream: Any, problems: Problems) -> Iterator[bytes]:
+def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) -> Iterator[bytes]:
     """Streams one after another, as `cat a.gz b.gz` makes them; zero bytes after the last are padding."""
     inflate = None
-    try:
-        for block in raw:
-            while block:
-                if inflate is None:
-                    block = block.lstrip(b"\0")
-                    if not block:
-                        break
-                    inflate = new_stream()
-                yield inflate.decompress(block)
-                block = inflate.unused_data if inflate.eof else b""
-                inflate = None if inflate.eof else inflate
-    except Exception as error:  # zlib.error, zstandard.ZstdError
-        problems.report(f"{file} is damaged or not what its name says ({error})")
-        return
+    for block in raw:
+        while block:
+            if inflate is None:
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                inflate = new_stream()
+            try:
+                data = inflate.decompress(block)
+            except failure as error:
+                raise _CutOff(f"damaged, or not compressed as its name says ({error}),") from None
+            yield data
+            block = inflate.unused_data if inflate.eof else b""
+            inflate = None if inflate.eof else inflate
     if inflate is not None:
-        problems.report(f"{file} is cut off: its compressed stream has no end (an incomplete download?)")
+        raise _CutOff("the compressed file is cut off (an incomplete download?)")
