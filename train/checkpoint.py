@@ -1,8 +1,20 @@
 """Which step is saved when, and which one is resumed from."""
 
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+from etils import epath
 from pydantic import Field
 
+from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
+from train.errors import UserError
+from train.state import TrainState
+
+Say = Callable[[str], None]
 
 
 class CheckpointConfig(FrozenConfig):
@@ -17,3 +29,166 @@ class CheckpointConfig(FrozenConfig):
         None, description="where checkpoints go, gs:// too; null: <output_dir>/<run_name>/checkpoints"
     )
     asynchronous: bool = Field(True, description="write in the background while training goes on")
+
+
+class Found(NamedTuple):
+    """A checkpoint to resume from."""
+
+    step: int
+    path: epath.Path
+    dataset: dict[str, Any]  # next_row, fingerprint, tokens
+    meta: dict[str, Any]  # step, config, finished
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is complete on disk."""
+
+    step: int
+    seconds: float
+    bytes: int
+
+
+class Checkpointer:
+    """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}."""
+
+    def __init__(self, config: CheckpointConfig, directory: epath.PathLike):
+        self._config = config
+        self.directory = epath.Path(directory)
+        self._newest: int | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | Exception | None = None
+
+    def due(self, step: int, last: bool) -> bool:
+        """Is a checkpoint to be made after `step` updates?"""
+        return last or (self._config.every is not None and step % self._config.every == 0)
+
+    def save(self, state: TrainState, step: int, dataset: Mapping[str, Any], meta: Mapping[str, Any]) -> Saved | None:
+        """Start to save; the state may be donated as soon as this returns. Returns the save before, if one ended.
+
+        Raises:
+            OSError: this one, or the one before, could not be written. Complete checkpoints are untouched.
+        """
+        before = self.wait()
+        if step == self._newest:
+            return before
+        started = time.perf_counter()
+        path = self.directory / str(step)
+        if jax.process_index() == 0:
+            path.rmtree(missing_ok=True)  # one that was passed over as broken when this run resumed
+        pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
+        self._newest = step
+
+        def finish() -> None:
+            try:
+                size = pending.result()
+                self._outcome = Saved(step, time.perf_counter() - started, size)
+                self._prune()
+            except Exception as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
+        self._thread.start()
+        if not self._config.asynchronous:
+            return self.wait()
+        return before
+
+    def wait(self) -> Saved | None:
+        """Until nothing is being written. The finished save that was not reported yet, if any.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        return self.poll()
+
+    def poll(self) -> Saved | None:
+        """The finished save that was not reported yet, without waiting."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _prune(self) -> None:
+        """Keep the newest `keep_last` whole checkpoints and every multiple of `keep_every`."""
+        if jax.process_index() != 0:
+            return
+        old, every = saved_steps(self.directory)[: -self._config.keep_last], self._config.keep_every
+        discard(self.directory, [step for step in old if every is None or step % every])
+
+
+def saved_steps(directory: epath.PathLike) -> list[int]:
+    """Steps with a directory, whole or not, in order."""
+    root = epath.Path(directory)
+    if not root.exists():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+    """The checkpoint that `resume` asks for; None: begin anew. Broken ones are named to `say` and passed over.
+
+    Raises:
+        UserError: the step asked for, or with `must` any, is not there whole; or checkpoints exist and none is whole.
+    """
+    root = epath.Path(directory)
+    if resume == "never":
+        return None
+    steps = saved_steps(root)
+    if isinstance(resume, int):
+        if resume not in steps:
+            raise UserError(f"resume: {resume}: {root} has no such checkpoint; it has {_listed(steps)}")
+        steps = [resume]
+    broken: list[str] = []
+    for step in reversed(steps):
+        problem = checkpoint.damage(root / str(step))
+        try:
+            if problem is None:
+                items = {name: checkpoint.read_item(root / str(step), name) for name in ("dataset", "meta")}
+                if broken:
+                    say(f"{'; '.join(broken)}: using checkpoint {step} instead")
+                return Found(step, root / str(step), items["dataset"], items["meta"])
+        except Exception as error:  # whatever Orbax makes of a broken file
+            problem = f"it cannot be read ({type(error).__name__})"
+        broken.append(f"checkpoint {step} is not whole ({problem})")
+    if broken:
+        raise UserError(f"{root}: {'; '.join(broken)}; none is whole. Start anew with resume=never and --force")
+    if resume == "must":
+        raise UserError(f"resume: must, but {root} holds no checkpoint")
+    return None
+
+
+def restore_state(found: Found, abstract: TrainState) -> TrainState:
+    """The state, placed as `abstract` says, on any mesh.
+
+    Raises:
+        UserError: a leaf has another shape than the model; it is named.
+    """
+    try:
+        return checkpoint.restore(found.path, abstract)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
+    """Remove these checkpoints."""
+    for step in steps:
+        path = epath.Path(directory) / str(step)
+        (path / checkpoint.COMMIT).unlink(missing_ok=True)  # from here on it counts as incomplete
+        path.rmtree(missing_ok=True)
+
+
+def discard_unfinished(directory: epath.PathLike) -> None:
+    """Remove what a save that was killed has left; it was never a checkpoint."""
+    root = epath.Path(directory)
+    names = [p.name for p in root.iterdir()] if root.exists() else []
+    for step in {name.partition(".")[0] for name in names if "." in name}:
+        if step.isdigit():
+            checkpoint.discard_unfinished(root / step)
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

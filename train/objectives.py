@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from data.batch import Batch
 from mixtral_jax.config import FrozenConfig, MixtralConfig
 from mixtral_jax.model import Mixtral, next_token_sums
 from mixtral_jax.moe.losses import RouterStats, balance_loss, load_metrics, z_loss
@@ -79,7 +78,7 @@ def next_token(router: RouterConfig, model: MixtralConfig) -> Objective:
     """
     top_k = model.num_experts_per_tok
 
-    def loss(model_: Mixtral, rows: Batch, divisor: Divisor) -> tuple[Float[Array, ""], NextTokenParts]:
+    def loss(model_: Mixtral, rows: Any, divisor: Divisor) -> tuple[Float[Array, ""], NextTokenParts]:
         sums, stats = token_sums(model_, rows)
         share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
         aux, z = jnp.zeros(()), jnp.zeros(())
@@ -103,14 +102,14 @@ def next_token(router: RouterConfig, model: MixtralConfig) -> Objective:
     return Objective(batch_divisor, loss, report, lambda model_, rows: token_sums(model_, rows)[0])
 
 
-def batch_divisor(batch: Batch) -> Divisor:
+def batch_divisor(batch: Any) -> Divisor:
     """Of a whole step. Both are at least 1, so that a batch of padding only gives a loss of 0."""
     weight = jnp.sum(batch.weights, dtype=jnp.float32)
     tokens = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
     return Divisor(jnp.where(weight > 0, weight, 1.0), jnp.maximum(tokens, 1.0))
 
 
-def token_sums(model: Mixtral, rows: Batch) -> tuple[EvalSums, RouterStats]:
+def token_sums(model: Mixtral, rows: Any) -> tuple[EvalSums, RouterStats]:
     """Summed cross-entropy of rows of (b, T), and the router's statistics."""
     sums, stats = next_token_sums(model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids)
     return EvalSums(sums.loss_sum, jnp.sum(rows.weights, dtype=jnp.float32), sums.correct_sum), stats

@@ -5,8 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 from jaxtyping import Array, Int
 
+from mixtral_jax import checkpoint
+from mixtral_jax.convert.api import load_params
+from train.errors import UserError
 from train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
 
 
@@ -57,6 +62,45 @@ def start_from(params: Params, optimizer: Optimizer, abstract: TrainState) -> Tr
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     make = jax.jit(lambda p: create_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
     return make(params)
+
+
+def read_weights(path: str, abstract_params: Params) -> Params:
+    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face directory, as fp32 masters.
+
+    Raises:
+        UserError: the directory is none of the three, or a leaf has another shape than the model (it is named).
+    """
+    root = epath.Path(path)
+    try:
+        if (root / checkpoint.STATE).exists():  # a step of a run
+            return checkpoint.restore(root, {"params": abstract_params}, partial=True)["params"]
+        if (root / "params").exists():
+            return checkpoint.restore(root / "params", abstract_params)
+        if (root / "config.json").exists():
+            return _place(load_params(path, np.float32), abstract_params, path)
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from error
+    raise UserError(
+        f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
+        "a Hugging Face directory config.json"
+    )
+
+
+def _place(loaded: Params, abstract: Params, path: str) -> Params:
+    """Host arrays onto the devices, each where its ShapeDtypeStruct says."""
+    have = {_names(p): x for p, x in jax.tree_util.tree_leaves_with_path(loaded)}
+
+    def leaf(where: tuple[Any, ...], want: jax.ShapeDtypeStruct) -> jax.Array:
+        name, value = ".".join(_names(where)), have.pop(_names(where), None)
+        if value is None or value.shape != want.shape:
+            found = "is missing" if value is None else f"has shape {value.shape}"
+            raise ValueError(f"{name} {found} in {path}, but the model has {name} with shape {want.shape}")
+        return jax.make_array_from_callback(want.shape, want.sharding, lambda index: value[index])
+
+    placed = jax.tree_util.tree_map_with_path(leaf, abstract)
+    if have:
+        raise ValueError(f"{path} has {'.'.join(next(iter(have)))}, which the model does not have")
+    return placed
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

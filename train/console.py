@@ -1,0 +1,100 @@
+"""What a person sees: a progress bar in a terminal, plain lines elsewhere; every line goes to the log file too."""
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """Lines on stdout, and in logs/process_<i>.log with the time. Other processes than 0 write to their log only."""
+
+    def __init__(self, log_file: Path, *, speak: bool = True, progress: bool = True):
+        self._log: TextIO = log_file.open("a", encoding="utf-8")
+        self._rich = RichConsole(highlight=False, soft_wrap=True) if speak else None
+        self._progress: Progress | None = None
+        if speak and progress and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=self._rich, transient=True,
+            )  # fmt: skip
+        self._task: Any = None
+        self._warned: set[str] = set()
+        self._previous_showwarning = warnings.showwarning
+        warnings.showwarning = self._show_warning
+
+    def say(self, line: str) -> None:
+        """One line (or a few)."""
+        if self._rich is not None:
+            self._rich.print(line, markup=False)
+        for part in line.splitlines():
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {part}\n")
+        self._log.flush()
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar."""
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=total, completed=done)
+
+    def advance(self, done: int) -> None:
+        """Move the bar."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+    def close(self) -> None:
+        """Take the bar away and close the log."""
+        warnings.showwarning = self._previous_showwarning
+        if self._progress is not None:
+            self._progress.stop()
+        self._log.close()
+
+    def _show_warning(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        """Each warning once, as one line."""
+        text = f"warning: {message}"
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(text)
+
+
+def train_line(step: int, steps: int, metrics: Mapping[str, float | None], eta_seconds: float) -> str:
+    """One readable line of the training metrics."""
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {metrics['train/loss']:.4f}",
+        _maybe(metrics, "train/accuracy", "acc {:.1%}"),
+        f"grad {metrics['train/grad_norm']:.2f}",
+        f"lr {metrics['train/learning_rate']:.2e}",
+        _maybe(metrics, "moe/balance", "balance {:.2f}"),
+        _maybe(metrics, "perf/tokens_per_second", "{:,.0f} tok/s"),
+        _maybe(metrics, "perf/mfu", "mfu {:.1%}"),
+        f"left {clock(eta_seconds)}",
+    ]
+    return " | ".join(p for p in parts if p)
+
+
+def eval_lines(step: int, metrics: Mapping[str, float | None], sources: list[str], show: Callable[[str], None]) -> None:
+    """The evaluation: all sources together, then bits per byte of each."""
+    show(f"eval at step {step}: loss {metrics['eval/loss']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
+    parts = [f"{name} {metrics[f'eval/{name}/bits_per_byte']:.3f}" for name in sources]
+    show(f"  bits per byte: {' | '.join(parts)}")
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _maybe(metrics: Mapping[str, float | None], name: str, form: str) -> str:
+    value = metrics.get(name)
+    return "" if value is None else form.format(value)

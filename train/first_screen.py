@@ -1,0 +1,64 @@
+"""What a run says before it starts."""
+
+import platform
+from importlib import metadata
+
+import jax
+
+from data.loader import Loader
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.kernels.grouped_matmul import resolve_matmul
+from mixtral_jax.model import compute_dtype
+from mixtral_jax.moe.parallel import resolve_transport
+from train.checkpoint import Say
+from train.config import RunConfig
+from train.dry_run import batch_line, memory_line, model_line
+from train.metrics import peak_flops
+
+
+def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Loader, say: Say) -> None:
+    """Versions, devices, mesh, kernels, size, batch, data, router coefficients."""
+    devices = jax.devices()
+    sizes = config.mesh.sizes(len(devices))
+    kind = devices[0].device_kind
+    peak = peak_flops(kind)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
+    rows = {
+        "run": f"{config.run_dir} ({config.stage}, seed {config.seed})",
+        "versions": f"python {platform.python_version()}, {versions}",
+        "devices": f"{len(devices)} {kind} in {jax.process_count()} processes"
+        + (f", {peak / 1e12:.0f} TFLOP/s each" if peak else ", no peak known: mfu is null"),
+        "mesh": "one device" if mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items()),
+        "kernels": kernels_line(config.compute, sizes["expert"], config.seq_len),
+        "model": model_line(config.model, config.seq_len),
+        "batch": batch_line(config, sizes),
+        "memory": memory_line(config, sizes),
+        "data": f"{loader.fingerprint}: {', '.join(loader.source_names)}; {loader.rows_per_epoch:,} rows",
+        "router": router_line(config),
+    }
+    for title, text in rows.items():
+        say(f"{title:>8}  {text}")
+
+
+def kernels_line(compute: ComputeConfig, expert_axis: int, seq_len: int) -> str:
+    """What `auto` chose on this machine."""
+    backend = jax.default_backend()
+    return (
+        f"attention {compute.attention}, "
+        f"experts {resolve_matmul(compute.moe.matmul, backend)}, "
+        f"transport {resolve_transport(compute.moe.transport, expert_axis)}, "
+        f"{compute_dtype(compute.dtype)}, remat {compute.remat}"
+    )
+
+
+def router_line(config: RunConfig) -> str:
+    """The coefficients that are in force."""
+    if config.model.is_dense:
+        return "none: a dense model"
+    router = config.router
+    capacity = config.compute.moe.capacity_factor
+    return (
+        f"balance loss {router.balance_loss} x {router.router_aux_loss_coef:g}, "
+        f"z-loss x {router.router_z_loss_coef:g}; "
+        + ("dropless" if capacity is None else f"capacity factor {capacity:g}: tokens can be dropped")
+    )

@@ -1,0 +1,250 @@
+"""A run from its configuration to its exit code: set up; for each step: batch, step, hooks."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from data.loader import eval_batches
+from mixtral_jax.sharding import make_mesh
+from train.build import Parts, build
+from train.checkpoint import Checkpointer, saved_steps
+from train.config import Provenance, RunConfig
+from train.console import Console
+from train.feed import Feed
+from train.hooks import Checkpoint, Evaluate, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
+from train.interrupts import EXIT_PREEMPTED, Interrupts
+from train.metrics import Throughput, Writer
+from train.resume import where_to_start
+from train.run_dir import RunDirectory
+from train.step import StepReport
+from train.trackers import Writers
+
+EXIT_DONE, EXIT_UNEXPECTED, EXIT_USAGE, EXIT_DIVERGED = 0, 1, 2, 3
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    exit_code: int
+    state: str
+    step: int
+    reason: str
+
+
+class Diverged(Exception):
+    """Loss or gradient norm of `step` is not finite; the state is that before its update."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float):
+        super().__init__(f"step {step} has loss {loss} and gradient norm {grad_norm}")
+        self.step = step
+
+
+class Run(NamedTuple):
+    """What lives as long as a run."""
+
+    config: RunConfig
+    place: RunDirectory
+    console: Console
+    interrupts: Interrupts
+    began: float
+
+    @property
+    def checkpoints(self) -> Any:
+        """Where checkpoints go."""
+        return self.config.checkpoint.directory or self.place.checkpoints
+
+
+def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
+    """Train; the exit code is that of INTERFACE: 0 done, 3 diverged, 75 preempted.
+
+    Raises:
+        UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
+    """
+    began = time.perf_counter()
+    place = RunDirectory(config.run_dir)
+    place.create()
+    console = Console(place.log, speak=jax.process_index() == 0, progress=config.log.progress)
+    try:
+        with Interrupts() as interrupts:
+            outcome = _run(Run(config, place, console, interrupts, began), provenance, force)
+        place.write_status(outcome.state, outcome.step, outcome.reason, outcome.exit_code)
+        console.say(f"exit {outcome.exit_code}: {outcome.reason}")
+        return outcome.exit_code
+    except BaseException as error:
+        code = EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError) else EXIT_UNEXPECTED
+        place.write_status("failed", -1, f"{type(error).__name__}: {error}", code)
+        raise
+    finally:
+        console.close()
+
+
+def _run(run: Run, provenance: Provenance | None, force: bool) -> Outcome:
+    config = run.config
+    found = where_to_start(config, run.checkpoints, force, run.place, run.console.say)
+    if found is not None and found.step >= config.steps:
+        reason = f"nothing left to do: {found.step} of {config.steps} steps are done (--force starts again)"
+        return Outcome(EXIT_DONE, "done", found.step, reason)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        parts = build(config, mesh, found, run.console.say)
+        with contextlib.closing(parts.loader), contextlib.closing(Writers(config, run.place, parts.start)) as writers:
+            run.place.describe(config, provenance, mesh)
+            run.place.write_status("running", parts.start, "", None)
+            return _train(run, parts, writers)
+
+
+def _train(run: Run, parts: Parts, writers: Writers) -> Outcome:
+    """Compile, make the hooks, run the steps, and say how it ended."""
+    config = run.config
+    feed = Feed(parts.loader, parts.put)
+    batch = next(feed)
+    began = time.perf_counter()
+    train_step = parts.train_step.lower(parts.state, parts.frozen, batch).compile()  # exactly one, here
+    writers.metrics.write(parts.start, {"perf/compile_seconds": time.perf_counter() - began})
+    throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
+    ledger = _Ledger(parts.tokens, writers.metrics, throughput)
+    checkpoint = Checkpoint(
+        Checkpointer(config.checkpoint, run.checkpoints), writers.metrics, run.console, _items(config, parts)
+    )
+    log = Log(config.log, writers.metrics, writers.moe, throughput, lambda: feed.waited, run.console, config.steps)
+    hooks: list[Hook] = [log, checkpoint, *_other_hooks(run, parts, writers.metrics)]
+    watchdog = _watchdog(run)
+    run.console.start(config.steps, parts.start)
+    try:
+        with contextlib.closing(watchdog):
+            outcome = _steps(run, parts, train_step, feed, batch, ledger, hooks, checkpoint, watchdog)
+        checkpoint.finish(outcome.step)
+        return outcome
+    except Diverged as error:
+        checkpoint.finish(error.step)
+        steps = saved_steps(run.checkpoints)
+        stands = f"checkpoint {steps[-1]} stands" if steps else "there is no checkpoint"
+        return Outcome(EXIT_DIVERGED, "diverged", error.step - 1, f"{error}; no update was made, {stands}")
+
+
+def _steps(
+    run: Run, parts: Parts, train_step: Any, feed: Feed, batch: Any, ledger: "_Ledger", hooks: list[Hook],
+    checkpoint: Checkpoint, watchdog: Watchdog,
+) -> Outcome:  # fmt: skip
+    state, steps = parts.state, run.config.steps
+    ledger.throughput.restart()
+    for step in range(parts.start + 1, steps + 1):
+        state, report = train_step(state, parts.frozen, batch)
+        first, last = step == parts.start + 1, step == steps
+        if not last:
+            batch = next(feed)  # while the step runs
+        ledger.enter(step, report)
+        signal = run.interrupts.requested(step)
+        due = [hook for hook in hooks if hook.due(step, last)]
+        if first or due or signal:
+            ledger.settle()
+        if first:
+            run.console.say(f"step {step} done {time.perf_counter() - run.began:.1f} s after the start")
+        moment = Moment(step, state, report, ledger.tokens, last)
+        for hook in due:
+            with ledger.pause(counted=isinstance(hook, Log)):
+                hook.run(moment)
+        run.console.advance(step)
+        watchdog.beat()
+        if signal and not last:
+            checkpoint.run(moment)
+            checkpoint.finish(step)
+            reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
+            return Outcome(EXIT_PREEMPTED, "preempted", step, reason)
+    return Outcome(EXIT_DONE, "done", steps, f"{steps} steps are done; everything is in {run.place.path}")
+
+
+class _Ledger:
+    """The flag of each step, read one step late so that the device never waits for the host."""
+
+    def __init__(self, tokens: int, writer: Writer, throughput: Throughput):
+        self.tokens, self.throughput = tokens, throughput
+        self._writer = writer
+        self._open: tuple[int, StepReport] | None = None
+
+    def enter(self, step: int, report: StepReport) -> None:
+        """Check the step before, remember this one."""
+        self.settle()
+        self._open = (step, report)
+
+    def settle(self) -> None:
+        """Wait for the newest step.
+
+        Raises:
+            Diverged: its loss or gradient norm was not finite. Its metrics are written, NaN and all.
+        """
+        if self._open is None:
+            return
+        (step, report), self._open = self._open, None
+        healthy, tokens = jax.device_get((report.healthy, report.scalars["train/tokens"]))
+        if not healthy:
+            scalars = to_floats(report.scalars)
+            self._writer.write(step, scalars)
+            raise Diverged(step, scalars["train/loss"], scalars["train/grad_norm"])
+        self.tokens += int(tokens)
+        self.throughput.add(int(tokens))
+
+    @contextlib.contextmanager
+    def pause(self, *, counted: bool) -> Any:
+        """Time spent in here is no training time, unless it is `counted`."""
+        began = time.perf_counter()
+        yield
+        if not counted:
+            self.throughput.exclude(time.perf_counter() - began)
+
+
+def _items(config: RunConfig, parts: Parts) -> Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]]:
+    """What a checkpoint holds beside the state: the position in the data, and what made it."""
+    resolved = config.model_dump(mode="json")
+
+    def items(moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
+        row = parts.first_row + (moment.step - parts.start) * config.global_batch_size
+        dataset = {"next_row": row, "fingerprint": parts.loader.fingerprint, "tokens": moment.tokens}
+        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved}
+
+    return items
+
+
+def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
+    config = run.config
+    hooks: list[Hook] = []
+    data: Any = config.data  # type: ignore[attr-defined]  # every stage has one, each its own class
+    if data.validation:
+        sources = eval_batches(
+            data,
+            seq_len=config.seq_len,
+            batch_size=config.eval.batch_size or config.rows_per_micro_batch,
+            shard=parts.share,
+            seed=config.seed,
+        )
+        hooks.append(Evaluate(config.eval, sources, parts.eval_step, parts.put, writer, run.console))
+    if config.sample.every is not None and config.sample.prompts:
+        hooks.append(Sample(config.sample, _continuation(config, parts), run.place.samples, run.console))
+    if config.log.profile is not None:
+        hooks.append(Profile(config.log.profile, run.place.profile, run.console))
+    return hooks
+
+
+def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any, str, int], str]:
+    from mixtral_jax.generate import generate
+
+    def continue_text(params: Any, prompt: str, number: int) -> str:
+        ids = [parts.tokenizer.bos_id, *parts.tokenizer.encode(prompt)]
+        sample = config.sample
+        result = generate(
+            parts.merge(params, parts.frozen),
+            [ids],
+            max_new_tokens=sample.max_new_tokens,
+            temperature=sample.temperature,
+            seed=config.seed + number,
+        )
+        return parts.tokenizer.decode([int(t) for t in result[0]])
+
+    return continue_text
+
+
+def _watchdog(run: Run) -> Watchdog:
+    return Watchdog(run.config.log.watchdog_seconds, lambda reason: run.place.write_status("watchdog", -1, reason, 124))

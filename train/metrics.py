@@ -1,0 +1,190 @@
+"""Throughput and MFU, and where metrics go: metrics.jsonl always; console, TensorBoard and W&B as asked.
+
+MFU here = useful FLOPs / (seconds * peak FLOPs of the chips), where useful = forward + backward of the active
+parameters, plus attention over the pairs that the causal mask lets through (MixtralConfig.flops_per_token, "causal");
+recomputation does not count, padding does. Peaks are dense bf16. On a CPU, which has no agreed peak, mfu is null.
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+# Dense bf16 FLOP/s of one jax device, by a part of its device_kind in lower case. First match counts.
+PEAK_FLOPS: dict[str, float] = {
+    "tpu v5p": 459e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v6": 918e12,
+    "h200": 989e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "a100": 312e12,
+}
+
+Metrics = Mapping[str, float | None]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device; None where no figure is known (CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind.lower()), None)
+
+
+class Throughput:
+    """Seconds, tokens and FLOPs between two readings."""
+
+    def __init__(self, flops_per_token: float):
+        self._flops_per_token = flops_per_token
+        self._devices = jax.device_count()
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._wait = 0.0
+        self.restart()
+
+    def add(self, tokens: int) -> None:
+        """One step is done."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def exclude(self, seconds: float) -> None:
+        """Time that was not training: evaluation, sampling."""
+        self._start += seconds
+
+    def read(self, data_wait: float) -> dict[str, float | None]:
+        """perf/* since the last reading; `data_wait` counts from the start. The last step's result must be there."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._tokens / seconds
+        flops = rate * self._flops_per_token / self._devices
+        result = {
+            "perf/step_seconds": seconds / max(self._steps, 1),
+            "perf/tokens_per_second": rate,
+            "perf/tokens_per_second_per_device": rate / self._devices,
+            "perf/tflops_per_device": flops / 1e12,
+            "perf/mfu": flops / self._peak if self._peak else None,
+            "perf/data_wait_seconds": (data_wait - self._wait) / max(self._steps, 1),
+        }
+        self._wait = data_wait
+        self.restart()
+        return result
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0
+
+
+class Sink(Protocol):
+    """Where metrics go."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object a line, `step` first. NaN and infinities are written as NaN, Infinity, -Infinity."""
+
+    def __init__(self, path: Path, start_step: int = 0):
+        _keep_lines_until(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Events in a directory."""
+
+    def __init__(self, directory: Path, start_step: int = 0):
+        from tensorboardX import SummaryWriter  # 0.3 s to import, and off by default
+
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], run_name: str, config: Mapping[str, Any]):
+        import wandb  # 1 s to import, and off by default
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(dir=str(directory), name=run_name, config=dict(config), **settings)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._run.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Writer:
+    """metrics.jsonl, which must work, and trackers, which may fail: one that does is dropped with a warning."""
+
+    def __init__(self, jsonl: JsonLines, trackers: Iterable[Sink] = ()):
+        self._jsonl, self._trackers = jsonl, list(trackers)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """One line in metrics.jsonl, and the same values to every tracker."""
+        self._jsonl.write(step, metrics)
+        for tracker in list(self._trackers):
+            self._attempt(tracker, lambda t: t.write(step, metrics))
+
+    def close(self) -> None:
+        for tracker in list(self._trackers):
+            self._attempt(tracker, lambda t: t.close())
+        self._jsonl.close()
+
+    def _attempt(self, tracker: Sink, action: Any) -> None:
+        try:
+            action(tracker)
+        except Exception as error:
+            self._trackers.remove(tracker)
+            warn_tracker(type(tracker).__name__, error)
+
+
+def warn_tracker(name: str, error: Exception) -> None:
+    """A tracker failed; training goes on."""
+    warnings.warn(f"{name} failed ({error}); training goes on without it", stacklevel=2)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(nll_nats: float, utf8_bytes: float) -> float:
+    """Sum of nll over all predicted tokens / (ln 2 * UTF-8 bytes of the text) (NUMERICS D7)."""
+    return nll_nats / (math.log(2) * utf8_bytes)
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint that is resumed from, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

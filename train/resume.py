@@ -1,0 +1,80 @@
+"""Where a run begins: anew, or from a checkpoint of the same data and shape."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from train import checkpoint
+from train.checkpoint import Found, Say
+from train.config import RunConfig
+from train.errors import UserError
+from train.run_dir import RunDirectory
+
+
+def where_to_start(
+    config: RunConfig, directory: epath.PathLike, force: bool, place: RunDirectory, say: Say
+) -> Found | None:
+    """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
+    existing = checkpoint.saved_steps(directory)
+    _together(lambda: checkpoint.discard_unfinished(directory))
+    newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
+    if force and not isinstance(config.resume, int):
+        _together(lambda: checkpoint.discard(directory, existing))
+        _together(place.forget_results)
+        return None
+    if config.resume == "never" and existing:
+        raise UserError(
+            f"resume: never, but {directory} holds checkpoint {existing[-1]}: choose another run_name, or --force to "
+            "replace it"
+        )
+    if newer and not force:
+        raise UserError(
+            f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
+            "another run_name, or --force to delete them"
+        )
+    found = checkpoint.find(directory, config.resume, say)
+    _together(lambda: checkpoint.discard(directory, newer))
+    if found is None:
+        _together(place.forget_results)
+    return found
+
+
+def _together(action: Callable[[], Any]) -> None:
+    """Process 0 changes the shared directory while the others wait."""
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run directory")
+
+
+def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
+    """The global row to go on from.
+
+    Raises:
+        UserError: the data are others than those of the checkpoint, and data.restart is not set.
+    """
+    before = found.dataset["fingerprint"]
+    if before == fingerprint:
+        return int(found.dataset["next_row"])
+    if restart:
+        return 0
+    raise UserError(
+        f"checkpoint {found.step} was made from data with fingerprint {before}, but the data now have {fingerprint}: "
+        "a position in one means nothing in the other. Set data.restart=true to begin at the first row of the new data"
+    )
+
+
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`a.b: old -> new` for every leaf that differs."""
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += config_differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
+    return lines

@@ -1,0 +1,42 @@
+"""Opens metrics.jsonl, moe.jsonl and the trackers of a run."""
+
+from collections.abc import Callable
+
+import jax
+
+from train.config import RunConfig
+from train.metrics import JsonLines, Sink, TensorBoard, Wandb, Writer, warn_tracker
+from train.run_dir import RunDirectory
+
+
+class Writers:
+    """metrics.jsonl and moe.jsonl on process 0, with the trackers that were asked for."""
+
+    def __init__(self, config: RunConfig, place: RunDirectory, start: int):
+        first = jax.process_index() == 0
+        suffix = "" if first else f".{jax.process_index()}"  # the others' lines are not the run's metrics
+        jsonl = JsonLines(place.metrics.with_name(place.metrics.name + suffix), start)
+        self.metrics = Writer(jsonl, _open_trackers(config, place, start) if first else [])
+        self.moe = JsonLines(place.moe, start) if first and not config.model.is_dense else None
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.moe is not None:
+            self.moe.close()
+
+
+def _open_trackers(config: RunConfig, place: RunDirectory, start: int) -> list[Sink]:
+    makers: list[tuple[str, Callable[[], Sink]]] = []
+    if config.log.tensorboard:
+        makers.append(("TensorBoard", lambda: TensorBoard(place.tensorboard, start)))
+    if config.log.wandb is not None:
+        settings = config.log.wandb.model_dump()
+        dump = config.model_dump(mode="json")
+        makers.append(("Wandb", lambda: Wandb(place.path, settings, config.run_name, dump)))
+    trackers = []
+    for name, make in makers:
+        try:
+            trackers.append(make())
+        except Exception as error:
+            warn_tracker(name, error)
+    return trackers
