@@ -285,6 +285,11 @@ def test_configuration_survives_a_round_trip_and_resolves_the_reference():
         DpoConfig(reference="lora_base").resolve_reference(lora=False)
 
 
+def test_schema_takes_one_loss_type_or_a_list():
+    kinds = [option.get("type") for option in DpoConfig.model_json_schema()["properties"]["loss_type"]["anyOf"]]
+    assert kinds == ["string", "array"]
+
+
 def test_aot_refuses_accumulation_unless_asked():
     with pytest.raises(ValueError, match="aot_unpaired sorts the whole batch, but a step has 2 micro-batches"):
         DpoConfig(loss_type="aot_unpaired").check_accumulation(2)

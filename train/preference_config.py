@@ -56,7 +56,7 @@ class DpoConfig(FrozenConfig):
     )
     aot_per_micro_batch: bool = Field(False, description="let aot sort each micro-batch by itself")
 
-    @field_validator("loss_type", mode="before")
+    @field_validator("loss_type", mode="before", json_schema_input_type=LossType | tuple[LossType, ...])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
