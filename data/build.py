@@ -1,5 +1,6 @@
 """The two passes of a preparation: lumps of records into buckets of documents, buckets into shards of rows."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -102,6 +103,8 @@ def tokenise(cache: Path, recipes: list[Recipe], index: int, count: int, pool: W
     finally:
         for directory in temporary.values():
             shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: there are parts in it
+                directory.parent.rmdir()
 
 
 def _jobs(

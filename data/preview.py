@@ -1,0 +1,81 @@
+"""`data preview`: rows as the model will see them, and the arithmetic of the mixture."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.text import Text
+
+from data.config import DataConfig
+from data.loader import Rows
+from data.order import GlobalOrder, shares
+from data.prepare import prepare
+from data.rows import Row
+from data.tokenizer import Tokenizer, load_tokenizer
+
+_LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
+
+
+def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list[Text]:
+    """Texts to print: what each source is and its share, then the first `rows` rows of the run.
+
+    Learned tokens are green, others dim; `|` begins a document of a row and control tokens stand in angle brackets.
+    """
+    prepared = prepare(data, seq_len, seed)
+    sizes = [source.rows for source in prepared.train]
+    parts = shares(sizes, [s.weight for s in data.train], data.temperature)
+    tokenizer = load_tokenizer(data.tokenizer)
+    order = GlobalOrder(sizes, parts, seed)
+    reader = Rows(prepared.train)
+    texts = [Text(prepared.summary()), Text(""), *map(Text, mixture_lines(data, sizes, parts))]
+    try:
+        places = [order[r] for r in range(rows)]
+        for r, (place, row) in enumerate(zip(places, reader.read(places), strict=True)):
+            name = prepared.train[place[0]].name
+            learned = int(np.count_nonzero(row.weights))
+            head = f"\nrow {r}: row {place[1]} of {name}, {learned} of {seq_len} targets are learned"
+            texts += [Text(head, style="bold"), colour(row, tokenizer)]
+    finally:
+        reader.close()
+    return texts
+
+
+def mixture_lines(data: DataConfig, sizes: Sequence[int], parts: Sequence[float] | None) -> list[str]:
+    """Each source's rows, its share of the run, and how often its rows come in one pass over the data."""
+    total = sum(sizes)
+    if parts is None:
+        rule = "by size: every row once an epoch"
+    elif data.temperature is None:
+        rule = "by weight: share = weight / sum of weights"
+    else:
+        rule = f"by temperature {data.temperature:g}: share ~ (weight * rows)^(1/{data.temperature:g})"
+    lines = [f"mixture {rule}; an epoch is {total:,} rows"]
+    for source, n, part in zip(data.train, sizes, parts or [n / total for n in sizes], strict=True):
+        weight = "" if source.weight is None else f", weight {source.weight:g}"
+        lines.append(
+            f"  {source.name}: {n:,} rows ({100 * n / total:.1f} % of all){weight} -> "
+            f"{100 * part:.1f} % of the run, {part * total / n:.2f} times an epoch"
+        )
+    return lines
+
+
+def colour(row: Row, tokenizer: Tokenizer) -> Text:
+    """One row as text; consecutive tokens of one kind are decoded together, so that characters stay whole."""
+    tokens = np.concatenate([row.tokens[:1], row.targets])
+    learned = np.concatenate([[0.0], row.weights]) > 0
+    segments = np.concatenate([row.segment_ids, row.segment_ids[-1:]])
+    text = Text()
+    start, used = 0, int(np.count_nonzero(row.segment_ids)) + bool(row.segment_ids[-1])
+    control = np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
+    for i in range(1, used + 1):
+        same = i < used and learned[i] == learned[start] and segments[i] == segments[start]
+        if same and not control[i] and not control[start]:
+            continue
+        if start == 0 or segments[start] != segments[start - 1]:
+            text.append("|", style=_BORDER)
+        if control[start]:
+            shown = "<bos>" if tokens[start] == tokenizer.bos_id else "<eos>"
+        else:
+            shown = tokenizer.decode(tokens[start:i].tolist())
+        text.append(shown, style=_LEARNED if learned[start] else _UNLEARNED)
+        start = i
+    return text
