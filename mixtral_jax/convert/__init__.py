@@ -1,6 +1,19 @@
 """Checkpoints to and from Hugging Face: streamed, exact, proved."""
 
-from mixtral_jax.convert.api import load_params
+from mixtral_jax.convert.api import load, load_config, load_params, save_hf
 from mixtral_jax.convert.pipeline import hf2orbax, orbax2hf
+from mixtral_jax.convert.resize import resize_vocab
+from mixtral_jax.convert.upcycle import upcycle
+from mixtral_jax.convert.verify import verify
 
-__all__ = ["hf2orbax", "load_params", "orbax2hf"]
+__all__ = [
+    "hf2orbax",
+    "load",
+    "load_config",
+    "load_params",
+    "orbax2hf",
+    "resize_vocab",
+    "save_hf",
+    "upcycle",
+    "verify",
+]

@@ -1,0 +1,209 @@
+"""Are two checkpoints the same model? Tensors bit for bit, then what they compute."""
+
+import os
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixtral_jax.convert.outputs import Outputs, our_outputs, transformers_outputs
+from mixtral_jax.convert.pipeline import AnySource, open_source, side_files_origin
+from mixtral_jax.convert.prompts import read_prompts
+from mixtral_jax.convert.stream import Rows, copy
+from mixtral_jax.convert.table import Slot
+
+PathLike = str | os.PathLike[str]
+# fp32 on both sides, another order of summation: what may differ, relative to the largest logit (at least 1).
+TRANSFORMERS_TOLERANCE = 1e-3
+_SHOWN = 8
+
+
+class TensorDifference(NamedTuple):
+    """One tensor that is not the same in both; `max_abs` is None where they cannot be subtracted."""
+
+    name: str
+    max_abs: float | None
+    reason: str
+
+
+class LogitDifference(NamedTuple):
+    """Two ways to the logits of the same prompts."""
+
+    a: str
+    b: str
+    max_abs: float
+    kl: float
+    top1_agreement: float
+    router_agreement: float | None
+    same: bool
+
+
+class Report(NamedTuple):
+    """What `verify` found."""
+
+    a: str
+    b: str
+    tensors: int
+    differences: list[TensorDifference]
+    config: dict[str, tuple[Any, Any]]
+    logits: list[LogitDifference]
+    notes: list[str]
+
+    @property
+    def identical(self) -> bool:
+        """Same configuration, every tensor bit-equal, and every pair of logits equal within its tolerance."""
+        return not self.differences and not self.config and all(pair.same for pair in self.logits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "identical": self.identical,
+            "tensors": self.tensors,
+            "different_tensors": [d._asdict() for d in self.differences],
+            "config": {key: list(pair) for key, pair in self.config.items()},
+            "logits": [pair._asdict() for pair in self.logits],
+            "notes": self.notes,
+        }
+
+    def lines(self) -> list[str]:
+        """The report for people, the worst offenders first."""
+        out = [f"A  {self.a}", f"B  {self.b}"]
+        out += [f"config {key}: {a!r} in A, {b!r} in B" for key, (a, b) in self.config.items()]
+        equal = self.tensors - len(self.differences)
+        out.append(f"tensors: {equal} of {self.tensors} bit-equal")
+        for d in self.differences[:_SHOWN]:
+            size = "" if d.max_abs is None else f", max abs difference {d.max_abs:.3g}"
+            out.append(f"  {d.name}: {d.reason}{size}")
+        if len(self.differences) > _SHOWN:
+            out.append(f"  ... and {len(self.differences) - _SHOWN} more")
+        for p in self.logits:
+            router = "" if p.router_agreement is None else f", router {p.router_agreement:.2%}"
+            figures = f"max abs {p.max_abs:.3g}, KL {p.kl:.3g}, top-1 {p.top1_agreement:.2%}{router}"
+            out.append(f"logits, {p.a} against {p.b}: {figures}")
+        return [*out, *self.notes, "identical" if self.identical else "DIFFERENT"]
+
+
+def verify(a: PathLike, b: PathLike, *, prompts: str | os.PathLike[str] | list[list[int]] | None = None) -> Report:
+    """Compare two checkpoints of any kind: tensors, then logits by our model, and by transformers if it is there.
+
+    Logits are skipped, and a note says so, where a model would take more than half of the free memory.
+
+    Raises:
+        ValueError, FileNotFoundError: one of them cannot be read; the prompts do not fit.
+    """
+    source_a, source_b = open_source(a), open_source(b)
+    differences = compare_tensors(source_a, source_b)
+    notes: list[str] = []
+    logits: list[LogitDifference] = []
+    largest = max(4 * s.config.num_params() for s in (source_a, source_b))
+    if largest > _free_memory() / 2:
+        notes.append(f"logits not compared: the model takes {largest / 1e9:.1f} GB in fp32")
+    elif source_a.config.vocab_size != source_b.config.vocab_size:
+        notes.append("logits not compared: the vocabularies differ")
+    else:
+        rows = read_prompts(prompts, source_a.config.vocab_size, side_files_origin(source_a))
+        first, second = our_outputs(a, rows), our_outputs(b, rows)
+        logits.append(compare_logits("A", "B", first, second, tolerance=0.0))
+        other, note = transformers_outputs(a, rows)
+        notes += [note] if note else []
+        if other is not None:
+            logits.append(compare_logits("A", "A in transformers", first, other, tolerance=TRANSFORMERS_TOLERANCE))
+    config = {
+        key: (value, getattr(source_b.config, key))
+        for key, value in source_a.config.model_dump().items()
+        if value != getattr(source_b.config, key)
+    }
+    return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, notes)
+
+
+def compare_tensors(a: AnySource, b: AnySource) -> list[TensorDifference]:
+    """Tensors that are not bit-equal, or not in both; the largest difference first."""
+    in_b = {slot.name: slot for slot in b.slots}
+    in_a = {slot.name: slot for slot in a.slots}
+    found = [TensorDifference(n, None, "only in A") for n in in_a if n not in in_b]
+    found += [TensorDifference(n, None, "only in B") for n in in_b if n not in in_a]
+    common = [s for s in a.slots if s.name in in_b]
+    shaped = [s for s in common if s.shape == in_b[s.name].shape]
+    for slot in common:
+        if slot.shape != in_b[slot.name].shape:
+            reason = f"shape {list(slot.shape)} in A, {list(in_b[slot.name].shape)} in B"
+            found.append(TensorDifference(slot.name, None, reason))
+    sink = _Comparison(a, b, in_b)
+    copy(_Some(a, b, shaped, in_b), sink, a.dtype)
+    found += sink.differences(shaped)
+    return sorted(found, key=lambda d: -(np.inf if d.max_abs is None or np.isnan(d.max_abs) else d.max_abs))
+
+
+class _Some:
+    """Some slots of `a`, in pieces that suit both sides."""
+
+    def __init__(self, a: AnySource, b: AnySource, chosen: list[Slot], in_b: dict[str, Slot]) -> None:
+        self.config, self.slots, self.dtype, self.read = a.config, chosen, a.dtype, a.read
+        self._a, self._b, self._in_b = a, b, in_b
+
+    def band(self, slot: Slot) -> int | None:
+        sizes = [n for n in (self._a.band(slot), self._b.band(self._in_b[slot.name])) if n is not None]
+        return max(sizes) if sizes else None
+
+    def cost(self, slot: Slot) -> int:
+        return self._a.cost(slot) + self._b.cost(self._in_b[slot.name])
+
+
+class _Comparison:
+    """A sink that compares what it gets with another source."""
+
+    def __init__(self, a: AnySource, b: AnySource, in_b: dict[str, Slot]) -> None:
+        self._a, self._b, self._in_b = a, b, in_b
+        self._worst: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def put(self, slot: Slot, start: int, stop: int, rows: Rows) -> None:
+        ours, theirs = rows(start, stop), self._b.read(self._in_b[slot.name], start, stop)
+        if ours.dtype == theirs.dtype and np.array_equal(_bits(ours), _bits(theirs)):
+            return
+        gap = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
+        with self._lock:
+            self._worst[slot.name] = float(np.maximum(self._worst.get(slot.name, 0.0), gap))
+
+    def differences(self, chosen: list[Slot]) -> list[TensorDifference]:
+        found = []
+        for slot in chosen:
+            if slot.name in self._worst:
+                kinds = self._a.dtype(slot).name, self._b.dtype(self._in_b[slot.name]).name
+                reason = "bits differ" if kinds[0] == kinds[1] else f"{kinds[0]} in A, {kinds[1]} in B"
+                found.append(TensorDifference(slot.name, self._worst[slot.name], reason))
+        return found
+
+
+def _bits(block: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(block).view(f"u{block.dtype.itemsize}")
+
+
+def compare_logits(a: str, b: str, first: Outputs, second: Outputs, *, tolerance: float) -> LogitDifference:
+    """Over all positions: max abs difference, mean KL(first || second), share of equal argmax and of shared experts."""
+    p, q = _log_softmax(first.logits_MV), _log_softmax(second.logits_MV)
+    max_abs = float(np.abs(first.logits_MV - second.logits_MV).max())
+    router = None
+    if first.experts_LMC is not None and second.experts_LMC is not None:
+        both = first.experts_LMC[..., :, None] == second.experts_LMC[..., None, :]
+        router = float(both.any(-1).mean())
+    return LogitDifference(
+        a,
+        b,
+        max_abs,
+        float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))),
+        float(np.mean(first.logits_MV.argmax(-1) == second.logits_MV.argmax(-1))),
+        router,
+        max_abs <= tolerance * max(1.0, float(np.abs(first.logits_MV).max())),
+    )
+
+
+def _log_softmax(logits_MV: np.ndarray) -> np.ndarray:
+    shifted = logits_MV.astype(np.float64) - logits_MV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _free_memory() -> float:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
