@@ -68,4 +68,4 @@ class Attention(nnx.Module):
             q_segments_BT=rows.segments_BT, kv_segments_BS=kv_segments,
             window=self.window, backend=backend, ordered=not split,
         )  # fmt: skip
-        return self.merge(checkpoint_name(y_BTNH, "attended"))
+        return checkpoint_name(self.merge(checkpoint_name(y_BTNH, "attended")), "attention_output")

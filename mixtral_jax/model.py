@@ -18,10 +18,13 @@ from mixtral_jax.moe.losses import RouterStats
 from mixtral_jax.rope import rope_angles
 from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, gather, psum, sharded
 
-# What each policy saves for the backward pass besides the layer's input. All save the routing.
-SAVED = {
-    "minimal": ("route", "query", "key", "value", "attended", "expert_hidden"),
-    "full": ("route",),
+# What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
+# the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.
+SAVED = ("route", "query", "key", "value", "attended", "attention_output", "expert_hidden", "expert_output")
+POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
+    "minimal": jax.checkpoint_policies.save_only_these_names(*SAVED),
+    "full": jax.checkpoint_policies.save_only_these_names("route"),
 }
 
 
@@ -113,9 +116,7 @@ class Mixtral(nnx.Module):
         def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, RouterStats]:
             return layer(x_BTD, rows)
 
-        if self.compute.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED[self.compute.remat])
-            body = jax.checkpoint(body, policy=policy)
+        body = jax.checkpoint(body, policy=POLICIES[self.compute.remat], prevent_cse=False)
         x_BTD = self.embed(tokens_BT, compute_dtype(self.compute.dtype))
         x_BTD, stats = jax.lax.scan(body, x_BTD, self.layers)
         return self.norm(x_BTD), stats

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pydantic import Field, model_validator
@@ -227,13 +228,13 @@ def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """
     w = param[...].astype(dtype)
     if not _inside():
-        return w
+        return checkpoint_name(w, "weights")
     w = varying(w, TOKEN_AXES)
     names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
     for dim, name in enumerate(names):
         if name in GATHERED:
             w = jax.lax.all_gather(w, LOGICAL_AXES[name], axis=dim, tiled=True)
-    return w
+    return checkpoint_name(w, "weights")
 
 
 def sharded(

@@ -35,11 +35,12 @@ def resolve_matmul(backend: str, platform: str) -> str:
 
 
 def grouped_matmul(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], *, backend: str = "auto"
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D *F"], group_sizes_E: Int[Array, " E"], *, backend: str = "auto"
 ) -> Float[Array, "R F"]:
     """x[r] @ w[group of r] for rows sorted by group; rows behind sum(group_sizes) are undefined.
 
-    Accumulated in fp32, returned in x's dtype. Source: MegaBlocks (2211.15841).
+    Accumulated in fp32, returned in x's dtype. Trailing dimensions of `w` behind the second count as one. Source:
+    MegaBlocks (2211.15841).
     """
     backend = resolve_matmul(backend, jax.default_backend())
     return _grouped_matmul(backend, *alike(x_RD, w_EDF, group_sizes_E))
@@ -77,19 +78,25 @@ def _weight_gradient(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _forward(backend, x_RD, w_EDF, sizes_E, transpose=False)
+    return _forward(backend, x_RD, _flat(w_EDF), sizes_E, transpose=False)
+
+
+def _flat(w_EDF: jax.Array) -> jax.Array:
+    return w_EDF.reshape(*w_EDF.shape[:2], -1)
 
 
 def _vjp_forward(backend, x_RD, w_EDF, sizes_E):
-    return _forward(backend, x_RD, w_EDF, sizes_E, transpose=False), (x_RD, w_EDF, sizes_E)
+    # `w` is kept in the shape in which it came: a scan over layers then saves no copy of it
+    return _grouped_matmul(backend, x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
 
 
 def _vjp_backward(backend, saved, dy_RF):
     x_RD, w_EDF, sizes_E = saved
-    dx_RD = _forward(backend, dy_RF, w_EDF, sizes_E, transpose=True)
+    dx_RD = _forward(backend, dy_RF, _flat(w_EDF), sizes_E, transpose=True)
     inside_R = jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E)
     dx_RD = jnp.where(inside_R[:, None], dx_RD, 0)
-    return dx_RD, _weight_gradient(backend, x_RD, dy_RF, sizes_E, w_EDF.dtype), None
+    dw_EDF = _weight_gradient(backend, x_RD, dy_RF, sizes_E, w_EDF.dtype).reshape(w_EDF.shape)
+    return dx_RD, dw_EDF, None
 
 
 _grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
