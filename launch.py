@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 Parsed = argparse.Namespace
@@ -15,6 +16,8 @@ STAGES = {
     "sft": "fine-tune on chats or prompt-completion pairs; only the answers are learned",
     "dpo": "learn from pairs of a preferred and a rejected answer",
 }
+# Attributes of a parsed command line that are no arguments of the function it calls.
+_OUR_OWN = {"run", "takes_overrides", "traceback", "command", "subcommand", "overrides"}
 RESERVED = {"routing": "look into the router", "submit": "start a run on a cluster"}
 
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback or not _is_for_the_user(error):
             traceback.print_exc()
-            print(f"exit 1: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+            print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             return UNEXPECTED
         problems = str(error).splitlines() or [type(error).__name__]
         print("".join(f"error: {line}\n" for line in problems), end="", file=sys.stderr)
@@ -60,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_use(commands)
     _add_config(commands)
-    _command(commands, "doctor", "versions, devices, kernels that can run here, known-bad pairs", _doctor)
+    _command(commands, "doctor", "versions, devices, kernels, known-bad pairs", "train.doctor:examine")
     for name, text in RESERVED.items():
         _command(commands, name, f"{text} (not built yet)", _not_built, overrides=True)
     return parser
@@ -81,10 +84,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _command(
-    commands: Any, name: str, text: str, run: Callable[[Parsed], int | None], *, overrides: bool = False
+    commands: Any, name: str, text: str, calls: str | Callable[[Parsed], int | None], *, overrides: bool = False
 ) -> argparse.ArgumentParser:
+    """A command that `calls` a function here, or `module:function` of ours with its options as keywords."""
     epilog = "Overrides follow the file: a.b=c, --a.b c or --a.b=c, typed as YAML (steps=1e6 x=null xs=[1,2])."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog if overrides else None)
+    run = partial(_forward, calls) if isinstance(calls, str) else calls
     parser.set_defaults(run=run, takes_overrides=overrides)
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     return parser
@@ -115,11 +120,13 @@ def _add_convert(commands: Any) -> None:
         parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast; default: as stored")
         if name == "orbax2hf":
             parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
-    parser = _command(group, "verify", "compare two checkpoints of any format: tensors and logits", _verify)
+    parser = _command(
+        group, "verify", "compare two checkpoints of any format: tensors and logits", "train.tools:verify"
+    )
     parser.add_argument("a", metavar="A", help="a checkpoint directory of any format")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, instead of the built-in ones")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print the report as one JSON object")
     parser = _source_and_target(group, "upcycle", "dense Mistral or Llama to Mixtral, with the same outputs at step 0")
     parser.add_argument("--experts", type=int, default=8, help="experts per layer, each a copy of the dense one")
     parser.add_argument("--top-k", type=int, default=2, help="experts per token")
@@ -133,7 +140,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _source_and_target(group: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = _command(group, name, text, _convert)
+    parser = _command(group, name, text, f"mixtral_jax.convert:{name.replace('-', '_')}")
     parser.add_argument("src", metavar="SRC", help="directory to read")
     parser.add_argument("dst", metavar="DST", help="directory to make; it must not exist yet")
     parser.add_argument("--force", action="store_true", help="replace DST, in one step at the very end")
@@ -142,16 +149,25 @@ def _source_and_target(group: Any, name: str, text: str) -> argparse.ArgumentPar
 
 def _add_data(commands: Any) -> None:
     group = _group(commands, "data", "tokenise, pack and look at data")
-    parser = _command(group, "prepare", "tokenise and pack everything that a run reads", _prepare, overrides=True)
+    parser = _command(
+        group, "prepare", "tokenise and pack everything that a run reads", "train.tools:prepare", overrides=True
+    )
     parser.add_argument("config", metavar="CFG", help="the run's YAML file")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts, to spread the work over machines")
-    parser = _command(group, "train-tokenizer", "train a SentencePiece BPE model with byte fallback", _train_tokenizer)
+    parser = _command(
+        group, "train-tokenizer", "train a SentencePiece BPE model with byte fallback", "train.tools:train_tokenizer"
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="text, jsonl or parquet files to learn from")
     parser.add_argument("--output", required=True, metavar="MODEL", help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=32000, help="number of pieces")
     parser.add_argument("--text-key", default="text", help="column that holds the text")
+    parser.add_argument("--force", action="store_true", help="replace MODEL if it exists")
     parser = _command(
-        group, "preview", "samples with the learned tokens coloured, and the mixture", _preview, overrides=True
+        group,
+        "preview",
+        "samples with the learned tokens coloured, and the mixture",
+        "train.tools:preview",
+        overrides=True,
     )
     parser.add_argument("config", metavar="CFG", help="the run's YAML file")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
@@ -168,13 +184,17 @@ def _add_plan(commands: Any) -> None:
 
 
 def _add_use(commands: Any) -> None:
-    parser = _command(commands, "eval", "loss, perplexity and bits per byte of each source", _eval, overrides=True)
+    parser = _command(
+        commands, "eval", "loss, perplexity and bits per byte of each source", "train.commands:evaluate", overrides=True
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
     parser.add_argument("config", metavar="CFG", help="YAML file whose data.validation is read")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser = _command(commands, "generate", "continue a prompt or answer in a chat", _generate)
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    parser = _command(commands, "generate", "continue a prompt or answer in a chat", "train.commands:generate")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    parser.add_argument(
+        "--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     parser.add_argument("--template", choices=("v1", "v3"), help="chat format; default: by the tokenizer")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer, if the checkpoint directory has none")
@@ -190,7 +210,7 @@ def _add_config(commands: Any) -> None:
     group = _group(commands, "config", "look at run files")
     parser = _command(group, "show", "the resolved file, each value with the place that set it", _show, overrides=True)
     parser.add_argument("config", metavar="CFG", help="YAML file")
-    parser = _command(group, "schema", "JSON Schema of a stage's file", _schema)
+    parser = _command(group, "schema", "JSON Schema of a stage's file", "train.tools:schema")
     parser.add_argument("stage", choices=tuple(STAGES), help="the stage")
 
 
@@ -213,10 +233,6 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, ValueError) and room in ("launch", "train", "data", "mixtral_jax", "__main__")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of ours, imported now. What is still to be written is said in a sentence."""
     try:
@@ -230,47 +246,33 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return found
 
 
+def _forward(calls: str, args: Parsed) -> int:
+    """Call `module:function` with the positional arguments, a CFG among them read, and the options as keywords."""
+    values = {key: value for key, value in vars(args).items() if key not in _OUR_OWN}
+    positional = [values.pop(key) for key in ("checkpoint", "src", "dst", "a", "b", "files", "stage") if key in values]
+    if "config" in values:
+        positional.append(_load(values.pop("config"), args.overrides).config)
+    module, name = calls.split(":")
+    result = _function(module, name)(*positional, **values)
+    return result if isinstance(result, int) else OK
+
+
+def _load(path: str, overrides: list[str], command: str | None = None) -> Any:
+    return _function("train.config", "load_config")(path, overrides, command=command)
+
+
 def _not_built(args: Parsed) -> int:
     raise ValueError(f"{args.command} is not built yet")
 
 
 def _train(args: Parsed) -> int:
-    config, provenance = _function("train.config", "load_config")(args.config, args.overrides, command=args.command)
+    config, provenance = _load(args.config, args.overrides, args.command)
     if args.dry_run:
         return _function("train.dry_run", "dry_run")(config, provenance)
     _function("train.distributed", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )
     return _function("train.loop", "run")(config, provenance, force=args.force)
-
-
-def _convert(args: Parsed) -> int:
-    name = args.subcommand.replace("-", "_")
-    options = {
-        key: value
-        for key, value in vars(args).items()
-        if key in ("dtype", "max_shard_size", "experts", "top_k", "noise", "vocab_size", "adapter", "force")
-    }
-    _function("mixtral_jax.convert", name)(args.src, args.dst, **options)
-    print(f"{args.dst} written")
-    return OK
-
-
-def _verify(args: Parsed) -> int:
-    return _function("train.commands", "verify")(args.a, args.b, prompts=args.prompts, as_json=args.json)
-
-
-def _prepare(args: Parsed) -> int:
-    return _function("train.data_commands", "prepare")(args.config, args.overrides, part=args.part)
-
-
-def _train_tokenizer(args: Parsed) -> int:
-    train = _function("train.data_commands", "train_tokenizer")
-    return train(args.files, args.output, vocab_size=args.vocab_size, text_key=args.text_key)
-
-
-def _preview(args: Parsed) -> int:
-    return _function("train.data_commands", "preview")(args.config, args.overrides, rows=args.rows)
 
 
 def _plan(args: Parsed) -> int:
@@ -280,47 +282,13 @@ def _plan(args: Parsed) -> int:
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
         )
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    config, _ = _function("train.config", "load_config")(args.config, args.overrides)
-    options = {key: getattr(args, key) for key in ("topology", "devices", "search", "tokens", "json")}
-    return _function("train.plan", "run")(config, **options)
-
-
-def _eval(args: Parsed) -> int:
-    config, _ = _function("train.config", "load_config")(args.config, args.overrides)
-    return _function("train.commands", "evaluate")(args.checkpoint, config, as_json=args.json)
-
-
-def _generate(args: Parsed) -> int:
-    return _function("train.commands", "generate")(
-        args.checkpoint,
-        args.prompt or [""],
-        chat=args.chat,
-        template=args.template,
-        tokenizer=args.tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        dtype=args.dtype,
-    )
+    return _forward("train.plan:run", args)
 
 
 def _show(args: Parsed) -> int:
-    config, provenance = _function("train.config", "load_config")(args.config, args.overrides)
+    config, provenance = _load(args.config, args.overrides)
     print(_function("train.config", "resolved_yaml")(config, provenance), end="")
     return OK
-
-
-def _schema(args: Parsed) -> int:
-    import json
-
-    print(json.dumps(_function("train.config", "json_schema")(args.stage), indent=2))
-    return OK
-
-
-def _doctor(args: Parsed) -> int:
-    return _function("train.doctor", "examine")()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class RunConfig(FrozenConfig):
     model: Annotated[MixtralConfig, BeforeValidator(_from_preset)] = Field(
         description="a preset with changes, or every field"
     )
+    data: DataConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     router: RouterConfig = RouterConfig()
@@ -96,7 +97,6 @@ class PretrainConfig(RunConfig):
     """Next-token prediction over documents."""
 
     stage: Literal["pretrain"]
-    data: DataConfig
 
 
 # The stage that a file names -> its class. Also the order in which `--help` lists them.
@@ -138,6 +138,8 @@ class Provenance:
 
 
 class Loaded(NamedTuple):
+    """A checked configuration and where it came from."""
+
     config: RunConfig
     provenance: Provenance
 
