@@ -25,10 +25,10 @@ class SourceConfig(FrozenConfig):
     split: str | None = Field(None, description="split of a TFDS or Hugging Face data set")
     text_key: str = Field("text", description="column of the text of a document")
     messages_key: str = Field("messages", description="column of a chat")
-    prompt_key: str = "prompt"
-    completion_key: str = "completion"
-    chosen_key: str = "chosen"
-    rejected_key: str = "rejected"
+    prompt_key: str = Field("prompt", description="column of the question of a prompt-completion pair or a preference")
+    completion_key: str = Field("completion", description="column of the answer to it")
+    chosen_key: str = Field("chosen", description="column of the preferred answer")
+    rejected_key: str = Field("rejected", description="column of the rejected answer")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class DataConfig(FrozenConfig):
         None, gt=0, description="rows of a source are drawn in proportion to (weight * rows)^(1 / temperature)"
     )
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data, instead of steps")
-    cache_dir: str = ".cache/mixtral-jax"
+    cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept")
     on_error: Literal["fail", "skip"] = Field("fail", description="skip: count bad records, show the first few")
     workers: int = Field(0, ge=0, description="processes that tokenise; 0: one a core")
     restart: bool = Field(False, description="start at row 0 where a checkpoint was made from other data")

@@ -200,7 +200,9 @@ class ComputeConfig(FrozenConfig):
     remat: Literal["none", "minimal", "full"] = Field(
         "none", description="none saves all, minimal saves matmul outputs, full saves only the routing"
     )
-    attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = "auto"
+    attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = Field(
+        "auto", description="attention back-end"
+    )
     loss_chunk: int = Field(0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape")
     moe: MoeConfig = MoeConfig()
 
