@@ -99,21 +99,21 @@ def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], prob
     """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        reader = ArrayRecordReader(file)
-    except Exception as error:  # the library raises RuntimeError, ValueError or its own, by version
-        raise ValueError(f"{file} cannot be read as ArrayRecord: {_first_line(error)}") from None
-    try:
-        for start in range(0, reader.num_records(), _BATCH):
+    reader = ArrayRecordReader(file)
+    if not reader.ok():  # a damaged file says that it has 0 records, and raises when it is closed
+        raise ValueError(f"{file} cannot be read as ArrayRecord: it is damaged, cut off, or of another kind")
+    for start in range(0, reader.num_records(), _BATCH):
+        try:
             records = reader.read(start, min(start + _BATCH, reader.num_records()))
-            for number, record in enumerate(records, start + 1):
-                try:
-                    yield _json_or_text(record, source.text_key)
-                except UnicodeDecodeError:
-                    where = f"{file}, record {number}"
-                    problems.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
-    finally:
-        reader.close()
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read as ArrayRecord: {_first_line(error)}") from None
+        for number, record in enumerate(records, start + 1):
+            try:
+                yield _json_or_text(record, source.text_key)
+            except UnicodeDecodeError:
+                where = f"{file}, record {number}"
+                problems.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
+    reader.close()
 
 
 def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
