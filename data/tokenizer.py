@@ -171,7 +171,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
             remove_extra_whitespaces=False,
             character_coverage=0.9999,
             max_sentence_length=1 << 16,
-            num_threads=os.cpu_count() or 1,
+            num_threads=4,  # stored in the model: not the number of cores here
             unk_id=0,
             bos_id=1,
             eos_id=2,
