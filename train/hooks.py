@@ -106,7 +106,7 @@ class Log:
     ):  # fmt: skip
         self._every, self._writer, self._moe_lines = config.every, writer, moe_lines
         self._throughput, self._waited, self._console, self._steps = throughput, waited, console, steps
-        self._param_norm = jax.jit(optax.global_norm)
+        self._param_norm = jax.jit(optax.tree.norm)
 
     def due(self, step: int, last: bool) -> bool:
         return last or step % self._every == 0

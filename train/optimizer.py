@@ -145,7 +145,7 @@ def apply_gradients(
     After a loss or a norm that is not finite `state.healthy` stays False and no later update is applied, so that the
     host may read the flag late and still find the last good state.
     """
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     spike = _is_spike(optimizer, state, grad_norm)
     scale = jnp.ones(())
