@@ -1,0 +1,39 @@
+"""Bookkeeping of expert dispatch in numpy, one choice at a time."""
+
+import numpy as np
+
+
+def sorted_rows(expert_MC, experts):
+    """(choices in the order of their experts, rows of each expert); choices of no expert are left out."""
+    order = [
+        m * expert_MC.shape[1] + c
+        for e in range(experts)
+        for m in range(len(expert_MC))
+        for c in range(expert_MC.shape[1])
+        if expert_MC[m, c] == e
+    ]
+    return order, [int((expert_MC == e).sum()) for e in range(experts)]
+
+
+def limit(expert_MC, experts, capacity):
+    """Each expert keeps its first `capacity` choices in token order; the others become `experts`."""
+    out, taken = np.array(expert_MC), [0] * experts
+    for m, c in np.ndindex(*expert_MC.shape):
+        e = expert_MC[m, c]
+        if e < experts:
+            out[m, c] = e if taken[e] < capacity else experts
+            taken[e] += 1
+    return out
+
+
+def grouped_matmul(x_RD, w_EDF, sizes_E, g_RF):
+    """y, dx and dw of sum(y * g), row by row in float64; rows behind the last group give and get nothing."""
+    x, w, g = (np.asarray(a, np.float64) for a in (x_RD, w_EDF, g_RF))
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    row = 0
+    for e, size in enumerate(sizes_E):
+        for _ in range(size):
+            y[row], dx[row] = x[row] @ w[e], w[e] @ g[row]
+            dw[e] += np.outer(x[row], g[row])
+            row += 1
+    return y, dx, dw
