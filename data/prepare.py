@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import spill
+from data import sources, spill
 from data.build import Recipe, pack, tokenise
 from data.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, load_prepared, locked
 from data.config import DataConfig, SourceConfig
@@ -112,8 +112,10 @@ def _recipe(
 ) -> Recipe:
     files = tuple(source_files(source))
     weighted = config.examples == "chat"
+    buckets = 1 + text_size_estimate(files) // spill.BUCKET_BYTES
     identity = {
         "version": FORMAT_VERSION,
+        "shuffle": [seed, sources.LUMP_BYTES, buckets],
         "content": [content_hash(file, Path(config.cache_dir)) for file in files],
         "format": source.format,
         "split": source.split,
@@ -123,7 +125,6 @@ def _recipe(
         "chat": [config.template, config.train_on] if weighted else None,
         "seq_len": seq_len,
         "packing": packing,
-        "seed": seed,
         "on_error": config.on_error,
     }
     return Recipe(
@@ -134,7 +135,7 @@ def _recipe(
         train_on=config.train_on,
         packing="best_fit" if weighted else packing,
         seed=seed,
-        buckets=1 + text_size_estimate(files) // spill.BUCKET_BYTES,
+        buckets=buckets,
         format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted),
         tokenizer=config.tokenizer,
         skip=config.on_error == "skip",
