@@ -1,20 +1,30 @@
-"""Grouped-query attention: one function, several back-ends, one meaning (docs: NUMERICS B3, B4, B9).
+"""Grouped-query attention: one function, several back-ends, one meaning.
 
-out[b,t,n] = sum over s of softmax_s( q[b,t,n] . k[b,s,n//G] / sqrt(H) ) v[b,s,n//G], over the keys that t sees: of its
-own segment (segment 0 is padding), at positions p - window + 1 ... p. Mixtral 2401.04088; GQA 2305.13245. The mask
-comes from positions and segments, never from the order of the tokens in the row. A query that sees no key gives 0.
+out[b,t,n] = sum over s of softmax_s(q[b,t,n] . k[b,s,n//G] / sqrt(H)) v[b,s,n//G], over the keys s that t sees: those
+of its own segment (segment 0 is padding) at positions p - window + 1 ... p. Mixtral 2401.04088; GQA 2305.13245. The
+mask is made of positions and segments, never of places in the row. A query that sees no key gives 0.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from mixtral_jax.kernels.attention_chunked import NEVER, Tokens, chunked_attention, tile, visible
+from mixtral_jax.kernels.attention_chunked import NEVER, Tokens, block_sizes, chunked_attention, tile, visible
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
+
+
+class AttentionShape(NamedTuple):
+    """What the choice of a back-end depends on: T queries, S keys, head size H, and whether rows are in order."""
+
+    T: int
+    S: int
+    H: int
+    dtype: str = "float32"
+    ordered: bool = True
 
 
 def attend(
@@ -30,56 +40,107 @@ def attend(
     backend: Backend = "auto",
     ordered: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Attention of T queries to S keys, softmax in fp32, in the dtype of `q`; differentiable in q, k and v.
+    """Attention of T queries to S keys, softmax in fp32, result in the dtype of `q`; differentiable in q, k and v.
 
     Args:
         window: a query at position p sees positions p - window + 1 ... p; None: all up to p.
         backend: how it is computed; "auto" as `resolve_attention` says.
-        ordered: the caller's word that T == S and that within each row the tokens of a segment stand in the order
-            of their positions, so that tiles above the diagonal can be skipped. Ignored where T != S.
+        ordered: the caller's word that queries and keys are the same T tokens and that each segment is a run of
+            neighbours with positions that go up by one, so that tiles off the band can be skipped. Not believed
+            where T != S.
 
     Raises:
         ValueError: shapes that do not belong together, or a back-end that cannot do what is asked.
     """
-    _check_shapes(q_BTNH, k_BSKH, v_BSKH, window)
-    ordered = ordered and q_BTNH.shape[1] == k_BSKH.shape[1]
+    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    _check(q_BTNH, k_BSKH, v_BSKH, window)
+    ordered = ordered and T == S
+    chosen = resolve_attention(backend, _platform(), AttentionShape(T, S, H, q_BTNH.dtype.name, ordered))
+    if chosen == "splash":
+        # imported here: Pallas for TPU takes a second to load, and only TPUs need it
+        from mixtral_jax.kernels.attention_splash import splash_attention
+
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, window=window)
     queries, keys = Tokens(q_positions_BT, q_segments_BT), Tokens(kv_positions_BS, kv_segments_BS)
-    if backend == "chunked":
-        return chunked_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            queries,
-            keys,
-            window=window,
-            tiling=tile(q_BTNH.shape[1], k_BSKH.shape[1], 128, 128, window=window, ordered=ordered),
-        )
-    return reference_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
+    if chosen == "chunked":
+        blocks = block_sizes(T, S, B * N, on_cpu=_platform() == "cpu")
+        tiling = tile(T, S, *blocks, window=window, ordered=ordered)
+        return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling)
+    seen_BTS = visible(queries, keys, window)
+    compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
+    return compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS)
 
 
-def reference_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, queries: Tokens, keys: Tokens, *, window: int | None
-) -> Array:
-    """The formula, with the scores (B, K, T * G, S) materialised."""
+def resolve_attention(backend: Backend, platform: str, shape: AttentionShape) -> str:
+    """The back-end that runs: what is asked for, or the fastest known to work on the platform (cpu, gpu, tpu).
+
+    Raises:
+        ValueError: "splash" for a shape that its kernel cannot take.
+    """
+    obstacle = _splash_obstacle(shape)
+    if backend == "splash" and obstacle:
+        raise ValueError(f"compute.attention is splash, which needs {obstacle}: use auto or chunked")
+    if backend != "auto":
+        return backend
+    if platform == "tpu" and obstacle is None:
+        return "splash"
+    if platform == "gpu" and (_cudnn_takes(shape) or shape.T * shape.S <= 2048**2):
+        return "dot_product"
+    # decoding and short rows fit in cache whole: nothing to gain by tiles (measured: equal at 64, 3x slower at 256)
+    return "reference" if shape.T * shape.S <= 64**2 or shape.T == 1 else "chunked"
+
+
+def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:
+    """The formula as it stands, all scores (B, K, T * G, S) in memory at once."""
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     # the G query heads of a kv head become rows of one matrix: larger products, no repeated keys
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * (N // K), H)
     s_BKRS = jnp.einsum("BKRH,BSKH->BKRS", q_BKRH, k_BSKH, preferred_element_type=jnp.float32)
-    seen_BTS = visible(queries, keys, window)
     seen_BKRS = jnp.repeat(seen_BTS, N // K, axis=1)[:, None]
     p_BKRS = jax.nn.softmax(jnp.where(seen_BKRS, s_BKRS * H**-0.5, NEVER), axis=-1)
     # a row that sees nothing has a uniform softmax over what it must not see
     p_BKRS = jnp.where(seen_BKRS.any(-1, keepdims=True), p_BKRS, 0.0).astype(v_BSKH.dtype)
     out_BKRH = jnp.einsum("BKRS,BSKH->BKRH", p_BKRS, v_BSKH, preferred_element_type=jnp.float32)
-    out = out_BKRH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
-    return out.astype(q_BTNH.dtype)
+    out_BTNH = out_BKRH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    return out_BTNH.astype(q_BTNH.dtype)
 
 
-def _check_shapes(q: Array, k: Array, v: Array, window: int | None) -> None:
+def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it takes the shape, else XLA's."""
+    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    cudnn = _platform() == "gpu" and _cudnn_takes(AttentionShape(T, S, H, q_BTNH.dtype.name))
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=seen_BTS[:, None], implementation="cudnn" if cudnn else "xla"
+    )
+    return jnp.where(seen_BTS.any(-1)[:, :, None, None], out_BTNH, 0)
+
+
+def _splash_obstacle(shape: AttentionShape) -> str | None:
+    """What the TPU kernel would need that `shape` does not have."""
+    if not shape.ordered:
+        return "queries and keys that are the same tokens in order (no context parallelism, no cache)"
+    if shape.T % 128 or shape.H % 64:
+        return f"a row length in multiples of 128 and a head_dim in multiples of 64 (they are {shape.T} and {shape.H})"
+    return None
+
+
+def _cudnn_takes(shape: AttentionShape) -> bool:
+    return shape.dtype in ("bfloat16", "float16") and shape.H % 8 == 0 and shape.H <= 128 and shape.T > 1
+
+
+def _platform() -> str:
+    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _check(q: Array, k: Array, v: Array, window: int | None) -> None:
     B, _, N, H = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, H):
-        raise ValueError(f"attention: queries {q.shape}, keys {k.shape} and values {v.shape} do not fit")
+        raise ValueError(f"attention: queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together")
     if N % k.shape[2]:
         raise ValueError(f"attention: {N} query heads are not a multiple of {k.shape[2]} key/value heads")
     if window is not None and window < 1:
-        raise ValueError(f"attention: sliding_window is {window}, must be at least 1 (or null for none)")
+        raise ValueError(f"attention: sliding_window is {window}; it must be at least 1, or null for none")

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mixtral_jax.sharding import alike
+
 NEVER = -1e30  # a score that no key reaches: finite, so that rows without any key give no NaN
 
 
@@ -51,6 +53,25 @@ def tile(T: int, S: int, block_T: int, block_S: int, *, window: int | None, orde
     return Tiling(block_T, block_S, tuple(first), tuple(stop))
 
 
+def block_sizes(T: int, S: int, heads: int, *, on_cpu: bool) -> tuple[int, int]:
+    """Queries and keys in a tile; `heads` counts (batch row, head) pairs, which a tile holds all of.
+
+    On a CPU a tile's scores, fp32, should be about 1 MiB: they stay in cache, and are still enough for XLA to split
+    between threads (docs/decisions.md). On an accelerator the fixed cost of a step counts more.
+    """
+    if not on_cpu:
+        return min(512, _round_up(T)), min(512, _round_up(S))
+    block_T = block_S = 64
+    while heads * block_T * block_S < 2**18 and block_T < 256:
+        block_T, block_S = (block_T, 2 * block_S) if block_T > block_S else (2 * block_T, block_S)
+    return min(block_T, _round_up(T)), min(block_S, _round_up(S))
+
+
+def _round_up(length: int) -> int:
+    """To a multiple of 8: short rows need no wide tile."""
+    return -(-length // 8) * 8
+
+
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> Array:
     """(..., T, S) of bool: which query sees which key (NUMERICS B4), from positions and segments alone."""
     distance = queries.positions[..., :, None] - keys.positions[..., None, :]
@@ -76,7 +97,8 @@ def chunked_attention(
     queries = Tokens(*(_cut_tokens(x, tiling.block_T) for x in queries))
     keys = Tokens(*(_cut_tokens(x, tiling.block_S) for x in keys))
     # one type for all: a carry of the loop must vary over the same mesh axes as what is added to it
-    q, k, v, queries, keys = _vary_alike((q, k, v, queries, keys))
+    q, k, v, *tokens = alike(q, k, v, *queries, *keys)
+    queries, keys = Tokens(*tokens[:2]), Tokens(*tokens[2:])
     return _join(_attend(q, k, v, queries, keys, window, tiling), T, N)
 
 
@@ -138,8 +160,8 @@ def _backward(window: int | None, tiling: Tiling, saved: Any, g_iBKRH: Array) ->
             dk = _add_at(dk, j, _einsum("BKHR,BKRS->BKHS", q_T, ds))
             return dq, dk, _add_at(dv, j, _einsum("BKHR,BKRS->BKHS", g_T, p.astype(g.dtype)))
 
-        dq, *sums = lax.fori_loop(first, stop, visit, (jnp.zeros_like(q, dtype=jnp.float32), *sums))
-        return tuple(sums), dq
+        dq, dk, dv = lax.fori_loop(first, stop, visit, (jnp.zeros_like(q, dtype=jnp.float32), *sums))
+        return (dk, dv), dq
 
     zeros = jnp.zeros_like(k_jBKSH.swapaxes(-1, -2), dtype=jnp.float32)
     xs = (q_iBKRH, g_iBKRH, delta, lse, queries, *_bounds(tiling))
@@ -198,14 +220,3 @@ def _join(x_iBKRH: Array, T: int, N: int) -> Array:
     block = R * K // N
     x = x_iBKRH.reshape(n, B, K, block, N // K, H).transpose(1, 0, 3, 2, 4, 5)
     return x.reshape(B, n * block, N, H)[:, :T]
-
-
-def _vary_alike(tree: Any) -> Any:
-    """Every leaf typed as varying over all manual mesh axes that any leaf varies over (shard_map, check_vma)."""
-    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
-
-    def cast(x: Array) -> Array:
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)

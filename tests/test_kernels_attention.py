@@ -1,0 +1,312 @@
+"""Every attention back-end against the literal definition: outputs and all three gradients."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from mixtral_jax.kernels.attention import AttentionShape, attend, resolve_attention
+from mixtral_jax.kernels.attention_chunked import Tokens, block_sizes, chunked_attention, tile
+from tests.oracles.attention import attention, mask_matrix
+
+
+class Case(NamedTuple):
+    """Shapes of one comparison; `lengths` are the segments of each row, the rest is padding."""
+
+    B: int = 2
+    T: int = 40
+    N: int = 4
+    K: int = 2
+    H: int = 8
+    window: int | None = None
+    lengths: tuple[int, ...] = (1000,)
+    S: int | None = None  # keys, of which the queries are the last T
+    shuffled: bool = False  # keys and queries out of order
+
+
+CASES = {
+    "causal": Case(),
+    "one_kv_head": Case(K=1, T=33),
+    "equal_heads": Case(K=4, T=17),
+    "odd_head_size": Case(H=5, N=6, K=3),
+    "window": Case(window=7),
+    "window_1": Case(window=1, T=24),
+    "packed_and_padded": Case(lengths=(13, 1, 19)),
+    "packed_window": Case(lengths=(17, 20), window=5, T=45),
+    "only_padding": Case(lengths=()),
+    "several_tiles": Case(B=1, T=150, N=2, K=1),
+    "several_tiles_window": Case(B=1, T=150, N=2, K=1, window=20, lengths=(100, 30)),
+    "shuffled": Case(B=1, T=70, shuffled=True, lengths=(30, 33), window=11),
+    "more_keys": Case(T=20, S=75),
+    "more_keys_shuffled_window": Case(T=30, S=77, shuffled=True, window=9, lengths=(50, 20)),
+    "decode": Case(T=1, S=37, lengths=(37,), window=20),
+}
+
+
+class Inputs(NamedTuple):
+    """Numpy arrays of one case."""
+
+    arrays: tuple[np.ndarray, ...]  # q, k, v, g
+    tokens: dict[str, np.ndarray]
+    mask: np.ndarray
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    """Random arrays; the second row of a batch has its segments in the opposite order."""
+    rng = np.random.default_rng(seed)
+    B, T, S = case.B, case.T, case.S or case.T
+    segments, positions = np.zeros((2, B, S), np.int32)
+    for b in range(B):
+        start = 0
+        for number, length in enumerate(case.lengths[:: -1 if b % 2 else 1], 1):
+            end = min(start + length, S)
+            segments[b, start:end] = number
+            positions[b, start:end] = np.arange(end - start)
+            start = end
+    order = rng.permutation(S) if case.shuffled else np.arange(S)
+    mine = rng.permutation(S)[:T] if case.shuffled else np.arange(S - T, S)
+    tokens = {
+        "q_positions_BT": positions[:, mine],
+        "kv_positions_BS": positions[:, order],
+        "q_segments_BT": segments[:, mine],
+        "kv_segments_BS": segments[:, order],
+    }
+    mask = np.stack([mask_matrix(*(x[b] for x in tokens.values()), case.window) for b in range(B)])
+    shapes = (B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, case.H), (B, T, case.N, case.H)
+    return Inputs(tuple(rng.standard_normal(s, dtype=np.float32) for s in shapes), tokens, mask)
+
+
+def out_and_gradients(f, arrays: tuple) -> list[np.ndarray]:
+    """f(q, k, v) and the gradients of sum(f * g)."""
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
+        out, pull_back = jax.vjp(f, q, k, v)
+        return out, *pull_back(g)
+
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(*map(jnp.asarray, arrays))]
+
+
+def compare(got: list[np.ndarray], want: tuple[np.ndarray, ...], tolerance: float) -> None:
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert np.isfinite(a).all(), name
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "dot_product", "auto"])
+@pytest.mark.parametrize("name", CASES)
+def test_backends_equal_the_definition(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = make(case)
+    got = out_and_gradients(
+        lambda q, k, v: attend(
+            q, k, v, **inputs.tokens, window=case.window, backend=backend, ordered=not case.shuffled
+        ),
+        inputs.arrays,
+    )
+    want = attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3])
+    compare(got, want, 1e-5)
+    blind = inputs.mask.sum(-1) == 0
+    assert (got[0][blind] == 0).all() and (got[1][blind] == 0).all()
+
+
+@pytest.mark.parametrize("blocks", [(8, 8), (16, 24), (24, 8), (128, 128)])
+@pytest.mark.parametrize("name", ["several_tiles_window", "packed_window", "more_keys_shuffled_window"])
+def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> None:
+    case = CASES[name]
+    inputs = make(case, seed=1)
+    q_positions, positions, q_segments, segments = inputs.tokens.values()
+    ordered = not case.shuffled and case.S is None
+    tiling = tile(case.T, case.S or case.T, *blocks, window=case.window, ordered=ordered)
+    got = out_and_gradients(
+        lambda q, k, v: chunked_attention(
+            q, k, v, Tokens(q_positions, q_segments), Tokens(positions, segments), window=case.window, tiling=tiling
+        ),
+        inputs.arrays,
+    )
+    compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "dot_product"])
+def test_bfloat16_keeps_its_type_and_is_near(backend: str) -> None:
+    case = Case(T=90, lengths=(60, 25), H=32)
+    inputs = make(case, seed=2)
+    arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in inputs.arrays)
+    out, pull_back = jax.vjp(
+        lambda q, k, v: attend(q, k, v, **inputs.tokens, window=None, backend=backend), *arrays[:3]
+    )
+    gradients = pull_back(arrays[3])
+    assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    rounded = [np.asarray(x, np.float32) for x in arrays]
+    want = attention(*rounded[:3], inputs.mask, rounded[3])
+    for a, b in zip((out, *gradients), want, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float32) - b) < 0.01 * np.linalg.norm(b)
+
+
+def test_large_scores_overflow_nothing() -> None:
+    inputs = make(Case(T=80))
+    q, k, v, g = inputs.arrays
+    arrays = 1e3 * q, 1e3 * k, v, g
+    for backend in ("reference", "chunked"):
+        got = out_and_gradients(
+            lambda q, k, v, b=backend: attend(q, k, v, **inputs.tokens, window=None, backend=b), arrays
+        )
+        assert all(np.isfinite(x).all() for x in got)
+        np.testing.assert_allclose(got[0], attention(*arrays[:3], inputs.mask, g)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_output_depends_on_what_its_token_does_not_see(backend: str) -> None:
+    case = Case(T=80, lengths=(30, 40), window=12)
+    inputs = make(case, seed=3)
+    q, k, v, _ = inputs.arrays
+    run = jax.jit(lambda k, v: attend(q, k, v, **inputs.tokens, window=12, backend=backend))
+    base = np.asarray(run(k, v))
+    for s in (0, 29, 30, 55, 79):
+        other_k, other_v = k.copy(), v.copy()
+        other_k[:, s] += 5
+        other_v[:, s] -= 5
+        changed = np.abs(np.asarray(run(other_k, other_v)) - base).max((2, 3)) > 0
+        assert not (changed & (inputs.mask[:, :, s] == 0)).any()
+        assert changed.any() == (inputs.mask[:, :, s].any())
+
+
+# ---- what is visited, and what is held in memory --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40])
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 8), (8, 32)])
+def test_tiles_visited_are_those_that_the_mask_fills(window: int | None, blocks: tuple[int, int]) -> None:
+    T = 70
+    ones = np.ones(T, int)
+    mask = mask_matrix(np.arange(T), np.arange(T), ones, ones, window)
+    tiling = tile(T, T, *blocks, window=window, ordered=True)
+    for i, (first, stop) in enumerate(zip(tiling.first, tiling.stop, strict=True)):
+        rows = mask[i * blocks[0] : (i + 1) * blocks[0]]
+        filled = [j for j in range(-(-T // blocks[1])) if rows[:, j * blocks[1] : (j + 1) * blocks[1]].any()]
+        assert list(range(first, stop)) == filled
+    everything = tile(T, T, *blocks, window=window, ordered=False)
+    assert set(everything.first) == {0} and set(everything.stop) == {-(-T // blocks[1])}
+
+
+def test_blocks_fit_the_shape() -> None:
+    for T, S, heads in ((5, 5, 8), (256, 256, 64), (512, 512, 64), (2048, 2048, 8), (32768, 32768, 8), (64, 1, 1)):
+        for on_cpu in (True, False):
+            block_T, block_S = block_sizes(T, S, heads, on_cpu=on_cpu)
+            assert 0 < block_T <= T + 7 and 0 < block_S <= S + 7 and block_T % 8 == block_S % 8 == 0
+    assert block_sizes(256, 256, 64, on_cpu=True) == (64, 64)
+    assert block_sizes(2048, 2048, 8, on_cpu=True) == (256, 128)
+
+
+def compiled_training_step(T: int):
+    shape = lambda heads: jax.ShapeDtypeStruct((1, T, heads, 32), jnp.float32)  # noqa: E731 (shorter than a def)
+    tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        ids = dict(q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments)
+        return attend(q, k, v, **ids, window=None, backend="chunked").sum()
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return step.lower(shape(8), shape(2), shape(2), tokens, tokens).compile()
+
+
+def test_32k_tokens_hold_no_square_buffer() -> None:
+    compiled = compiled_training_step(32768)
+    inputs = 32768 * (8 + 2 + 2) * 32 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * inputs  # 4 GiB would be one head's scores
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\[([\d,]+)\]", compiled.as_text())]
+    assert max(sizes) <= 32768 * 8 * 32
+
+
+# ---- under the transformations of the model ------------------------------------------------------------------------
+
+
+def test_inside_scan_remat_and_checked_shard_map() -> None:
+    """Two layers of attention, rematerialised, over batch and heads, with keys gathered over a sequence axis."""
+    case = Case(B=2, T=64, N=4, K=2, lengths=(40, 20))
+    inputs = make(case, seed=4)
+    q, k, v, _ = inputs.arrays
+    names = ("q_positions_BT", "kv_positions_BS", "q_segments_BT", "kv_segments_BS")
+    positions, segments = inputs.tokens["q_positions_BT"], inputs.tokens["q_segments_BT"]
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "context"), axis_types=(AxisType.Auto,) * 3)
+
+    def loss(q, k, v, positions, segments, gather, add, backend):
+        keys = gather(k), gather(v)
+        tokens = dict(zip(names, (positions, gather(positions), segments, gather(segments)), strict=True))
+
+        def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return x + attend(x, *keys, **tokens, window=9, backend=backend, ordered=False), None
+
+        return add((jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0] ** 2).sum())
+
+    def on_one(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return loss(q, k, v, positions, segments, lambda x: x, lambda x: x, "reference")
+
+    def on_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        spec, tokens = P("data", "context", "tensor"), P("data", "context")
+
+        def local(q, k, v, positions, segments):
+            gather = lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True)  # noqa: E731
+            add = lambda x: jax.lax.psum(x, ("data", "tensor", "context"))  # noqa: E731
+            return loss(q, k, v, positions, segments, gather, add, "chunked")
+
+        run = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3 + (tokens,) * 2, out_specs=P(), check_vma=True)
+        return run(q, k, v, positions, segments)
+
+    want, want_gradients = jax.jit(jax.value_and_grad(on_one, (0, 1, 2)))(q, k, v)
+    got, gradients = jax.jit(jax.value_and_grad(on_mesh, (0, 1, 2)))(q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_partitioned_by_the_compiler_over_batch_and_heads() -> None:
+    case = Case(B=2, T=80, N=4, K=2, lengths=(40, 20))
+    inputs = make(case, seed=5)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    arrays = [jax.device_put(x, jax.NamedSharding(mesh, P("data", None, "tensor"))) for x in inputs.arrays]
+    got = out_and_gradients(
+        lambda q, k, v: attend(q, k, v, **inputs.tokens, window=None, backend="chunked"), tuple(arrays)
+    )
+    compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
+
+
+# ---- the choice, and what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "shape", "chosen"),
+    [
+        ("reference", "tpu", AttentionShape(4096, 4096, 128), "reference"),
+        ("auto", "tpu", AttentionShape(4096, 4096, 128, "bfloat16"), "splash"),
+        ("auto", "tpu", AttentionShape(4096, 4096, 128, "bfloat16", ordered=False), "chunked"),
+        ("auto", "tpu", AttentionShape(4000, 4000, 128), "chunked"),
+        ("auto", "tpu", AttentionShape(1, 4096, 128, "bfloat16", ordered=False), "reference"),
+        ("auto", "gpu", AttentionShape(32768, 32768, 128, "bfloat16"), "dot_product"),
+        ("auto", "gpu", AttentionShape(32768, 32768, 128, "float32"), "chunked"),
+        ("auto", "gpu", AttentionShape(1024, 1024, 128, "float32"), "dot_product"),
+        ("auto", "cpu", AttentionShape(256, 256, 32), "chunked"),
+        ("auto", "cpu", AttentionShape(64, 64, 32), "reference"),
+        ("auto", "cpu", AttentionShape(1, 2048, 32, ordered=False), "reference"),
+    ],
+)
+def test_auto_chooses_by_platform_and_shape(backend, platform: str, shape: AttentionShape, chosen: str) -> None:
+    assert resolve_attention(backend, platform, shape) == chosen
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    q, k = jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 4, 2, 8))
+    ids = jnp.zeros((1, 4), jnp.int32)
+    tokens = dict(q_positions_BT=ids, kv_positions_BS=ids, q_segments_BT=ids, kv_segments_BS=ids)
+    with pytest.raises(ValueError, match=r"do not fit together"):
+        attend(q, k, jnp.zeros((1, 4, 2, 6)), **tokens, window=None)
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+        attend(q, jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 3, 8)), **tokens, window=None)
+    with pytest.raises(ValueError, match="sliding_window is 0"):
+        attend(q, k, k, **tokens, window=0)
+    with pytest.raises(ValueError, match=r"splash, which needs .*128 .*4 and 8"):
+        attend(q, k, k, **tokens, window=None, backend="splash")
