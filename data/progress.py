@@ -42,11 +42,6 @@ class Meter:
             self._last = time.monotonic()
             say(f"{self._title}: {100 * self._done / self._total:.0f} % {note}")
 
-    def finish(self, note: str) -> None:
-        """All is done."""
-        if self._bar:
-            self._bar.update(self._task, completed=self._total, note=note)
-
 
 def say(message: str) -> None:
     """One line on stderr."""
