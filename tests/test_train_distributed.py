@@ -1,5 +1,9 @@
-"""Every scheduler's environment, whole and half: nothing here starts a process."""
+"""Every scheduler's environment, whole and half; then two real processes that find each other."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +121,31 @@ def test_chips_are_counted_by_their_pci_ids(tmp_path: Path, monkeypatch: pytest.
     assert count_tpu_chips(tmp_path) == 1
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert count_tpu_chips(tmp_path) == 0
+
+
+def test_two_processes_find_each_other() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = (
+        "from train.distributed import initialize\n"
+        "print(initialize())\n"
+        "import jax\n"
+        "from jax.experimental import multihost_utils\n"
+        "print(jax.process_count(), jax.device_count(), multihost_utils.process_allgather(jax.process_index()).sum())\n"
+    )
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=env | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for i, process in enumerate(processes):
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        lines = out.splitlines()  # gloo prints between them
+        assert (lines[0], lines[-1]) == (f"process {i} of 2 at {address} (environment)", "2 4 1")
