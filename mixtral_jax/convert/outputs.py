@@ -29,22 +29,26 @@ class Outputs(NamedTuple):
 
 
 def our_outputs(path: str | os.PathLike[str], prompts: list[list[int]]) -> Outputs:
-    """By this package, in fp32."""
+    """By this package, in fp32. The prompts are padded to one length; padding is another segment."""
     model = load(path, compute=ComputeConfig(dtype="float32"))
-    logits, experts = [], []
-    for row in prompts:
-        tokens_BT = jnp.asarray([row], jnp.int32)
-        logits.append(np.asarray(model(tokens_BT))[0])
-        if not model.config.is_dense:
-            experts.append(np.asarray(chosen_experts(model, tokens_BT)))
-    return Outputs(np.concatenate(logits), np.concatenate(experts, axis=1) if experts else None)
+    length = max(map(len, prompts))
+    tokens_BT = jnp.array([row + [0] * (length - len(row)) for row in prompts], jnp.int32)
+    real_BT = np.array([[i < len(row) for i in range(length)] for row in prompts])
+    logits_BTV, experts_LMC = _run(model, tokens_BT, jnp.asarray(real_BT, jnp.int32))
+    experts = None if experts_LMC is None else np.asarray(experts_LMC)[:, real_BT.ravel()]
+    return Outputs(np.asarray(logits_BTV)[real_BT], experts)
 
 
 @jax.jit
-def chosen_experts(model: Mixtral, tokens_BT: jax.Array) -> jax.Array:
+def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    logits_BTV = model(tokens_BT, segment_ids=segments_BT)
+    return logits_BTV, None if model.config.is_dense else chosen_experts(model, tokens_BT, segments_BT)
+
+
+def chosen_experts(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Indices (L, M, C) of the experts that each token is sent to in each layer."""
     config = model.config
-    _, positions_BT, segments_BT = fill_rows(tokens_BT, None, None)
+    _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
     rows = Rows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
 
     def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,153 @@
+"""Bad Hugging Face directories: one sentence each, and nothing is written."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from mixtral_jax.convert import hf2orbax
+from mixtral_jax.convert.hf import HfSource
+from tests.convert_files import TINY, fuse, random_tensors, write_hub
+
+NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+
+def refused(tmp_path, match):
+    with pytest.raises(ValueError, match=match) as error:
+        hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_no_config(tmp_path):
+    write_hub(tmp_path / "hf", TINY, random_tensors(TINY), config=False)
+    refused(tmp_path, "has no config.json: it is no model directory")
+
+
+def test_config_that_does_not_parse(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    (source / "config.json").write_text("{")
+    refused(tmp_path, "config.json is no JSON")
+    (source / "config.json").write_text("[]")
+    refused(tmp_path, "config.json holds no JSON object")
+
+
+def test_no_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        hf2orbax(tmp_path / "nowhere", tmp_path / "orbax", progress=False)
+
+
+def test_another_architecture(tmp_path):
+    config = {**TINY, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    write_hub(tmp_path / "hf", config, random_tensors(TINY))
+    refused(tmp_path, "config.json names architecture Qwen2MoeForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "extra, match",
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type 'yarn' is not supported"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised weights \(gptq\)"),
+    ],
+)
+def test_variants_are_refused_by_name(tmp_path, extra, match):
+    write_hub(tmp_path / "hf", {**TINY, **extra}, random_tensors(TINY))
+    refused(tmp_path, match)
+
+
+def test_a_shard_missing_on_disk(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=3)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    refused(tmp_path, "lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names")
+
+
+def test_a_shard_missing_from_the_index(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=3)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {n: f for n, f in content["weight_map"].items() if "00002" not in f}
+    index.write_text(json.dumps(content))
+    refused(tmp_path, "index.json does not name model-00002-of-00003.safetensors, which is there")
+    index.unlink()
+    refused(tmp_path, "has 3 shards .* but no model.safetensors.index.json")
+    index.write_text("{}")
+    refused(tmp_path, "does not parse")
+
+
+def test_an_index_that_names_a_tensor_its_shard_does_not_hold(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=2)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    refused(tmp_path, "places model.ghost in model-00001-of-00002.safetensors, which does not hold it")
+
+
+@pytest.mark.parametrize("keep", [3, 100, -1])
+def test_a_truncated_file(tmp_path, keep):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(tmp_path, "model.safetensors is truncated")
+
+
+def test_wrong_shape(tmp_path):
+    tensors = random_tensors(TINY)
+    write_hub(tmp_path / "hf", TINY, {**tensors, NAME: tensors[NAME].T.copy()})
+    refused(tmp_path, f"{NAME} in .* has shape \\[24, 20\\], config.json asks for \\[20, 24\\]")
+
+
+def test_wrong_dtype(tmp_path):
+    tensors = random_tensors(TINY)
+    write_hub(tmp_path / "hf", TINY, {**tensors, NAME: tensors[NAME].astype(np.int8)})
+    refused(tmp_path, f"{NAME} in model.safetensors is I8: only BF16, F16 and F32 are converted")
+
+
+def test_missing_and_extra_tensors_are_both_listed(tmp_path):
+    tensors = random_tensors(TINY)
+    tensors["model.layers.9.extra"] = tensors.pop(NAME)
+    write_hub(tmp_path / "hf", TINY, tensors)
+    refused(tmp_path, rf"missing tensors 1 \({NAME}\); unexpected 1 \(model.layers.9.extra\)")
+
+
+def test_two_layouts_mixed(tmp_path):
+    tensors = random_tensors(TINY)
+    write_hub(tmp_path / "hf", TINY, {**tensors, **fuse(tensors, TINY)})
+    refused(tmp_path, "two expert layouts are mixed: .*mlp.experts.*_proj .fused. and .*block_sparse_moe")
+
+
+def test_pickled_weights(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    refused(tmp_path, r"holds pickled weights \(pytorch_model.bin\), which are not read: save it as safetensors")
+    (source / "pytorch_model.bin").unlink()
+    refused(tmp_path, "holds no weights")
+
+
+def test_sliding_window_of_a_mixtral_warns(tmp_path):
+    write_hub(tmp_path / "hf", {**TINY, "sliding_window": 4096}, random_tensors(TINY))
+    with pytest.warns(
+        UserWarning, match="sets sliding_window 4096 for a Mixtral; the released Mixtral models have none"
+    ):
+        HfSource(tmp_path / "hf")
+
+
+def test_tied_head_that_is_there_a_second_time(tmp_path):
+    config = {**TINY, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    write_hub(tmp_path / "same", config, same)
+    assert HfSource(tmp_path / "same").config.tie_word_embeddings
+    write_hub(tmp_path / "hf", config, {**tensors, "lm_head.weight": -tensors["model.embed_tokens.weight"]})
+    (tmp_path / "same").rename(tmp_path / "hf" / "same")
+    refused(tmp_path, "ties the embeddings, but lm_head.weight differs")
+
+
+def test_old_rotary_buffers_are_passed_over(tmp_path):
+    tensors = random_tensors(TINY)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
+    write_hub(tmp_path / "hf", TINY, tensors)
+    assert len(HfSource(tmp_path / "hf").slots) == len(tensors) - 1
