@@ -159,7 +159,7 @@ def test_config_show_and_schema(file: str, capsys: pytest.CaptureFixture[str]) -
     assert "# override" in out
     assert f"# {file}:4" in out
     assert launch.main(["config", "schema", "pretrain"]) == 0
-    assert json.loads(capsys.readouterr().out)["properties"]["steps"]["exclusiveMinimum"] == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["seq_len"]["exclusiveMinimum"] == 0
 
 
 def test_dry_run_shows_the_arithmetic_and_writes_nothing(

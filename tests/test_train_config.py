@@ -95,6 +95,8 @@ def test_every_leaf_has_an_origin(file: Path) -> None:
         (["model.preset=mixtral"], "unknown preset"),
         (["model.num_experts_per_tok=9"], "num_experts_per_tok (9) is larger than num_local_experts (8)"),
         (["model.num_attention_heads=5"], "num_attention_heads (5) is not a multiple of num_key_value_heads (2)"),
+        (["steps=0"], "neither steps nor data.epochs says how long the run is: set one"),
+        (["data.epochs=2"], "steps (100) and data.epochs (2) both say how long the run is: remove one"),
         (["mesh.data=0"], "mesh.data is 0"),
         (["learning_rate=1"], "unknown key; the nearest key is optimizer.learning_rate"),
         (["model.vocab=1"], "unknown key; the nearest key is model.vocab_size"),

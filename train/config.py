@@ -40,7 +40,9 @@ class RunConfig(FrozenConfig):
     run_name: str = Field(pattern=r"^[\w.+=@-]+$", description="the run's directory below output_dir")
     output_dir: str = Field("runs", description="where run directories are made")
     seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
-    steps: int = Field(gt=0, description="optimizer steps of the whole run, those before a resume included")
+    steps: int = Field(
+        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0: by data.epochs"
+    )
     seq_len: int = Field(gt=0, description="positions per row")
     global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over the whole mesh")
     micro_batch_size: int | None = Field(
@@ -252,7 +254,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
-    optimizer = config.optimizer
+    optimizer, epochs = config.optimizer, config.data.epochs
+    if config.steps and epochs:
+        yield f"steps ({config.steps}) and data.epochs ({epochs:g}) both say how long the run is: remove one"
+    if not config.steps:
+        if not epochs:
+            yield "neither steps nor data.epochs says how long the run is: set one"
+        return  # the rest is checked once the steps are known
     if optimizer.warmup_steps >= config.steps:
         yield f"optimizer.warmup_steps ({optimizer.warmup_steps}) is not smaller than steps ({config.steps})"
     elif optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > config.steps:

@@ -53,10 +53,11 @@ def batch_line(config: RunConfig, sizes: dict[str, int]) -> str:
             f"micro_batch_size ({rows}) is not a multiple of the {shards} batch shards of mesh.data x mesh.fsdp x "
             f"mesh.expert: {shards * max(1, round(rows / shards))} would be"
         )
+    length = f"{config.tokens_per_step * config.steps:,} in {config.steps:,} steps"
     return (
         f"{config.global_batch_size} sequences = {config.accumulation} micro-batches x {shards} shards x "
         f"{rows // shards} sequences; {config.tokens_per_step:,} tokens a step, "
-        f"{config.tokens_per_step * config.steps:,} in {config.steps:,} steps"
+        f"{length if config.steps else f'for {config.data.epochs:g} epochs'}"
     )
 
 

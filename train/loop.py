@@ -13,6 +13,7 @@ from train.build import Parts, build
 from train.checkpoint import Checkpointer, saved_steps
 from train.config import Provenance, RunConfig
 from train.console import Console
+from train.epochs import settle_steps
 from train.feed import Feed
 from train.hooks import Checkpoint, Evaluate, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
@@ -64,6 +65,7 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
     began = time.perf_counter()
+    config = settle_steps(config)
     place = RunDirectory(config.run_dir)
     place.create()
     console = Console(place.log, speak=jax.process_index() == 0, progress=config.log.progress)

@@ -60,6 +60,18 @@ def validate(
     return config
 
 
+def rebuilt(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with some fields changed (sections as mappings), checked again as a whole.
+
+    Raises:
+        UserError: the changed config is not consistent.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, Mapping) else value
+    return validate(type(config), Tree(values))
+
+
 def known_paths(config_class: type[BaseModel]) -> list[str]:
     """Every dotted path that the config understands; `*` stands for the index of a list."""
     return list(_paths(config_class, ""))

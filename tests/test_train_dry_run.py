@@ -1,0 +1,45 @@
+"""The arithmetic that is shown before anything is built."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_run_file
+from train.config import RunConfig, load_config
+from train.dry_run import batch_line, human_bytes, memory_line, model_line
+
+ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return load_config(write_run_file(tmp_path, global_batch_size=16, micro_batch_size=8)).config
+
+
+def test_batch(config: RunConfig) -> None:
+    assert batch_line(config, ONE | {"fsdp": 2, "expert": 2}) == (
+        "16 sequences = 2 micro-batches x 4 shards x 2 sequences; 512 tokens a step, 4,096 in 8 steps"
+    )
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size \(8\) is not a multiple of the 3 batch shards .* 9 would be"
+    ):
+        batch_line(config, ONE | {"data": 3})
+
+
+def test_memory_is_16_bytes_a_parameter_over_the_parameter_shards(config: RunConfig) -> None:
+    total = human_bytes(16 * config.model.num_params())
+    assert memory_line(config, ONE | {"data": 8}).startswith(f"{total} a device")  # replicas save nothing
+    quarter = human_bytes(16 * config.model.num_params() / 4)
+    assert memory_line(config, ONE | {"fsdp": 2, "tensor": 2}).startswith(f"{quarter} a device")
+
+
+def test_model(config: RunConfig) -> None:
+    line = model_line(config.model, 32)
+    assert line.startswith(f"{config.model.num_params():,} parameters, {config.model.num_active_params():,} used")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**20, "3 MiB"), (2**30, "1 GiB"), (2.5 * 2**40, "2.5 TiB")]
+)
+def test_bytes_for_people(size: float, text: str) -> None:
+    assert human_bytes(size) == text
