@@ -13,6 +13,7 @@ from data.cache import PreparedSource, digest
 from data.config import DataConfig
 from data.order import GlobalOrder, shares
 from data.prepare import prepare
+from data.progress import say
 from data.rows import Row, padding_row
 
 _THREADS = 2
@@ -166,7 +167,10 @@ def open_loader(
         ValueError: sizes that do not divide, or anything that `prepare` refuses.
     """
     layout = Layout(global_batch_size, micro_batch_size or global_batch_size, shard)
-    sources = prepare(data, seq_len, seed).train
+    prepared = prepare(data, seq_len, seed)
+    if prepared.fresh:
+        say(prepared.summary())
+    sources = prepared.train
     parts = shares([s.rows for s in sources], [s.weight for s in data.train], data.temperature)
     order = GlobalOrder([s.rows for s in sources], parts, seed)
     return Loader(sources, order, layout, start_row)
@@ -202,5 +206,5 @@ def eval_batches(
 
     `text_bytes` of a source is what its nats are divided by for bits per byte (NUMERICS D7).
     """
-    sources = prepare(data, seq_len, seed).validation
+    sources = prepare(data, seq_len, seed, train=False).validation
     return {source.name: EvalSource(source, batch_size, shard) for source in sources}

@@ -32,6 +32,7 @@ class PreparedData:
     train: tuple[PreparedSource, ...]
     validation: tuple[PreparedSource, ...]
     missing_parts: tuple[str, ...] = ()  # with `part`: parts that other machines still have to make
+    fresh: bool = False  # made just now, at least in part
 
     @property
     def complete(self) -> bool:
@@ -51,11 +52,14 @@ def prepare(
     seed: int,
     part: tuple[int, int] | None = None,
     progress: bool = True,
+    *,
+    train: bool = True,
 ) -> PreparedData:
     """Rows of `seq_len` + 1 tokens of every source, from the cache where they are there.
 
     Validation sources are packed with best_fit and seed 0: each document begins at its own BOS, and no row order
-    matters there. With `part` (i, n), 1 <= i <= n, does only the i-th of n shares, and packs if it is the last.
+    matters there; with `train` false they are the only ones. With `part` (i, n), 1 <= i <= n, this does only the i-th
+    of n shares, and packs if it is the last.
 
     Raises:
         ValueError: no files, no documents, a bad record (file, line), no tokenizer, a part out of range.
@@ -64,30 +68,42 @@ def prepare(
     if not 1 <= index <= count:
         raise ValueError(f"part {index}/{count}: the first number counts from 1 to the second")
     tokenizer = load_tokenizer(config.tokenizer)
-    train = [_recipe(config, s, tokenizer, seq_len, seed, config.packing) for s in config.train]
-    validation = [_recipe(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
+    learned = config.train if train else ()
+    recipes = [_recipe(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
+    held_out = [_recipe(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
     cache = Path(config.cache_dir)
-    todo = {r.fingerprint: r for r in train + validation if not load_prepared(cache, "", r.fingerprint)}
-    missing: list[str] = []
-    if todo:
-        recipes = [todo[key] for key in sorted(todo)]  # one order for all processes: no deadlock
-        size = sum(text_size_estimate(r.files) for r in recipes)
-        workers = config.workers or len(os.sched_getaffinity(0))
-        with Workers(workers if size > _SERIAL_BYTES else 1) as pool:
-            with Meter("Tokenising", size, show=progress) as meter, ExitStack() as locks:
-                for recipe in recipes:
-                    locks.enter_context(_lock(cache, recipe, f".part-{index}-of-{count}", progress))
-                tokenise(cache, recipes, index, count, pool, meter)
-            with Meter("Packing", size // count, show=progress) as meter, ExitStack() as locks:
-                for recipe in recipes:
-                    locks.enter_context(_lock(cache, recipe, "", progress))
-                missing = pack(cache, recipes, count, pool, meter)
+    todo = {r.fingerprint: r for r in recipes + held_out if not load_prepared(cache, "", r.fingerprint)}
+    missing = _make(cache, [todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
         return PreparedData((), (), tuple(missing))
-    prepared = PreparedData(tuple(_loaded(cache, r) for r in train), tuple(_loaded(cache, r) for r in validation))
-    if todo and progress:
-        say(prepared.summary())
-    return prepared
+    return PreparedData(
+        train=tuple(_loaded(cache, r) for r in recipes),
+        validation=tuple(_loaded(cache, r) for r in held_out),
+        fresh=bool(todo),
+    )
+
+
+def _make(cache: Path, recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool) -> list[str]:
+    """Both passes over `recipes`, which all processes have in one order: locks taken in it cannot block for good."""
+    if not recipes:
+        return []
+    index, count = part
+    size = sum(text_size_estimate(r.files) for r in recipes)
+    processes = (workers or _cores()) if size > _SERIAL_BYTES else 1
+    with Workers(processes) as pool:
+        with Meter("Tokenising", size, show=show) as meter, ExitStack() as locks:
+            for recipe in recipes:
+                locks.enter_context(_lock(cache, recipe, f".part-{index}-of-{count}", show))
+            tokenise(cache, recipes, index, count, pool, meter)
+        with Meter("Packing", size // count, show=show) as meter, ExitStack() as locks:
+            for recipe in recipes:
+                locks.enter_context(_lock(cache, recipe, "", show))
+            return pack(cache, recipes, count, pool, meter)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _describe(source: PreparedSource) -> str:
