@@ -58,6 +58,11 @@ def test_variants_are_refused_by_name(tmp_path, extra, match):
     refused(tmp_path, match)
 
 
+def test_a_shape_that_makes_no_sense(tmp_path):
+    write_hub(tmp_path / "hf", {**TINY, "num_key_value_heads": 3, "vocab_size": "many"}, random_tensors(TINY))
+    refused(tmp_path, "does not describe a model: vocab_size: Input should be a valid integer")
+
+
 def test_a_shard_missing_on_disk(tmp_path):
     source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=3)
     (source / "model-00002-of-00003.safetensors").unlink()

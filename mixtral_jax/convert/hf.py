@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, LocalReader, RemoteReader
@@ -30,7 +31,7 @@ class HfSource:
     def __init__(self, path: str | os.PathLike[str], architectures: tuple[str, ...] = ("mixtral", "mistral")) -> None:
         self.directory = Directory(path)
         self.hf_config = self._read_config()
-        self.config = MixtralConfig.from_hf(self.hf_config, architectures)
+        self.config = read_shape(self.hf_config, self.directory, architectures)
         self._readers: dict[str, LocalReader | RemoteReader] = {}
         self._tensors = self._scan()
         self.slots = slots(self.config)
@@ -143,6 +144,21 @@ def read_config(directory: Directory) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{directory}/config.json holds no JSON object")
     return config
+
+
+def read_shape(
+    hf_config: dict[str, Any], where: Directory, architectures: tuple[str, ...] = ("mixtral", "mistral")
+) -> MixtralConfig:
+    """The shape that a config.json describes.
+
+    Raises:
+        ValueError: another architecture, an unsupported variant, or a value that makes no sense; one sentence.
+    """
+    try:
+        return MixtralConfig.from_hf(hf_config, architectures)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
+        raise ValueError(f"config.json of {where} does not describe a model: {told}") from None
 
 
 def weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:

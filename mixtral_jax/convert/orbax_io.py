@@ -10,7 +10,7 @@ import numpy as np
 from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory
-from mixtral_jax.convert.hf import read_config, slot_error
+from mixtral_jax.convert.hf import read_config, read_shape, slot_error
 from mixtral_jax.convert.stream import STRIP, Rows, Source, bands, blocked_transpose, turned
 from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
 from mixtral_jax.orbax_stream import ArrayReader, ArraySpec, ArrayWriter
@@ -38,7 +38,7 @@ class OrbaxSource:
             self.config = MixtralConfig.from_hf(self.hf_config)
         else:
             self.hf_config = read_config(self.directory)
-            self.config = MixtralConfig.from_hf(self.hf_config)
+            self.config = read_shape(self.hf_config, self.directory)
             self._reader, self._prefix = ArrayReader(root / PARAMS), ""
         found = self._reader.custom_metadata().get("format")
         if found != FORMAT:
