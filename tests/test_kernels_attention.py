@@ -1,6 +1,7 @@
 """Every attention back-end against the literal definition: outputs and all three gradients."""
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -206,7 +207,7 @@ def test_blocks_fit_the_shape() -> None:
 
 
 def compiled_training_step(T: int):
-    shape = lambda heads: jax.ShapeDtypeStruct((1, T, heads, 32), jnp.float32)  # noqa: E731 (shorter than a def)
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 32), jnp.float32) for heads in (8, 2))
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
@@ -214,7 +215,7 @@ def compiled_training_step(T: int):
         return attend(q, k, v, **ids, window=None, backend="chunked").sum()
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    return step.lower(shape(8), shape(2), shape(2), tokens, tokens).compile()
+    return step.lower(q, k, k, tokens, tokens).compile()
 
 
 def test_32k_tokens_hold_no_square_buffer() -> None:
@@ -253,8 +254,8 @@ def test_inside_scan_remat_and_checked_shard_map() -> None:
         spec, tokens = P("data", "context", "tensor"), P("data", "context")
 
         def local(q, k, v, positions, segments):
-            gather = lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True)  # noqa: E731
-            add = lambda x: jax.lax.psum(x, ("data", "tensor", "context"))  # noqa: E731
+            gather = partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
+            add = partial(jax.lax.psum, axis_name=("data", "tensor", "context"))
             return loss(q, k, v, positions, segments, gather, add, "chunked")
 
         run = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3 + (tokens,) * 2, out_specs=P(), check_vma=True)
@@ -265,6 +266,21 @@ def test_inside_scan_remat_and_checked_shard_map() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(gradients, want_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_a_policy_that_saves_the_result_runs_no_forward_twice() -> None:
+    """Two products forward and five backward; without the policy, the two forward ones again."""
+    inputs = make(Case(T=100))
+
+    def products(policy) -> int:
+        attention = jax.checkpoint(
+            lambda q, k, v: attend(q, k, v, **inputs.tokens, window=None, backend="chunked"), policy=policy
+        )
+        run = jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum(), (0, 1, 2))
+        return str(jax.make_jaxpr(run)(*inputs.arrays[:3])).count("dot_general[")
+
+    assert products(jax.checkpoint_policies.save_only_these_names("attended")) == 7
+    assert products(jax.checkpoint_policies.nothing_saveable) == 9
 
 
 def test_partitioned_by_the_compiler_over_batch_and_heads() -> None:

@@ -10,9 +10,18 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from mixtral_jax.kernels.attention_chunked import NEVER, Tokens, block_sizes, chunked_attention, tile, visible
+from mixtral_jax.kernels.attention_chunked import (
+    NEVER,
+    SAVED,
+    Tokens,
+    block_sizes,
+    chunked_attention,
+    tile,
+    visible,
+)
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
 
@@ -42,6 +51,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys, softmax in fp32, result in the dtype of `q`; differentiable in q, k and v.
 
+    What its backward pass needs carries the name "attended" for rematerialisation policies.
+
     Args:
         window: a query at position p sees positions p - window + 1 ... p; None: all up to p.
         backend: how it is computed; "auto" as `resolve_attention` says.
@@ -68,7 +79,7 @@ def attend(
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling)
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
-    return compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS)
+    return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS), SAVED)
 
 
 def resolve_attention(backend: Backend, platform: str, shape: AttentionShape) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
@@ -24,6 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 from jax.sharding import PartitionSpec as P
 
+from mixtral_jax.kernels.attention_chunked import SAVED
 from mixtral_jax.sharding import alike, variance, varying
 
 LANES = 128  # the kernel's tiles: T and H must be multiples
@@ -54,7 +56,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Array, window: int | None, 
         out, (lse,) = jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments))
         return out, lse
 
-    out_BNTH, lse_BNT = _unchecked(run, q, k, v, segments)
+    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED) for x in _unchecked(run, q, k, v, segments))
     return out_BNTH.swapaxes(1, 2), (q, k, v, segments, out_BNTH, lse_BNT)
 
 
