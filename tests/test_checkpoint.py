@@ -94,7 +94,7 @@ def test_a_part_can_be_read_alone_and_cast(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["params"].update(w2=jnp.zeros((2, 4, 8, 5))), r"params\.w2 has shape \(2, 4, 8, 6\) .* \(2, 4, 8, 5\)"),
+        (lambda t: t["params"].update(w2=jnp.zeros((2, 4, 8, 5))), r"params\.w2 has shape \(2, 4, 8, 6\) .*, 8, 5\)"),
         (lambda t: t["params"].update(more=jnp.zeros(3)), r"has no params\.more, which the model needs .* \(3,\)"),
         (lambda t: t["params"].pop("scale"), r"has params\.scale, which the model does not have"),
     ],

@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
 def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> Parts:
     """Data, model, state, and the compiled step."""
-    data: Any = config.data  # type: ignore[attr-defined]  # every stage has one, each its own class
+    data = config.data
     tokenizer = load_tokenizer(data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     share = batch_share(mesh, config.rows_per_micro_batch)

@@ -6,10 +6,11 @@ from importlib import metadata
 import jax
 
 from data.loader import Loader
-from mixtral_jax.config import ComputeConfig
+from mixtral_jax.kernels.attention import AttentionShape, resolve_attention
 from mixtral_jax.kernels.grouped_matmul import resolve_matmul
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.moe.parallel import resolve_transport
+from mixtral_jax.sharding import MESH_AXES
 from train.checkpoint import Say
 from train.config import RunConfig
 from train.dry_run import batch_line, memory_line, model_line
@@ -19,7 +20,7 @@ from train.metrics import peak_flops
 def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Loader, say: Say) -> None:
     """Versions, devices, mesh, kernels, size, batch, data, router coefficients."""
     devices = jax.devices()
-    sizes = config.mesh.sizes(len(devices))
+    sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
     kind = devices[0].device_kind
     peak = peak_flops(kind)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
@@ -29,7 +30,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Load
         "devices": f"{len(devices)} {kind} in {jax.process_count()} processes"
         + (f", {peak / 1e12:.0f} TFLOP/s each" if peak else ", no peak known: mfu is null"),
         "mesh": "one device" if mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items()),
-        "kernels": kernels_line(config.compute, sizes["expert"], config.seq_len),
+        "kernels": kernels_line(config, sizes),
         "model": model_line(config.model, config.seq_len),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
@@ -40,14 +41,15 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Load
         say(f"{title:>8}  {text}")
 
 
-def kernels_line(compute: ComputeConfig, expert_axis: int, seq_len: int) -> str:
+def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
     """What `auto` chose on this machine."""
-    backend = jax.default_backend()
+    compute, length, backend = config.compute, config.seq_len, jax.default_backend()
+    dtype = compute_dtype(compute.dtype)
+    shape = AttentionShape(length // sizes["context"], length, config.model.head_dim, dtype.name, sizes["context"] == 1)
     return (
-        f"attention {compute.attention}, "
+        f"attention {resolve_attention(compute.attention, backend, shape)}, "
         f"experts {resolve_matmul(compute.moe.matmul, backend)}, "
-        f"transport {resolve_transport(compute.moe.transport, expert_axis)}, "
-        f"{compute_dtype(compute.dtype)}, remat {compute.remat}"
+        f"transport {resolve_transport(compute.moe.transport, sizes['expert'])}, {dtype}, remat {compute.remat}"
     )
 
 

@@ -221,23 +221,22 @@ class Sample:
     """Continues the prompts; writes samples/<step>.jsonl and shows the beginnings."""
 
     def __init__(
-        self, config: SampleConfig, continue_text: Callable[[Params, str, int], str], directory: Path,
-        console: Console,
-    ):  # fmt: skip
-        self._config, self._continue, self._directory, self._console = config, continue_text, directory, console
+        self, config: SampleConfig, continue_prompts: Callable[[Params], list[str]], directory: Path, console: Console
+    ):
+        self._config, self._continue, self._directory, self._console = config, continue_prompts, directory, console
 
     def due(self, step: int, last: bool) -> bool:
         every = self._config.every
-        return every is not None and bool(self._config.prompts) and (last or step % every == 0)
+        return every is not None and (last or step % every == 0)
 
     def run(self, moment: Moment) -> None:
-        self._directory.mkdir(exist_ok=True)
-        lines = []
-        for number, prompt in enumerate(self._config.prompts):
-            text = self._continue(moment.state.params, prompt, number)
-            lines.append(json.dumps({"step": moment.step, "prompt": prompt, "text": text}, ensure_ascii=False))
-            self._console.say(f"  sample: {prompt}⟶{' '.join(text.split())[:160]}")
-        (self._directory / f"{moment.step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pairs = list(zip(self._config.prompts, self._continue(moment.state.params), strict=True))
+        for prompt, text in pairs:
+            self._console.say(f"  {prompt}⟶{' '.join(text.split())[:160]}")
+        if jax.process_index() == 0:
+            self._directory.mkdir(exist_ok=True)
+            lines = [json.dumps({"step": moment.step, "prompt": p, "text": t}, ensure_ascii=False) for p, t in pairs]
+            (self._directory / f"{moment.step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 class Profile:

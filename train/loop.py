@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from data.loader import eval_batches
+from mixtral_jax.generate import generate
 from mixtral_jax.sharding import make_mesh
 from train.build import Parts, build
 from train.checkpoint import Checkpointer, saved_steps
@@ -213,7 +214,7 @@ def _items(config: RunConfig, parts: Parts) -> Callable[[Moment], tuple[dict[str
 def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
     config = run.config
     hooks: list[Hook] = []
-    data: Any = config.data  # type: ignore[attr-defined]  # every stage has one, each its own class
+    data = config.data
     if data.validation:
         sources = eval_batches(
             data,
@@ -230,22 +231,23 @@ def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
     return hooks
 
 
-def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any, str, int], str]:
-    from mixtral_jax.generate import generate
+def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any], list[str]]:
+    """A function from parameters to what the model makes of each prompt."""
+    sample, tokenizer = config.sample, parts.tokenizer
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in sample.prompts]
 
-    def continue_text(params: Any, prompt: str, number: int) -> str:
-        ids = [parts.tokenizer.bos_id, *parts.tokenizer.encode(prompt)]
-        sample = config.sample
-        result = generate(
+    def continue_prompts(params: Any) -> list[str]:
+        rows = generate(
             parts.merge(params, parts.frozen),
-            [ids],
+            prompts,
             max_new_tokens=sample.max_new_tokens,
             temperature=sample.temperature,
-            seed=config.seed + number,
+            seed=config.seed,
+            eos_id=tokenizer.eos_id,
         )
-        return parts.tokenizer.decode([int(t) for t in result[0]])
+        return [tokenizer.decode([t for t in row if t != tokenizer.eos_id]) for row in rows]
 
-    return continue_text
+    return continue_prompts
 
 
 def _watchdog(run: Run) -> Watchdog:
