@@ -67,9 +67,9 @@ def test_losses_and_gradients(masked, top_k):
         x = oracle.tensors(logits)
         counts, probs, z, entropy = oracle_stats(x, valid, top_k)
         want = {
-            "per_layer": lambda: sum(oracle.switch_balance(c, p, n, top_k) for c, p in zip(counts, probs, strict=True)),  # noqa: B023
-            "hf_pooled": lambda: oracle.pooled_balance(counts, probs, n, top_k),  # noqa: B023
-            "z": lambda: sum(z) / n,  # noqa: B023
+            "per_layer": lambda: sum(oracle.switch_balance(c, p, n, top_k) for c, p in zip(counts, probs, strict=True)),  # noqa: B023 - called in the same turn of the loop
+            "hf_pooled": lambda: oracle.pooled_balance(counts, probs, n, top_k),  # noqa: B023 - called in the same turn of the loop
+            "z": lambda: sum(z) / n,  # noqa: B023 - called in the same turn of the loop
         }[name]()
         want.backward()
         assert abs(float(value) - want.item()) <= 2e-6 * want.item(), name
