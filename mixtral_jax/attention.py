@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.kernels.attention import attend
+from mixtral_jax.lora import Adapter, LoraConfig, low_rank
 from mixtral_jax.rope import apply_rope
 from mixtral_jax.sharding import axis_size, gather, psum
 
@@ -20,38 +21,58 @@ class Rows(NamedTuple):
     positions_BT: Int[Array, "B T"]  # restart at 0 in every segment
     segments_BT: Int[Array, "B T"]  # 0 is padding
     angles_BTh: Float[Array, "B T half"]  # rotary angles of the positions
+    key: jax.Array | None = None  # of this layer's dropout in training
 
 
 class Attention(nnx.Module):
     """Causal attention within segments, heads sharded over `tensor`, keys and values gathered over `context`."""
 
-    def __init__(self, config: MixtralConfig, *, key: jax.Array, stack: tuple[int, ...] = (), dtype: jnp.dtype):
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        key: jax.Array,
+        stack: tuple[int, ...] = (),
+        dtype: jnp.dtype,
+        lora: LoraConfig | None = None,
+    ):
         self.window = config.sliding_window
-        d, n, k, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        names = ("layers",) * len(stack)
+        hidden = {"embed": config.hidden_size}
+        heads = {"heads": config.num_attention_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        layers = {"layers": stack[0]} if stack else {}
+        matrices = {"query": (hidden, heads), "key": (hidden, kv_heads), "value": (hidden, kv_heads)}
+        for index, (name, (inputs, outputs)) in enumerate((matrices | {"output": (heads, hidden)}).items()):
+            shape, own_key = {**layers, **inputs, **outputs}, jax.random.fold_in(key, index)
+            value = config.initializer_range * jax.random.normal(own_key, tuple(shape.values()), dtype)
+            setattr(self, name, nnx.Param(value, axes=tuple(shape)))
+            if lora is not None and lora.adapts(f"attention.{name}"):
+                adapter = Adapter(lora, inputs, outputs, key=jax.random.fold_in(own_key, 1), stack=layers, dtype=dtype)
+                setattr(self, f"{name}_lora", adapter)
 
-        def weight(index: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-            value = jax.random.normal(jax.random.fold_in(key, index), stack + shape, dtype)
-            return nnx.Param(config.initializer_range * value, axes=names + axes)
+    def _linear(self, name: str, x: jax.Array, letters: str, key: jax.Array | None) -> jax.Array:
+        """A projection and its adapter, if it has one."""
+        y = jnp.einsum(letters, x, gather(getattr(self, name), x.dtype))
+        adapter = getattr(self, f"{name}_lora", None)
+        if adapter is None:
+            return y
+        own_key = None if key is None else jax.random.fold_in(key, len(name))
+        x_MI = x.reshape(x.shape[0] * x.shape[1], -1)
+        return y + low_rank(x_MI, adapter.ready(x.dtype, own_key)).reshape(y.shape)
 
-        self.query = weight(0, (d, n, h), ("embed", "heads", "head_dim"))
-        self.key = weight(1, (d, k, h), ("embed", "kv_heads", "head_dim"))
-        self.value = weight(2, (d, k, h), ("embed", "kv_heads", "head_dim"))
-        self.output = weight(3, (n, h, d), ("heads", "head_dim", "embed"))
-
-    def project(self, x_BTD: Float[Array, "B T D"], angles_BTh: Float[Array, "B T half"]) -> tuple[jax.Array, ...]:
+    def project(
+        self, x_BTD: Float[Array, "B T D"], angles_BTh: Float[Array, "B T half"], key: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Rotated queries (B, T, N, H), rotated keys and values (B, T, K, H)."""
-        q_BTNH, k_BTKH, v_BTKH = (
-            jnp.einsum("BTD,DNH->BTNH", x_BTD, gather(w, x_BTD.dtype)) for w in (self.query, self.key, self.value)
-        )
-        return apply_rope(q_BTNH, angles_BTh), apply_rope(k_BTKH, angles_BTh), v_BTKH
+        q, k, v = (self._linear(name, x_BTD, "BTD,DNH->BTNH", key) for name in ("query", "key", "value"))
+        return apply_rope(q, angles_BTh), apply_rope(k, angles_BTh), v
 
-    def merge(self, y_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def merge(self, y_BTNH: Float[Array, "B T N H"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """The output projection, summed over the heads of all devices."""
-        return psum(jnp.einsum("BTNH,NHD->BTD", y_BTNH, gather(self.output, y_BTNH.dtype)), ("tensor",))
+        return psum(self._linear("output", y_BTNH, "BTNH,NHD->BTD", key), ("tensor",))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows, backend: str) -> Float[Array, "B T D"]:
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rows.angles_BTh)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rows.angles_BTh, rows.key)
         names = ("query", "key", "value")
         q, k, v = map(checkpoint_name, (q_BTNH, k_BTKH, v_BTKH), names)
         split = axis_size("context") > 1
@@ -68,4 +89,4 @@ class Attention(nnx.Module):
             q_segments_BT=rows.segments_BT, kv_segments_BS=kv_segments,
             window=self.window, backend=backend, ordered=not split,
         )  # fmt: skip
-        return checkpoint_name(self.merge(checkpoint_name(y_BTNH, "attended")), "attention_output")
+        return checkpoint_name(self.merge(checkpoint_name(y_BTNH, "attended"), rows.key), "attention_output")

@@ -1,7 +1,7 @@
 """Mixtral: embed -> stacked, scanned, rematerialised blocks -> norm -> head."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ from mixtral_jax.attention import Attention, Rows
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, linear_logps
 from mixtral_jax.layers import Embedding, Head, RMSNorm
+from mixtral_jax.lora import LoraConfig
 from mixtral_jax.moe.block import SparseMoe
 from mixtral_jax.moe.losses import RouterStats
 from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, gather, psum, sharded
+from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, gather, psum, shard_key, sharded
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.
@@ -46,19 +47,36 @@ class Block(nnx.Module):
         key: jax.Array,
         stack: tuple[int, ...],
         dtype: jnp.dtype,
+        lora: LoraConfig | None = None,
     ):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
         attention_key, moe_key = jax.random.split(key)
         self.backend = compute.attention
         self.attention_norm = norm()
-        self.attention = Attention(config, key=attention_key, stack=stack, dtype=dtype)
+        self.attention = Attention(config, key=attention_key, stack=stack, dtype=dtype, lora=lora)
         self.moe_norm = norm()
-        self.moe = SparseMoe(config, compute.moe, key=moe_key, stack=stack, dtype=dtype)
+        self.moe = SparseMoe(config, compute.moe, key=moe_key, stack=stack, dtype=dtype, lora=lora)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows) -> tuple[Float[Array, "B T D"], RouterStats]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows, self.backend)
-        y_BTD, stats = self.moe(self.moe_norm(x_BTD), rows.segments_BT > 0)
+        y_BTD, stats = self.moe(self.moe_norm(x_BTD), rows.segments_BT > 0, rows.key)
         return x_BTD + y_BTD, stats
+
+
+class Noise(NamedTuple):
+    """What training may add at random; without it the model is a function of its inputs."""
+
+    key: jax.Array
+    embedding: float = 0.0  # NEFTune's alpha
+
+
+def perturb(x_BTD: Float[Array, "B T D"], noise: Noise, segments_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """x + uniform(-1, 1) * alpha / sqrt(T D), T the tokens of the row that are not padding (NEFTune 2310.05914)."""
+    tokens_B = psum(jnp.sum(segments_BT > 0, axis=1), ("context",))
+    bound_B = noise.embedding / jnp.sqrt(jnp.maximum(tokens_B, 1) * x_BTD.shape[-1])
+    key = shard_key(jax.random.fold_in(noise.key, 1), TOKEN_AXES)
+    uniform_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, -1, 1)
+    return x_BTD + (uniform_BTD * bound_B[:, None, None]).astype(x_BTD.dtype)
 
 
 class Mixtral(nnx.Module):
@@ -75,12 +93,14 @@ class Mixtral(nnx.Module):
         *,
         key: jax.Array,
         param_dtype: jnp.dtype = jnp.float32,
+        lora: LoraConfig | None = None,
     ):
         self.config, self.compute = config, compute
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         size, std = (config.vocab_size, config.hidden_size), config.initializer_range
         self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype)
-        self.layers = Block(config, compute, key=layers_key, stack=(config.num_hidden_layers,), dtype=param_dtype)
+        stack = (config.num_hidden_layers,)
+        self.layers = Block(config, compute, key=layers_key, stack=stack, dtype=param_dtype, lora=lora)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
         if not config.tie_word_embeddings:
             self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype)
@@ -107,18 +127,26 @@ class Mixtral(nnx.Module):
         return sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """This device's last hidden states after the final norm, and the router statistics of all devices, by layer."""
         config = self.config
         rows = Rows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
+        keys_L = None if noise is None else jax.random.split(noise.key, config.num_hidden_layers)
 
-        def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, RouterStats]:
-            return layer(x_BTD, rows)
+        def body(x_BTD: jax.Array, inputs: tuple[Block, jax.Array | None]) -> tuple[jax.Array, RouterStats]:
+            layer, key = inputs
+            return layer(x_BTD, rows._replace(key=key))
 
         body = jax.checkpoint(body, policy=POLICIES[self.compute.remat], prevent_cse=False)
         x_BTD = self.embed(tokens_BT, compute_dtype(self.compute.dtype))
-        x_BTD, stats = jax.lax.scan(body, x_BTD, self.layers)
+        if noise is not None and noise.embedding:
+            x_BTD = perturb(x_BTD, noise, segments_BT)
+        x_BTD, stats = jax.lax.scan(body, x_BTD, (self.layers, keys_L))
         return self.norm(x_BTD), stats
 
     def head_weight(self) -> Float[Array, "D V"]:
@@ -143,11 +171,12 @@ def next_token_sums(
     weights_BT: Float[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
+    noise: Noise | None = None,
 ) -> tuple[CrossEntropy, RouterStats]:
     """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices."""
 
-    def local(model: Mixtral, tokens, targets, weights, positions, segments):
-        x_BTD, stats = model.hidden(tokens, positions, segments)
+    def local(model: Mixtral, tokens, targets, weights, positions, segments, *key):
+        x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         sums = linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
             chunk=model.compute.loss_chunk,
@@ -155,7 +184,8 @@ def next_token_sums(
         return psum(sums, TOKEN_AXES), stats
 
     rows = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
-    return sharded(local, model, rows, (batch_spec(),) * 5, P())
+    keys = () if noise is None else (noise.key,)
+    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 5) + (P(),) * len(keys), P())
 
 
 def target_logps(
@@ -164,11 +194,12 @@ def target_logps(
     targets_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
+    noise: Noise | None = None,
 ) -> tuple[Float[Array, "B T"], RouterStats]:
     """log p(target) at every position, fp32, and the router statistics."""
 
-    def local(model: Mixtral, tokens, targets, positions, segments):
-        x_BTD, stats = model.hidden(tokens, positions, segments)
+    def local(model: Mixtral, tokens, targets, positions, segments, *key):
+        x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         logps_M = linear_logps(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1),
             chunk=model.compute.loss_chunk,
@@ -176,13 +207,21 @@ def target_logps(
         return logps_M.reshape(tokens.shape), stats
 
     rows = (tokens_BT, targets_BT, positions_BT, segments_BT)
-    return sharded(local, model, rows, (batch_spec(),) * 4, (batch_spec(), P()))
+    keys = () if noise is None else (noise.key,)
+    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 4) + (P(),) * len(keys), (batch_spec(), P()))
+
+
+def _with_key(noise: Noise | None, key: tuple[jax.Array, ...]) -> Noise | None:
+    """The noise with its key as this device received it."""
+    return None if noise is None else noise._replace(key=key[0])
 
 
 def abstract_model(
     config: MixtralConfig,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008 - frozen
     param_dtype: Any = jnp.float32,
+    lora: LoraConfig | None = None,
 ) -> Mixtral:
     """The model with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: Mixtral(config, compute, key=jax.random.key(0), param_dtype=param_dtype))
+    make = partial(Mixtral, config, compute, param_dtype=param_dtype, lora=lora)
+    return nnx.eval_shape(lambda: make(key=jax.random.key(0)))

@@ -42,6 +42,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "gate_up": (),
     "ffn": ("tensor",),
     "norm": (),
+    "lora_rank": (),
 }
 # Logical axes that are gathered before use; the others are computed on as shards.
 GATHERED = ("embed", "expert_embed")
@@ -188,6 +189,13 @@ def axis_size(name: str) -> int:
 def axis_index(name: str) -> jax.Array | int:
     """This device's place along a mesh axis."""
     return jax.lax.axis_index(name) if _inside() else 0
+
+
+def shard_key(key: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A random key of this device's own along `axes`."""
+    for axis in axes if _inside() else ():
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
 
 
 def psum(x: Any, axes: Sequence[str]) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mixtral_jax.kernels import grouped_matmul as kernel
-from mixtral_jax.moe.experts import dense_swiglu, grouped_swiglu, swiglu
+from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, swiglu
 from tests.oracles import mixtral as oracle
 
 R, D, F, E = 21, 6, 10, 4
@@ -23,7 +23,7 @@ def value_and_gradients(x, w13, w2, g):
     inside = (np.arange(R) < SIZES.sum())[:, None]
 
     def run(x, w13, w2):
-        return jnp.where(inside, grouped_swiglu(x, w13, w2, jnp.asarray(SIZES), "blocked"), 0)
+        return jnp.where(inside, grouped_swiglu(x, ExpertWeights(w13, w2), jnp.asarray(SIZES), "blocked"), 0)
 
     y, pull = jax.vjp(run, x, w13, w2)
     return y, *pull(g)
@@ -62,7 +62,7 @@ def test_a_backend_that_leaves_nan_behind_the_groups(monkeypatch):
 
 def test_dense_is_one_expert():
     x, w13, w2, g = draw()
-    y, pull = jax.vjp(dense_swiglu, x, w13[0], w2[0])
+    y, pull = jax.vjp(lambda x, w13, w2: dense_swiglu(x, ExpertWeights(w13[None], w2[None])), x, w13[0], w2[0])
     tensors = [oracle.tensors(a) for a in (x, w13[0], w2[0])]
     want = oracle.expert(*tensors)
     want.backward(torch.tensor(g, dtype=torch.float64))

@@ -1,6 +1,7 @@
 """The sparse feed-forward block: route -> dispatch -> grouped matmuls -> combine -> statistics."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
+from mixtral_jax.lora import Adapter, LoraConfig
 from mixtral_jax.moe.dispatch import limit_capacity
-from mixtral_jax.moe.experts import dense_swiglu, grouped_swiglu
+from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.losses import RouterStats, router_stats
 from mixtral_jax.moe.parallel import exchange_experts
 from mixtral_jax.moe.router import route
@@ -27,34 +29,52 @@ class SparseMoe(nnx.Module):
         key: jax.Array,
         stack: tuple[int, ...] = (),
         dtype: jnp.dtype,
+        lora: LoraConfig | None = None,
     ):
         self.config, self.options = config, options
-        e, d, f = config.num_local_experts, config.hidden_size, config.intermediate_size
-        names = ("layers",) * len(stack)
+        layers = {"layers": stack[0]} if stack else {}
+        experts = {**layers, "experts": config.num_local_experts}
+        hidden, ffn = {"expert_embed": config.hidden_size}, {"ffn": config.intermediate_size}
+        routes = {"embed": config.hidden_size, "router_experts": config.num_local_experts}
 
-        def weight(index: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-            value = jax.random.normal(jax.random.fold_in(key, index), stack + shape, dtype)
-            return nnx.Param(config.initializer_range * value, axes=names + axes)
+        def weight(index: int, shape: dict[str, int]) -> nnx.Param:
+            value = jax.random.normal(jax.random.fold_in(key, index), tuple(shape.values()), dtype)
+            return nnx.Param(config.initializer_range * value, axes=tuple(shape))
 
         if not config.is_dense:
-            self.router = weight(0, (d, e), ("embed", "router_experts"))
-        self.w13 = weight(1, (e, d, 2, f), ("experts", "expert_embed", "gate_up", "ffn"))
-        self.w2 = weight(2, (e, f, d), ("experts", "ffn", "expert_embed"))
+            self.router = weight(0, {**layers, **routes})
+        self.w13 = weight(1, {**experts, **hidden, "gate_up": 2, **ffn})
+        self.w2 = weight(2, {**experts, **ffn, **hidden})
+        matrices = {"w1": (hidden, ffn), "w3": (hidden, ffn), "w2": (ffn, hidden)}
+        for index, (name, (inputs, outputs)) in enumerate(matrices.items(), start=3):
+            if lora is not None and lora.adapts(f"moe.{name}"):
+                own_key = jax.random.fold_in(key, index)
+                setattr(self, f"{name}_lora", Adapter(lora, inputs, outputs, key=own_key, stack=experts, dtype=dtype))
+
+    def _weights(self, dtype: jnp.dtype, key: jax.Array | None) -> ExpertWeights:
+        adapters = {}
+        for index, name in enumerate(("w1", "w3", "w2")):
+            adapter = getattr(self, f"{name}_lora", None)
+            if adapter is not None:
+                own_key = None if key is None else jax.random.fold_in(key, 100 + index)
+                adapters[name] = adapter.ready(dtype, own_key)
+        return ExpertWeights(gather(self.w13, dtype), gather(self.w2, dtype), adapters)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """The block's output, and its router statistics over the tokens of all devices."""
+        """The block's output, and its router statistics over the tokens of all devices. `key`: of adapter dropout."""
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
-        w13, w2 = gather(self.w13, x_BTD.dtype), gather(self.w2, x_BTD.dtype)
+        weights = self._weights(x_BTD.dtype, key)
         if self.config.is_dense:
-            out_MD, stats = dense_swiglu(x_MD, w13[0], w2[0]), _dense_stats(valid_M)
+            out_MD, stats = dense_swiglu(x_MD, weights), _dense_stats(valid_M)
         else:
-            router_DE = gather(self.router, jnp.float32)
-            out_MD, stats = self._sparse(x_MD, valid_M, router_DE, w13, w2)
+            out_MD, stats = self._sparse(x_MD, valid_M, gather(self.router, jnp.float32), weights)
         return psum(out_MD, ("tensor",)).astype(x_BTD.dtype).reshape(x_BTD.shape), stats
 
-    def _sparse(self, x_MD, valid_M, router_DE, w13, w2) -> tuple[jax.Array, RouterStats]:
+    def _sparse(
+        self, x_MD: jax.Array, valid_M: jax.Array, router_DE: jax.Array, weights: ExpertWeights
+    ) -> tuple[jax.Array, RouterStats]:
         experts, top_k, options = self.config.num_local_experts, self.config.num_experts_per_tok, self.options
         dtype = jnp.float32 if options.router_dtype == "float32" else x_MD.dtype
         routing = route(x_MD, router_DE, top_k, dtype)
@@ -68,25 +88,26 @@ class SparseMoe(nnx.Module):
             expert_MC = kept_MC
         stats = router_stats(routing, valid_M.astype(jnp.float32), dropped)
 
-        def block(x_MD, expert_MC, gate_MC, w13, w2):
+        def block(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array, weights: ExpertWeights) -> jax.Array:
             return exchange_experts(
-                x_MD, expert_MC, gate_MC, lambda x, sizes: grouped_swiglu(x, w13, w2, sizes, options.matmul),
+                x_MD, expert_MC, gate_MC, lambda x, sizes: grouped_swiglu(x, weights, sizes, options.matmul),
                 experts=experts, transport=options.transport, capacity=capacity,
             )  # fmt: skip
 
         chunk = options.chunk_tokens
         if chunk is None or chunk >= x_MD.shape[0]:
-            return block(x_MD, expert_MC, routing.gate_MC, w13, w2), stats
-        return _in_chunks(block, chunk, x_MD, expert_MC, routing.gate_MC, w13, w2), stats
+            return block(x_MD, expert_MC, routing.gate_MC, weights), stats
+        return _in_chunks(block, chunk, (x_MD, expert_MC, routing.gate_MC), weights), stats
 
 
-def _in_chunks(block, chunk: int, x_MD, expert_MC, gate_MC, w13, w2) -> jax.Array:
+def _in_chunks(block: Any, chunk: int, inputs: tuple[jax.Array, ...], weights: ExpertWeights) -> jax.Array:
     """The block on `chunk` tokens at a time; only inputs are kept for the backward pass."""
-    if x_MD.shape[0] % chunk:
-        raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {x_MD.shape[0]} tokens of one device")
-    parts = [a.reshape(-1, chunk, a.shape[1]) for a in (x_MD, expert_MC, gate_MC)]
-    run = jax.checkpoint(block)
-    return jax.lax.map(lambda p: run(*p, w13, w2), tuple(parts)).reshape(x_MD.shape)
+    shape = inputs[0].shape
+    if shape[0] % chunk:
+        raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {shape[0]} tokens of one device")
+    parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in inputs)
+    run = jax.checkpoint(lambda part: block(*part, weights))
+    return jax.lax.map(run, parts).reshape(shape)
 
 
 def _dense_stats(valid_M: Bool[Array, " M"]) -> RouterStats:

@@ -1,6 +1,8 @@
 """The experts: SwiGLU feed-forward networks over rows sorted by expert."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
 
 
 def swiglu(h_R2F: Float[Array, "R twoF"]) -> Float[Array, "R F"]:
@@ -16,29 +19,60 @@ def swiglu(h_R2F: Float[Array, "R twoF"]) -> Float[Array, "R F"]:
     return (jax.nn.silu(h1_RF.astype(jnp.float32)) * h3_RF.astype(jnp.float32)).astype(h_R2F.dtype)
 
 
+class ExpertWeights(NamedTuple):
+    """The matrices of this device's experts, gathered, with their adapters."""
+
+    w13_ED2F: Float[Array, "E D 2 F"]  # [..., 0, :] is w1, [..., 1, :] is w3
+    w2_EFD: Float[Array, "E F D"]
+    adapters: Mapping[str, LowRank] = {}  # of some of w1, w3, w2
+
+
 def grouped_swiglu(
-    x_RD: Float[Array, "R D"],
-    w13_ED2F: Float[Array, "E D 2 F"],
-    w2_EFD: Float[Array, "E F D"],
-    group_sizes_E: Int[Array, " E"],
-    backend: str,
+    x_RD: Float[Array, "R D"], weights: ExpertWeights, group_sizes_E: Int[Array, " E"], backend: str
 ) -> Float[Array, "R D"]:
     """w2( silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last group are undefined."""
     inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(group_sizes_E))[:, None]
-    h_R2F = checkpoint_name(grouped_matmul(x_RD, w13_ED2F, group_sizes_E, backend=backend), "expert_hidden")
+    return _feed_forward(
+        x_RD,
+        weights,
+        lambda x, w: grouped_matmul(x, w, group_sizes_E, backend=backend),
+        lambda x, adapter: grouped_low_rank(x, adapter, group_sizes_E, backend),
+        # The rows of nobody may hold anything, NaN too: select, never multiply.
+        lambda h: jnp.where(inside_R1, h, 0),
+    )
+
+
+def dense_swiglu(x_MD: Float[Array, "M D"], weights: ExpertWeights) -> Float[Array, "M D"]:
+    """The one expert of a dense model."""
+    return _feed_forward(
+        x_MD,
+        weights,
+        lambda x, w: jnp.dot(x, w[0].reshape(w.shape[1], -1)),
+        lambda x, adapter: low_rank(x, adapter._replace(a=adapter.a[0], b=adapter.b[0])),
+        lambda h: h,
+    )
+
+
+def _feed_forward(
+    x: jax.Array,
+    weights: ExpertWeights,
+    matmul: Callable[[jax.Array, jax.Array], jax.Array],
+    low_rank: Callable[[jax.Array, LowRank], jax.Array],
+    clean: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    def adapted(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        adapter = weights.adapters.get(name)
+        return y if adapter is None else y + low_rank(x, adapter)
+
+    h_R2F = matmul(x, weights.w13_ED2F)
+    if weights.adapters.keys() & {"w1", "w3"}:
+        h1_RF, h3_RF = jnp.split(h_R2F, 2, axis=-1)
+        h_R2F = jnp.concatenate([adapted("w1", x, h1_RF), adapted("w3", x, h3_RF)], axis=-1)
+    h_R2F = checkpoint_name(h_R2F, "expert_hidden")
 
     @partial(jax.checkpoint, prevent_cse=False)  # of the activation nothing is kept but h
     def down(h_R2F: jax.Array, w2_EFD: jax.Array) -> jax.Array:
-        # The rows of nobody may hold anything, NaN too: select, never multiply.
-        a_RF = swiglu(jnp.where(inside_R1, h_R2F, 0))
-        return grouped_matmul(a_RF, w2_EFD, group_sizes_E, backend=backend)
+        a_RF = swiglu(clean(h_R2F))
+        return adapted("w2", a_RF, matmul(a_RF, w2_EFD))
 
-    return checkpoint_name(down(h_R2F, w2_EFD), "expert_output")
-
-
-def dense_swiglu(
-    x_MD: Float[Array, "M D"], w13_D2F: Float[Array, "D 2 F"], w2_FD: Float[Array, "F D"]
-) -> Float[Array, "M D"]:
-    """The one expert of a dense model."""
-    h_M2F = checkpoint_name(jnp.dot(x_MD, w13_D2F.reshape(w13_D2F.shape[0], -1)), "expert_hidden")
-    return jnp.dot(swiglu(h_M2F), w2_FD)
+    return checkpoint_name(down(h_R2F, weights.w2_EFD), "expert_output")

@@ -50,7 +50,7 @@ def balance_loss(stats: RouterStats, kind: BalanceLoss, top_k: int) -> Float[Arr
     (Switch 2101.03961, eq. 4, for top-k). hf_pooled: E * sum_e f_e P_e with f and P means over the tokens of all layers
     pooled; k when balanced; what transformers computes. Pooling hides a collapse onto different experts per layer.
     """
-    layers, experts = stats.counts_LE.shape
+    experts = stats.counts_LE.shape[-1]
     tokens = jnp.maximum(stats.tokens_L, 1.0)
     f_LE, p_LE = stats.counts_LE / tokens[:, None], stats.probs_LE / tokens[:, None]
     if kind == "per_layer":
@@ -59,7 +59,7 @@ def balance_loss(stats: RouterStats, kind: BalanceLoss, top_k: int) -> Float[Arr
 
 
 def z_loss(stats: RouterStats) -> Float[Array, ""]:
-    """Sum over layers of the mean over tokens of logsumexp(logits)^2, before its coefficient (ST-MoE 2202.08906, eq. 5)."""
+    """Sum over layers of mean over tokens of logsumexp(logits)^2, before its coefficient (ST-MoE 2202.08906, eq. 5)."""
     return jnp.sum(stats.z_L / jnp.maximum(stats.tokens_L, 1.0))
 
 

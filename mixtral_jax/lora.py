@@ -1,0 +1,123 @@
+"""Low-rank adapters: y = x W + s (x A) B, for projections and for stacked experts. The full s A B is never formed.
+
+LoRA 2106.09685, section 4.1: s = alpha / rank; rsLoRA 2312.03732: s = alpha / sqrt(rank). A starts uniform as in PEFT,
+B at 0, so that an adapted model begins as its base. Each of w1, w3 and w2 of an expert has its own A and B.
+"""
+
+import fnmatch
+import math
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from pydantic import Field, model_validator
+
+from mixtral_jax.config import FrozenConfig
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.sharding import TOKEN_AXES, gather, shard_key
+
+TARGETS = (
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+    "moe.w1",
+    "moe.w3",
+    "moe.w2",
+)
+
+
+class LoraConfig(FrozenConfig):
+    """Which matrices get an adapter, and of what size."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="the adapter counts alpha / rank, or alpha / sqrt(rank) with rslora")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), which keeps high ranks stable")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that training drops")
+    targets: tuple[str, ...] = Field(
+        ("attention.*", "moe.w*"),
+        description=f"patterns over {', '.join(TARGETS)}; the router has no adapter",
+    )
+
+    @model_validator(mode="after")
+    def _targets_exist(self) -> Self:
+        for pattern in self.targets:
+            if not fnmatch.filter(TARGETS, pattern):
+                raise ValueError(f"targets: {pattern!r} matches none of {', '.join(TARGETS)}")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What (x A) B is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, target: str) -> bool:
+        """Whether one of TARGETS gets an adapter."""
+        return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+
+
+class LowRank(NamedTuple):
+    """An adapter ready for use: gathered, in the compute dtype."""
+
+    a: Float[Array, "*E I r"]
+    b: Float[Array, "*E r O"]
+    scale: float
+    dropout: float
+    key: jax.Array | None  # of the dropout; None: nothing is dropped
+
+
+class Adapter(nnx.Module):
+    """A and B of one matrix, or of one matrix of each expert. Input and output may have several dimensions."""
+
+    def __init__(
+        self,
+        lora: LoraConfig,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        key: jax.Array,
+        stack: dict[str, int],
+        dtype: jnp.dtype,
+    ):
+        self.scale, self.dropout = lora.scale, lora.dropout
+        self.groups = sum(name == "experts" for name in stack)
+        bound = 1 / math.sqrt(math.prod(inputs.values()))
+        a_shape = (*stack.values(), *inputs.values(), lora.rank)
+        b_shape = (*stack.values(), lora.rank, *outputs.values())
+        a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+        self.a = nnx.Param(a, axes=(*stack, *inputs, "lora_rank"))
+        self.b = nnx.Param(jnp.zeros(b_shape, dtype), axes=(*stack, "lora_rank", *outputs))
+
+    def ready(self, dtype: jnp.dtype, key: jax.Array | None) -> LowRank:
+        """Both matrices gathered and flat: (..., I, r) and (..., r, O)."""
+        a, b = gather(self.a, dtype), gather(self.b, dtype)
+        a, b = a.reshape(*a.shape[: self.groups], -1, a.shape[-1]), b.reshape(*b.shape[: self.groups + 1], -1)
+        return LowRank(a, b, self.scale, self.dropout, key)
+
+
+def low_rank(x: Float[Array, "M I"], adapter: LowRank) -> Float[Array, "M O"]:
+    """s (x A) B."""
+    return jnp.dot(jnp.dot(_dropped(x, adapter), adapter.a) * adapter.scale, adapter.b).astype(x.dtype)
+
+
+def grouped_low_rank(
+    x_RI: Float[Array, "R I"], adapter: LowRank, group_sizes_E: Int[Array, " E"], backend: str
+) -> Float[Array, "R O"]:
+    """s (x A_e) B_e for rows sorted by expert; rows behind the last group are undefined."""
+    inside_R1 = (jnp.arange(x_RI.shape[0]) < jnp.sum(group_sizes_E))[:, None]
+    h_Rr = grouped_matmul(_dropped(x_RI, adapter), adapter.a, group_sizes_E, backend=backend)
+    return grouped_matmul(jnp.where(inside_R1, h_Rr * adapter.scale, 0), adapter.b, group_sizes_E, backend=backend)
+
+
+def _dropped(x: jax.Array, adapter: LowRank) -> jax.Array:
+    if adapter.key is None or adapter.dropout == 0:
+        return x
+    keep = jax.random.bernoulli(shard_key(adapter.key, TOKEN_AXES), 1 - adapter.dropout, x.shape)
+    return jnp.where(keep, x / (1 - adapter.dropout), 0)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a dotted parameter path, such as layers.moe.w1_lora.a, belongs to an adapter."""
+    return any(part.endswith("_lora") for part in path.split("."))
