@@ -177,10 +177,9 @@ def test_loss(case):
         assert case.losses[COEF] - case.losses[0.0] > 0.5 * COEF
 
 
-@pytest.mark.parametrize("coef", [0.0, COEF])
-def test_every_gradient(case, coef):
-    if coef and case.pair.config.is_dense:
-        pytest.skip("a dense model has no balance loss")
+@pytest.mark.parametrize("balance", [False, True])
+def test_every_gradient(case, balance):
+    coef = COEF if balance and not case.pair.config.is_dense else 0.0
     flat = jax.tree_util.tree_leaves_with_path(case.gradients[coef])
     theirs = dict(jax.tree_util.tree_leaves_with_path(case.hf_gradients[coef]))
     assert len(flat) == len(theirs) >= 10
