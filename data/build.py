@@ -84,8 +84,10 @@ def tokenise(cache: Path, recipes: list[Recipe], index: int, count: int, pool: W
         parts = _parts(cache, recipe, count)
         if (parts / f"part-{index}").exists() or load_prepared(cache, "", recipe.fingerprint):
             continue
-        for dead in parts.glob(f"part-{index}.tmp-*"):  # we hold the lock: whoever wrote it is gone
-            shutil.rmtree(dead)
+        for dead in parts.glob(
+            f"part-{index}.tmp-*"
+        ):  # we hold the lock: whoever wrote it is gone, or its workers soon are
+            shutil.rmtree(dead, ignore_errors=True)
         temporary[recipe.fingerprint] = parts / f"part-{index}.tmp-{os.getpid()}"
         temporary[recipe.fingerprint].mkdir(parents=True)
         totals[recipe.fingerprint] = Counts(problems=Problems(recipe.skip))
@@ -173,7 +175,7 @@ def pack(cache: Path, recipes: list[Recipe], count: int, pool: Workers, meter: M
         if lacking:
             continue
         for dead in cache.glob(f"{recipe.fingerprint[:24]}.*tmp-*"):  # we hold the lock
-            shutil.rmtree(dead)
+            shutil.rmtree(dead, ignore_errors=True)
         directory = cache / f"{recipe.fingerprint[:24]}.tmp-{os.getpid()}"
         directory.mkdir()
         packed[recipe.fingerprint] = []

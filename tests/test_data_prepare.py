@@ -317,9 +317,8 @@ def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
 
     shutil.copy(SAMPLES / "fr.train.jsonl.gz", tmp_path / "a.jsonl.gz")
     config = _config(tmp_path / "cache", tmp_path / "*.gz", workers=2)
-    program = "from data import prepare; prepare._SERIAL_BYTES = 0\nif __name__ == '__main__':\n"
     script = tmp_path / "run.py"
-    script.write_text(program + "".join(f"    {line}\n" for line in _PROGRAM.splitlines() if line))
+    script.write_text("from data import prepare as p; p._SERIAL_BYTES = 0\n" + _PROGRAM)
     process = subprocess.Popen(
         [sys.executable, str(script), config.model_dump_json(), "", "0", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -328,13 +327,13 @@ def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
     )
     children: list[Any] = []
     deadline = time.monotonic() + 60
-    while len(children) < 3 and time.monotonic() < deadline and process.poll() is None:
+    while len(children) < 2 and time.monotonic() < deadline and process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)
         time.sleep(0.05)
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=30)
-    assert len(children) == 3  # two workers and the tracker of multiprocessing
+    assert len(children) == 2
     assert not alive
 
 
