@@ -1,0 +1,75 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p; a stream of random numbers per row."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn. What is None is off, and known so when the step is compiled."""
+
+    key: jax.Array
+    temperature: jax.Array | None  # None: greedy
+    top_p: jax.Array | None
+    top_k: int | None = field(metadata={"static": True})
+
+
+def make_sampler(
+    *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0
+) -> Sampler:
+    """A sampler from what users say: temperature 0 is greedy; top_k 0 or None and top_p 1 or None are off.
+
+    Raises:
+        ValueError: a negative temperature or top_k, or a top_p outside (0, 1].
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or larger")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k is {top_k}: it must be positive, or 0 for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: it must be in (0, 1]")
+    key = jax.random.key(seed)
+    if temperature == 0:
+        return Sampler(key, None, None, None)
+    mass = None if top_p is None or top_p == 1 else jnp.float32(top_p)
+    return Sampler(key, jnp.float32(temperature), mass, top_k or None)
+
+
+def sample(
+    logits_BV: Float[Array, "B V"], sampler: Sampler, row_B: Int[Array, " B"], step: Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The next token of each row.
+
+    Randomness depends on (seed, row, step) alone, so a row's text does not change with its neighbours' lengths, and
+    Gumbel noise belongs to a token id, so that rounding in the logits rarely changes what is drawn.
+    """
+    if sampler.temperature is None:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = truncate(logits_BV / sampler.temperature, sampler.top_k, sampler.top_p)
+
+    def gumbel(row: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(sampler.key, row), step)
+        return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
+
+    return jnp.argmax(logits_BV + jax.vmap(gumbel)(row_B), axis=-1).astype(jnp.int32)
+
+
+def truncate(logits_BV: Float[Array, "B V"], top_k: int | None, top_p: Float[Array, ""] | None) -> Float[Array, "B V"]:
+    """-inf for what may not be drawn: first all but the k likeliest, then all but the fewest of these with mass top_p.
+
+    The nucleus (1904.09751, section 3.1) includes the token that crosses the mass, hence at least one. Tokens as likely
+    as the last one kept stay too.
+    """
+    if top_k is None and top_p is None:
+        return logits_BV
+    best_BK = jax.lax.top_k(logits_BV, min(top_k or logits_BV.shape[1], logits_BV.shape[1]))[0]
+    last_B1 = best_BK[:, -1:]
+    if top_p is not None:
+        p_BK = jax.nn.softmax(best_BK, axis=-1)
+        inside_BK = jnp.cumsum(p_BK, axis=-1) - p_BK < top_p
+        last_B1 = jnp.min(jnp.where(inside_BK, best_BK, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
