@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from mixtral_jax.orbax_stream import ArrayReader
 from tests.tiny import metrics_of, write_run_file
 
 # Holds on just before checkpoint 6, which is on disk under its temporary name, gets its final one.
