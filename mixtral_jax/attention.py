@@ -89,4 +89,4 @@ class Attention(nnx.Module):
             q_segments_BT=rows.segments_BT, kv_segments_BS=kv_segments,
             window=self.window, backend=backend, ordered=not split,
         )  # fmt: skip
-        return checkpoint_name(self.merge(checkpoint_name(y_BTNH, "attended"), rows.key), "attention_output")
+        return checkpoint_name(self.merge(y_BTNH, rows.key), "attention_output")
