@@ -6,7 +6,7 @@ from typing import Self
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
 
 from data.batch import Batch
 from data.cache import PreparedSource, digest
@@ -25,23 +25,34 @@ class Rows:
 
     def __init__(self, sources: tuple[PreparedSource, ...]):
         self.sources = sources
-        self._readers = [ArrayRecordDataSource(source.paths) for source in sources]
+        self._readers: dict[tuple[int, int], ArrayRecordReader] = {}  # opened when first asked for
+        self._starts = [np.cumsum([0, *(rows for _, rows, _ in s.shards)]) for s in sources]
 
     def read(self, places: list[tuple[int, int]]) -> list[Row]:
         """Rows at (source, row)."""
         rows: list[Row] = [padding_row(self.sources[0].format.seq_len)] * len(places)
-        for number, reader in enumerate(self._readers):
-            wanted = [i for i, (source, _) in enumerate(places) if source == number]
-            if wanted:
-                records = reader.__getitems__([places[i][1] for i in wanted])
-                for i, record in zip(wanted, records, strict=True):
-                    rows[i] = self.sources[number].format.decode(record)
+        by_shard: dict[tuple[int, int], list[int]] = {}
+        for i, (source, row) in enumerate(places):
+            shard = int(np.searchsorted(self._starts[source], row, side="right")) - 1
+            by_shard.setdefault((source, shard), []).append(i)
+        for (source, shard), wanted in by_shard.items():
+            inside = [places[i][1] - int(self._starts[source][shard]) for i in wanted]
+            records = self._reader(source, shard).read(inside)
+            for i, record in zip(wanted, records, strict=True):
+                rows[i] = self.sources[source].format.decode(record)
         return rows
+
+    def _reader(self, source: int, shard: int) -> ArrayRecordReader:
+        if (source, shard) not in self._readers:
+            # No read-ahead: rows are read in random order.
+            opened = ArrayRecordReader(self.sources[source].paths[shard], "readahead_buffer_size:0")
+            self._readers.setdefault((source, shard), opened)  # another thread may have been first
+        return self._readers[source, shard]
 
     def close(self) -> None:
         """Closes the files."""
-        for reader in self._readers:
-            reader.__exit__(None, None, None)
+        for reader in self._readers.values():
+            reader.close()
 
 
 @dataclass(frozen=True)
