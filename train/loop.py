@@ -245,7 +245,9 @@ def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any], list[str]]
             seed=config.seed,
             eos_id=tokenizer.eos_id,
         )
-        return [tokenizer.decode([t for t in row if t != tokenizer.eos_id]) for row in rows]
+        # the model may have more rows than the tokenizer has pieces, and an untrained one draws from them too
+        known = [[t for t in row if t < tokenizer.vocab_size and t != tokenizer.eos_id] for row in rows]
+        return [tokenizer.decode(row) for row in known]
 
     return continue_prompts
 
