@@ -174,8 +174,8 @@ def restore_state(found: Found, abstract: TrainState) -> TrainState:
 
 
 def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
-    """Remove these checkpoints."""
-    for step in steps:
+    """Remove these checkpoints; process 0 does it."""
+    for step in steps if jax.process_index() == 0 else ():
         path = epath.Path(directory) / str(step)
         (path / checkpoint.COMMIT).unlink(missing_ok=True)  # from here on it counts as incomplete
         path.rmtree(missing_ok=True)

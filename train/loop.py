@@ -182,10 +182,12 @@ class _Ledger:
         if self._open is None:
             return
         (step, report), self._open = self._open, None
-        healthy, tokens = jax.device_get((report.healthy, report.scalars["train/tokens"]))
-        if not healthy:
-            scalars = to_floats(report.scalars)
+        flags = (report.healthy, report.scalars["train/tokens"], report.scalars["train/skipped"])
+        healthy, tokens, skipped = jax.device_get(flags)
+        if not healthy or skipped:  # said at once, whatever the interval of the log
+            scalars = to_floats(report.scalars) | {"train/tokens": self.tokens}
             self._writer.write(step, scalars)
+        if not healthy:
             raise Diverged(step, scalars["train/loss"], scalars["train/grad_norm"])
         self.tokens += int(tokens)
         self.throughput.add(int(tokens))
