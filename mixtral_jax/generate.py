@@ -38,11 +38,14 @@ class State(NamedTuple):
     cache: Cache
     token_B: Int[Array, " B"]  # the newest token, not in the cache yet
     done_B: Bool[Array, " B"]
-    count: Int[Array, ""]  # tokens drawn so far
+    drawn: Int[Array, ""]  # tokens so far
 
 
-_ROWS = Rows(P(BATCH_AXES), P(BATCH_AXES), P())
-_STATE = State(Cache(*(P(None, BATCH_AXES, None, "tensor"),) * 2), P(BATCH_AXES), P(BATCH_AXES), P())
+_BATCH: Any = P(BATCH_AXES)
+_SLOTS: Any = P(None, BATCH_AXES, None, "tensor")
+_EVERYWHERE: Any = P()
+_ROWS = Rows(_BATCH, _BATCH, _EVERYWHERE)
+_STATE = State(Cache(_SLOTS, _SLOTS), _BATCH, _BATCH, _EVERYWHERE)
 
 
 def generate(
@@ -135,7 +138,7 @@ def _step(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
     """One token more."""
 
     def local(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
-        return _equal(_next(model, state, rows, sampler))
+        return _equal(_next(model, _varying(state), rows, sampler))
 
     return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), _STATE)
 
@@ -150,13 +153,13 @@ def _run(
         def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
             state, out_BN, _ = carry
             state = _varying(_next(model, state, rows, sampler))
-            out_BN = jax.lax.dynamic_update_slice(out_BN, state.token_B[:, None], (0, state.count - 1))
+            out_BN = jax.lax.dynamic_update_slice(out_BN, state.token_B[:, None], (0, state.drawn - 1))
             return state, out_BN, _rows_left(state)
 
         state = _varying(_first(model, rows, sampler, slots))
         out_BN = jnp.pad(state.token_B[:, None], ((0, 0), (0, columns - 1)))
         carry = (state, out_BN, _rows_left(state))
-        _, out_BN, _ = jax.lax.while_loop(lambda c: (c[0].count < limit) & (c[2] > 0), body, carry)
+        _, out_BN, _ = jax.lax.while_loop(lambda c: (c[0].drawn < limit) & (c[2] > 0), body, carry)
         fill_B1 = rows.eos_N[:1][None, :] if rows.eos_N.size else jnp.zeros((1, 1), jnp.int32)
         end_BN = _is_end(out_BN, rows).astype(jnp.int32)
         out_BN = jnp.where(jnp.cumsum(end_BN, axis=1) > end_BN, fill_B1, out_BN)
@@ -172,9 +175,9 @@ def _first(model: Mixtral, rows: Rows, sampler: Sampler, slots: int) -> State:
 
 
 def _next(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
-    column = rows.tokens_BT.shape[1] + state.count - 1
+    column = rows.tokens_BT.shape[1] + state.drawn - 1
     logits_BV, cache = decode(model, state.cache, state.token_B, column, rows.pad_B, ~state.done_B)
-    return _draw(logits_BV, cache, state.done_B, state.count, rows, sampler)
+    return _draw(logits_BV, cache, state.done_B, state.drawn, rows, sampler)
 
 
 def _draw(
@@ -197,7 +200,7 @@ def _rows_left(state: State) -> jax.Array:
 def _varying(state: State) -> State:
     """Typed as a step returns it: weights that were gathered differ, for all that jax knows, on every device."""
     cache = Cache(*(varying(a, (*TOKEN_AXES, "tensor")) for a in state.cache))
-    return State(cache, varying(state.token_B, TOKEN_AXES), varying(state.done_B, TOKEN_AXES), state.count)
+    return State(cache, varying(state.token_B, TOKEN_AXES), varying(state.done_B, TOKEN_AXES), state.drawn)
 
 
 def _equal(state: State) -> State:
@@ -243,12 +246,14 @@ def _right_align(request: _Request, new_columns: int) -> tuple[Rows, int]:
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
     width = _round_up(max(map(len, request.prompts)))
     rows = -(-len(request.prompts) // shards) * shards
-    tokens_BT, pad_B = np.zeros((rows, width), np.int32), np.full(rows, width, np.int32)
+    tokens_BT: Any = np.zeros((rows, width), np.int32)
+    pad_B: Any = np.full(rows, width, np.int32)
+    eos_N: Any = np.array(request.eos, np.int32)
     for b, prompt in enumerate(request.prompts):
         pad_B[b] = width - len(prompt)
         tokens_BT[b, pad_B[b] :] = prompt
     slots = cache_slots(request.window, width + new_columns)
-    return Rows(tokens_BT, pad_B, np.array(request.eos, np.int32)), slots
+    return Rows(tokens_BT, pad_B, eos_N), slots
 
 
 def _round_up(size: int) -> int:
