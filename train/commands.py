@@ -1,0 +1,251 @@
+"""What needs both a tokenizer and a model: `generate` and `eval`."""
+
+import contextlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.chat import encode_prompt, load_template
+from data.loader import EvalSource, eval_batches
+from data.template import Template
+from data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.convert import load
+from mixtral_jax.generate import generate as generate_tokens
+from mixtral_jax.generate import stream
+from mixtral_jax.model import Mixtral, compute_dtype
+from mixtral_jax.sharding import make_mesh
+from train.checkpoint import find
+from train.config import RunConfig, load_config
+from train.errors import UserError
+from train.feed import batch_share, make_put
+from train.hooks import Measured, eval_metrics
+from train.objectives import token_sums
+
+EXIT_DONE, EXIT_NOT_FINITE = 0, 3
+_TOKENIZERS = ("*.model", "*.model.v*", "tokenizer.json")
+
+
+def generate(
+    checkpoint: str,
+    *,
+    prompts: Sequence[str] | None = None,
+    chat: bool = False,
+    template: str | None = None,
+    tokenizer: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Any = None,
+) -> int:
+    """Print continuations of prompts, or answers to them as a user's messages. One prompt appears as it is written.
+
+    Args:
+        checkpoint: an Orbax or Hugging Face directory, a run, or one of its steps.
+        prompts: None: standard input is one prompt; typed by hand in a chat, each line is a turn.
+        template: chat format; None: that of the run, else by the tokenizer's control tokens.
+        tokenizer: None: that in the directory, else that of the run.
+
+    Raises:
+        UserError: no tokenizer is found, or it does not fit the model.
+    """
+    run = _run_config(checkpoint)
+    codec = _tokenizer(checkpoint, tokenizer, run)
+    compute = ComputeConfig(dtype=dtype or "auto")
+    whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
+    model = load(_weights(checkpoint), dtype="float32" if whole else None, compute=compute)
+    if codec.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {codec.vocab_size} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
+        )
+    form = load_template(template or _usual_template(codec, run), codec) if chat else None
+    writer = _Writer(model, codec, form, dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    ))  # fmt: skip
+    if prompts is None and form is not None and sys.stdin.isatty():
+        writer.converse()
+        return EXIT_DONE
+    texts = [sys.stdin.read().rstrip("\n")] if prompts is None else list(prompts)
+    if len(texts) == 1:
+        writer.write_one(texts[0])
+    else:
+        writer.write_all(texts)
+    return EXIT_DONE
+
+
+class _Writer:
+    """Text in, text out."""
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer, template: Template | None, options: dict[str, Any]):
+        self._model, self._tokenizer, self._template = model, tokenizer, template
+        ends = [tokenizer.eos_id]
+        if template is not None and len(template.assistant.close) == 1:
+            ends.append(template.assistant.close[0])
+        self._ends, self._options = list(dict.fromkeys(ends)), options
+
+    def write_one(self, text: str) -> None:
+        """Print a prompt (unless it is a chat's) and its continuation as it grows."""
+        if self._template is None:
+            print(text, end="", flush=True)
+        self._write(self._ids([{"role": "user", "content": text}]))
+
+    def write_all(self, texts: Sequence[str]) -> None:
+        """Print prompts and their continuations, computed as one batch."""
+        ids = [self._ids([{"role": "user", "content": text}]) for text in texts]
+        answers = generate_tokens(self._model, ids, eos_id=self._ends, **self._options)
+        for number, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
+            joint = "\n" if self._template is not None else ""
+            print(f"--- {number} ---\n{text}{joint}{self._tokenizer.decode(self._visible(answer))}")
+
+    def converse(self) -> None:
+        """Turns typed by hand, until the end of input."""
+        messages: list[dict[str, str]] = []
+        with contextlib.suppress(EOFError):
+            while True:
+                messages.append({"role": "user", "content": input("> ")})
+                answer = self._write(self._ids(messages))
+                if not answer.strip():  # an empty answer cannot stand in a conversation
+                    messages.pop()
+                    continue
+                messages.append({"role": "assistant", "content": answer})
+
+    def _ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if self._template is not None:
+            return encode_prompt(messages, self._tokenizer, self._template)
+        return [self._tokenizer.bos_id, *self._tokenizer.encode(messages[-1]["content"])]
+
+    def _write(self, ids: list[int]) -> str:
+        written = ""
+        new = (
+            int(row[0]) for row in stream(self._model, [ids], eos_id=self._ends, **self._options) if row[0] is not None
+        )
+        lead = () if self._template is not None else tuple(ids[1:])  # a piece's leading space shows only after others
+        for text in grow(self._tokenizer, lead, (token for token in new if token not in self._ends)):
+            print(text, end="", flush=True)
+            written += text
+        print(flush=True)
+        return written
+
+    def _visible(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token not in self._ends]
+
+
+def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Text behind that of `lead`, token by token; a character of several tokens comes when it is complete."""
+    ids = list(lead)
+    shown = len(tokenizer.decode(ids))
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]
+
+
+def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> int:
+    """Print loss, perplexity, bits per byte and accuracy of each validation source; 3 where a loss is not finite.
+
+    Raises:
+        UserError: the file is one for preferences, has no validation sources, or its tokenizer does not fit the model.
+    """
+    data: Any = getattr(config, "data", None)
+    if config.stage == "dpo":
+        raise UserError("eval reads files with stage pretrain or sft: a preference file has pairs, not documents")
+    if not data.validation:
+        raise UserError("data.validation is empty: there is nothing to evaluate")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        model = load(_weights(checkpoint), mesh, compute=config.compute)
+        pieces = load_tokenizer(data.tokenizer).vocab_size
+        if pieces > model.config.vocab_size:
+            raise UserError(
+                f"data.tokenizer has {pieces} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
+            )
+        share = batch_share(mesh, config.eval.batch_size or config.rows_per_micro_batch)
+        sources = eval_batches(
+            data, seq_len=config.seq_len, batch_size=config.eval.batch_size or config.rows_per_micro_batch,
+            shard=share, seed=config.seed,
+        )  # fmt: skip
+        put = make_put(mesh, share)
+        measured = {name: _measure(model, source, put, config.eval.batches) for name, source in sources.items()}
+    metrics = eval_metrics(measured)
+    if jax.process_index() == 0:
+        print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, list(measured)))
+    if not math.isfinite(metrics["eval/loss"]):
+        print("exit 3: the loss is not finite", file=sys.stderr)
+        return EXIT_NOT_FINITE
+    return EXIT_DONE
+
+
+@jax.jit
+def _sums(model: Mixtral, batch: Any) -> Any:
+    return token_sums(model, jax.tree.map(lambda x: x[0], batch))[0]
+
+
+def _measure(model: Mixtral, source: EvalSource, put: Any, batches: int | None) -> Measured:
+    nll, weight, correct = 0.0, 0.0, 0.0
+    for batch in itertools.islice(source, batches):
+        sums = jax.device_get(_sums(model, put(batch)))
+        nll, weight, correct = nll + float(sums.nll), weight + float(sums.weight), correct + float(sums.correct)
+    # part of the text only: its bytes in proportion to the targets
+    return Measured(nll, weight, correct, source.text_bytes * weight / max(source.targets, 1))
+
+
+def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
+    names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    width = max(len("source"), *map(len, sources), len("all"))
+    lines = [f"{'source':{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'accuracy':>8}"]
+    for label, prefix in [*((name, f"eval/{name}/") for name in sources), ("all", "eval/")]:
+        loss, perplexity, bits, accuracy = (metrics[prefix + name] for name in names)
+        lines.append(f"{label:{width}}  {loss:8.4f}  {perplexity:10.3f}  {bits:9.4f}  {accuracy:8.4f}")
+    return "\n".join(lines)
+
+
+def _run_config(checkpoint: str) -> RunConfig | None:
+    """The configuration of the run that a checkpoint belongs to; None for a model directory."""
+    path = Path(checkpoint).absolute()
+    for place in (path, *path.parents[:2]):
+        if (place / "config.yaml").is_file():
+            return load_config(place / "config.yaml").config
+    return None
+
+
+def _weights(checkpoint: str) -> str:
+    """The directory that holds the weights: a run stands for its newest whole checkpoint."""
+    path = Path(checkpoint)
+    run = _run_config(checkpoint) if (path / "config.yaml").is_file() else None
+    if run is None:
+        return checkpoint
+    found = find(run.checkpoint.directory or path / "checkpoints", "must", lambda line: print(line, file=sys.stderr))
+    return checkpoint if found is None else str(found.path)
+
+
+def _tokenizer(checkpoint: str, given: str | None, run: RunConfig | None) -> Tokenizer:
+    if given is not None:
+        return load_tokenizer(given)
+    if any(next(Path(checkpoint).glob(pattern), None) for pattern in _TOKENIZERS):
+        return load_tokenizer(checkpoint)
+    if run is None:
+        raise UserError(f"{checkpoint} holds no tokenizer: name one with --tokenizer")
+    data: Any = getattr(run, "data", None)
+    return load_tokenizer(data.tokenizer)
+
+
+def _usual_template(tokenizer: Tokenizer, run: RunConfig | None) -> Any:
+    data: Any = getattr(run, "data", None)
+    if run is not None and run.stage != "pretrain":
+        return data.template
+    if tokenizer.id_of("<|im_start|>") is not None:
+        return "chatml"
+    return "v1" if tokenizer.id_of("[INST]") is None else "v3"
