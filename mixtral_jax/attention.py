@@ -12,7 +12,8 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.kernels.attention import attend
 from mixtral_jax.lora import Adapter, LoraConfig, low_rank
 from mixtral_jax.rope import apply_rope
-from mixtral_jax.sharding import axis_size, gather, psum
+from mixtral_jax.sharding import axis_index, axis_size, gather, psum
+from mixtral_jax.zigzag import Part, whole_row
 
 
 class Rows(NamedTuple):
@@ -75,18 +76,14 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rows.angles_BTh, rows.key)
         names = ("query", "key", "value")
         q, k, v = map(checkpoint_name, (q_BTNH, k_BTKH, v_BTKH), names)
-        split = axis_size("context") > 1
-        if split:  # queries stay, keys and values come together from the whole row
-            k, v, kv_positions, kv_segments = (
-                jax.lax.all_gather(a, "context", axis=1, tiled=True)
-                for a in (k, v, rows.positions_BT, rows.segments_BT)
-            )
-        else:
-            kv_positions, kv_segments = rows.positions_BT, rows.segments_BT
+        part, kv_positions, kv_segments = None, rows.positions_BT, rows.segments_BT
+        if axis_size("context") > 1:  # queries stay, keys and values come together from the whole row
+            part = Part(axis_size("context"), jnp.asarray(axis_index("context")))
+            k, v, kv_positions, kv_segments = map(whole_row, (k, v, kv_positions, kv_segments))
         y_BTNH = attend(
             q, k, v,
             q_positions_BT=rows.positions_BT, kv_positions_BS=kv_positions,
             q_segments_BT=rows.segments_BT, kv_segments_BS=kv_segments,
-            window=self.window, backend=backend, ordered=not split,
+            window=self.window, backend=backend, part=part,
         )  # fmt: skip
         return checkpoint_name(self.merge(y_BTNH, rows.key), "attention_output")

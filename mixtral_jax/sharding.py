@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
+from mixtral_jax.zigzag import spread, unspread, zigzag
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -172,6 +173,14 @@ def batch_sharding(mesh: Mesh | None, leading: int = 1) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, batch_spec(leading))
 
 
+def platform() -> str:
+    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 # ---- inside the shard_map: each is the identity without a mesh -------------------------------------------------------
 
 
@@ -250,16 +259,48 @@ def sharded(
 ) -> Any:
     """local(model, *args) on every device's shards; a plain call without a mesh.
 
-    Outputs that `out_specs` calls replicated must have been reduced: jax checks it while tracing.
+    Outputs that `out_specs` calls replicated must have been reduced: jax checks it while tracing. What a spec shards
+    over `context` in its second dimension `local` sees, and returns, in zig-zag parts (mixtral_jax/zigzag.py).
+
+    Raises:
+        ValueError: rows or their length that the mesh does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(model, *args)
     specs, graphdef = param_specs(model, mesh)
     _, state = nnx.split(model)
+    for x, spec in zip(args, in_specs, strict=True):
+        _check_rows(x, spec, dict(mesh.shape))
 
     def body(state: Any, *args: Any) -> Any:
-        return local(nnx.merge(graphdef, state), *args)
+        args = tuple(_along_context(spread, s, x) for s, x in zip(in_specs, args, strict=True))
+        out = local(nnx.merge(graphdef, state), *args)
+        is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a word for the line below
+        return jax.tree.map(lambda s, x: _along_context(unspread, s, x), out_specs, out, is_leaf=is_spec)
 
     run = jax.shard_map(body, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=True)
     return run(state, *args)
+
+
+def _splits_rows(spec: P) -> bool:
+    return len(spec) > 1 and spec[1] == "context"
+
+
+def _along_context(move: Callable[[jax.Array], jax.Array], spec: P, x: Any) -> Any:
+    """`move` where the spec shards the tokens of a row over more than one device."""
+    return move(x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
+
+
+def _check_rows(x: Any, spec: P, mesh_shape: dict[str, int]) -> None:
+    if not _splits_rows(spec):
+        return
+    shards = math.prod(mesh_shape[a] for a in BATCH_AXES)
+    if x.shape[0] % shards:
+        over = " x ".join(f"{a} {mesh_shape[a]}" for a in BATCH_AXES)
+        raise ValueError(
+            f"{x.shape[0]} rows cannot be shared by {shards} batch shards (mesh {over}): "
+            f"make micro_batch_size a multiple of {shards}"
+        )
+    if mesh_shape["context"] > 1:
+        zigzag(x.shape[1], mesh_shape["context"])

@@ -24,7 +24,10 @@ def test_interpreted_kernel_equals_the_definition(window: int | None) -> None:
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
         out, pull_back = jax.vjp(
-            lambda q, k, v: splash_attention(q, k, v, jnp.asarray(segments), window=window, interpret=True), q, k, v
+            lambda q, k, v: splash_attention(q, k, v, *(jnp.asarray(segments),) * 2, window=window, interpret=True),
+            q,
+            k,
+            v,
         )
         return out, *pull_back(g)
 

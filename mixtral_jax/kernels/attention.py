@@ -19,9 +19,12 @@ from mixtral_jax.kernels.attention_chunked import (
     Tokens,
     block_sizes,
     chunked_attention,
+    part_bounds,
     tile,
     visible,
 )
+from mixtral_jax.sharding import platform
+from mixtral_jax.zigzag import Part, places
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
 
@@ -48,6 +51,7 @@ def attend(
     window: int | None,
     backend: Backend = "auto",
     ordered: bool = True,
+    part: Part | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys, softmax in fp32, result in the dtype of `q`; differentiable in q, k and v.
 
@@ -59,6 +63,7 @@ def attend(
         ordered: the caller's word that queries and keys are the same T tokens and that each segment is a run of
             neighbours with positions that go up by one, so that tiles off the band can be skipped. Not believed
             where T != S.
+        part: the caller's word that the keys are an ordered row, and the queries this zig-zag part of it.
 
     Raises:
         ValueError: shapes that do not belong together, or a back-end that cannot do what is asked.
@@ -66,17 +71,20 @@ def attend(
     (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
     _check(q_BTNH, k_BSKH, v_BSKH, window)
     ordered = ordered and T == S
-    chosen = resolve_attention(backend, _platform(), AttentionShape(T, S, H, q_BTNH.dtype.name, ordered))
+    run = T if part is None else T // 2  # tokens that are neighbours in the row
+    shape = AttentionShape(run, S, H, q_BTNH.dtype.name, ordered or part is not None)
+    chosen = resolve_attention(backend, platform(), shape)
     if chosen == "splash":
         # imported here: Pallas for TPU takes a second to load, and only TPUs need it
         from mixtral_jax.kernels.attention_splash import splash_attention
 
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, window=window)
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, window=window, part=part)
     queries, keys = Tokens(q_positions_BT, q_segments_BT), Tokens(kv_positions_BS, kv_segments_BS)
     if chosen == "chunked":
-        blocks = block_sizes(T, S, B * N, on_cpu=_platform() == "cpu")
+        blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
-        return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling)
+        bounds = None if part is None else part_bounds(tiling, places(part, T), window)
+        return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
     return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS), SAVED)
@@ -119,7 +127,7 @@ def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: A
 def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:
     """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it takes the shape, else XLA's."""
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
-    cudnn = _platform() == "gpu" and _cudnn_takes(AttentionShape(T, S, H, q_BTNH.dtype.name))
+    cudnn = platform() == "gpu" and _cudnn_takes(AttentionShape(T, S, H, q_BTNH.dtype.name))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=seen_BTS[:, None], implementation="cudnn" if cudnn else "xla"
     )
@@ -129,7 +137,7 @@ def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS:
 def _splash_obstacle(shape: AttentionShape) -> str | None:
     """What the TPU kernel would need that `shape` does not have."""
     if not shape.ordered:
-        return "queries and keys that are the same tokens in order (no context parallelism, no cache)"
+        return "queries and keys that are tokens of one row in order (no cache)"
     if shape.T % 128 or shape.H % 64:
         return f"a row length in multiples of 128 and a head_dim in multiples of 64 (they are {shape.T} and {shape.H})"
     return None
@@ -137,14 +145,6 @@ def _splash_obstacle(shape: AttentionShape) -> str | None:
 
 def _cudnn_takes(shape: AttentionShape) -> bool:
     return shape.dtype in ("bfloat16", "float16") and shape.H % 8 == 0 and shape.H <= 128 and shape.T > 1
-
-
-def _platform() -> str:
-    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _check(q: Array, k: Array, v: Array, window: int | None) -> None:

@@ -57,6 +57,14 @@ def tile(T: int, S: int, block_T: int, block_S: int, *, window: int | None, orde
     return Tiling(block_T, block_S, tuple(first), tuple(stop))
 
 
+def part_bounds(tiling: Tiling, places_T: Array, window: int | None) -> tuple[Array, Array]:
+    """First key block and last + 1 of each query block, for queries that stand at `places_T` in an ordered row."""
+    blocks = len(tiling.first)
+    places_iT = jnp.pad(places_T, (0, blocks * tiling.block_T - places_T.shape[0]), mode="edge").reshape(blocks, -1)
+    oldest_i = jnp.zeros((blocks,), jnp.int32) if window is None else jnp.min(places_iT, axis=1) - window + 1
+    return jnp.maximum(oldest_i, 0) // tiling.block_S, jnp.max(places_iT, axis=1) // tiling.block_S + 1
+
+
 def block_sizes(T: int, S: int, heads: int, *, on_cpu: bool) -> tuple[int, int]:
     """Queries and keys in a tile; `heads` counts (batch row, head) pairs, which a tile holds all of.
 
@@ -93,34 +101,39 @@ def chunked_attention(
     *,
     window: int | None,
     tiling: Tiling,
+    bounds: tuple[Array, Array] | None = None,
 ) -> Array:
-    """Attention (B, T, N, H) by tiles; `queries` and `keys` are (B, T) and (B, S). Linear memory in T and S."""
+    """Attention (B, T, N, H) by tiles; `queries` and `keys` are (B, T) and (B, S). Linear memory in T and S.
+
+    `bounds` (from `part_bounds`) replaces the first and last key blocks of the tiling by ones that differ by device.
+    """
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
     q = _cut(q_BTNH, tiling.block_T, K)
     k, v = (_cut(x, tiling.block_S, K) for x in (k_BSKH, v_BSKH))
     queries = Tokens(*(_cut_tokens(x, tiling.block_T) for x in queries))
     keys = Tokens(*(_cut_tokens(x, tiling.block_S) for x in keys))
     # one type for all: a carry of the loop must vary over the same mesh axes as what is added to it
-    q, k, v, *tokens = alike(q, k, v, *queries, *keys)
+    first_i, stop_i = bounds or (jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32))
+    q, k, v, *tokens, first_i, stop_i = alike(q, k, v, *queries, *keys, first_i, stop_i)
     queries, keys = Tokens(*tokens[:2]), Tokens(*tokens[2:])
-    return _join(_attend(q, k, v, queries, keys, window, tiling), T, N)
+    return _join(_attend(q, k, v, queries, keys, (first_i, stop_i), window), T, N)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
     q_iBKRH: Array,
     k_jBKSH: Array,
     v_jBKSH: Array,
     queries: Tokens,
     keys: Tokens,
+    bounds: tuple[Array, Array],
     window: int | None,
-    tiling: Tiling,
 ) -> Array:
-    return _forward(q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, window, tiling)[0]
+    return _forward(q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, window)[0]
 
 
 def _forward(
-    q_iBKRH: Array, k_jBKSH: Array, v_jBKSH: Array, queries: Tokens, keys: Tokens, window: int | None, tiling: Tiling
+    q_iBKRH: Array, k_jBKSH: Array, v_jBKSH: Array, queries: Tokens, keys: Tokens, bounds: Any, window: int | None
 ) -> tuple[Array, Any]:
     def query_block(_: None, block: tuple[Array, Tokens, Array, Array]) -> tuple[None, tuple[Array, Array]]:
         q, tokens, first, stop = block
@@ -142,13 +155,13 @@ def _forward(
         total = jnp.where(seen, total, 1.0)
         return None, (jnp.where(seen, out / total, 0.0).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -NEVER))
 
-    out, lse = lax.scan(query_block, None, (q_iBKRH, queries, *_bounds(tiling)))[1]
+    out, lse = lax.scan(query_block, None, (q_iBKRH, queries, *bounds))[1]
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return out, (q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, out, lse)
+    return out, (q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse)
 
 
-def _backward(window: int | None, tiling: Tiling, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]:
-    q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, out, lse = saved
+def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]:
+    q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse = saved
     delta = jnp.sum(g_iBKRH.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
 
     def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
@@ -169,11 +182,11 @@ def _backward(window: int | None, tiling: Tiling, saved: Any, g_iBKRH: Array) ->
         return (dk, dv), dq
 
     zeros = jnp.zeros_like(k_jBKSH.swapaxes(-1, -2), dtype=jnp.float32)
-    xs = (q_iBKRH, g_iBKRH, delta, lse, queries, *_bounds(tiling))
+    xs = (q_iBKRH, g_iBKRH, delta, lse, queries, *bounds)
     (dk, dv), dq = lax.scan(query_block, (zeros, zeros), xs)
     scale = q_iBKRH.shape[-1] ** -0.5
     dk, dv = dk.swapaxes(-1, -2) * scale, dv.swapaxes(-1, -2)
-    return (dq * scale).astype(q_iBKRH.dtype), dk.astype(k_jBKSH.dtype), dv.astype(v_jBKSH.dtype), None, None
+    return (dq * scale).astype(q_iBKRH.dtype), dk.astype(k_jBKSH.dtype), dv.astype(v_jBKSH.dtype), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -189,10 +202,6 @@ def _scores(q: Array, k: Array, queries: Tokens, keys: Tokens, window: int | Non
     (B, K, R, S), T = s.shape, bias_BTS.shape[1]
     s_BKTGS = s.reshape(B, K, T, R // T, S) * q.shape[-1] ** -0.5
     return (s_BKTGS + bias_BTS[:, None, :, None, :]).reshape(s.shape)
-
-
-def _bounds(tiling: Tiling) -> tuple[Array, Array]:
-    return jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32)
 
 
 def _at(x: Array, index: Array) -> Array:

@@ -23,55 +23,93 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
-from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.kernels.attention_chunked import SAVED
+from mixtral_jax.kernels.pallas import unchecked
 from mixtral_jax.sharding import alike, variance, varying
+from mixtral_jax.zigzag import Part, zigzag
 
 LANES = 128  # the kernel's tiles: T and H must be multiples
 
 
 def splash_attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, *, window: int | None, interpret: bool = False
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    q_segments_BT: Array,
+    kv_segments_BS: Array,
+    *,
+    window: int | None,
+    part: Part | None = None,
+    interpret: bool = False,
 ) -> Array:
-    """Causal attention within segments for ordered rows; T and H multiples of 128. `interpret` runs on any device."""
-    q, k, v, segments = alike(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    out_BTNH = _attend(q, k, v, segments, window, interpret)
+    """Causal attention within segments for ordered rows; T, S and H multiples of 128.
+
+    `part`: the queries are only this zig-zag part of the row that the keys are; else both are the whole row.
+    `interpret` runs on any device.
+    """
+    count, index = (1, jnp.zeros((), jnp.int32)) if part is None else (part.parts, part.own)
+    inputs = alike(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, index)
+    out_BTNH = _attend(*inputs, window, count, interpret)
     # the kernel lets padding see padding
-    return jnp.where((segments != 0)[:, :, None, None], out_BTNH, 0)
+    return jnp.where((q_segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, segments: Array, window: int | None, interpret: bool) -> Array:
-    return _forward(q, k, v, segments, window, interpret)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    index: Array,
+    window: int | None,
+    count: int,
+    interpret: bool,
+) -> Array:
+    return _forward(q, k, v, q_segments, kv_segments, index, window, count, interpret)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, segments: Array, window: int | None, interpret: bool) -> tuple[Array, Any]:
-    T, N, H = q.shape[1:]
-    kernel = _kernel(T, N, window, interpret)
+def _forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    index: Array,
+    window: int | None,
+    count: int,
+    interpret: bool,
+) -> tuple[Array, Any]:
+    (N, H), S = q.shape[2:], k.shape[1]
+    kernel = _kernel(S, N, window, count, interpret)
     # the kernel knows no scale, and wants heads before tokens
     q, k, v = ((x * scale).swapaxes(1, 2) for x, scale in ((q, H**-0.5), (k, 1), (v, 1)))
+    ids = SegmentIds(q_segments, kv_segments)
 
-    def run(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Array]:
-        out, (lse,) = jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments))
+    def run(masks: Any, q: Array, k: Array, v: Array, ids: SegmentIds) -> tuple[Array, Array]:
+        own = SplashAttentionKernel(*masks, **kernel.kwargs)
+        out, (lse,) = jax.vmap(own)(q, k, v, ids)
         return out, lse
 
-    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED) for x in _unchecked(run, q, k, v, segments))
-    return out_BNTH.swapaxes(1, 2), (q, k, v, segments, out_BNTH, lse_BNT)
+    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED) for x in unchecked(run, _masks(kernel, index, count), q, k, v, ids))
+    return out_BNTH.swapaxes(1, 2), (q, k, v, ids, out_BNTH, lse_BNT, index)
 
 
-def _backward(window: int | None, interpret: bool, saved: tuple[Array, ...], g_BTNH: Array) -> tuple[Any, ...]:
-    N, T, H = saved[0].shape[1:]
-    kernel = _kernel(T, N, window, interpret)
+def _backward(window: int | None, count: int, interpret: bool, saved: Any, g_BTNH: Array) -> tuple[Any, ...]:
+    *saved, index = saved
+    (N, _, H), S = saved[0].shape[1:], saved[1].shape[2]
+    kernel = _kernel(S, N, window, count, interpret)
     options = [kernel.kwargs[name] for name in _BACKWARD_OPTIONS]
 
-    def run_row(q: Array, k: Array, v: Array, segments: Array, out: Array, lse: Array, g: Array) -> tuple[Array, ...]:
-        ids = SegmentIds(segments, segments)
-        residuals = (q, k, v, ids, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        return _kernel_backward(*options, residuals, g)[3:6]
+    def run(masks: Any, *rows: Any) -> tuple[Array, ...]:
+        def one(q: Array, k: Array, v: Array, ids: SegmentIds, out: Array, lse: Array, g: Array) -> tuple[Array, ...]:
+            return _kernel_backward(*options, (q, k, v, ids, None, out, lse, *masks[1:]), g)[3:6]
 
-    dq, dk, dv = _unchecked(jax.vmap(run_row), *saved, g_BTNH.swapaxes(1, 2))
-    return (dq * H**-0.5).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None
+        return jax.vmap(one)(*rows)
+
+    dq, dk, dv = unchecked(run, _masks(kernel, index, count), *saved, g_BTNH.swapaxes(1, 2))
+    return (dq * H**-0.5).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -90,23 +128,38 @@ _BACKWARD_OPTIONS = (
 )
 
 
-def _kernel(T: int, N: int, window: int | None, interpret: bool) -> SplashAttentionKernel:
-    mask = CausalMask((T, T)) if window is None else LocalMask((T, T), (window - 1, 0), 0)
-    block = next(b for b in (512, 384, 256, LANES) if T % b == 0)
+def _kernel(S: int, N: int, window: int | None, count: int, interpret: bool) -> SplashAttentionKernel:
+    """The kernel for a row of S tokens, its queries in zig-zag order in `count` parts."""
+    mask = CausalMask((S, S)) if window is None else LocalMask((S, S), (window - 1, 0), 0)
+    piece = S
+    if count > 1:
+        mask.q_sequence = zigzag(S, count).astype(mask.q_sequence.dtype)
+        piece = S // (2 * count)
+    block = next(b for b in (512, 384, 256, LANES) if piece % b == 0)
     return make_splash_mha(
         mask=MultiHeadMask([mask] * N),
         block_sizes=BlockSizes(*(block,) * 8),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=count,
         save_residuals=True,
         interpret=interpret,
     )
 
 
-def _unchecked(run: Callable[..., Any], *args: Any) -> Any:
-    """run(*args) without the check of variance, its results then typed as varying like the arguments."""
-    axes = tuple(sorted(frozenset[str]().union(*map(variance, jax.tree.leaves(args)))))
-    if not axes:
-        return run(*args)
-    out = jax.shard_map(run, in_specs=P(), out_specs=P(), axis_names=set(), check_vma=False)(*args)
-    return jax.tree.map(lambda x: varying(x, axes), out)
+def _masks(kernel: SplashAttentionKernel, index: Array, count: int) -> list[Any]:
+    """What the kernel's three passes know of the mask; of the queries of part `index` only."""
+    infos: list[Any] = [kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info]
+    if count == 1:
+        return infos
+
+    def own(x: Array | None, axis: int) -> Array | None:
+        if x is None:
+            return None
+        size = x.shape[axis] // count
+        return jax.lax.dynamic_slice_in_dim(varying(x, sorted(variance(index))), index * size, size, axis)
+
+    by_block = ("data_next", "mask_next", "block_mask")  # (heads, query blocks, key blocks)
+    return [
+        info._replace(**{n: own(getattr(info, n), 1) for n in by_block}, q_sequence=own(info.q_sequence, 0))
+        for info in infos
+    ]

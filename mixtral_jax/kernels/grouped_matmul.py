@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.blocked import blocked_rows, blocked_weights
-from mixtral_jax.sharding import alike
+from mixtral_jax.sharding import alike, platform
 
 Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
 
@@ -42,7 +42,7 @@ def grouped_matmul(
     Accumulated in fp32, returned in x's dtype. Trailing dimensions of `w` behind the second count as one. Source:
     MegaBlocks (2211.15841).
     """
-    backend = resolve_matmul(backend, jax.default_backend())
+    backend = resolve_matmul(backend, platform())
     return _grouped_matmul(backend, *alike(x_RD, w_EDF, group_sizes_E))
 
 

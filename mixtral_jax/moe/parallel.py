@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.dispatch import combine, dispatch, plan_rows
-from mixtral_jax.sharding import axis_index, axis_size
+from mixtral_jax.sharding import axis_index, axis_size, platform
 
 # rows sorted by local expert (R, D), rows of each expert (E_local,) -> rows (R, D)
 Experts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]
@@ -92,7 +92,7 @@ def ragged_exchange(x_RD: Float[Array, "R D"], sizes_SR: Int[Array, "S S"], rows
     me = axis_index("expert")
     before_send = jnp.cumsum(sizes_SR, axis=1) - sizes_SR
     before_arrive = jnp.cumsum(sizes_SR, axis=0) - sizes_SR
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         row = lambda a: jax.lax.dynamic_index_in_dim(a, me, axis=0, keepdims=False)  # noqa: E731 - three uses, here only
         column = row(sizes_SR.T)
         out = jax.lax.pcast(jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), tuple(jax.typeof(x_RD).vma), to="varying")
