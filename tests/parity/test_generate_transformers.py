@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -36,4 +35,4 @@ def test_greedy_ids(window: int | None, tmp_path: Path) -> None:
         want.append(row[: row.index(2) + 1] if 2 in row else row)
     got = generate(load(tmp_path), PROMPTS, max_new_tokens=NEW, eos_id=2)
     assert got == want
-    assert len({len(np.unique(row)) for row in got}) >= 1 and max(len(set(row)) for row in got) > 3
+    assert max(len(set(row)) for row in got) > 3  # not one token for ever
