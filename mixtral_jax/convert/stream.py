@@ -15,8 +15,8 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.table import Slot
 
 BUDGET = 512 << 20  # bytes that all pieces in flight may take together
-PIECE = 32 << 20  # a slot is cut into pieces of about this size where nothing asks for another
-STRIP = 16  # rows transposed at a time: what is read is still in the cache when it is turned
+PIECE = 8 << 20  # a slot is cut into pieces of about this size; larger ones go back to the system and fault anew
+STRIP = 8  # rows transposed at a time: what is read is still in the cache when it is turned
 Rows = Callable[[int, int], np.ndarray]
 
 
@@ -115,7 +115,7 @@ def copy(
         for cost in [source.cost(slot) + 2 * rows * slot.cols * dtype_of(slot).itemsize]
         for a in range(0, slot.rows, rows)
     )
-    _run(piece, pieces, 1 if in_order else max(2, min(8, (os.cpu_count() or 2) + 1)))
+    _run(piece, pieces, 1 if in_order else max(2, min(16, (os.cpu_count() or 2) + 1)))
     missing = [s.name for s in source.slots if tally.rows[s.name] < s.rows]
     twice = [s.name for s in source.slots if tally.rows[s.name] > s.rows]
     if missing or twice:
