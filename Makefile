@@ -23,6 +23,7 @@ help:
 
 quickstart: $(VENV)/core.stamp
 	$(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
+	@$(RUN) -m train.quickstart runs/quickstart
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -198,7 +198,8 @@ class ComputeConfig(FrozenConfig):
         "auto", description="compute precision; auto: bfloat16 on accelerators, float32 on CPU"
     )
     remat: Literal["none", "minimal", "full"] = Field(
-        "none", description="none saves all, minimal saves matmul outputs, full saves only the routing"
+        "minimal",
+        description="the backward pass finds saved: all (none), the outputs of matmuls (minimal), the routing (full)",
     )
     attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = Field(
         "auto", description="attention back-end"

@@ -1,0 +1,32 @@
+"""The shapes at which steps are measured: synthetic tokens, fp32, dropless, balance loss on."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """One training step: the model and its batch."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    seq_len: int
+    batch: int
+    vocab: int = 32000
+    experts: int = 8
+    top_k: int = 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.seq_len * self.batch
+
+
+SHAPES = {
+    "XS": Shape(64, 128, 2, 4, 2, 64, 4, vocab=512),  # to test the benchmark itself
+    "S": Shape(256, 896, 8, 8, 2, 256, 8),
+    "M": Shape(512, 1792, 8, 16, 4, 512, 4),
+    "L": Shape(256, 896, 8, 8, 2, 2048, 1),
+}
+LEARNING_RATE, BALANCE_COEFFICIENT = 1e-3, 0.01
