@@ -102,7 +102,7 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_memory_is_bounded_far_below_the_size_of_the_checkpoint(tmp_path, root):
-    """550 MB go both ways in 150 MB beyond the imports; the stacked leaves are 350 and 180 MB."""
+    """550 MB go both ways in 250 MB beyond the imports; the stacked leaves are 350 and 180 MB."""
     shape = {**TINY, "hidden_size": 1024, "intermediate_size": 3584, "num_local_experts": 8, "num_hidden_layers": 3}
     write_random(tmp_path / "hf", shape)
     command = [sys.executable, "-c", MEASURE, *(str(tmp_path / n) for n in ("hf", "orbax", "back"))]
@@ -111,8 +111,8 @@ def test_memory_is_bounded_far_below_the_size_of_the_checkpoint(tmp_path, root):
     imported, importing, exporting = json.loads(done.stdout)
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size / 1e6
     assert size > 500
-    assert importing - imported < 150, (imported, importing, exporting)
-    assert exporting - imported < 150, (imported, importing, exporting)
+    assert importing - imported < 250, (imported, importing, exporting)
+    assert exporting - imported < 250, (imported, importing, exporting)
     before, after = HfSource(tmp_path / "hf"), HfSource(tmp_path / "back")
     for a, b in zip(before.slots, after.slots, strict=True):
         assert before.read(a, 0, a.rows).tobytes() == after.read(b, 0, b.rows).tobytes(), a.name
