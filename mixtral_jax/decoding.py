@@ -138,12 +138,17 @@ def _dropless(moe: SparseMoe) -> SparseMoe:
     return moe
 
 
+def _adapted(moe: SparseMoe) -> bool:
+    """Whether any matrix of the experts has an adapter, which `few_rows_swiglu` knows nothing of."""
+    return any(hasattr(moe, f"{name}_lora") for name in ("w1", "w3", "w2"))
+
+
 def _experts(
     stacked: SparseMoe, layer: Block, index: jax.Array, x_B1D: jax.Array, live_B: jax.Array
 ) -> Float[Array, "B 1 D"]:
     """The expert block of one layer on one token a row."""
     h_B1D, config = layer.moe_norm(x_B1D), layer.moe.config
-    if _devices(MESH_AXES) > 1 or type(stacked) is not SparseMoe or h_B1D.shape[0] > MAX_TOKENS:
+    if _devices(MESH_AXES) > 1 or _adapted(stacked) or h_B1D.shape[0] > MAX_TOKENS:
         return _dropless(layer.moe)(h_B1D, live_B[:, None])[0]
     h_MD = h_B1D[:, 0]
     if config.is_dense:

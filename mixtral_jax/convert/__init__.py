@@ -1,6 +1,8 @@
 """Checkpoints to and from Hugging Face: streamed, exact, proved."""
 
 from mixtral_jax.convert.api import load, load_config, load_params, save_hf
+from mixtral_jax.convert.merge import merge_lora
+from mixtral_jax.convert.peft import lora2peft, peft2lora
 from mixtral_jax.convert.pipeline import hf2orbax, orbax2hf
 from mixtral_jax.convert.resize import resize_vocab
 from mixtral_jax.convert.upcycle import upcycle
@@ -11,7 +13,10 @@ __all__ = [
     "load",
     "load_config",
     "load_params",
+    "lora2peft",
+    "merge_lora",
     "orbax2hf",
+    "peft2lora",
     "resize_vocab",
     "save_hf",
     "upcycle",

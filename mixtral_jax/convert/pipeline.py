@@ -144,7 +144,7 @@ def open_orbax(path: Path_) -> OrbaxSource:
     root = Directory(path).local
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist")
-    root = _newest_step(root)
+    root = newest_step(root)
     if not is_orbax(root):
         raise ValueError(
             f"{root} is no Orbax model directory (config.json and {PARAMS}/) and no step of a training run "
@@ -161,7 +161,8 @@ def check_orbax_destination(dst: Path_) -> None:
         )
 
 
-def _newest_step(root: Path) -> Path:
+def newest_step(root: Path) -> Path:
+    """The newest whole step of a run's directory; any other directory is itself."""
     directory = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     steps = [p for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
     whole = [p for p in steps if (p / "commit_success.txt").is_file()]

@@ -1,0 +1,66 @@
+"""A checkpoint with an adapter folded into its weights: W + s A B, streamed like every other conversion."""
+
+import os
+
+import numpy as np
+
+from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, check_same_model, target_of
+from mixtral_jax.convert.atomic import check_destination
+from mixtral_jax.convert.hf_write import parse_size
+from mixtral_jax.convert.orbax_io import OrbaxSource
+from mixtral_jax.convert.peft_read import PeftAdapter, is_peft
+from mixtral_jax.convert.pipeline import AnySource, check_orbax_destination, open_source, write_hf, write_orbax
+from mixtral_jax.convert.table import Slot
+from mixtral_jax.convert.wrapped import WrappedSource
+
+Path_ = str | os.PathLike[str]
+
+
+def merge_lora(src: Path_, dst: Path_, *, adapter: Path_, force: bool = False, progress: bool = True) -> None:
+    """Write the checkpoint `src` with `adapter` folded in to `dst`, in the format and dtypes of `src`.
+
+    Each product is made in fp32 and added in fp32; the sum is rounded once.
+
+    Args:
+        src: the base, a checkpoint of any kind.
+        adapter: a directory of ours, a step of a LoRA run, or a PEFT directory.
+
+    Raises:
+        ValueError: one of the two is not whole, or the adapter belongs to another base.
+        FileExistsError: `dst` exists.
+    """
+    check_destination(dst, src, force)
+    check_destination(dst, adapter, force)
+    inner = open_source(src)
+    factors = PeftAdapter(adapter, inner.config) if is_peft(adapter) else NativeAdapter(adapter)
+    check_same_model(inner.config, factors, os.fspath(src))
+    source = MergedSource(inner, factors)
+    if isinstance(inner, OrbaxSource):
+        check_orbax_destination(dst)
+        write_orbax(source, dst, dtype=None, force=force, progress=progress)
+    else:
+        write_hf(source, dst, dtype=None, shard_bytes=parse_size("5GB"), force=force, progress=progress)
+
+
+class MergedSource(WrappedSource):
+    """A source whose adapted matrices are W + s (A B)^T."""
+
+    def __init__(self, inner: AnySource, adapter: AdapterSource) -> None:
+        super().__init__(inner, inner.config)
+        self._adapter = adapter
+
+    def _adapted(self, slot: Slot) -> bool:
+        target = target_of(slot)
+        return target is not None and self._adapter.lora.adapts(target)
+
+    def cost(self, slot: Slot) -> int:
+        rows = self.band(slot) or slot.rows
+        return super().cost(slot) + (8 * rows * slot.cols if self._adapted(slot) else 0)
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        block = super().read(slot, start, stop)
+        if not self._adapted(slot):
+            return block
+        a_Ir, b_rO = (m.astype(np.float32) for m in self._adapter.factors(slot))
+        change = b_rO[:, start:stop].T @ a_Ir.T * np.float32(self._adapter.lora.scale)
+        return (block.astype(np.float32) + change).astype(block.dtype)
