@@ -42,8 +42,9 @@ class DataConfig(FrozenConfig):
     tokenizer: str = Field(description="SentencePiece model, tokenizer.json, or a directory that holds one of them")
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: tuple[SourceConfig, ...] = ()
-    examples: Literal["text", "chat"] = Field(
-        "text", description="text: documents, every token learned; chat: only answers are learned"
+    examples: Literal["text", "chat", "preference"] = Field(
+        "text",
+        description="text: documents, every token learned; chat: only answers are learned; preference: pairs of them",
     )
     template: str | dict[str, Any] = Field(
         "v1", description="chat format: v1, v3 (Mistral instruct), chatml, or a description"

@@ -4,26 +4,35 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from data.loader import Loader, open_loader
 from data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.model import Mixtral, abstract_model
-from mixtral_jax.sharding import param_shardings
+from mixtral_jax.model import Mixtral
 from train.checkpoint import Found, Say, restore_state
 from train.config import RunConfig, check_vocabulary
 from train.feed import batch_share, make_put
 from train.first_screen import first_screen
 from train.objectives import Objective, next_token
-from train.optimizer import make_optimizer
+from train.optimizer import Optimizer, make_optimizer
 from train.resume import check_same_data, config_differences
-from train.state import TrainState, abstract_state, init_state, read_weights, start_from
+from train.state import TrainState, abstract_state, init_state, start_from
 from train.step import make_eval_step, make_train_step
+from train.trainable import (
+    abstract_params,
+    base_weights,
+    fresh_adapters,
+    fresh_weights,
+    is_trained,
+    join,
+    keep,
+    make_merge,
+    trainable_table,
+)
 
 # The objective of each stage.
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "pretrain": lambda config: next_token(config.router, config.model),
-    "sft": lambda config: next_token(config.router, config.model),
+    "sft": lambda config: next_token(config.router, config.model, config.neftune),
 }
 
 
@@ -63,34 +72,41 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
             say(f"  changed {line}")
     first_screen(config, mesh, loader, say)
 
-    model = abstract_model(config.model, config.compute)
-    graphdef, _ = nnx.split(model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract = abstract_state(nnx.to_pure_dict(nnx.state(model)), optimizer, param_shardings(model, mesh))
-    if found is not None:
-        state = restore_state(found, abstract)
-    elif config.init_from is not None:
-        state = start_from(read_weights(config.init_from, abstract.params), optimizer, abstract)
-    else:
-        state = init_state(lambda: _fresh_params(config), optimizer, abstract)
-
-    def merge(params: Any, frozen: Any) -> Mixtral:
-        return nnx.merge(graphdef, params)
-
-    objective = OBJECTIVES[config.stage](config)
-    shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
-    train_step = make_train_step(objective, optimizer, merge, shardings)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
+    weights = abstract_params(config, mesh)
+    for line in trainable_table(config, weights):
+        say(f"{'trained':>8}  {line}")
+    state, frozen = _start(config, mesh, weights, optimizer, found)
+    merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
+    shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
+    train_step = make_train_step(objective, optimizer, merge, shardings, config.seed if config.noisy else None)
     eval_step = make_eval_step(objective, merge)
     return Parts(
-        mesh, train_step, lambda params, batch: eval_step(params, None, batch), merge, state, None,
+        mesh, train_step, lambda params, batch: eval_step(params, frozen, batch), merge, state, frozen,
         make_put(mesh, share), share, loader, tokenizer, 0 if found is None else found.step, first_row,
         0 if found is None else int(found.dataset["tokens"]),
     )  # fmt: skip
 
 
-def _fresh_params(config: RunConfig) -> Any:
-    model = Mixtral(config.model, config.compute, key=jax.random.key(config.seed))
-    return nnx.to_pure_dict(nnx.state(model))
+def _start(
+    config: RunConfig, mesh: jax.sharding.Mesh | None, weights: Any, optimizer: Optimizer, found: Found | None
+) -> tuple[TrainState, Any]:
+    """(state, frozen): from a checkpoint, from init_from, or from random numbers; the base under LoRA is frozen."""
+    trained = is_trained(config)
+    shapes = keep(weights, trained)
+    abstract = abstract_state(shapes, optimizer, None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes))
+    if config.adapters is None:
+        if found is not None:
+            return restore_state(found, abstract), None
+        if config.init_from is None:
+            return init_state(lambda: fresh_weights(config), optimizer, abstract), None
+        return start_from(base_weights(config, weights), optimizer, abstract), None
+    base = base_weights(config, weights)
+    frozen = keep(base, lambda path: not trained(path))
+    if found is not None:
+        return restore_state(found, abstract), frozen
+    params = join(fresh_adapters(config, weights), keep(base, trained))
+    return start_from(params, optimizer, abstract), frozen
 
 
 def _open(config: RunConfig, data: Any, share: tuple[int, int], first_row: int) -> Loader:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from mixtral_jax.config import FrozenConfig, MixtralConfig
-from mixtral_jax.model import Mixtral, next_token_sums
+from mixtral_jax.model import Mixtral, Noise, next_token_sums
 from mixtral_jax.moe.losses import RouterStats, balance_loss, load_metrics, z_loss
 
 
@@ -49,14 +49,15 @@ class EvalSums(NamedTuple):
 class Objective(NamedTuple):
     """What the step knows of an objective. `parts` are sums over micro-batches of whatever `report` needs.
 
-    weight(batch of (A, b, ...)) -> divisor · loss(model, rows of (b, ...), divisor) -> (this micro-batch's share of the
-    loss, parts) · report(parts) -> metrics · evaluate(model, rows) -> EvalSums, cross-entropy only.
+    weight(batch of (A, b, ...)) -> divisor · loss(model, rows of (b, ...), divisor, key of the noise or None) -> (this
+    micro-batch's share of the loss, parts) · report(parts) -> metrics · evaluate(model, rows) -> sums without router
+    terms and noise, additive over batches.
     """
 
     weight: Callable[[Any], Any]
-    loss: Callable[[Any, Any, Any], tuple[Float[Array, ""], Any]]
+    loss: Callable[[Any, Any, Any, jax.Array | None], tuple[Float[Array, ""], Any]]
     report: Callable[[Any], Report]
-    evaluate: Callable[[Any, Any], EvalSums]
+    evaluate: Callable[[Any, Any], Any]
 
 
 class NextTokenParts(NamedTuple):
@@ -66,40 +67,56 @@ class NextTokenParts(NamedTuple):
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     accuracy: Float[Array, ""]
-    tokens: Float[Array, ""]
+    tokens: Float[Array, ""]  # not padding
+    learned_tokens: Float[Array, ""]  # targets with a weight
     stats: RouterStats
 
 
-def next_token(router: RouterConfig, model: MixtralConfig) -> Objective:
+def next_token(router: RouterConfig, model: MixtralConfig, neftune: float = 0.0) -> Objective:
     """Next-token prediction for pretraining and SFT; the data sets the weights (NUMERICS D1).
 
     loss = sum w * nll / W + router terms. The router terms are products of batch means, so they are not additive: those
     of a micro-batch are weighted by its share of the step's tokens (NUMERICS C3).
     """
-    top_k = model.num_experts_per_tok
 
-    def loss(model_: Mixtral, rows: Any, divisor: Divisor) -> tuple[Float[Array, ""], NextTokenParts]:
-        sums, stats = token_sums(model_, rows)
+    def loss(
+        model_: Mixtral, rows: Any, divisor: Divisor, key: jax.Array | None = None
+    ) -> tuple[Float[Array, ""], NextTokenParts]:
+        sums, stats = token_sums(model_, rows, None if key is None else Noise(key, neftune))
         share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
-        aux, z = jnp.zeros(()), jnp.zeros(())
-        if router.router_aux_loss_coef and not model.is_dense:
-            aux = router.router_aux_loss_coef * share * balance_loss(stats, router.balance_loss, top_k)
-        if router.router_z_loss_coef and not model.is_dense:
-            z = router.router_z_loss_coef * share * z_loss(stats)
-        ce = sums.nll / divisor.weight
-        tokens = share * divisor.tokens
-        parts = NextTokenParts(ce, aux, z, sums.correct / divisor.weight, tokens, stats)
+        aux, z = router_terms(router, model, stats, share)
+        ce, accuracy = sums.nll / divisor.weight, sums.correct / divisor.weight
+        learned = jnp.sum(rows.weights > 0).astype(jnp.float32)
+        parts = NextTokenParts(ce, aux, z, accuracy, share * divisor.tokens, learned, stats)
         return ce + aux + z, jax.lax.stop_gradient(parts)
 
     def report(parts: NextTokenParts) -> Report:
         scalars = {f"train/{name}": getattr(parts, name) for name in NextTokenParts._fields[:-1]}
-        if model.is_dense:
-            return Report(scalars, None)
-        health = load_metrics(parts.stats, top_k)
-        health["moe/z"] = z_loss(parts.stats) / model.num_hidden_layers
-        return Report(scalars | health, parts.stats.counts_LE)
+        return with_router_health(scalars, parts.stats, model)
 
     return Objective(batch_divisor, loss, report, lambda model_, rows: token_sums(model_, rows)[0])
+
+
+def router_terms(
+    router: RouterConfig, model: MixtralConfig, stats: RouterStats, share: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Balance loss and z-loss of a micro-batch, times their coefficients and its share of the step's tokens."""
+    aux, z = jnp.zeros(()), jnp.zeros(())
+    if router.router_aux_loss_coef and not model.is_dense:
+        balance = balance_loss(stats, router.balance_loss, model.num_experts_per_tok)
+        aux = router.router_aux_loss_coef * share * balance
+    if router.router_z_loss_coef and not model.is_dense:
+        z = router.router_z_loss_coef * share * z_loss(stats)
+    return aux, z
+
+
+def with_router_health(scalars: dict[str, Float[Array, ""]], stats: RouterStats, model: MixtralConfig) -> Report:
+    """Metrics of an objective and, of a sparse model, moe/* and the counts of its experts."""
+    if model.is_dense:
+        return Report(scalars, None)
+    health = load_metrics(stats, model.num_experts_per_tok)
+    health["moe/z"] = z_loss(stats) / model.num_hidden_layers
+    return Report(scalars | health, stats.counts_LE)
 
 
 def batch_divisor(batch: Any) -> Divisor:
@@ -109,7 +126,9 @@ def batch_divisor(batch: Any) -> Divisor:
     return Divisor(jnp.where(weight > 0, weight, 1.0), jnp.maximum(tokens, 1.0))
 
 
-def token_sums(model: Mixtral, rows: Any) -> tuple[EvalSums, RouterStats]:
+def token_sums(model: Mixtral, rows: Any, noise: Noise | None = None) -> tuple[EvalSums, RouterStats]:
     """Summed cross-entropy of rows of (b, T), and the router's statistics."""
-    sums, stats = next_token_sums(model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids)
+    sums, stats = next_token_sums(
+        model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids, noise
+    )
     return EvalSums(sums.loss_sum, jnp.sum(rows.weights, dtype=jnp.float32), sums.correct_sum), stats

@@ -82,11 +82,12 @@ class Applied(NamedTuple):
     skipped: Bool[Array, ""]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """AdamW (1711.05101) for a run of `steps` updates."""
+def make_optimizer(config: OptimizerConfig, steps: int, router_factor: float = 1.0) -> Optimizer:
+    """AdamW (1711.05101) for a run of `steps` updates; the router's updates are multiplied with `router_factor`."""
     transformation = optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
+        *([] if router_factor == 1 else [optax.masked(optax.scale(router_factor), router_mask)]),
     )
     return Optimizer(transformation, make_schedule(config, steps), config.max_grad_norm, config.skip_spikes)
 
@@ -101,6 +102,11 @@ def init_optimizer(optimizer: Optimizer, params: Params) -> OptimizerState:
 def decay_mask(params: Params) -> Any:
     """True for matrices (and stacks of them), False for norm scales, told by the name of the leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+
+def router_mask(params: Params) -> Any:
+    """True for the router."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "router", params)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:

@@ -27,15 +27,20 @@ class StepReport(NamedTuple):
 TrainStep = Callable[[TrainState, Frozen, Any], tuple[TrainState, StepReport]]
 
 
-def make_train_step(objective: Objective, optimizer: Optimizer, merge: Merge, state_shardings: Any = None) -> TrainStep:
+def make_train_step(
+    objective: Objective, optimizer: Optimizer, merge: Merge, state_shardings: Any = None, noise_seed: int | None = None
+) -> TrainStep:
     """(state, frozen, batch) -> (state, report), jitted; the state is donated.
+
+    With a `noise_seed` every micro-batch gets its own random key, a function of the seed and of the updates done.
 
     Batch leaves are (A, b, ...). The divisor of the loss is counted over all of them before any forward pass, so the
     loss is sum(w * nll) / sum(w) over the whole global batch, however it is cut into A micro-batches (NUMERICS D1).
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, StepReport]:
-        loss, parts, grads = loss_and_gradients(objective, merge, state.params, frozen, batch)
+        key = None if noise_seed is None else jax.random.fold_in(jax.random.key(noise_seed), state.step)
+        loss, parts, grads = loss_and_gradients(objective, merge, state.params, frozen, batch, key)
         n = state.step + 1
         applied = apply_gradients(optimizer, state.params, state.optimizer, grads, loss, n)
         healthy = applied.state.healthy
@@ -55,27 +60,29 @@ def make_train_step(objective: Objective, optimizer: Optimizer, merge: Merge, st
 
 
 def loss_and_gradients(
-    objective: Objective, merge: Merge, params: Params, frozen: Frozen, batch: Any
+    objective: Objective, merge: Merge, params: Params, frozen: Frozen, batch: Any, key: jax.Array | None = None
 ) -> tuple[Float[Array, ""], Any, Params]:
     """Loss, the objective's additive parts, and gradients, summed over the A micro-batches in fp32."""
     divisor = objective.weight(batch)
 
-    def loss_of(params: Params, rows: Any) -> tuple[Float[Array, ""], Any]:
-        return objective.loss(merge(params, frozen), rows, divisor)
+    def loss_of(params: Params, rows: Any, key: jax.Array | None) -> tuple[Float[Array, ""], Any]:
+        return objective.loss(merge(params, frozen), rows, divisor, key)
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    if jax.tree.leaves(batch)[0].shape[0] == 1:  # no scan, and no second buffer of gradients
-        (loss, parts), grads = differentiate(params, jax.tree.map(lambda x: x[0], batch))
+    micro_batches = jax.tree.leaves(batch)[0].shape[0]
+    keys = None if key is None else jax.random.split(key, micro_batches)
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    if micro_batches == 1:  # no scan, and no second buffer of gradients
+        (loss, parts), grads = differentiate(params, *first)
         return loss, parts, grads
 
-    def accumulate(carry: Any, rows: Any) -> tuple[Any, None]:
-        (loss, parts), grads = differentiate(params, rows)
+    def accumulate(carry: Any, rows_and_key: Any) -> tuple[Any, None]:
+        (loss, parts), grads = differentiate(params, *rows_and_key)
         return jax.tree.map(jnp.add, carry, (loss, parts, grads)), None
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    (loss, parts), grads = jax.eval_shape(differentiate, params, first)
+    (loss, parts), grads = jax.eval_shape(differentiate, params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, parts, grads))
-    return jax.lax.scan(accumulate, zeros, batch)[0]
+    return jax.lax.scan(accumulate, zeros, (batch, keys))[0]
 
 
 def make_eval_step(objective: Objective, merge: Merge) -> Callable[[Params, Frozen, Any], Any]:
