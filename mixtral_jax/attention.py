@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.kernels.attention import attend
+from mixtral_jax.kernels.attention import Backend, attend
 from mixtral_jax.lora import Adapter, LoraConfig, low_rank
 from mixtral_jax.rope import apply_rope
 from mixtral_jax.sharding import axis_index, axis_size, gather, psum
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         """The output projection, summed over the heads of all devices."""
         return psum(self._linear("output", y_BTNH, "BTNH,NHD->BTD", key), ("tensor",))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows, backend: str) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows, backend: Backend) -> Float[Array, "B T D"]:
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rows.angles_BTh, rows.key)
         names = ("query", "key", "value")
         q, k, v = map(checkpoint_name, (q_BTNH, k_BTKH, v_BTKH), names)

@@ -6,7 +6,7 @@ takes the slot of the one that has just left the window. Nothing is dropped: `ca
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def assemble(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
     if _devices(MESH_AXES) == 1:
         return x
     shape = (*x.shape[:dim], x.shape[dim] * _devices(axes), *x.shape[dim + 1 :])
-    start = [0] * x.ndim
+    start: list[Any] = [0] * x.ndim
     start[dim] = shard_index(axes) * x.shape[dim]
     return psum(jax.lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, start), axes)
 

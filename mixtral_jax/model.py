@@ -119,8 +119,8 @@ class Mixtral(nnx.Module):
             segment_ids: document of each token, 0 for padding; one document if not given.
         """
 
-        def local(model: Mixtral, *rows: jax.Array) -> jax.Array:
-            x_BTD, _ = model.hidden(*rows)
+        def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+            x_BTD, _ = model.hidden(tokens, positions, segments)
             return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
 
         rows = fill_rows(tokens_BT, positions, segment_ids)

@@ -16,7 +16,7 @@ def rope_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) ->
 
 
 def apply_rope(x_BTNH: Float[Array, "B T N H"], angles_BTh: Float[Array, "B T half"]) -> Float[Array, "B T N H"]:
-    """[x1 cos - x2 sin, x2 cos + x1 sin] with x1, x2 the halves of the head; computed in fp32, returned in x's dtype."""
+    """[x1 cos - x2 sin, x2 cos + x1 sin] with x1, x2 the halves of the head; in fp32, returned in x's dtype."""
     cos, sin = jnp.cos(angles_BTh)[:, :, None, :], jnp.sin(angles_BTh)[:, :, None, :]
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)

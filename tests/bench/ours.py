@@ -16,7 +16,6 @@ from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, SHAPES, Shape
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.process import keep_freed_memory
 from train.state import create_state
 from train.step import make_train_step
 
@@ -80,6 +79,5 @@ def matmul_rate() -> float:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     capacity = float(sys.argv[3]) if len(sys.argv) > 3 else None
     print(json.dumps(measure(SHAPES[sys.argv[1]], int(sys.argv[2]), capacity)))
