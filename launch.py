@@ -1,7 +1,8 @@
 """The command line: parses, sets up the process, calls one function. Every import of ours waits for its command."""
 
 import argparse
-import importlib
+import glob
+import importlib.util
 import os
 import sys
 import traceback
@@ -221,6 +222,10 @@ def _environment() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's info and warning lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
+    # libtpu on a machine without a TPU (it is there for `plan`) would look for one, in vain and aloud
+    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
+    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, accelerators)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _is_for_the_user(error: Exception) -> bool:
