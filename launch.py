@@ -2,7 +2,7 @@
 
 import argparse
 import glob
-import importlib.util
+import importlib
 import os
 import sys
 import traceback
@@ -19,6 +19,7 @@ STAGES = {
 }
 # Attributes of a parsed command line that are no arguments of the function it calls.
 _OUR_OWN = {"run", "takes_overrides", "traceback", "command", "subcommand", "overrides"}
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
 RESERVED = {"routing": "look into the router", "submit": "start a run on a cluster"}
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             return UNEXPECTED
         problems = str(error).splitlines() or [type(error).__name__]
-        print("".join(f"error: {line}\n" for line in problems), end="", file=sys.stderr)
+        print(*(f"error: {line}" for line in problems), sep="\n", file=sys.stderr)
         if len(problems) > 1:
             print(f"exit 2: {len(problems)} problems, named above", file=sys.stderr)
         return USAGE
@@ -121,9 +122,7 @@ def _add_convert(commands: Any) -> None:
         parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast; default: as stored")
         if name == "orbax2hf":
             parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
-    parser = _command(
-        group, "verify", "compare two checkpoints of any format: tensors and logits", "train.tools:verify"
-    )
+    parser = _command(group, "verify", "compare two checkpoints: tensors and logits", "train.tools:verify")
     parser.add_argument("a", metavar="A", help="a checkpoint directory of any format")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, instead of the built-in ones")
@@ -222,10 +221,9 @@ def _environment() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's info and warning lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
-    # libtpu on a machine without a TPU (it is there for `plan`) would look for one, in vain and aloud
-    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
-    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, accelerators)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # libtpu without a TPU (it is there for `plan`) would look for one, in vain and aloud
+    if "JAX_PLATFORMS" not in os.environ and not any(map(glob.glob, _ACCELERATORS)):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def _is_for_the_user(error: Exception) -> bool:
