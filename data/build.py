@@ -16,7 +16,8 @@ from data.cache import PreparedSource, load_prepared, write_atomically
 from data.chat import TrainOn
 from data.config import SourceConfig
 from data.examples import ChatFormat, Documents, chat_documents, columns, text_documents
-from data.packing import PACKINGS
+from data.packing import PACKINGS, pair_pieces
+from data.pairs import pair_documents
 from data.progress import Meter
 from data.rows import WRITER_OPTIONS, RowFormat
 from data.sources import Lump, Problems, read_lumps
@@ -130,8 +131,10 @@ def tokenise_lump(job: _TokeniseJob) -> Counts:
         documents = text_documents(job.lump, recipe.source.text_key, tokenizer, problems)
     else:
         chat = ChatFormat(load_template(recipe.template, tokenizer), tokenizer, recipe.train_on)
-        documents = chat_documents(job.lump, recipe.source, chat, recipe.format.seq_len, problems)
-    keys = spill.document_keys(job.number, len(documents.lengths), recipe.seed)
+        read = pair_documents if recipe.kind == "preference" else chat_documents
+        documents = read(job.lump, recipe.source, chat, recipe.format.seq_len, problems)
+    together = 2 if recipe.kind == "preference" else 1  # both sequences of a pair have its key, and so stay neighbours
+    keys = spill.document_keys(job.number, len(documents.lengths) // together, recipe.seed).repeat(together)
     spill.append(job.directory, recipe.buckets, keys, documents.lengths, documents.tokens, documents.weights)
     return Counts(
         documents=len(documents.lengths),
@@ -208,7 +211,10 @@ def pack_bucket(job: _PackJob) -> _Shard:
     layout = job.recipe.format
     directories = [part / f"{job.bucket:06d}" for part in job.parts]
     lengths, tokens, weights = spill.read_bucket(directories, layout.token_dtype, layout.weighted)
-    pieces = PACKINGS[job.recipe.packing](lengths, layout.seq_len)
+    if layout.pairs:
+        pieces = pair_pieces(lengths, layout.seq_len, layout.pairs)
+    else:
+        pieces = PACKINGS[job.recipe.packing](lengths, layout.seq_len)
     if not pieces.rows:
         return _Shard(job.path.name, 0, 0, 0, 0, 0)
     bounds = np.searchsorted(pieces.row, np.arange(pieces.rows + 1)).tolist()

@@ -53,6 +53,7 @@ class DataConfig(FrozenConfig):
     packing: Literal["concat", "best_fit"] = Field(
         "concat", description="concat cuts documents at row ends, best_fit only those longer than a row"
     )
+    pairs_per_row: int = Field(1, gt=0, description="preference pairs that may share a row of seq_len positions")
     temperature: float | None = Field(
         None, gt=0, description="rows of a source are drawn in proportion to (weight * rows)^(1 / temperature)"
     )

@@ -35,6 +35,8 @@ def columns(source: SourceConfig, kind: str) -> tuple[str, ...]:
     """The columns that examples of a kind may use."""
     if kind == "text":
         return (source.text_key,)
+    if kind == "preference":
+        return (source.prompt_key, source.chosen_key, source.rejected_key)
     return (source.messages_key, source.prompt_key, source.completion_key)
 
 

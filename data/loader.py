@@ -1,6 +1,6 @@
 """Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -8,29 +8,33 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from data.batch import Batch
+from data.batch import Batch, PairBatch
 from data.cache import PreparedSource, digest
 from data.config import DataConfig
 from data.order import GlobalOrder, shares
+from data.pairs import PairRow
 from data.prepare import prepare
 from data.progress import say
-from data.rows import Row, padding_row
+from data.rows import Row
 
 _THREADS = 2
 _AHEAD = 4  # batches
 
 
-class Rows:
-    """Random access to the rows of prepared sources."""
+References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2) log-probabilities of the reference
 
-    def __init__(self, sources: tuple[PreparedSource, ...]):
-        self.sources = sources
+
+class Rows:
+    """Random access to the rows of prepared sources; pairs with their reference log-probabilities where known."""
+
+    def __init__(self, sources: tuple[PreparedSource, ...], references: References | None = None):
+        self.sources, self.references = sources, references or {}
         self._readers: dict[tuple[int, int], ArrayRecordReader] = {}  # opened when first asked for
         self._starts = [np.cumsum([0, *(rows for _, rows, _ in s.shards)]) for s in sources]
 
-    def read(self, places: list[tuple[int, int]]) -> list[Row]:
+    def read(self, places: list[tuple[int, int]]) -> list[Row | PairRow]:
         """Rows at (source, row)."""
-        rows: list[Row] = [padding_row(self.sources[0].format.seq_len)] * len(places)
+        rows: list[Row | PairRow] = [self.sources[0].format.padding()] * len(places)
         by_shard: dict[tuple[int, int], list[int]] = {}
         for i, (source, row) in enumerate(places):
             shard = int(np.searchsorted(self._starts[source], row, side="right")) - 1
@@ -39,8 +43,14 @@ class Rows:
             inside = [places[i][1] - int(self._starts[source][shard]) for i in wanted]
             records = self._reader(source, shard).read(inside)
             for i, record in zip(wanted, records, strict=True):
-                rows[i] = self.sources[source].format.decode(record)
+                rows[i] = self._with_reference(self.sources[source].format.decode(record), places[i])
         return rows
+
+    def _with_reference(self, row: Row | PairRow, place: tuple[int, int]) -> Row | PairRow:
+        known = self.references.get(self.sources[place[0]].fingerprint)
+        if known is None or isinstance(row, Row):
+            return row
+        return row._replace(ref_logps=known[place[1]])
 
     def _reader(self, source: int, shard: int) -> ArrayRecordReader:
         if (source, shard) not in self._readers:
@@ -98,15 +108,16 @@ class _Steps:
     def __len__(self) -> int:
         return 1 << 40
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | PairBatch:
         wanted = self._layout.rows(self._start + step * self._layout.global_batch_size)
         return stack(self._rows.read([self._order[r] for r in wanted]), self._layout.accumulation)
 
 
-def stack(rows: list[Row], accumulation: int) -> Batch:
+def stack(rows: Sequence[Row | PairRow], accumulation: int) -> Batch | PairBatch:
     """Rows into a Batch of `accumulation` micro-batches."""
     fields = (np.stack(field) for field in zip(*rows, strict=True))
-    return Batch(*(x.reshape(accumulation, -1, x.shape[-1]) for x in fields))
+    kind = PairBatch if isinstance(rows[0], PairRow) else Batch
+    return kind(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
 
 
 class Loader:
@@ -127,6 +138,10 @@ class Loader:
             }
         )
 
+    def use_references(self, references: References) -> None:
+        """Give every pair from here on its reference log-probabilities; to be called before the first batch."""
+        self._rows.references = references
+
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the sources, in the order of the configuration."""
@@ -140,7 +155,7 @@ class Loader:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | PairBatch:
         batch = next(self._batches)
         self.next_row += self._layout.global_batch_size
         return batch
@@ -190,32 +205,38 @@ def open_loader(
 class EvalSource:
     """The whole validation text of one source, as batches of one micro-batch (A = 1); can be iterated again."""
 
-    def __init__(self, source: PreparedSource, batch_size: int, shard: tuple[int, int]):
+    def __init__(
+        self, source: PreparedSource, batch_size: int, shard: tuple[int, int], references: References | None = None
+    ):
         self.name, self.text_bytes, self.targets = source.name, source.text_bytes, source.targets
+        self._references = references
         self.documents, self.rows = source.documents, source.rows
         self._source, self._layout = source, Layout(batch_size, batch_size, shard)
 
     def __len__(self) -> int:
         return -(-self.rows // self._layout.global_batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        reader = Rows((self._source,))
+    def __iter__(self) -> Iterator[Batch | PairBatch]:
+        return (self.batch(step) for step in range(len(self)))
+
+    def batch(self, step: int) -> Batch | PairBatch:
+        """One batch by its number; rows behind the last are padding."""
+        reader = Rows((self._source,), self._references)
         try:
-            for step in range(len(self)):
-                wanted = self._layout.rows(step * self._layout.global_batch_size)
-                rows = reader.read([(0, r) for r in wanted if r < self.rows])
-                padding = [padding_row(self._source.format.seq_len)] * (len(wanted) - len(rows))
-                yield stack(rows + padding, 1)
+            wanted = self._layout.rows(step * self._layout.global_batch_size)
+            rows = reader.read([(0, r) for r in wanted if r < self.rows])
+            return stack(rows + [self._source.format.padding()] * (len(wanted) - len(rows)), 1)
         finally:
             reader.close()
 
 
 def eval_batches(
-    data: DataConfig, *, seq_len: int, batch_size: int, shard: tuple[int, int] = (0, 1), seed: int = 0
-) -> dict[str, EvalSource]:
+    data: DataConfig, *, seq_len: int, batch_size: int, shard: tuple[int, int] = (0, 1), seed: int = 0,
+    references: References | None = None,
+) -> dict[str, EvalSource]:  # fmt: skip
     """Each validation source by name. Every token but BOS is a target exactly once; the last batch is padded.
 
     `text_bytes` of a source is what its nats are divided by for bits per byte (NUMERICS D7).
     """
     sources = prepare(data, seq_len, seed, train=False).validation
-    return {source.name: EvalSource(source, batch_size, shard) for source in sources}
+    return {source.name: EvalSource(source, batch_size, shard, references) for source in sources}

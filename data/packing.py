@@ -52,11 +52,11 @@ def concat(lengths: np.ndarray, seq_len: int) -> Pieces:
     return _pieces(found, row + 1 if found else 0, split)
 
 
-def best_fit(lengths: np.ndarray, seq_len: int) -> Pieces:
+def best_fit(lengths: np.ndarray, seq_len: int, most: int | None = None) -> Pieces:
     """Best-fit decreasing: each document goes into the row with the least room that still holds it.
 
-    Only documents longer than T + 1 are split, into full rows and a rest. Longest first; among equal documents the
-    earlier one first, among rows with equal room the lowest row.
+    A row takes at most `most` documents. Only documents longer than T + 1 are split, into full rows and a rest.
+    Longest first; among equal documents the earlier one first, among rows with equal room the lowest row.
     """
     size = seq_len + 1
     items: list[tuple[int, int]] = []  # (start, length), each at most a row
@@ -74,11 +74,13 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Pieces:
     rows_with: dict[int, list[int]] = {}  # room left -> heap of rows
     rooms: list[int] = []  # the keys of rows_with, ascending
     rows = 0
+    counts: list[int] = []  # documents in each row
     for at, length in items:
         k = bisect_left(rooms, length)
         if k == len(rooms):
             row, room = rows, size
             rows += 1
+            counts.append(0)
         else:
             room = rooms[k]
             row = heappop(rows_with[room])
@@ -86,12 +88,26 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Pieces:
                 del rows_with[room], rooms[k]
         found.append((row, at, length))
         room -= length
-        if room >= 2:
+        counts[row] += 1
+        if room >= 2 and counts[row] != most:
             if room not in rows_with:
                 rows_with[room] = []
                 insort(rooms, room)
             heappush(rows_with[room], row)
     return _pieces(found, rows, split)
+
+
+def pair_pieces(lengths: np.ndarray, seq_len: int, most: int) -> Pieces:
+    """Packs pairs as wholes, at most `most` to a row; each of their two sequences is a piece.
+
+    `lengths` (2n,): chosen and rejected of each pair in turn; together they fit a row.
+    """
+    first, both = lengths[::2], lengths.reshape(-1, 2).sum(axis=1)
+    pairs = best_fit(both, seq_len, most)
+    own = first[np.searchsorted(np.cumsum(both) - both, pairs.start)]
+    start = np.stack([pairs.start, pairs.start + own], axis=1).reshape(-1)
+    length = np.stack([own, pairs.length - own], axis=1).reshape(-1)
+    return Pieces(pairs.row.repeat(2), start, length, pairs.rows, pairs.split)
 
 
 PACKINGS = {"concat": concat, "best_fit": best_fit}

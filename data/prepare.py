@@ -107,8 +107,11 @@ def _cores() -> int:
 
 
 def _describe(source: PreparedSource) -> str:
+    what = f"{source.documents:,} documents"
+    if source.format.pairs:
+        what = f"{source.documents // 2:,} pairs"
     text = (
-        f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens in {source.rows:,} rows of "
+        f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
         f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
     )
     counts = {"cut to a row": source.truncated, "without an answer to learn": source.dropped}
@@ -127,7 +130,8 @@ def _recipe(
     config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
 ) -> Recipe:
     files = tuple(source_files(source))
-    weighted = config.examples == "chat"
+    weighted = config.examples != "text"
+    pairs = config.pairs_per_row if config.examples == "preference" else 0
     buckets = 1 + text_size_estimate(files) // spill.BUCKET_BYTES
     identity = {
         "version": FORMAT_VERSION,
@@ -143,6 +147,8 @@ def _recipe(
         "packing": packing,
         "on_error": config.on_error,
     }
+    if pairs:
+        identity["pairs_per_row"] = pairs
     return Recipe(
         source=source,
         files=files,
@@ -152,7 +158,7 @@ def _recipe(
         packing="best_fit" if weighted else packing,
         seed=seed,
         buckets=buckets,
-        format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted),
+        format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted, pairs),
         tokenizer=config.tokenizer,
         skip=config.on_error == "skip",
         fingerprint=digest(identity),

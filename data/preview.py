@@ -8,6 +8,7 @@ from rich.text import Text
 from data.config import DataConfig
 from data.loader import Rows
 from data.order import GlobalOrder, shares
+from data.pairs import PairRow
 from data.prepare import prepare
 from data.rows import Row
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +59,7 @@ def mixture_lines(data: DataConfig, sizes: Sequence[int], parts: Sequence[float]
     return lines
 
 
-def colour(row: Row, tokenizer: Tokenizer) -> Text:
+def colour(row: Row | PairRow, tokenizer: Tokenizer) -> Text:
     """One row as text; consecutive tokens of one kind are decoded together, so that characters stay whole."""
     tokens = np.concatenate([row.tokens[:1], row.targets])
     learned = np.concatenate([[0.0], row.weights]) > 0

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.pairs import PairRow, pair_row
+
 WRITER_OPTIONS = "group_size:1,zstd:1"  # group_size 1: a single row can be read without its neighbours
 
 
@@ -31,6 +33,7 @@ class RowFormat:
     seq_len: int
     token_dtype: str  # "uint16" or "uint32"
     weighted: bool
+    pairs: int = 0  # preference pairs that a row may hold; 0: rows of documents
 
     def encode(self, lengths: np.ndarray, tokens: np.ndarray, weights: np.ndarray | None) -> bytes:
         """One record. `lengths` (n,), `tokens` and `weights` (sum of lengths,)."""
@@ -42,7 +45,11 @@ class RowFormat:
             record += weights.astype(np.float16, copy=False).tobytes()
         return record
 
-    def decode(self, record: bytes) -> Row:
+    def padding(self) -> Row | PairRow:
+        """A row without anything in it."""
+        return self.decode(b"\0" * 4)
+
+    def decode(self, record: bytes) -> Row | PairRow:
         """The row of a record. A target across a segment border, or in the padding, has weight 0."""
         n = int(np.frombuffer(record, np.uint32, 1)[0])
         lengths = np.frombuffer(record, np.uint32, n, offset=4).astype(np.int64)
@@ -59,7 +66,8 @@ class RowFormat:
         else:
             weights[:used] = 1
         inside = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-        return Row(tokens[:-1], tokens[1:], weights[1:] * inside, segments[:-1], positions[:-1])
+        row = Row(tokens[:-1], tokens[1:], weights[1:] * inside, segments[:-1], positions[:-1])
+        return pair_row(*row, pairs=self.pairs) if self.pairs else row
 
 
 def padding_row(seq_len: int) -> Row:

@@ -18,14 +18,24 @@ TOY_MODEL = "{preset: tiny, vocab_size: 300, hidden_size: 32, head_dim: 8, num_a
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make any run small; everything that does not change the size stays as the file says."""
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer and a few records of every kind."""
     directory = tmp_path_factory.mktemp("toy")
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(200)]
     (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (directory / "tokenizer.model").write_bytes(train_sentencepiece(texts, 300))
-    sources = f"[{{name: toy, path: {directory / 'text.jsonl'}, weight: 1}}]"
+    chats = [{"prompt": rng.choice(WORDS), "completion": rng.choice(WORDS)} for _ in range(100)]
+    (directory / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    answers = [dict(zip(("chosen", "rejected"), rng.sample(WORDS, 2), strict=True)) for _ in range(30)]
+    pairs = "".join(json.dumps({"prompt": rng.choice(WORDS)} | pair) + "\n" for pair in answers)
+    (directory / "preference.jsonl").write_text(pairs)
+    return directory
+
+
+def toy_overrides(directory: Path, examples: str) -> list[str]:
+    """Overrides that make any run small; everything that does not change the size stays as the file says."""
+    sources = f"[{{name: toy, path: {directory / f'{examples}.jsonl'}, weight: 1}}]"
     return [
         f"output_dir={directory / 'runs'}", f"model={TOY_MODEL}", "init_from=null",
         "steps=2", "seq_len=32", "global_batch_size=8", "micro_batch_size=null", "mesh={}", "optimizer.warmup_steps=0",
@@ -54,8 +64,9 @@ def test_a_shipped_file_is_complete_and_says_what_it_is(path: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_a_shipped_file_trains_two_steps(path: Path, toy: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    config, provenance = load_config(path, toy)
+def test_a_shipped_file_trains_two_steps(path: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = toy_overrides(toy, load_config(path).config.data.examples)
+    config, provenance = load_config(path, overrides)
     assert run(config, provenance) == 0
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2

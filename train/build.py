@@ -5,16 +5,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from data.loader import Loader, open_loader
+from data.loader import Loader, References, open_loader
 from data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from train.checkpoint import Found, Say, restore_state
 from train.config import RunConfig, check_vocabulary
 from train.feed import batch_share, make_put
 from train.first_screen import first_screen
+from train.masks import mask_lines
 from train.objectives import Objective, next_token
 from train.optimizer import Optimizer, make_optimizer
+from train.preference_objective import preference
+from train.references import live, precomputed
 from train.resume import check_same_data, config_differences
+from train.stages import DpoStageConfig, TuningConfig
 from train.state import TrainState, abstract_state, init_state, start_from
 from train.step import make_eval_step, make_train_step
 from train.trainable import (
@@ -33,6 +37,7 @@ from train.trainable import (
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "pretrain": lambda config: next_token(config.router, config.model),
     "sft": lambda config: next_token(config.router, config.model, config.neftune),
+    "dpo": lambda config: preference(config.dpo, config.router, config.model, config.neftune),
 }
 
 
@@ -45,7 +50,8 @@ class Parts(NamedTuple):
     merge: Callable[[Any, Any], Mixtral]
     state: TrainState
     frozen: Any
-    put: Callable[[Any], Any]
+    put: Callable[[Any], Any]  # a host batch onto the devices, with what the reference says of it
+    references: References | None  # precomputed, by source
     share: tuple[int, int]  # of the rows of a micro-batch
     loader: Loader
     tokenizer: Tokenizer
@@ -76,6 +82,15 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     weights = abstract_params(config, mesh)
     for line in trainable_table(config, weights):
         say(f"{'trained':>8}  {line}")
+    if isinstance(config, TuningConfig):
+        for line in mask_lines(config, loader.sources, tokenizer):
+            say(f"{'learned':>8}  {line}")
+    put, references = make_put(mesh, share), None
+    if isinstance(config, DpoStageConfig):
+        say(f"{'reference':>8}  {config.reference}")
+        if config.reference == "precomputed":
+            references = precomputed(config, base_weights(config, weights), put, share, say)
+            loader.use_references(references)
     state, frozen = _start(config, mesh, weights, optimizer, found)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
@@ -83,8 +98,8 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     eval_step = make_eval_step(objective, merge)
     return Parts(
         mesh, train_step, lambda params, batch: eval_step(params, frozen, batch), merge, state, frozen,
-        make_put(mesh, share), share, loader, tokenizer, 0 if found is None else found.step, first_row,
-        0 if found is None else int(found.dataset["tokens"]),
+        _asking(config, weights, frozen, put), references, share, loader, tokenizer,
+        0 if found is None else found.step, first_row, 0 if found is None else int(found.dataset["tokens"]),
     )  # fmt: skip
 
 
@@ -107,6 +122,14 @@ def _start(
         return restore_state(found, abstract), frozen
     params = join(fresh_adapters(config, weights), keep(base, trained))
     return start_from(params, optimizer, abstract), frozen
+
+
+def _asking(config: RunConfig, weights: Any, frozen: Any, put: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`put`, and of a live reference the numbers of every batch. Where all of the base is frozen, it needs no copy."""
+    if not isinstance(config, DpoStageConfig) or config.reference not in ("frozen", "lora_base"):
+        return put
+    whole = config.adapters is not None and not config.router_factor
+    return live(config, frozen if whole else base_weights(config, weights), put)
 
 
 def _open(config: RunConfig, data: Any, share: tuple[int, int], first_row: int) -> Loader:

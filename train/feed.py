@@ -32,13 +32,15 @@ def batch_share(mesh: jax.sharding.Mesh | None, rows: int) -> tuple[int, int]:
 
 
 def make_put(mesh: jax.sharding.Mesh | None, share: tuple[int, int]) -> Callable[[Any], Any]:
-    """A function from a host batch, whose leaves are (A, b / n, T), to device arrays (A, b, T) over the mesh."""
+    """A function from a host batch, whose leaves are (A, b / n, ...), to device arrays (A, b, ...) over the mesh."""
     sharding = batch_sharding(mesh, leading=1)
     if sharding is None:
         return lambda batch: jax.tree.map(jax.numpy.asarray, batch)
     index, count = share
 
-    def put_leaf(local: np.ndarray) -> jax.Array:
+    per_row = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:2]))
+
+    def put_leaf(local: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
         offset = index * local.shape[1]
         shape = (local.shape[0], local.shape[1] * count, *local.shape[2:])
 
@@ -49,7 +51,12 @@ def make_put(mesh: jax.sharding.Mesh | None, share: tuple[int, int]) -> Callable
 
         return jax.make_array_from_callback(shape, sharding, piece)
 
-    return lambda batch: jax.tree.map(put_leaf, batch)
+    def put(batch: Any) -> Any:
+        """Positions are shared over context; the numbers of a pair, which no sequence axis has, are not."""
+        length = batch.tokens.shape
+        return jax.tree.map(lambda x: put_leaf(x, sharding if x.shape == length else per_row), batch)
+
+    return put
 
 
 class Feed:

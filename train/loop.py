@@ -19,6 +19,7 @@ from train.feed import Feed
 from train.hooks import Checkpoint, Evaluate, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
+from train.pair_hooks import EvaluatePairs
 from train.resume import where_to_start
 from train.run_dir import RunDirectory
 from train.step import StepReport
@@ -224,8 +225,10 @@ def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
             batch_size=config.eval.batch_size or config.rows_per_micro_batch,
             shard=parts.share,
             seed=config.seed,
+            references=parts.references,
         )
-        hooks.append(Evaluate(config.eval, sources, parts.eval_step, parts.put, writer, run.console))
+        evaluate = EvaluatePairs if config.stage == "dpo" else Evaluate
+        hooks.append(evaluate(config.eval, sources, parts.eval_step, parts.put, writer, run.console))
     if config.sample.every is not None and config.sample.prompts:
         hooks.append(Sample(config.sample, _continuation(config, parts), run.place.samples, run.console))
     if config.log.profile is not None:
