@@ -61,10 +61,11 @@ def write_peft(adapter: AdapterSource, dst: Path_, *, force: bool, progress: boo
     """Any adapter as a PEFT directory, one matrix at a time, local or remote."""
     exported, rank = _exported(adapter), adapter.lora.rank
     own = {slot.name for slot in adapter.slots}
+    like = next(reversed(adapter.slots))  # of the dtype of what is filled in: an expert's, if there is one
     entries: list[Entry] = []
     for slot in exported:
         stem = PREFIX + slot.name.removesuffix(".weight")
-        a_dtype, b_dtype = adapter.dtypes(slot if slot.name in own else _partner(adapter, slot))
+        a_dtype, b_dtype = adapter.dtypes(slot if slot.name in own else like)
         entries += [(stem + A, a_dtype, (rank, slot.cols)), (stem + B, b_dtype, (slot.rows, rank))]
     header, tensors = layout(WEIGHTS, entries)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -109,17 +110,14 @@ def peft_config(adapter: AdapterSource) -> dict[str, Any]:
 
 
 def _exported(adapter: AdapterSource) -> list[Slot]:
-    """The slots of the adapter; PEFT takes w1 and w3 only together: beside one alone goes the other, as 0."""
+    """The slots of the adapter, and those of experts that PEFT wants beside them, which are written as 0.
+
+    PEFT takes w1 and w3 only together, and places them, without an error, where nothing reads them if w2 is not there.
+    """
     targets = {target_of(slot) for slot in adapter.slots}
     if not adapter.config.is_dense and targets & {"moe.w1", "moe.w3"}:
-        targets |= {"moe.w1", "moe.w3"}
+        targets |= {"moe.w1", "moe.w3", "moe.w2"}
     return [slot for slot in slots(adapter.config) if target_of(slot) is not None and target_of(slot) in targets]
-
-
-def _partner(adapter: AdapterSource, slot: Slot) -> Slot:
-    """The w1 of a w3, or the other way round."""
-    place = (slot.leaf.path, slot.layer, slot.expert)
-    return next(s for s in adapter.slots if (s.leaf.path, s.layer, s.expert) == place)
 
 
 def _shape(base: Path_) -> MixtralConfig:

@@ -58,7 +58,8 @@ class PeftAdapter:
             self._check(slot)
         self._tensor = functools.lru_cache(maxsize=2)(self._read)
         self.factors = functools.lru_cache(maxsize=16)(self._factors)
-        alive = [t for t in TARGETS if t in present and not self._filled_in(t)]
+        named = [t for t in TARGETS if t in present]
+        alive = [t for t in named if not self._filled_in(t)] or named
         self.slots = [slot for slot in self.slots if target_of(slot) in alive]
         s = self._settings
         self.lora = LoraConfig(rank=s.rank, alpha=s.alpha, rslora=s.rslora, dropout=s.dropout, targets=tuple(alive))
@@ -139,10 +140,9 @@ class PeftAdapter:
         return Factors(a_rI.T, b_Or.T)
 
     def _filled_in(self, target: str) -> bool:
-        """Whether a w1 or w3 is 0 in A and B, which never learns: what export writes beside its partner."""
-        partner = {"moe.w1": "moe.w3", "moe.w3": "moe.w1"}.get(target)
+        """Whether an expert's matrix has A and B of 0, which never learn: what export writes beside the others."""
         own = [slot for slot in self.slots if target_of(slot) == target]
-        return partner is not None and not any(m.any() for slot in own for m in self.factors(slot))
+        return target.startswith("moe.") and not any(m.any() for slot in own for m in self.factors(slot))
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
