@@ -10,7 +10,9 @@ from etils import epath
 from jaxtyping import Array, Int
 
 from mixtral_jax import checkpoint
-from mixtral_jax.convert.api import load_params
+from mixtral_jax.convert.api import place_params
+from mixtral_jax.convert.pipeline import open_source
+from mixtral_jax.convert.table import leaves
 from train.errors import UserError
 from train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
 
@@ -77,7 +79,7 @@ def read_weights(path: str, abstract_params: Params) -> Params:
         if (root / "params").exists():
             return checkpoint.restore(root / "params", abstract_params)
         if (root / "config.json").exists():
-            return _place(load_params(path, np.float32), abstract_params, path)
+            return _place(path, abstract_params)
     except ValueError as error:
         raise UserError(f"init_from: {error}") from error
     raise UserError(
@@ -86,21 +88,19 @@ def read_weights(path: str, abstract_params: Params) -> Params:
     )
 
 
-def _place(loaded: Params, abstract: Params, path: str) -> Params:
-    """Host arrays onto the devices, each where its ShapeDtypeStruct says."""
-    have = {_names(p): x for p, x in jax.tree_util.tree_leaves_with_path(loaded)}
-
-    def leaf(where: tuple[Any, ...], want: jax.ShapeDtypeStruct) -> jax.Array:
-        name, value = ".".join(_names(where)), have.pop(_names(where), None)
-        if value is None or value.shape != want.shape:
-            found = "is missing" if value is None else f"has shape {value.shape}"
-            raise ValueError(f"{name} {found} in {path}, but the model has {name} with shape {want.shape}")
-        return jax.make_array_from_callback(want.shape, want.sharding, lambda index: value[index])
-
-    placed = jax.tree_util.tree_map_with_path(leaf, abstract)
-    if have:
-        raise ValueError(f"{path} has {'.'.join(next(iter(have)))}, which the model does not have")
-    return placed
+def _place(path: str, abstract: Params) -> Params:
+    """A Hugging Face directory onto the devices; each process reads only the parts of its own devices."""
+    source = open_source(path)
+    wanted = {".".join(_names(where)): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    found = {leaf.path: leaf.shape for leaf in leaves(source.config)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
+            raise ValueError(f"{path} has {name}, which the model does not have")
+        shape = wanted[name].shape
+        if found.get(name) != shape:
+            has = f"has shape {found[name]}" if name in found else "is missing"
+            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {shape}")
+    return place_params(source, jax.tree.map(lambda leaf: leaf.sharding, abstract), np.float32)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
