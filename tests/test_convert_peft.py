@@ -138,6 +138,23 @@ def test_a_step_of_a_lora_run_is_an_adapter(tmp_path, base):
     assert json.loads((tmp_path / "peft" / CONFIG).read_text())["base_model_name_or_path"] == str(base)
 
 
+def test_a_router_that_was_trained_beside_adapters_is_merged_whole(tmp_path, base):
+    leaves, shape = random_leaves(TINY, LORA), MixtralConfig.from_hf(TINY)
+    config = {"model": shape.model_dump(mode="json"), "lora": LORA.model_dump(mode="json")}
+    router_LDE = np.random.default_rng(5).standard_normal((2, 24, 4)).astype(np.float32)
+    params = adapter_tree(leaves)
+    params["layers"]["moe"]["router"] = router_LDE
+    checkpoint.save(tmp_path / "7", {"params": params}, {"meta": {"config": config}, "dataset": {}})
+    with pytest.raises(ValueError, match="7 holds a trained router too, which is no adapter: use merge-lora"):
+        lora2peft(tmp_path / "7", tmp_path / "peft", progress=False)
+    merge_lora(base, tmp_path / "merged", adapter=tmp_path / "7", progress=False)
+    native(tmp_path)
+    merge_lora(base, tmp_path / "other", adapter=tmp_path / "native", progress=False)
+    got, want = flat(load_params(tmp_path / "merged")), flat(load_params(tmp_path / "other"))
+    assert got.pop("layers.moe.router").tobytes() == router_LDE.tobytes()
+    assert all(value.tobytes() == want[name].tobytes() for name, value in got.items())
+
+
 @pytest.mark.parametrize("kind", ["base", "orbax"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["fp32", "bf16"])
 def test_merged_weights(tmp_path, kind, dtype):

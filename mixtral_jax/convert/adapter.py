@@ -1,7 +1,7 @@
 """LoRA adapters on disk: adapter.json (which base, which LoraConfig) and params/ (the adapter leaves, format 1).
 
-A step of a LoRA run, whose state holds adapters only, reads the same. An adapter's slots are the hub matrices that it
-changes, so that the one table (table.py) names its parts too.
+A step of a LoRA run, whose state holds adapters only (and the router, if it was trained), reads the same. An adapter's
+slots are the hub matrices that it changes, so that the one table (table.py) names its parts too.
 """
 
 import functools
@@ -26,6 +26,7 @@ from mixtral_jax.model import abstract_model
 from mixtral_jax.orbax_stream import ArrayReader, ArraySpec, ArrayWriter
 
 ADAPTER = "adapter.json"
+ROUTER = "layers.moe.router"
 _CACHE = 64 << 20
 _HALVES = {"layers.moe.w13": ("moe.w1", "moe.w3")}
 # What an adapter does not see of its base: a base that differs in these alone is the same model to it.
@@ -73,7 +74,7 @@ class NativeAdapter:
         found = self._reader.custom_metadata().get("format")
         if found != FORMAT:
             raise ValueError(f"{path}: adapters of format {FORMAT} are read, this one has format {found}")
-        self._specs = self._check()
+        self._specs, self.has_router = self._check()
         self.slots = adapted_slots(self.config, self.lora)
         self.factors = functools.lru_cache(maxsize=16)(self._factors)
 
@@ -81,8 +82,12 @@ class NativeAdapter:
         a, b = adapter_paths(slot)
         return self._specs[a].dtype, self._specs[b].dtype
 
+    def router(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        """Hub rows of a router that was trained with the adapters."""
+        return slot.to_hub(self._reader.read(self._prefix + ROUTER, slot.box(start, stop)))
+
     def params(self) -> dict[str, Any]:
-        """All leaves as a nested dict of numpy arrays: a part of the native tree."""
+        """All adapter leaves as a nested dict of numpy arrays: a part of the native tree."""
         return nest({name: self._reader.read(self._prefix + name, ()) for name in self._specs})
 
     def _factors(self, slot: Slot) -> Factors:
@@ -90,10 +95,13 @@ class NativeAdapter:
         a, b = (self._reader.read(self._prefix + name, index) for name in adapter_paths(slot))
         return Factors(a.reshape(-1, self.lora.rank), b.reshape(self.lora.rank, -1))
 
-    def _check(self) -> dict[str, ArraySpec]:
+    def _check(self) -> tuple[dict[str, ArraySpec], bool]:
+        """What is stored of each leaf, and whether a router is."""
         expected = adapter_shapes(self.config, self.lora)
         stored = {n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)}
+        has_router = bool(self._prefix) and ROUTER in stored
         missing, unexpected = [n for n in expected if n not in stored], sorted(stored - expected.keys())
+        unexpected = [n for n in unexpected if not (has_router and n == ROUTER)]
         if missing or unexpected:
             raise ValueError(slot_error(str(self.path), missing, unexpected).replace("config.json", "LoRA settings"))
         specs = {name: self._reader.spec(self._prefix + name) for name in expected}
@@ -103,7 +111,7 @@ class NativeAdapter:
                     f"{name} in {self.path} has shape {list(spec.shape)}, its LoRA settings (rank {self.lora.rank}) "
                     f"ask for {list(expected[name])}"
                 )
-        return specs
+        return specs, has_router
 
 
 def target_of(slot: Slot) -> str | None:

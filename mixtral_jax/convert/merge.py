@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, check_same_model, target_of
+from mixtral_jax.convert.adapter import ROUTER, NativeAdapter, check_same_model, target_of
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.hf_write import parse_size
 from mixtral_jax.convert.orbax_io import OrbaxSource
@@ -43,11 +43,13 @@ def merge_lora(src: Path_, dst: Path_, *, adapter: Path_, force: bool = False, p
 
 
 class MergedSource(WrappedSource):
-    """A source whose adapted matrices are W + s (A B)^T."""
+    """A source whose adapted hub matrices are W + s (A B)^T."""
 
-    def __init__(self, inner: AnySource, adapter: AdapterSource) -> None:
+    def __init__(self, inner: AnySource, adapter: NativeAdapter | PeftAdapter) -> None:
         super().__init__(inner, inner.config)
         self._adapter = adapter
+        # A LoRA run may have trained the router itself; it is then taken whole.
+        self._router = adapter if isinstance(adapter, NativeAdapter) and adapter.has_router else None
 
     def _adapted(self, slot: Slot) -> bool:
         target = target_of(slot)
@@ -58,6 +60,8 @@ class MergedSource(WrappedSource):
         return super().cost(slot) + (8 * rows * slot.cols if self._adapted(slot) else 0)
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        if slot.leaf.path == ROUTER and self._router is not None:
+            return self._router.router(slot, start, stop).astype(self.dtype(slot))
         block = super().read(slot, start, stop)
         if not self._adapted(slot):
             return block

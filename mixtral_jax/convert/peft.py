@@ -50,11 +50,14 @@ def lora2peft(src: Path_, dst: Path_, *, force: bool = False, progress: bool = T
     """An adapter of ours, or a step of a LoRA run, to a directory that peft.PeftModel.from_pretrained loads.
 
     Raises:
-        ValueError: the adapter is not whole; nothing is left at `dst`.
+        ValueError: the adapter is not whole, or the run trained the router too; nothing is left at `dst`.
         FileExistsError: `dst` exists.
     """
     check_destination(dst, src, force)
-    write_peft(NativeAdapter(src), dst, force=force, progress=progress)
+    adapter = NativeAdapter(src)
+    if adapter.has_router:
+        raise ValueError(f"{src} holds a trained router too, which is no adapter: use merge-lora, then orbax2hf")
+    write_peft(adapter, dst, force=force, progress=progress)
 
 
 def write_peft(adapter: AdapterSource, dst: Path_, *, force: bool, progress: bool) -> None:
