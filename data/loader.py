@@ -208,7 +208,8 @@ class EvalSource:
     def __init__(
         self, source: PreparedSource, batch_size: int, shard: tuple[int, int], references: References | None = None
     ):
-        self.name, self.text_bytes, self.targets = source.name, source.text_bytes, source.targets
+        self.name, self.targets = source.name, source.targets
+        self.text_bytes = 0 if source.format.weighted else source.text_bytes  # no text is predicted as a whole
         self._references = references
         self.documents, self.rows = source.documents, source.rows
         self._source, self._layout = source, Layout(batch_size, batch_size, shard)

@@ -16,10 +16,12 @@ from tests.tuning import write_tuning_file
 from train import loop, preference, references
 from train.config import load_config
 from train.errors import UserError
+from train.feed import make_put
 from train.logps import make_sequence_logps
 from train.objectives import RouterConfig, token_sums
 from train.preference_objective import preference as preference_objective
 from train.step import loss_and_gradients, make_eval_step
+from train.trainable import abstract_params, base_weights
 
 OFF = RouterConfig(router_aux_loss_coef=0, router_z_loss_coef=0)
 CONFIG = tiny_config()
@@ -44,20 +46,27 @@ def reference_numbers(batch):
 
 
 def plain_logps(model, batch):
-    """(pairs, 2, 2): the sum and the count of each completion's log-probabilities, sequence by sequence, unpacked."""
+    """(pairs, 2, 2): the sum and the count of each completion's log-probabilities, each sequence alone in a row."""
+    forward = jax.jit(lambda tokens, segments: jax.nn.log_softmax(model(tokens, None, segments)[0]))
     found = []
     for a, b in np.ndindex(batch.tokens.shape[:2]):
         for k in np.flatnonzero(batch.mask[a, b]):
             sides = []
             for segment in (2 * k + 1, 2 * k + 2):
-                own = batch.segment_ids[a, b] == segment
-                tokens, targets = batch.tokens[a, b, own], batch.targets[a, b, own]
+                own = np.flatnonzero(batch.segment_ids[a, b] == segment)
+                row = np.zeros((2, 1, batch.tokens.shape[-1]), np.int32)
+                row[:, 0, : len(own)] = batch.tokens[a, b, own], 1
+                logps_TV, targets = np.asarray(forward(*row)), batch.targets[a, b, own]
                 learned = batch.completion[a, b, own] > 0
-                logps_TV = jax.nn.log_softmax(model(tokens[None])[0])
-                logps_T = np.asarray(logps_TV)[np.arange(len(tokens)), targets]
+                logps_T = logps_TV[np.arange(len(own)), targets]
                 sides.append((logps_T[learned].sum(), learned.sum()))
             found.append(sides)
     return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def plain(batch):
+    return plain_logps(tiny_model(CONFIG), batch)
 
 
 def objective(router=OFF, **options):
@@ -68,6 +77,13 @@ def measure(batch, seed=0, router=OFF, **options):
     params, merge = split(tiny_model(CONFIG, seed=seed))
     chosen = objective(router, **options)
     return jax.jit(lambda p, b: loss_and_gradients(chosen, merge, p, None, b))(params, batch)
+
+
+def forward(batch, router=OFF, **options):
+    """(loss, parts) without gradients."""
+    params, merge = split(tiny_model(CONFIG))
+    chosen, rows = objective(router, **options), jax.tree.map(lambda x: x[0], batch)
+    return jax.jit(lambda p, b: chosen.loss(merge(p, None), b, chosen.weight(batch)))(params, rows)
 
 
 def regroup(batch, micro_batches):
@@ -87,17 +103,15 @@ def test_rows_hold_whole_pairs_and_count_their_completions(batch):
     assert (batch.lengths[..., 1, 0] > 0).any()  # two pairs share a row
 
 
-def test_sequence_logps_are_those_of_each_sequence_alone(batch):
-    model = tiny_model(CONFIG)
-    params, merge = split(model)
+def test_sequence_logps_are_those_of_each_sequence_alone(batch, plain):
+    params, merge = split(tiny_model(CONFIG))
     found = make_sequence_logps(lambda p: merge(p, None), None)(params, batch)
     pairs = np.asarray(found)[batch.mask > 0]
-    np.testing.assert_allclose(pairs, plain_logps(model, batch)[..., 0], rtol=2e-5)
+    np.testing.assert_allclose(pairs, plain[..., 0], rtol=2e-5)
 
 
-@pytest.mark.parametrize("loss_type", [("sigmoid",), ("ipo",), ("sigmoid", "sft")])
-def test_the_loss_of_a_step_is_that_of_the_preference_functions_on_a_plain_forward(batch, loss_type):
-    plain = plain_logps(tiny_model(CONFIG), batch)
+@pytest.mark.parametrize("loss_type", [("ipo",), ("sigmoid", "sft")])
+def test_the_loss_of_a_step_is_that_of_the_preference_functions_on_a_plain_forward(batch, plain, loss_type):
     ref = batch.ref_logps[batch.mask > 0]
     expected = preference.loss(
         loss_type,
@@ -105,7 +119,7 @@ def test_the_loss_of_a_step_is_that_of_the_preference_functions_on_a_plain_forwa
         ref_chosen=jnp.asarray(ref[:, 0]), ref_rejected=jnp.asarray(ref[:, 1]),
         chosen_lengths=jnp.asarray(plain[:, 0, 1], jnp.int32), rejected_lengths=jnp.asarray(plain[:, 1, 1], jnp.int32),
     )  # fmt: skip
-    loss, parts, _ = measure(batch, loss_type=loss_type)
+    loss, parts = forward(batch, loss_type=loss_type)
     assert float(loss) == pytest.approx(float(expected), rel=2e-5)
     scalars = {name: float(value) for name, value in objective().report(parts).scalars.items()}
     reward = 0.1 * (plain[..., 0] - ref)
@@ -119,26 +133,24 @@ def test_the_gradient_is_that_of_a_plain_forward(batch):
     params, merge = split(tiny_model(CONFIG))
     rows = jax.tree.map(lambda x: x[0], batch)
 
-    def plain(params):
+    def plain_loss(params):
         logits = merge(params, None)(rows.tokens, rows.positions, rows.segment_ids)
         logps = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(rows.targets)[..., None], -1)[..., 0]
         total = 0.0
         for b, k in zip(*np.nonzero(rows.mask), strict=True):
-            inside = [
-                (rows.segment_ids[b] == 2 * k + side) & (rows.completion[b] > 0) for side in (1, 2)
-            ]  # fmt: skip
+            inside = [(rows.segment_ids[b] == 2 * k + side) & (rows.completion[b] > 0) for side in (1, 2)]
             ratio = [jnp.sum(logps[b] * m) - r for m, r in zip(inside, rows.ref_logps[b, k], strict=True)]
             total -= jax.nn.log_sigmoid(0.1 * (ratio[0] - ratio[1]))
         return total / rows.mask.sum()
 
     loss, _, grads = measure(batch)
-    expected, expected_grads = jax.value_and_grad(plain)(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain_loss))(params)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert largest_relative_difference(grads, expected_grads) < 2e-4
 
 
-@pytest.mark.parametrize("loss_type", [("sigmoid",), ("sigmoid", "sft")])
-def test_accumulation_over_unequal_micro_batches_is_one_full_batch(batch, loss_type):
+def test_accumulation_over_unequal_micro_batches_is_one_full_batch(batch):
+    loss_type = ("sigmoid", "sft")  # two divisors
     loss, _, grads = measure(batch, loss_type=loss_type)
     loss_4, _, grads_4 = measure(regroup(batch, 4), loss_type=loss_type)
     assert float(loss_4) == pytest.approx(float(loss), rel=1e-5)
@@ -149,16 +161,16 @@ def test_the_balance_loss_is_part_of_it(batch):
     rows = jax.tree.map(lambda x: x[0], batch)
     as_text = SimpleNamespace(**rows._asdict(), weights=np.zeros(rows.tokens.shape, np.float32))
     stats = token_sums(tiny_model(CONFIG), as_text)[1]
-    without, _, _ = measure(batch)
+    without, _ = forward(batch)
     router = RouterConfig(balance_loss="hf_pooled", router_aux_loss_coef=0.5, router_z_loss_coef=0)
-    loss, _, _ = measure(batch, router=router)
+    loss, _ = forward(batch, router=router)
     assert float(loss - without) == pytest.approx(0.5 * float(balance_loss(stats, "hf_pooled", 2)), rel=1e-4)
 
 
 def test_evaluation_adds_up_over_batches(batch):
     params, merge = split(tiny_model(CONFIG))
     step = make_eval_step(objective(), merge)
-    loss, parts, _ = measure(batch)
+    loss, parts = forward(batch)
     sums = [step(params, None, jax.tree.map(lambda x, a=a: x[a : a + 1], regroup(batch, 4))) for a in range(4)]
     pairs = sum(float(s.pairs) for s in sums)
     assert pairs == batch.mask.sum()
@@ -196,14 +208,17 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
     evals = [line for line in live if "eval/loss" in line]
     assert {"eval/rewards/accuracies", "eval/answers/rewards/margins"} <= evals[-1].keys()
     assert len(asked) == 2  # training and validation
-    start("again", dpo={"reference": "precomputed"})
-    assert len(asked) == 2
-    start("other", dpo={"reference": "precomputed"}, seed=3)  # other weights (and another order of the rows)
-    assert len(asked) == 4
+    config = load_config(tmp_path / "run.yaml").config
+    abstract = abstract_params(config, None)
+    weights, put = base_weights(config, abstract), make_put(None, (0, 1))
+    again = references.precomputed(config, weights, put, (0, 1), print)
+    assert len(asked) == 2 and len(again) == 2
+    other = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), weights)
+    assert references.weights_digest(other) != references.weights_digest(weights)
     for meta in (tmp_path / "cache" / "references").glob("*/meta.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "others"}))
     with pytest.raises(UserError, match="reference numbers of another weights"):
-        start("wrong", dpo={"reference": "precomputed"})
+        references.precomputed(config, weights, put, (0, 1), print)
 
 
 def test_the_base_under_adapters_is_the_reference_that_a_frozen_copy_is(start):

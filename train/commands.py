@@ -207,7 +207,7 @@ def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
     width = max(len("source"), *map(len, sources), len("all"))
     lines = [f"{'source':{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'accuracy':>8}"]
     for label, prefix in [*((name, f"eval/{name}/") for name in sources), ("all", "eval/")]:
-        loss, perplexity, bits, accuracy = (metrics[prefix + name] for name in names)
+        loss, perplexity, bits, accuracy = (metrics.get(prefix + name, math.nan) for name in names)
         lines.append(f"{label:{width}}  {loss:8.4f}  {perplexity:10.3f}  {bits:9.4f}  {accuracy:8.4f}")
     return "\n".join(lines)
 

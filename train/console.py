@@ -69,6 +69,7 @@ def train_line(step: int, steps: int, metrics: Mapping[str, float | None], eta_s
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {metrics['train/loss']:.4f}",
         _maybe(metrics, "train/accuracy", "acc {:.1%}"),
+        _maybe(metrics, "rewards/accuracies", "chosen first {:.1%}"),
         f"grad {metrics['train/grad_norm']:.2f}",
         f"lr {metrics['train/learning_rate']:.2e}",
         _maybe(metrics, "moe/balance", "balance {:.2f}"),
@@ -80,10 +81,11 @@ def train_line(step: int, steps: int, metrics: Mapping[str, float | None], eta_s
 
 
 def eval_lines(step: int, metrics: Mapping[str, float | None], sources: list[str], show: Callable[[str], None]) -> None:
-    """The evaluation: all sources together, then bits per byte of each."""
+    """The evaluation: all sources together, then bits per byte of each, or its loss where only answers count."""
     show(f"eval at step {step}: loss {metrics['eval/loss']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
-    parts = [f"{name} {metrics[f'eval/{name}/bits_per_byte']:.3f}" for name in sources]
-    show(f"  bits per byte: {' | '.join(parts)}")
+    key = "bits_per_byte" if "eval/bits_per_byte" in metrics else "loss"
+    parts = [f"{name} {metrics[f'eval/{name}/{key}']:.3f}" for name in sources]
+    show(f"  {key.replace('_', ' ')}: {' | '.join(parts)}")
 
 
 def clock(seconds: float) -> str:

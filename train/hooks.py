@@ -113,9 +113,12 @@ class Log:
 
     def run(self, moment: Moment) -> None:
         metrics = to_floats(moment.report.scalars)
+        learned = metrics.get("train/learned_tokens", 0.0) / max(metrics.get("train/tokens", 0.0), 1.0)  # this step's
         metrics["train/tokens"] = moment.tokens
         metrics["train/param_norm"] = float(self._param_norm(moment.state.params))
         metrics |= self._throughput.read(self._waited())
+        speed = metrics["perf/tokens_per_second"]
+        metrics["perf/trainable_tokens_per_second"] = None if speed is None else learned * speed
         self._writer.write(moment.step, metrics)
         if self._moe_lines is not None and moment.report.counts_LE is not None:
             counts = np.asarray(moment.report.counts_LE).astype(int).tolist()
@@ -173,12 +176,10 @@ def eval_metrics(measured: Mapping[str, Measured]) -> dict[str, float]:
 
 def _ratios(sums: Measured) -> dict[str, float]:
     loss = sums.nll / max(sums.weight, 1.0)
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits_per_byte(sums.nll, max(sums.utf8_bytes, 1e-9)),
-        "accuracy": sums.correct / max(sums.weight, 1.0),
-    }
+    ratios = {"loss": loss, "perplexity": perplexity(loss), "accuracy": sums.correct / max(sums.weight, 1.0)}
+    if sums.utf8_bytes:  # 0: only answers are predicted, there is no text that bits would be of
+        ratios["bits_per_byte"] = bits_per_byte(sums.nll, sums.utf8_bytes)
+    return ratios
 
 
 class Checkpoint:
