@@ -155,11 +155,15 @@ def test_a_router_that_was_trained_beside_adapters_is_merged_whole(tmp_path, bas
     assert all(value.tobytes() == want[name].tobytes() for name, value in got.items())
 
 
-@pytest.mark.parametrize("kind", ["base", "orbax"])
+@pytest.mark.parametrize("kind", ["base", "orbax", "run"])
 @pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["fp32", "bf16"])
 def test_merged_weights(tmp_path, kind, dtype):
     write_hub(tmp_path / "base", TINY, random_tensors(TINY, dtype))
     hf2orbax(tmp_path / "base", tmp_path / "orbax", progress=False)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    meta = {"config": {"model": MixtralConfig.from_hf(TINY).model_dump(mode="json")}}
+    items = {"meta": meta, "dataset": {}}
+    checkpoint.save(tmp_path / "run" / "checkpoints" / "5", {"params": load_params(tmp_path / "base")}, items)
     leaves = native(tmp_path, lora=LORA)
     merge_lora(tmp_path / kind, tmp_path / "merged", adapter=tmp_path / "native", progress=False)
     assert bool(list((tmp_path / "merged").glob("*.safetensors"))) == (kind == "base")

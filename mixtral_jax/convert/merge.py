@@ -10,6 +10,7 @@ from mixtral_jax.convert.hf_write import parse_size
 from mixtral_jax.convert.orbax_io import OrbaxSource
 from mixtral_jax.convert.peft_read import PeftAdapter, is_peft
 from mixtral_jax.convert.pipeline import AnySource, check_orbax_destination, open_source, write_hf, write_orbax
+from mixtral_jax.convert.stream import bands
 from mixtral_jax.convert.table import Slot
 from mixtral_jax.convert.wrapped import WrappedSource
 
@@ -56,8 +57,8 @@ class MergedSource(WrappedSource):
         return target is not None and self._adapter.lora.adapts(target)
 
     def cost(self, slot: Slot) -> int:
-        rows = self.band(slot) or slot.rows
-        return super().cost(slot) + (8 * rows * slot.cols if self._adapted(slot) else 0)
+        rows = bands(slot, self.dtype(slot).itemsize, self.band(slot))
+        return super().cost(slot) + (12 * rows * slot.cols if self._adapted(slot) else 0)  # three of them in fp32
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         if slot.leaf.path == ROUTER and self._router is not None:

@@ -122,7 +122,7 @@ def open_source(path: Path_) -> AnySource:
         FileNotFoundError: there is nothing.
         ValueError: it is none of these, or not whole.
     """
-    if not is_remote(path) and is_orbax(Directory(path).local):
+    if not is_remote(path) and is_orbax(newest_step(Directory(path).local)):
         return open_orbax(path)
     return open_hf(path)
 
