@@ -32,7 +32,7 @@ TARGETS = (
 class LoraConfig(FrozenConfig):
     """Which matrices get an adapter, and of what size."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, description="size between A and B")
     alpha: float = Field(32.0, gt=0, description="the adapter counts alpha / rank, or alpha / sqrt(rank) with rslora")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank), which keeps high ranks stable")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that training drops")

@@ -17,7 +17,7 @@ from train.objectives import Objective, next_token
 from train.optimizer import Optimizer, make_optimizer
 from train.preference_objective import preference
 from train.references import live, precomputed
-from train.resume import check_same_data, config_differences
+from train.resume import check_same_base, check_same_data, config_differences
 from train.stages import DpoStageConfig, TuningConfig
 from train.state import TrainState, abstract_state, init_state, start_from
 from train.step import make_eval_step, make_train_step
@@ -73,6 +73,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         if row != first_row:
             loader.close()
             first_row, loader = row, _open(config, data, share, row)
+        check_same_base(found, config)
         say(f"resuming from checkpoint {found.step} at row {first_row}")
         for line in config_differences(found.meta["config"], config.model_dump(mode="json")):
             say(f"  changed {line}")

@@ -68,6 +68,20 @@ def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
     )
 
 
+def check_same_base(found: Found, config: RunConfig) -> None:
+    """A checkpoint of adapters means nothing beside another base.
+
+    Raises:
+        UserError: init_from is not the one that the adapters were trained on.
+    """
+    before = found.meta["config"].get("init_from")
+    if config.adapters is not None and before != config.init_from:
+        raise UserError(
+            f"the adapters of checkpoint {found.step} were trained on init_from {before}, which is now "
+            f"{config.init_from}: set it back, or choose another run_name"
+        )
+
+
 def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`a.b: old -> new` for every leaf that differs."""
     lines = []

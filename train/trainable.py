@@ -13,10 +13,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from mixtral_jax.checkpoint import STATE, tree_shapes
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.sharding import param_shardings
 from train.checkpoint import saved_steps
+from train.errors import UserError
 from train.run_config import RunConfig
 from train.state import read_weights
 
@@ -95,11 +97,21 @@ def abstract_params(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Tree:
 
 
 def base_weights(config: RunConfig, abstract: Tree) -> Tree:
-    """The weights that the run starts from, without adapters: init_from's, or random ones by the seed."""
+    """The weights that the run starts from, without adapters: init_from's, or random ones by the seed.
+
+    Raises:
+        UserError: init_from holds no whole model, or one of another shape.
+    """
     base = keep(abstract, lambda path: not is_adapter(path))
     if config.init_from is None:
         return _fresh(config, base)
-    return read_weights(newest_step(config.init_from), base)
+    path = newest_step(config.init_from)
+    if (Path(path) / STATE).exists() and any(is_adapter(name) for name in tree_shapes(path)):
+        raise UserError(
+            f"init_from: {path} holds adapters only: fold them into their base first with "
+            f"convert merge-lora BASE MERGED --adapter {config.init_from}, then name MERGED here"
+        )
+    return read_weights(path, base)
 
 
 def fresh_adapters(config: RunConfig, abstract: Tree) -> Tree:
