@@ -49,7 +49,7 @@ def pair_row(
 def pair_documents(lump: Lump, source: SourceConfig, chat: ChatFormat, seq_len: int, problems: Problems) -> Documents:
     """Both sequences of each pair, one after the other: 2 documents a pair, cut to fit one row together."""
     examples: list[Example] = []
-    text_bytes = truncated = 0
+    truncated = dropped = 0
     for number, record in lump.parse(problems):
         try:
             pair = preference_pair(record, source, chat)
@@ -57,12 +57,15 @@ def pair_documents(lump: Lump, source: SourceConfig, chat: ChatFormat, seq_len: 
         except (ValueError, UnicodeEncodeError) as error:
             problems.report(f"{lump.where(number)}: {error}")
             continue
+        if fitted.chosen == fitted.rejected:  # they differ only behind the cut
+            dropped += 1
+            continue
         truncated += fitted != pair
         examples += fitted
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
     tokens = np.array([t for e in examples for t in e.tokens], token_dtype(chat.tokenizer.vocab_size))
     weights = np.array([w for e in examples for w in e.weights], np.float16)
-    return Documents(tokens, lengths, weights, text_bytes, truncated=truncated)
+    return Documents(tokens, lengths, weights, text_bytes=0, truncated=truncated, dropped=dropped)
 
 
 def fit(pair: Pair, size: int) -> Pair:
@@ -72,7 +75,7 @@ def fit(pair: Pair, size: int) -> Pair:
     Both sequences keep the same prompt.
 
     Raises:
-        ValueError: a sequence does not begin with a prompt, the completions have become equal, or a row is too short.
+        ValueError: a sequence does not begin with a prompt, or a row is too short.
     """
     prompt = min(_prompt_length(pair.chosen), _prompt_length(pair.rejected))
     if not prompt:
@@ -86,10 +89,7 @@ def fit(pair: Pair, size: int) -> Pair:
     longest = min(room, max(len(e.tokens) for e in pair) - prompt)
     kept = half - longest  # of the prompt
     cut = prompt - kept if prompt > kept else 0
-    chosen, rejected = (_without(e.cut(prompt + room), cut) for e in pair)
-    if chosen == rejected:
-        raise ValueError(f"chosen and rejected are equal in the {room} tokens that a row leaves for each")
-    return Pair(chosen, rejected)
+    return Pair(*(_without(e.cut(prompt + room), cut) for e in pair))
 
 
 def _without(example: Example, count: int) -> Example:

@@ -114,7 +114,8 @@ def _describe(source: PreparedSource) -> str:
         f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
         f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
     )
-    counts = {"cut to a row": source.truncated, "without an answer to learn": source.dropped}
+    lost = "equal where cut to a row" if source.format.pairs else "without an answer to learn"
+    counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     return "\n  ".join([text, *source.bad_examples])
