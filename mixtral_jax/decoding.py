@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.attention import Rows
 from mixtral_jax.kernels.attention import attend
+from mixtral_jax.mesh import MESH_AXES
 from mixtral_jax.model import Block, Mixtral, compute_dtype
 from mixtral_jax.moe.block import SparseMoe
 from mixtral_jax.moe.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.moe.router import route
 from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import MESH_AXES, axis_index, axis_size, psum
+from mixtral_jax.sharding import axis_index, axis_size, psum
 
 
 class Cache(NamedTuple):

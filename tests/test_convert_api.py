@@ -10,7 +10,7 @@ from mixtral_jax.convert import hf2orbax, load, load_config, load_params, save_h
 from mixtral_jax.convert.api import read_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.table import leaves
-from mixtral_jax.sharding import MeshConfig, make_mesh
+from mixtral_jax.mesh import MeshConfig, make_mesh
 from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
 
 # The model is split over the mesh: sizes that the axes divide.

@@ -8,8 +8,9 @@ import pytest
 from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.decoding import cache_slots, decode, prefill
 from mixtral_jax.generate import generate, stream
+from mixtral_jax.mesh import MeshConfig, make_mesh
 from mixtral_jax.model import Mixtral
-from mixtral_jax.sharding import MeshConfig, make_mesh, param_shardings
+from mixtral_jax.sharding import param_shardings
 from tests.tiny import tiny_config, tiny_model
 
 PROMPTS = [[1, 5, 9], [1, *range(20, 31)], [3]]

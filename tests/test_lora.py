@@ -11,8 +11,9 @@ from flax import nnx
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.decoding import decode, prefill
 from mixtral_jax.lora import TARGETS, LoraConfig, LowRank, is_adapter, low_rank
+from mixtral_jax.mesh import MeshConfig, make_mesh
 from mixtral_jax.model import Mixtral, Noise, next_token_sums
-from mixtral_jax.sharding import MeshConfig, make_mesh, param_shardings
+from mixtral_jax.sharding import param_shardings
 from tests.lora_models import FP32, adapted, flat_params, merged, rebuilt
 from tests.tiny import random_batch, tiny_config
 

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax import sharding
 from mixtral_jax.config import PRESETS, MixtralConfig
+from mixtral_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from mixtral_jax.model import abstract_model
-from mixtral_jax.sharding import MESH_AXES, MeshConfig, make_mesh, param_spec, param_specs
+from mixtral_jax.sharding import param_spec, param_specs
 
 BOTH = ("fsdp", "expert")
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mixtral_jax.sharding import MESH_AXES
+from mixtral_jax.mesh import MESH_AXES
 from tests.tiny import random_batch
 from train.feed import Feed, batch_share, make_put
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import mixtral_jax as mj
-from mixtral_jax.sharding import MeshConfig, make_mesh, param_shardings
+from mixtral_jax.mesh import MeshConfig, make_mesh
+from mixtral_jax.sharding import param_shardings
 from train.errors import UserError
 from train.state import read_weights
 

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.kernels.attention_chunked import Tokens, chunked_attention, part_bounds, tile
+from mixtral_jax.mesh import MeshConfig, make_mesh
 from mixtral_jax.model import abstract_model, target_logps
-from mixtral_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from mixtral_jax.sharding import batch_sharding, param_shardings
 from mixtral_jax.zigzag import Part, places, spread, unspread, whole_row, zigzag
 from tests.mesh_cases import CONFIG, FAST_TO_COMPILE, make_batches, make_params
 from tests.oracles.attention import attention, mask_matrix

@@ -19,8 +19,8 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
 from mixtral_jax.generate import generate as generate_tokens
 from mixtral_jax.generate import stream
+from mixtral_jax.mesh import make_mesh
 from mixtral_jax.model import Mixtral, compute_dtype
-from mixtral_jax.sharding import make_mesh
 from train.checkpoint import find
 from train.config import RunConfig, load_config
 from train.errors import UserError

@@ -8,9 +8,9 @@ import jax
 from data.loader import Loader
 from mixtral_jax.kernels.attention import AttentionShape, resolve_attention
 from mixtral_jax.kernels.grouped_matmul import resolve_matmul
+from mixtral_jax.mesh import MESH_AXES
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.moe.parallel import resolve_transport
-from mixtral_jax.sharding import MESH_AXES
 from train.checkpoint import Say
 from train.config import RunConfig
 from train.dry_run import batch_line, memory_line, model_line

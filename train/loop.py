@@ -9,7 +9,7 @@ import jax
 
 from data.loader import eval_batches
 from mixtral_jax.generate import generate
-from mixtral_jax.sharding import make_mesh
+from mixtral_jax.mesh import make_mesh
 from train.build import Parts, build
 from train.checkpoint import Checkpointer, saved_steps
 from train.config import Provenance, RunConfig

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from data.config import DataConfig
 from mixtral_jax.config import PRESETS, ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.lora import LoraConfig
-from mixtral_jax.sharding import MeshConfig
+from mixtral_jax.mesh import MeshConfig
 from train.checkpoint import CheckpointConfig
 from train.hooks import EvalConfig, LogConfig, SampleConfig
 from train.objectives import RouterConfig

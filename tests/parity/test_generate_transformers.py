@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from mixtral_jax.convert import load  # noqa: E402 - after the skips
-from mixtral_jax.generate import generate  # noqa: E402
+from mixtral_jax.convert import load
+from mixtral_jax.generate import generate
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
