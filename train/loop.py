@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from data.chat import encode_prompt, load_template
 from data.loader import eval_batches
 from mixtral_jax.generate import generate
 from mixtral_jax.mesh import make_mesh
@@ -239,7 +240,12 @@ def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
 def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any], list[str]]:
     """A function from parameters to what the model makes of each prompt."""
     sample, tokenizer = config.sample, parts.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in sample.prompts]
+    if config.data.examples == "text":
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in sample.prompts]
+    else:  # a user's message
+        template = load_template(config.data.template, tokenizer)
+        chats = [[{"role": "user", "content": prompt}] for prompt in sample.prompts]
+        prompts = [encode_prompt(chat, tokenizer, template) for chat in chats]
 
     def continue_prompts(params: Any) -> list[str]:
         rows = generate(
