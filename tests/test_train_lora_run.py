@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax import checkpoint
+from mixtral_jax.convert import load
 from mixtral_jax.lora import is_adapter
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
@@ -66,6 +67,8 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         start("parts", steps=5, init_from=None)
     with pytest.raises(UserError, match="holds adapters only: fold them into their base first"):
         start("above", init_from=str(tmp_path / "runs" / "once"))
+    with pytest.raises(ValueError, match="holds the adapters of a LoRA run, no whole model"):
+        load(tmp_path / "runs" / "once")
 
 
 def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_path):

@@ -13,6 +13,7 @@ from mixtral_jax.convert.files import Directory
 from mixtral_jax.convert.hf import read_config, read_shape, slot_error
 from mixtral_jax.convert.stream import STRIP, Rows, Source, bands, blocked_transpose, turned
 from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
+from mixtral_jax.lora import is_adapter
 from mixtral_jax.orbax_stream import ArrayReader, ArraySpec, ArrayWriter
 
 PARAMS = "params"  # the checkpoint inside a model directory; also the key of the parameters inside a training state
@@ -71,6 +72,11 @@ class OrbaxSource:
         expected = {leaf.path: leaf for leaf in leaves(self.config)}
         stored = {n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)}
         missing, unexpected = [n for n in expected if n not in stored], sorted(stored - expected.keys())
+        if any(is_adapter(name) for name in unexpected):
+            raise ValueError(
+                f"{self.directory} holds the adapters of a LoRA run, no whole model: fold them into their base first "
+                f"with convert merge-lora BASE MERGED --adapter {self.directory}"
+            )
         if missing or unexpected:
             raise ValueError(slot_error(str(self.directory), missing, unexpected))
         specs = {name: self._reader.spec(self._prefix + name) for name in expected}
