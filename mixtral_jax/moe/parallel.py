@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.dispatch import combine, dispatch, plan_rows
-from mixtral_jax.sharding import axis_index, axis_size, platform
+from mixtral_jax.sharding import axis_index, axis_size, platform, variance, varying
 
 # rows sorted by local expert (R, D), rows of each expert (E_local,) -> rows (R, D)
 Experts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]
@@ -93,11 +93,14 @@ def ragged_exchange(x_RD: Float[Array, "R D"], sizes_SR: Int[Array, "S S"], rows
     before_send = jnp.cumsum(sizes_SR, axis=1) - sizes_SR
     before_arrive = jnp.cumsum(sizes_SR, axis=0) - sizes_SR
     if platform() != "cpu":
-        row = lambda a: jax.lax.dynamic_index_in_dim(a, me, axis=0, keepdims=False)  # noqa: E731 - three uses, here only
-        column = row(sizes_SR.T)
-        out = jax.lax.pcast(jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), tuple(jax.typeof(x_RD).vma), to="varying")
+
+        def mine(a_SR: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(a_SR, me, axis=0, keepdims=False)
+
+        out = varying(jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), sorted(variance(x_RD)))
+        send_sizes, receive_sizes = mine(sizes_SR), mine(sizes_SR.T)
         return jax.lax.ragged_all_to_all(
-            x_RD, out, row(before_send), row(sizes_SR), row(before_arrive), column, axis_name="expert"
+            x_RD, out, mine(before_send), send_sizes, mine(before_arrive), receive_sizes, axis_name="expert"
         )
     # CPU has no such collective: gather everything and pick, with the same result.
     all_SRD = jax.lax.all_gather(x_RD, "expert")
