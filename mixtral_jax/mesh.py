@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from pydantic import Field, model_validator
 
+from mixtral_jax.collectives import remember_torus
 from mixtral_jax.config import FrozenConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -71,4 +72,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    remember_torus(mesh)
+    return mesh

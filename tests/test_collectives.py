@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax import collectives
 from mixtral_jax.collectives import gather_shards, innermost, stages
-from mixtral_jax.sharding import MeshConfig, make_mesh
+from mixtral_jax.mesh import MeshConfig, make_mesh
 
 
 def test_rings_are_found_from_where_the_chips_stand():
