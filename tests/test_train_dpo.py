@@ -55,7 +55,7 @@ def plain_logps(model, batch):
             for segment in (2 * k + 1, 2 * k + 2):
                 own = np.flatnonzero(batch.segment_ids[a, b] == segment)
                 row = np.zeros((2, 1, batch.tokens.shape[-1]), np.int32)
-                row[:, 0, : len(own)] = batch.tokens[a, b, own], 1
+                row[0, 0, : len(own)], row[1, 0, : len(own)] = batch.tokens[a, b, own], 1
                 logps_TV, targets = np.asarray(forward(*row)), batch.targets[a, b, own]
                 learned = batch.completion[a, b, own] > 0
                 logps_T = logps_TV[np.arange(len(own)), targets]
