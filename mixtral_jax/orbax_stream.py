@@ -49,7 +49,7 @@ class ArrayReader:
         self._context = ts.Context(
             {"cache_pool": {"total_bytes_limit": cache_bytes}, "data_copy_concurrency": {"limit": _COPIES}}
         )
-        self._base = f"file://{path / checkpoint.STATE}/"
+        self._base = {"driver": "file", "path": f"{(path / checkpoint.STATE).resolve()}/"}
         store = ts.KvStore.open({"driver": "ocdbt", "base": self._base}, context=self._context).result()
         keys = [key.decode() for key in store.list().result()]
         self.names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
@@ -110,7 +110,7 @@ class ArrayWriter:
             file.unlink(missing_ok=True)
         # The whole directory is synchronised once, before it gets its name: a sync for every chunk would cost time.
         context = ts.Context({"data_copy_concurrency": {"limit": _COPIES}, "file_io_sync": False})
-        base = f"file://{state}/"
+        base = {"driver": "file", "path": f"{state.resolve()}/"}
         opened = {
             name: ts.open(_zarr(base, name, spec), create=True, open=True, context=context)
             for name, spec in arrays.items()
