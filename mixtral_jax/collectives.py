@@ -42,15 +42,17 @@ def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, 
 
 
 def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    # scattered along the leading dimension: along the last one the TPU compiler reduces to everyone again
+    # Scattered along the first of two dimensions: along the last one, and for some shapes of more dimensions, the TPU
+    # compiler reduces to everyone again.
     g = jnp.moveaxis(g, dim, 0)
+    rest = g.shape[1:]
+    g = g.reshape(g.shape[0], -1)
     mesh = jax.sharding.get_abstract_mesh()
     for axis in axes:
         if mesh.shape[axis] > 1:
             for groups in stages(mesh.shape[axis], _ring(mesh, axis)):
                 g = jax.lax.psum_scatter(g, axis, scatter_dimension=0, axis_index_groups=groups, tiled=True)
-    # an axis of one device: nothing to add, but the result must be typed as varying there like its input
-    return (jnp.moveaxis(g, 0, dim),)
+    return (jnp.moveaxis(g.reshape(-1, *rest), 0, dim),)
 
 
 gather_shards.defvjp(_forward, _backward)
