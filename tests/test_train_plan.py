@@ -1,0 +1,226 @@
+"""The plan: names of machines, the text of compiled programs, arithmetic against counting, and a real compilation."""
+
+import json
+
+import jax
+import pytest
+
+from mixtral_jax.config import MixtralConfig
+from tests.tiny import write_run_file
+from train.config import load_config
+from train.errors import UserError
+from train.plan import plan, run
+from train.plan.chips import CHIPS, parse_topology
+from train.plan.closed_form import attention_pairs, flops, memory, shape_of
+from train.plan.hlo import Collective, read_program
+from train.plan.roofline import axes_of, bandwidth, sent_by_axis
+from train.plan.search import candidates
+
+PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%piece.1 (p: bf16[4,8]) -> bf16[32,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, @CHAIN@
+}
+
+%piece.2 (p: bf16[4,8]) -> bf16[32,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, @CHAIN@
+}
+
+%body (state: (s32[], bf16[4,8], f32[16,8])) -> (s32[], bf16[4,8], f32[16,8]) {
+  %state = (s32[], bf16[4,8]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %w = bf16[4,8]{1,0} get-tuple-element(%state), index=1
+  %begin = bf16[32,8]{1,0} fusion(%w), kind=kCustom, calls=%piece.1
+  %end = bf16[32,8]{1,0} fusion(%w), kind=kCustom, calls=%piece.2
+  %x = bf16[16,32]{1,0} custom-call(%end), custom_call_target="tpu_custom_call", backend_config="{
+}
+"
+  %gmm.3 = bf16[16,32]{1,0} custom-call(%end), custom_call_target="tpu_custom_call"
+  %dot = f32[16,8]{1,0} dot(%x, %end), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %conv = f32[16,8]{1,0} convolution(%x, %end), dim_labels=bf_io->bf
+  %all-reduce = f32[16,8]{1,0} all-reduce(%dot), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = (s32[], bf16[4,8]{1,0}, f32[16,8]{1,0}) tuple(%state)
+}
+
+%condition (state: (s32[], bf16[4,8], f32[16,8])) -> pred[] {
+  %state = (s32[], bf16[4,8]{1,0}, f32[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (w: bf16[4,8]) -> f32[] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %start = (s32[], bf16[4,8]{1,0}, f32[16,8]{1,0}) tuple(%w)
+  %loop = (s32[], bf16[4,8]{1,0}, f32[16,8]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %zero = f32[] constant(0)
+}
+""".replace("@CHAIN@", 'replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, frontend_attributes={chain_id="1"}')
+
+
+def test_a_program_is_counted_with_its_loops():
+    program = read_program(PROGRAM)
+    assert program.dot_flops == 5 * 2 * (2 * 16 * 32 * 8)
+    assert program.kernels == {"x": 5, "gmm": 5}
+    assert program.unknown_loops == 0
+    gathered, reduced = sorted(program.collectives, key=lambda c: c.kind)
+    assert gathered == Collective("all-gather", 512, 5, ((0, 2, 4, 6), (1, 3, 5, 7)), True, ((32, 8),))
+    assert reduced == Collective("all-reduce", 512, 5, ((0, 1, 2, 3), (4, 5, 6, 7)), False, ((16, 8),))
+
+
+def test_traffic_is_what_leaves_a_chip_by_axis():
+    mesh = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
+    gathered, reduced = sorted(read_program(PROGRAM).collectives, key=lambda c: c.kind)
+    assert axes_of(gathered, mesh) == "fsdp"
+    assert axes_of(reduced, mesh) == "fsdp+expert"
+    sent = sent_by_axis((gathered, reduced), mesh, 1.0)
+    assert sent == {("all-gather", "fsdp"): 5 * 512 * 3 / 4, ("all-reduce", "fsdp+expert"): 5 * 512 * 2 * 3 / 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "libtpu"),
+    [("v5p-64", 32, "v5p:4x4x2"), ("v5p-128", 64, "v5p:4x4x4"), ("v5e-256", 256, "v5e:16x16"),
+     ("v6e-8", 8, "v6e:2x4"), ("2xv5e-256", 512, "v5e:16x16"), ("v5p:2x2x1", 4, "v5p:2x2x1"), ("h100-64", 64, None)],
+)  # fmt: skip
+def test_names_of_machines(name, chips, libtpu):
+    topology = parse_topology(name)
+    assert (topology.chips, topology.libtpu) == (chips, libtpu)
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v5p-63", "v5p-6", "v5e", "0xv5e-256", "v5e-256x", "h100"])
+def test_an_unknown_machine_lists_the_known(name):
+    with pytest.raises(UserError, match=r"unknown topology .*v5p-64, .*v5e-256"):
+        parse_topology(name)
+
+
+def test_a_torus_axis_has_only_its_own_links():
+    v5p, sizes = parse_topology("v5p-128"), {"fsdp": 16, "context": 4}
+    whole = bandwidth(v5p, "fsdp+context", sizes)
+    assert whole == CHIPS["v5p"].network
+    assert bandwidth(v5p, "context", sizes) == pytest.approx(whole / 3)
+    assert bandwidth(v5p, "fsdp", sizes) == pytest.approx(whole * 2 / 3)
+    assert bandwidth(parse_topology("h100-64"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].slow_network
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes):
+        return load_config(write_run_file(tmp_path, **changes)).config
+
+    return make
+
+
+BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
+
+
+def test_closed_form_flops_are_those_of_the_model_and_what_is_computed_again(make_config):
+    config = make_config(model=BIG, seq_len=4096, mesh={"data": 1, "fsdp": 8}, compute={"remat": "full"})
+    full, none = (
+        flops(c, shape_of(c, 8))
+        for c in (config, config.model_copy(update={"compute": config.compute.model_copy(update={"remat": "none"})}))
+    )
+    tokens = 8 * 4096 / 8
+    assert full.useful == config.model.flops_per_token(4096, "causal") * tokens
+    # products and experts without recomputation are the model's, and attention that of tiles: 7 + 2 for 6 products
+    attention = 12 * 32 * 4096 * tokens
+    assert none.dots + none.experts == pytest.approx(none.useful - attention * 4097 / 2)
+    assert none.attention == pytest.approx(attention * attention_pairs(4096, None) * 9 / 6)
+    head = 6 * 4096 * 32000 * tokens
+    assert full.dots - head == pytest.approx((none.dots - head) * 8 / 6)
+    assert full.experts == pytest.approx(none.experts * 8 / 6)
+
+
+def test_tiles_of_attention():
+    assert attention_pairs(512, None) == 512  # one tile, computed whole
+    assert attention_pairs(4096, None) == 4096 / 2 + 256
+    assert attention_pairs(4096, 512) == pytest.approx((1 + 7 * 2) * 512 / 8)
+
+
+def test_closed_form_memory_is_near_what_compilers_said(make_config):
+    """8x7B in 4096 on v5p-64, fsdp 32, full remat: 34.4 GB at 2 sequences a chip, 49.6 GB at 8 (compiled)."""
+    for rows, measured in ((2, 34.4e9), (8, 49.6e9)):
+        config = make_config(
+            model=BIG, seq_len=4096, global_batch_size=rows * 32, mesh={"data": 1, "fsdp": 32},
+            compute={"remat": "full", "dtype": "bfloat16"},
+        )  # fmt: skip
+        parts = memory(config, shape_of(config, 32))
+        assert sum(parts.values()) == pytest.approx(measured, rel=0.1)
+        assert parts["parameters"] == pytest.approx(4 * 46_702_792_704 / 32)
+
+
+def test_search_prunes_by_arithmetic_and_ranks_what_is_left(make_config):
+    config = make_config(
+        model=BIG, seq_len=4096, global_batch_size=1024, compute={"dtype": "bfloat16"}, mesh={"data": 1, "fsdp": 1}
+    )
+    found = candidates(config, parse_topology("v5p-64"))
+    assert found and all(c.memory <= CHIPS["v5p"].usable for c in found)
+    assert [c.seconds_per_token for c in found] == sorted(c.seconds_per_token for c in found)
+    assert not candidates(config, parse_topology("v5e-4"))
+
+
+def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
+    config = make_config(
+        model=BIG, seq_len=4096, global_batch_size=64, compute={"remat": "full"},
+        mesh={"data": 1, "fsdp": 8, "expert": 8},
+    )  # fmt: skip
+    report = plan(config, topology="h100-64", tokens=1e12)
+    text = "\n".join(report.lines())
+    assert "closed form: a GPU program" in text and "days" in text and report.fits
+    assert report.counted is None and report.compile_seconds == 0
+    content = json.loads(json.dumps(report.to_json()))
+    assert content["chips"] == 64 and content["memory"]["peak"] > 0
+
+
+def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config, monkeypatch):
+    monkeypatch.setattr("train.plan.has_libtpu", lambda: False)
+    config = make_config(model=BIG, seq_len=4096, global_batch_size=32, mesh={"data": 1, "fsdp": 32})
+    assert "pip install 'mixtral-jax[aot]'" in plan(config, topology="v5p-64").source
+
+
+def test_what_cannot_be_planned(make_config, capsys):
+    config = make_config(model=BIG, seq_len=4096, global_batch_size=64, mesh={"data": 1, "fsdp": 64})
+    with pytest.raises(UserError, match=r"--topology .* or --devices"):
+        plan(config)
+    with pytest.raises(ValueError, match="64 devices, but there are 32"):
+        plan(config, topology="v5p-64")
+    with pytest.raises(UserError, match=r"does not fit h100-8: .* GB too much per chip; by closed form"):
+        run(config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 8})}), topology="h100-8")
+
+
+def test_the_local_mesh_is_compiled_for_its_cpus(make_config, tmp_path, capsys):
+    config = make_config(mesh={"data": 1, "fsdp": 4, "expert": 2})
+    file = tmp_path / "plan.json"
+    assert run(config, devices=8, json=str(file)) == 0
+    content = json.loads(file.read_text())
+    assert content["chips"] == 8 == len(jax.devices())
+    kinds = {t["kind"] for t in content["traffic"]}
+    assert "all-gather" in kinds and "reduce-scatter" in kinds
+    assert "8 local CPU devices" in capsys.readouterr().out
+
+
+def test_a_step_with_every_kernel_compiles_for_a_tpu_slice(make_config):
+    """megablox, splash and the ragged all-to-all on v5e-8; FLOPs of the closed form, no weight reduced whole."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (extra: aot)")
+    model = {
+        **BIG, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    }  # fmt: skip
+    config = make_config(
+        model=model, seq_len=1024, global_batch_size=8, mesh={"data": 1, "fsdp": 4, "expert": 2},
+        compute={"remat": "full"},
+    )  # fmt: skip
+    report = plan(config, topology="v5e-8")
+    assert report.fits and report.source == "compiled"
+    assert report.counted.total <= 1.02 * report.expected.total
+    assert report.counted.total >= 0.99 * report.expected.total
+    assert report.reduced_weights == ()
+    kinds = {kind for kind, _ in report.traffic}
+    assert {"ragged-all-to-all", "all-gather", "reduce-scatter"} <= kinds
+    assert ("ragged-all-to-all", "expert") in report.traffic and ("all-gather", "fsdp") in report.traffic

@@ -1,0 +1,201 @@
+"""Know before renting: compile the real step for a machine that is not there, and say whether and how fast it runs."""
+
+import json as jsonlib
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from train.config import RunConfig
+from train.errors import UserError
+from train.plan import closed_form
+from train.plan.chips import CHIPS, Topology, parse_topology
+from train.plan.compile import Compiled, Memory, compile_step, for_accelerator, has_libtpu, plan_mesh
+from train.plan.hlo import Collective, Program, read_program
+from train.plan.report import Counted, PlanReport
+from train.plan.roofline import roofline, sent_by_axis
+from train.plan.search import candidates
+
+__all__ = ["PlanReport", "plan", "run"]
+
+COMPILED_BY_SEARCH = 3  # of the candidates that should fit
+
+
+def run(
+    config: RunConfig,
+    *,
+    topology: str | None = None,
+    devices: int | None = None,
+    search: bool = False,
+    tokens: float | None = None,
+    json: str | None = None,
+) -> int:
+    """The command line's `plan`: prints the report, and writes it where `json` says (- for stdout).
+
+    Raises:
+        UserError: neither or both of topology and devices, an unknown topology, nothing that fits.
+    """
+    reports = plan_all(config, topology=topology, devices=devices, tokens=tokens, search=search)
+    if json != "-":
+        for report in reports:
+            print("\n".join(report.lines()), end="\n\n" if len(reports) > 1 else "\n")
+    if json is not None:
+        content = jsonlib.dumps([r.to_json() for r in reports] if search else reports[0].to_json(), indent=2)
+        if json == "-":
+            print(content)
+        else:
+            Path(json).write_text(content + "\n", encoding="utf-8")
+    if not any(report.fits for report in reports):
+        raise UserError(_what_would_fit(config, reports[0]))
+    return 0
+
+
+def plan(
+    config: RunConfig,
+    *,
+    topology: str | None = None,
+    devices: int | None = None,
+    tokens: float | None = None,
+    search: bool = False,
+) -> PlanReport:
+    """The report of one run, or with `search` of the best way to run it; see `run`."""
+    return plan_all(config, topology=topology, devices=devices, tokens=tokens, search=search)[0]
+
+
+def plan_all(
+    config: RunConfig,
+    *,
+    topology: str | None = None,
+    devices: int | None = None,
+    tokens: float | None = None,
+    search: bool = False,
+) -> list[PlanReport]:
+    """One report, or those that a search compiled, the best that fits first."""
+    if (topology is None) == (devices is None):
+        raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
+    if topology is None:
+        here = Topology(f"{devices} local CPU devices", CHIPS["v5e"], 1, devices or 1, None)
+        return [_report(config, here, tokens, local=True)]
+    there = parse_topology(topology)
+    config = for_accelerator(config)
+    if not search:
+        return [_report(config, there, tokens)]
+    best = candidates(config, there)[:COMPILED_BY_SEARCH]
+    if not best:
+        raise UserError(
+            f"nothing fits {there.name} with global_batch_size {config.global_batch_size}: take a larger slice, a "
+            "shorter seq_len, or a global_batch_size with more divisors"
+        )
+    reports = [_report(candidate.config, there, tokens) for candidate in best]
+    return sorted(reports, key=lambda r: (not r.fits, -r.tokens_per_second))
+
+
+def _report(config: RunConfig, topology: Topology, tokens: float | None, *, local: bool = False) -> PlanReport:
+    shape = closed_form.shape_of(config, topology.chips)
+    expected = closed_form.flops(config, shape)
+    counted, compiled, program = None, None, None
+    if local or (topology.libtpu and has_libtpu()):
+        mesh = plan_mesh(config, None if local else topology)
+        compiled = compile_step(config, mesh, topology.chip.usable)
+        if compiled.text:
+            program = read_program(compiled.text)
+            # on a CPU the products of experts and attention sit in loops whose length depends on the data
+            counted = None if local else _counted(config, shape, program)
+    traffic = _traffic(config, shape, program)
+    sent: defaultdict[str, float] = defaultdict(float)
+    for (_, axes), amount in traffic.items():
+        sent[axes] += amount
+    return PlanReport(
+        run_name=config.run_name,
+        topology=topology,
+        mesh=shape.sizes,
+        remat=config.compute.remat,
+        tokens_per_step=config.tokens_per_step,
+        sequences_per_chip=shape.tokens / config.seq_len,
+        accumulation=config.accumulation,
+        source=_source(topology, compiled),
+        memory=_memory(config, shape, topology) if compiled is None else compiled.memory,
+        expected=expected,
+        counted=counted,
+        traffic=traffic,
+        asynchronous=_asynchronous(program),
+        reduced_weights=() if program is None else reduced_weights(config, program.collectives),
+        roofline=roofline(
+            topology,
+            flops=expected.total if counted is None else counted.total,
+            useful=(expected.useful, expected.useful_full),
+            memory_bytes=closed_form.memory_traffic(config, shape),
+            sent=sent,
+            sizes=shape.sizes,
+        ),
+        compile_seconds=0.0 if compiled is None else compiled.seconds,
+        tokens=tokens,
+    )
+
+
+def _source(topology: Topology, compiled: Compiled | None) -> str:
+    if compiled is not None:
+        return "compiled" if compiled.text else "compiled, does not fit: traffic by closed form"
+    if topology.libtpu is None:
+        return "closed form: a GPU program can only be compiled on a GPU"
+    return "closed form: libtpu is not installed (pip install 'mixtral-jax[aot]')"
+
+
+def _memory(config: RunConfig, shape: closed_form.Shape, topology: Topology) -> Memory:
+    parts = closed_form.memory(config, shape)
+    peak, limit = sum(parts.values()), topology.chip.usable
+    rest = peak - parts["parameters"] - parts["optimizer"]
+    return Memory(parts["parameters"], parts["optimizer"], rest, 0.0, peak, limit, max(0.0, peak - limit))
+
+
+def _counted(config: RunConfig, shape: closed_form.Shape, program: Program) -> Counted:
+    """FLOPs of the program. Kernels count the rows and tiles that they compute, not the buffers that they are given."""
+    model = config.model
+    tokens = shape.tokens
+    rows = tokens * model.num_experts_per_tok
+    product = 2 * rows * model.hidden_size * model.intermediate_size / shape.sizes["tensor"]
+    # of each pass half of the calls have w13 (2F columns) and half w2 (F)
+    grouped = sum(program.kernels[name] for name in ("gmm", "tgmm"))
+    pairs = closed_form.attention_pairs(config.seq_len, model.sliding_window)
+    score = 2 * tokens * pairs * model.num_attention_heads * model.head_dim / shape.sizes["tensor"]
+    products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+    attention = score * sum(n * program.kernels[name] for name, n in products.items())
+    return Counted(program.dot_flops, product * 1.5 * grouped, attention)
+
+
+def _traffic(config: RunConfig, shape: closed_form.Shape, program: Program | None) -> dict[tuple[str, str], float]:
+    if program is None:
+        return {("closed form", axes): amount for axes, amount in closed_form.traffic(config, shape).items()}
+    local = max(1, config.model.num_local_experts // shape.sizes["expert"])
+    share = 1 / min(shape.sizes["expert"], max(1, local * shape.sizes["expert"] // config.model.num_experts_per_tok))
+    return sent_by_axis(program.collectives, shape.sizes, share)
+
+
+def _asynchronous(program: Program | None) -> float:
+    if program is None:
+        return 0.0
+    total = sum(c.bytes * c.times for c in program.collectives)
+    return sum(c.bytes * c.times for c in program.collectives if c.asynchronous) / max(total, 1)
+
+
+def reduced_weights(config: RunConfig, collectives: tuple[Collective, ...]) -> tuple[str, ...]:
+    """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least)."""
+    model = config.model
+    smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
+    found = {
+        "x".join(map(str, dims))
+        for c in collectives
+        if c.kind == "all-reduce"
+        for dims in c.shapes
+        if math.prod(dims) >= smallest and model.hidden_size in dims
+    }
+    return tuple(sorted(found))
+
+
+def _what_would_fit(config: RunConfig, report: PlanReport) -> str:
+    best = candidates(config, report.topology)
+    hint = f"by closed form this would: {best[0].name}" if best else "by closed form nothing does: take a larger slice"
+    return (
+        f"{config.run_name} does not fit {report.topology.name}: "
+        f"{report.memory.too_much / 1e9:.2f} GB too much per chip; "
+        f"{hint} (plan --search tries them)"
+    )

@@ -1,0 +1,88 @@
+"""Chips and slices: published figures, and the names that clouds and libtpu give to the same machine.
+
+Sources, read November 2026: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (peak compute, HBM capacity and bandwidth,
+interchip bandwidth per chip); NVIDIA H100 data sheet (SXM, dense bf16). `usable` is what a program may take: the limit
+that libtpu's compiler itself enforces for the chip, found by compiling programs that do not fit.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from train.errors import UserError
+
+
+class Chip(NamedTuple):
+    """Per-chip figures: FLOP/s, bytes, bytes/s. Network: all links together, both directions counted once."""
+
+    name: str
+    flops: float  # dense bf16
+    memory: float
+    usable: float
+    memory_bandwidth: float
+    network: float  # out of the chip inside its slice or node
+    slow_network: float  # out of the chip between slices or nodes
+    torus: int  # dimensions of the fast network; 0: a switch
+
+
+CHIPS = {
+    "v5e": Chip("v5e", 197e12, 16e9, 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
+    "v5p": Chip("v5p", 459e12, 95e9, 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
+    "v6e": Chip("v6e", 918e12, 32e9, 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
+    "h100": Chip("h100", 989e12, 80e9, 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
+}
+
+# Slices of one generation by chips; libtpu wants the shape of the torus.
+_TORUS_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_TORUS_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "4x4x2", 64: "4x4x4", 128: "8x4x4", 256: "8x8x4", 512: "8x8x8"}
+NODE_GPUS = 8  # GPUs that share a switch
+
+
+class Topology(NamedTuple):
+    """A machine to plan for."""
+
+    name: str
+    chip: Chip
+    slices: int
+    chips_per_slice: int
+    libtpu: str | None  # libtpu's name of one slice; None: not a TPU
+
+    @property
+    def chips(self) -> int:
+        """Chips in all."""
+        return self.slices * self.chips_per_slice
+
+
+def parse_topology(name: str) -> Topology:
+    """`v5p-64`, `v6e-256`, `2xv5e-256`, `v5p:4x4x4`, `h100-64`.
+
+    v5p names count cores, two to a chip; v5e and v6e names count chips, h100 names GPUs.
+
+    Raises:
+        UserError: unknown name; the known ones are listed.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?(v5e|v5p|v6e|h100)(?:-(\d+)|:(\d+(?:x\d+)+))", name)
+    if not match:
+        raise _unknown(name)
+    slices, kind, count, shape = int(match[1] or 1), match[2], match[3], match[4]
+    if slices < 1:
+        raise _unknown(name)
+    if kind == "h100":
+        if not count:
+            raise _unknown(name)
+        return Topology(name, CHIPS[kind], 1, slices * int(count), None)
+    if shape:
+        return Topology(name, CHIPS[kind], slices, math.prod(map(int, shape.split("x"))), f"{kind}:{shape}")
+    chips = int(count) // 2 if kind == "v5p" else int(count)
+    known = _TORUS_3D if kind == "v5p" else _TORUS_2D
+    if chips not in known or (kind == "v5p" and int(count) % 2):
+        raise _unknown(name)
+    return Topology(name, CHIPS[kind], slices, chips, f"{kind}:{known[chips]}")
+
+
+def _unknown(name: str) -> UserError:
+    known = [f"v5p-{2 * n}" for n in _TORUS_3D] + [f"{k}-{n}" for k in ("v5e", "v6e") for n in _TORUS_2D]
+    return UserError(
+        f"unknown topology {name!r}: known are {', '.join(known)}, h100-N, a shape such as v5p:4x4x8, "
+        "and several slices such as 2xv5e-256"
+    )
