@@ -22,8 +22,8 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 quickstart: $(VENV)/core.stamp
-	$(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
-	@$(RUN) -m train.quickstart runs/quickstart
+	JAX_PLATFORMS=cpu $(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
+	@JAX_PLATFORMS=cpu $(RUN) -m train.quickstart runs/quickstart
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
