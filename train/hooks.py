@@ -67,7 +67,7 @@ class LogConfig(FrozenConfig):
 
     every: int = Field(10, gt=0, description="steps between log lines")
     progress: bool = Field(True, description="a progress bar where stdout is a terminal")
-    tensorboard: bool = Field(False, description="events in <run>/tensorboard")
+    tensorboard: bool = Field(True, description="events in <run>/tensorboard")
     wandb: WandbConfig | None = Field(None, description="Weights & Biases; null: off")
     profile: ProfileConfig | None = Field(None, description="a profiler trace; null: none")
     watchdog_seconds: float | None = Field(
