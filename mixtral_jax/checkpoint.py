@@ -63,7 +63,7 @@ def save_async(path: epath.PathLike, tree: Any, items: JsonItems | None = None) 
     Raises:
         OSError: the directory cannot be made.
     """
-    target = epath.Path(os.path.abspath(path) if "://" not in str(path) else path)
+    target = _absolute(path)
     items = items or {}
     context = _context(tuple(items))
     with context:
@@ -84,7 +84,7 @@ def restore(path: epath.PathLike, abstract: Any, *, partial: bool = False) -> An
     Raises:
         ValueError: a leaf is missing or has another shape; it is named.
     """
-    target = epath.Path(path)
+    target = _absolute(path)
     stored = tree_shapes(target)
     wanted = _flat_shapes(abstract)
     _check_shapes(target, stored, wanted, partial)
@@ -94,7 +94,7 @@ def restore(path: epath.PathLike, abstract: Any, *, partial: bool = False) -> An
 
 def discard_unfinished(path: epath.PathLike) -> None:
     """Remove what a save of `path` that was killed or refused has left; never a finished checkpoint."""
-    target = epath.Path(path)
+    target = _absolute(path)
     if jax.process_index() == 0 and target.parent.exists():
         for leftover in target.parent.glob(f"{target.name}{_UNFINISHED}*"):
             leftover.rmtree(missing_ok=True)
@@ -103,18 +103,18 @@ def discard_unfinished(path: epath.PathLike) -> None:
 def read_item(path: epath.PathLike, name: str) -> dict[str, Any]:
     """The JSON item `name` of a checkpoint."""
     with _context((name,)):
-        return ocp.load_checkpointables(epath.Path(path), {name: None})[name]  # type: ignore[return-value]  # JSON
+        return ocp.load_checkpointables(_absolute(path), {name: None})[name]  # type: ignore[return-value]  # JSON
 
 
 def tree_shapes(path: epath.PathLike) -> Shapes:
     """Shape and dtype of every stored leaf by its dotted name; reads no array."""
     with _context():
-        return _flat_shapes(ocp.checkpointables_metadata(epath.Path(path)).metadata[STATE])
+        return _flat_shapes(ocp.checkpointables_metadata(_absolute(path)).metadata[STATE])
 
 
 def damage(path: epath.PathLike) -> str | None:
     """Why the checkpoint at `path` is not whole, or None. Sizes are compared; contents are not read."""
-    target = epath.Path(path)
+    target = _absolute(path)
     if not (target / COMMIT).exists():
         return f"{COMMIT} is missing"
     if not (target / FILES).exists():  # killed between the commit and the list: the commit itself is complete
@@ -130,6 +130,11 @@ def damage(path: epath.PathLike) -> str | None:
         if found[name] != size:
             return f"{name} has {found[name]} of {size} bytes"
     return None
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax finds nothing below a relative path, and does not say so."""
+    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
 def _context(json_items: tuple[str, ...] = (), *, partial: bool = False) -> ocp.Context:

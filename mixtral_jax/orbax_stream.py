@@ -132,7 +132,7 @@ class ArrayWriter:
         (self.path / checkpoint.FILES).write_text(json.dumps(dict(sorted(sizes.items()))))
 
 
-def _zarr(base: str, name: str, spec: ArraySpec) -> dict[str, Any]:
+def _zarr(base: dict[str, str], name: str, spec: ArraySpec) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},

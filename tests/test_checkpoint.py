@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax import checkpoint
+from mixtral_jax.orbax_stream import ArrayReader
 
 
 def tree():
@@ -41,6 +43,15 @@ def saved(tmp_path_factory):
     size = checkpoint.save(path, tree(), {"meta": {"step": 7, "nothing": None}})
     assert size == sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name != checkpoint.FILES)
     return path
+
+
+def test_a_relative_path_reads_the_same(saved, monkeypatch):
+    """Orbax by itself finds nothing below one, and says nothing."""
+    monkeypatch.chdir(saved.parent)
+    assert_same(checkpoint.restore(saved.name, abstract(tree())), tree())
+    assert checkpoint.read_item(saved.name, "meta") == {"step": 7, "nothing": None}
+    assert checkpoint.tree_shapes(saved.name) == checkpoint.tree_shapes(saved)
+    assert sorted(ArrayReader(Path(saved.name)).names) == sorted(checkpoint.tree_shapes(saved))
 
 
 @pytest.fixture
