@@ -6,6 +6,7 @@ compiled text: an all-reduce of the full (E, D, 2, F) gradient on v5p:4x4x2 and 
 of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -42,17 +43,24 @@ def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, 
 
 
 def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    # Scattered along the first of two dimensions: along the last one, and for some shapes of more dimensions, the TPU
-    # compiler reduces to everyone again.
-    g = jnp.moveaxis(g, dim, 0)
-    rest = g.shape[1:]
-    g = g.reshape(g.shape[0], -1)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, shape = jax.sharding.get_abstract_mesh(), g.shape
+    # Of other forms the TPU compiler reduces some to every chip again: the first of two dimensions, the second or the
+    # last of three.
+    if dim == 0 or g.ndim == 2:
+        g, at = jnp.moveaxis(g, dim, 0), 0
+        rest = g.shape[1:]
+        g = g.reshape(shape[dim], -1)
+    elif dim == g.ndim - 1:
+        g, at = g.reshape(shape[0], -1, shape[dim]), 2
+    else:
+        g, at = g.reshape(math.prod(shape[:dim]), shape[dim], -1), 1
     for axis in axes:
         if mesh.shape[axis] > 1:
             for groups in stages(mesh.shape[axis], _ring(mesh, axis)):
-                g = jax.lax.psum_scatter(g, axis, scatter_dimension=0, axis_index_groups=groups, tiled=True)
-    return (jnp.moveaxis(g.reshape(-1, *rest), 0, dim),)
+                g = jax.lax.psum_scatter(g, axis, scatter_dimension=at, axis_index_groups=groups, tiled=True)
+    if at == 0:
+        return (jnp.moveaxis(g.reshape(-1, *rest), 0, dim),)
+    return (g.reshape(*shape[:dim], -1, *shape[dim + 1 :]),)
 
 
 gather_shards.defvjp(_forward, _backward)
