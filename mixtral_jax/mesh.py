@@ -74,10 +74,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     from jax.experimental import mesh_utils
 
-    try:
-        grid = mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # axes that are no products of the torus' dimensions, such as 8 x 8 on 4 x 4 x 4
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # a physical axis is split only where it must be, such as 8 x 8 on 4 x 4 x 4
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     remember_torus(mesh)
     return mesh
