@@ -15,6 +15,8 @@ from mixtral_jax.rope import apply_rope
 from mixtral_jax.sharding import axis_index, axis_size, gather, psum
 from mixtral_jax.zigzag import Part, whole_row
 
+PROJECTIONS = ("query", "key", "value", "output")
+
 
 class Rows(NamedTuple):
     """Where each token of a packed row stands: what attention masks and rotary angles are made of."""
@@ -57,7 +59,7 @@ class Attention(nnx.Module):
         adapter = getattr(self, f"{name}_lora", None)
         if adapter is None:
             return y
-        own_key = None if key is None else jax.random.fold_in(key, len(name))
+        own_key = None if key is None else jax.random.fold_in(key, PROJECTIONS.index(name))
         x_MI = x.reshape(x.shape[0] * x.shape[1], -1)
         return y + low_rank(x_MI, adapter.ready(x.dtype, own_key)).reshape(y.shape)
 
