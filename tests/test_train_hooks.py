@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.best import Best
 from train.console import Console, clock, train_line
+from train.evaluate import TOKENS, EvalConfig, Evaluate, token_metrics
 from train.hooks import (
-    EvalConfig,
-    Evaluate,
     Log,
     LogConfig,
-    Measured,
     Moment,
     Profile,
     ProfileConfig,
     Sample,
     SampleConfig,
-    eval_metrics,
 )
 from train.metrics import JsonLines, Throughput, Writer
 from train.objectives import EvalSums
@@ -77,12 +75,24 @@ class Source(list):
     text_bytes, targets = 10, 4
 
 
+ALONE = {"measure": TOKENS, "best": Best(None)}
+
+
 def fake_eval(params, batch):
     return EvalSums(jnp.float32(batch), jnp.float32(2), jnp.float32(1))
 
 
 def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
-    hook = Evaluate(EvalConfig(every=4), {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console)
+    hook = Evaluate(
+        EvalConfig(every=4),
+        {"a": Source([1.0, 3.0])},
+        fake_eval,
+        lambda b: b,
+        writer,
+        console,
+        measure=TOKENS,
+        best=Best(None),
+    )
     assert due_steps(hook) == [4, 8, 12]
     hook.run(moment(4))
     (line,) = lines(tmp_path / "metrics.jsonl")
@@ -94,7 +104,9 @@ def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
 
 def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writer):
     config = EvalConfig(every=None, batches=1)
-    hook = Evaluate(config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console)
+    hook = Evaluate(
+        config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console, measure=TOKENS, best=Best(None)
+    )
     assert due_steps(hook) == [12]
     hook.run(moment(12))
     (line,) = lines(tmp_path / "metrics.jsonl")
@@ -102,7 +114,8 @@ def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writ
 
 
 def test_sources_together_are_weighted_by_tokens():
-    metrics = eval_metrics({"a": Measured(10.0, 10.0, 5.0, 8.0), "b": Measured(90.0, 30.0, 3.0, 32.0)})
+    sources = {"a": SimpleNamespace(text_bytes=8, targets=10), "b": SimpleNamespace(text_bytes=32, targets=30)}
+    metrics = token_metrics({"a": EvalSums(10.0, 10.0, 5.0), "b": EvalSums(90.0, 30.0, 3.0)}, sources)
     assert metrics["eval/loss"] == 100 / 40
     assert metrics["eval/bits_per_byte"] == pytest.approx(100 / (math.log(2) * 40))
     assert (metrics["eval/a/loss"], metrics["eval/b/loss"]) == (1.0, 3.0)

@@ -163,9 +163,11 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(start, pla
     original = checkpoint.PendingSave.result
 
     def result(self):
+        written = original(self)
         if self._path.name == "6":
+            self._path.rmtree()  # what a file system that is full leaves: nothing under the final name
             raise OSError(28, "No space left on device")
-        return original(self)
+        return written
 
     monkeypatch.setattr(checkpoint.PendingSave, "result", result)
     with pytest.raises(UserError, match=r"could not be written to .*: No space left on device; checkpoint 3 stands"):

@@ -1,5 +1,6 @@
 """Which step is saved when, and which one is resumed from."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
+from train.best import LINK, point_to
 from train.errors import UserError
 from train.state import TrainState
 
@@ -62,8 +64,12 @@ class Checkpointer:
         """Is a checkpoint to be made after `step` updates?"""
         return last or (self._config.every is not None and step % self._config.every == 0)
 
-    def save(self, state: TrainState, step: int, dataset: Mapping[str, Any], meta: Mapping[str, Any]) -> Saved | None:
+    def save(
+        self, state: TrainState, step: int, dataset: Mapping[str, Any], meta: Mapping[str, Any], best: int | None = None
+    ) -> Saved | None:
         """Start to save; the state may be donated as soon as this returns. Returns the save before, if one ended.
+
+        `best` is the step that <directory>/best stands for once this one is whole, and that is never pruned.
 
         Raises:
             OSError: this one, or the one before, could not be written. Complete checkpoints are untouched.
@@ -82,7 +88,7 @@ class Checkpointer:
             try:
                 size = pending.result()
                 self._outcome = Saved(step, time.perf_counter() - started, size)
-                self._prune()
+                self._prune(best)
             except Exception as error:
                 self._outcome = error
 
@@ -112,12 +118,16 @@ class Checkpointer:
             raise outcome
         return outcome
 
-    def _prune(self) -> None:
-        """Keep the newest `keep_last` whole checkpoints and every multiple of `keep_every`."""
+    def _prune(self, best: int | None) -> None:
+        """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`."""
         if jax.process_index() != 0:
             return
+        if best is None:  # of a run that watched something before
+            best = best_step(self.directory)
+        elif best != best_step(self.directory):
+            point_to(self.directory, best)
         old, every = saved_steps(self.directory)[: -self._config.keep_last], self._config.keep_every
-        discard(self.directory, [step for step in old if every is None or step % every])
+        discard(self.directory, [step for step in old if step != best and (every is None or step % every)])
 
 
 def saved_steps(directory: epath.PathLike) -> list[int]:
@@ -126,6 +136,14 @@ def saved_steps(directory: epath.PathLike) -> list[int]:
     if not root.exists():
         return []
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def best_step(directory: epath.PathLike) -> int | None:
+    """The step that <directory>/best stands for, if it is there."""
+    link = epath.Path(directory) / LINK
+    if "://" not in str(directory):
+        return int(os.readlink(link)) if os.path.islink(link) else None
+    return int(link.read_text()) if link.exists() else None
 
 
 def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
@@ -174,8 +192,10 @@ def restore_state(found: Found, abstract: TrainState) -> TrainState:
 
 
 def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
-    """Remove these checkpoints; process 0 does it."""
+    """Remove these checkpoints, and the name of the best where it is one of them; process 0 does it."""
     for step in steps if jax.process_index() == 0 else ():
+        if best_step(directory) == step:
+            point_to(directory, None)
         path = epath.Path(directory) / str(step)
         (path / checkpoint.COMMIT).unlink(missing_ok=True)  # from here on it counts as incomplete
         path.rmtree(missing_ok=True)

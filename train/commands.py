@@ -1,7 +1,6 @@
 """What needs both a tokenizer and a model: `generate` and `eval`."""
 
 import contextlib
-import itertools
 import json
 import math
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 
 from data.chat import encode_prompt, load_template
-from data.loader import EvalSource, eval_batches
+from data.loader import eval_batches
 from data.template import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.config import ComputeConfig
@@ -24,8 +23,8 @@ from mixtral_jax.model import Mixtral, compute_dtype
 from train.checkpoint import find
 from train.config import RunConfig, load_config
 from train.errors import UserError
+from train.evaluate import add_up, token_metrics
 from train.feed import batch_share, make_put
-from train.hooks import Measured, eval_metrics
 from train.objectives import token_sums
 
 EXIT_DONE, EXIT_NOT_FINITE = 0, 3
@@ -157,6 +156,22 @@ def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> in
     """Print loss, perplexity, bits per byte and accuracy of each validation source; 3 where a loss is not finite.
 
     Raises:
+        UserError: as `measure`.
+    """
+    metrics = measure(checkpoint, config)
+    if jax.process_index() == 0:
+        names = [source.name for source in config.data.validation]
+        print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, names))
+    if not math.isfinite(metrics["eval/loss"]):
+        print("exit 3: the loss is not finite", file=sys.stderr)
+        return EXIT_NOT_FINITE
+    return EXIT_DONE
+
+
+def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
+    """eval/{loss,perplexity,bits_per_byte,accuracy} over the validation sources of a run file, and eval/<source>/*.
+
+    Raises:
         UserError: the file is one for preferences, has no validation sources, or its tokenizer does not fit the model.
     """
     data: Any = getattr(config, "data", None)
@@ -178,28 +193,14 @@ def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> in
             shard=share, seed=config.seed,
         )  # fmt: skip
         put = make_put(mesh, share)
-        measured = {name: _measure(model, source, put, config.eval.batches) for name, source in sources.items()}
-    metrics = eval_metrics(measured)
-    if jax.process_index() == 0:
-        print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, list(measured)))
-    if not math.isfinite(metrics["eval/loss"]):
-        print("exit 3: the loss is not finite", file=sys.stderr)
-        return EXIT_NOT_FINITE
-    return EXIT_DONE
+        batches = config.eval.batches
+        sums = {name: add_up(lambda batch: _sums(model, put(batch)), own, batches) for name, own in sources.items()}
+    return token_metrics(sums, sources)
 
 
 @jax.jit
 def _sums(model: Mixtral, batch: Any) -> Any:
     return token_sums(model, jax.tree.map(lambda x: x[0], batch))[0]
-
-
-def _measure(model: Mixtral, source: EvalSource, put: Any, batches: int | None) -> Measured:
-    nll, weight, correct = 0.0, 0.0, 0.0
-    for batch in itertools.islice(source, batches):
-        sums = jax.device_get(_sums(model, put(batch)))
-        nll, weight, correct = nll + float(sums.nll), weight + float(sums.weight), correct + float(sums.correct)
-    # part of the text only: its bytes in proportion to the targets
-    return Measured(nll, weight, correct, source.text_bytes * weight / max(source.targets, 1))
 
 
 def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:

@@ -88,6 +88,14 @@ def eval_lines(step: int, metrics: Mapping[str, float | None], sources: list[str
     show(f"  {key.replace('_', ' ')}: {' | '.join(parts)}")
 
 
+def pair_lines(step: int, metrics: Mapping[str, float | None], sources: list[str], show: Callable[[str], None]) -> None:
+    """The evaluation of pairs: loss and reward accuracy of all sources together, then the accuracy of each."""
+    key = "rewards/accuracies"
+    loss, accuracy, pairs = (metrics[f"eval/{name}"] for name in ("loss", key, "pairs"))
+    show(f"eval at step {step}: loss {loss:.4f}, chosen before rejected {accuracy:.1%} of {pairs:.0f}")
+    show("  " + " | ".join(f"{name} {metrics[f'eval/{name}/{key}']:.1%}" for name in sources))
+
+
 def clock(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     if not math.isfinite(seconds):

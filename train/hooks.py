@@ -1,7 +1,6 @@
-"""What happens between steps: log, eval, checkpoint, sample, profile, watchdog; each with an interval."""
+"""What happens between steps: log, checkpoint, sample, profile, watchdog; each with an interval."""
 
 import faulthandler
-import itertools
 import json
 import math
 import os
@@ -16,26 +15,17 @@ import numpy as np
 import optax
 from pydantic import Field
 
-from data.loader import EvalSource
 from mixtral_jax.config import FrozenConfig
+from train.best import Best
 from train.checkpoint import Checkpointer, Saved, saved_steps
-from train.console import Console, eval_lines, train_line
+from train.console import Console, train_line
 from train.errors import UserError
-from train.metrics import JsonLines, Throughput, Writer, bits_per_byte, perplexity
-from train.objectives import EvalSums
+from train.metrics import JsonLines, Throughput, Writer
 from train.optimizer import Params
 from train.state import TrainState
 from train.step import StepReport
 
 EXIT_WATCHDOG = 124
-
-
-class EvalConfig(FrozenConfig):
-    """Loss, perplexity and bits per byte of each validation source; also measured after the last step."""
-
-    every: int | None = Field(100, gt=0, description="steps between evaluations; null: only after the last")
-    batches: int | None = Field(None, gt=0, description="batches per source; null: its whole text")
-    batch_size: int | None = Field(None, gt=0, description="sequences per batch; null: micro_batch_size")
 
 
 class SampleConfig(FrozenConfig):
@@ -127,77 +117,24 @@ class Log:
         self._console.say(train_line(moment.step, self._steps, metrics, left))
 
 
-class Evaluate:
-    """Cross-entropy, perplexity and bits per byte of each validation source, and of all together."""
-
-    def __init__(
-        self, config: EvalConfig, sources: Mapping[str, EvalSource], eval_step: Callable[[Params, Any], EvalSums],
-        put: Callable[[Any], Any], writer: Writer, console: Console,
-    ):  # fmt: skip
-        self._config, self._sources, self._eval_step, self._put = config, sources, eval_step, put
-        self._writer, self._console = writer, console
-
-    def due(self, step: int, last: bool) -> bool:
-        return bool(self._sources) and (last or (self._config.every is not None and step % self._config.every == 0))
-
-    def run(self, moment: Moment) -> None:
-        measured = {name: self._measure(moment.state.params, source) for name, source in self._sources.items()}
-        metrics = eval_metrics(measured)
-        self._writer.write(moment.step, metrics)
-        eval_lines(moment.step, metrics, list(measured), self._console.say)
-
-    def _measure(self, params: Params, source: EvalSource) -> "Measured":
-        nll, weight, correct = 0.0, 0.0, 0.0
-        for batch in itertools.islice(source, self._config.batches):
-            sums = jax.device_get(self._eval_step(params, self._put(batch)))
-            nll, weight, correct = nll + float(sums.nll), weight + float(sums.weight), correct + float(sums.correct)
-        # part of the text only: its bytes in proportion to the targets
-        return Measured(nll, weight, correct, source.text_bytes * weight / max(source.targets, 1))
-
-
-class Measured(NamedTuple):
-    """Sums over one validation source."""
-
-    nll: float
-    weight: float
-    correct: float
-    utf8_bytes: float
-
-
-def eval_metrics(measured: Mapping[str, Measured]) -> dict[str, float]:
-    """eval/* over all sources together, and eval/<source>/*."""
-    total = Measured(*(sum(column) for column in zip(*measured.values(), strict=True)))
-    return {
-        f"eval/{prefix}{key}": value
-        for prefix, sums in {"": total, **{f"{name}/": sums for name, sums in measured.items()}}.items()
-        for key, value in _ratios(sums).items()
-    }
-
-
-def _ratios(sums: Measured) -> dict[str, float]:
-    loss = sums.nll / max(sums.weight, 1.0)
-    ratios = {"loss": loss, "perplexity": perplexity(loss), "accuracy": sums.correct / max(sums.weight, 1.0)}
-    if sums.utf8_bytes:  # 0: only answers are predicted, there is no text that bits would be of
-        ratios["bits_per_byte"] = bits_per_byte(sums.nll, sums.utf8_bytes)
-    return ratios
-
-
 class Checkpoint:
     """Saves the state, the position in the data and the configuration; reports finished saves."""
 
     def __init__(
         self, checkpointer: Checkpointer, writer: Writer, console: Console,
-        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]],
+        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]], best: Best,
     ):  # fmt: skip
         self._checkpointer, self._writer, self._console, self._items = checkpointer, writer, console, items
+        self._best = best
 
     def due(self, step: int, last: bool) -> bool:
-        return self._checkpointer.due(step, last)
+        return self._checkpointer.due(step, last) or step == self._best.step
 
     def run(self, moment: Moment) -> None:
         """Raises UserError where the file system refuses; the checkpoints before stand."""
         dataset, meta = self._items(moment)
-        self._attempt(lambda: self._checkpointer.save(moment.state, moment.step, dataset, meta), moment.step)
+        best = self._best.step
+        self._attempt(lambda: self._checkpointer.save(moment.state, moment.step, dataset, meta, best), moment.step)
 
     def finish(self, step: int) -> None:
         """Wait for the save under way."""

@@ -11,16 +11,17 @@ from data.chat import encode_prompt, load_template
 from data.loader import eval_batches
 from mixtral_jax.generate import generate
 from mixtral_jax.mesh import make_mesh
+from train.best import Best
 from train.build import Parts, build
 from train.checkpoint import Checkpointer, saved_steps
 from train.config import Provenance, RunConfig
 from train.console import Console
 from train.epochs import settle_steps
+from train.evaluate import PAIRS, TOKENS, Evaluate
 from train.feed import Feed
-from train.hooks import Checkpoint, Evaluate, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
+from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
-from train.pair_hooks import EvaluatePairs
 from train.resume import where_to_start
 from train.run_dir import RunDirectory
 from train.step import StepReport
@@ -92,16 +93,20 @@ def _run(run: Run, provenance: Provenance | None, force: bool) -> Outcome:
     if found is not None and found.step >= config.steps:
         reason = f"nothing left to do: {found.step} of {config.steps} steps are done (--force starts again)"
         return Outcome(EXIT_DONE, "done", found.step, reason)
+    best = Best(config.early_stopping, None if found is None else found.meta.get("best"))
+    if found is not None and best.exhausted:
+        reason = f"nothing left to do: {best.why_stopped} (a larger early_stopping.patience goes on)"
+        return Outcome(EXIT_DONE, "done", found.step, reason)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         parts = build(config, mesh, found, run.console.say)
         with contextlib.closing(parts.loader), contextlib.closing(Writers(config, run.place, parts.start)) as writers:
             run.place.describe(config, provenance, mesh)
             run.place.write_status("running", parts.start, "", None)
-            return _train(run, parts, writers)
+            return _train(run, parts, writers, best)
 
 
-def _train(run: Run, parts: Parts, writers: Writers) -> Outcome:
+def _train(run: Run, parts: Parts, writers: Writers, best: Best) -> Outcome:
     """Compile, make the hooks, run the steps, and say how it ended."""
     config = run.config
     feed = Feed(parts.loader, parts.put)
@@ -111,16 +116,16 @@ def _train(run: Run, parts: Parts, writers: Writers) -> Outcome:
     writers.metrics.write(parts.start, {"perf/compile_seconds": time.perf_counter() - began})
     throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
     ledger = _Ledger(parts.tokens, writers.metrics, throughput)
-    checkpoint = Checkpoint(
-        Checkpointer(config.checkpoint, run.checkpoints), writers.metrics, run.console, _items(config, parts)
-    )
+    checkpointer, items = Checkpointer(config.checkpoint, run.checkpoints), _items(config, parts, best)
+    checkpoint = Checkpoint(checkpointer, writers.metrics, run.console, items, best)
     log = Log(config.log, writers.metrics, writers.moe, throughput, lambda: feed.waited, run.console, config.steps)
-    hooks: list[Hook] = [log, checkpoint, *_other_hooks(run, parts, writers.metrics)]
+    # A checkpoint holds what the evaluation of its step said.
+    hooks: list[Hook] = [log, *_evaluation(run, parts, writers.metrics, best), checkpoint, *_other_hooks(run, parts)]
     watchdog = _watchdog(run)
     run.console.start(config.steps, parts.start)
     try:
         with contextlib.closing(watchdog):
-            outcome = _steps(run, parts, train_step, feed, batch, ledger, hooks, checkpoint, watchdog)
+            outcome = _steps(run, parts, train_step, feed, batch, ledger, hooks, checkpoint, watchdog, best)
         checkpoint.finish(outcome.step)
         return outcome
     except Diverged as error:
@@ -132,7 +137,7 @@ def _train(run: Run, parts: Parts, writers: Writers) -> Outcome:
 
 def _steps(
     run: Run, parts: Parts, train_step: Any, feed: Feed, batch: Any, ledger: "_Ledger", hooks: list[Hook],
-    checkpoint: Checkpoint, watchdog: Watchdog,
+    checkpoint: Checkpoint, watchdog: Watchdog, best: Best,
 ) -> Outcome:  # fmt: skip
     state, steps = parts.state, run.config.steps
     ledger.throughput.restart()
@@ -143,23 +148,28 @@ def _steps(
             batch = next(feed)  # while the step runs
         ledger.enter(step, report)
         signal = run.interrupts.requested(step)
-        due = [hook for hook in hooks if hook.due(step, last)]
-        if first or due or signal:
+        if first or signal or any(hook.due(step, last) for hook in hooks):
             ledger.settle()
         if first:
             run.console.say(f"step {step} done {time.perf_counter() - run.began:.1f} s after the start")
         moment = Moment(step, state, report, ledger.tokens, last)
-        for hook in due:
+        for hook in hooks:
+            if not hook.due(step, last):  # asked again: an evaluation can make a checkpoint due
+                continue
             with ledger.pause(counted=isinstance(hook, Log)):
                 hook.run(moment)
         run.console.advance(step)
         watchdog.beat()
-        if signal and not last:
-            checkpoint.run(moment)
-            checkpoint.finish(step)
-            reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
-            return Outcome(EXIT_PREEMPTED, "preempted", step, reason)
-    return Outcome(EXIT_DONE, "done", steps, f"{steps} steps are done; everything is in {run.place.path}")
+        if last or not (signal or best.exhausted):
+            continue
+        checkpoint.run(moment)
+        checkpoint.finish(step)
+        if best.exhausted:
+            return Outcome(EXIT_DONE, "done", step, f"stopped after step {step} of {steps}: {best.why_stopped}")
+        reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
+        return Outcome(EXIT_PREEMPTED, "preempted", step, reason)
+    reason = f"{steps} steps are done; everything is in {run.place.path}"
+    return Outcome(EXIT_DONE, "done", steps, f"{reason}; {best}" if str(best) else reason)
 
 
 class _Ledger:
@@ -203,33 +213,40 @@ class _Ledger:
             self.throughput.exclude(time.perf_counter() - began)
 
 
-def _items(config: RunConfig, parts: Parts) -> Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]]:
+def _items(config: RunConfig, parts: Parts, best: Best) -> Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]]:
     """What a checkpoint holds beside the state: the position in the data, and what made it."""
     resolved = config.model_dump(mode="json")
 
     def items(moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
         row = parts.first_row + (moment.step - parts.start) * config.global_batch_size
         dataset = {"next_row": row, "fingerprint": parts.loader.fingerprint, "tokens": moment.tokens}
-        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved}
+        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": best.record}
 
     return items
 
 
-def _other_hooks(run: Run, parts: Parts, writer: Writer) -> list[Hook]:
+def _evaluation(run: Run, parts: Parts, writer: Writer, best: Best) -> list[Hook]:
+    config = run.config
+    if not config.data.validation:
+        return []
+    sources = eval_batches(
+        config.data,
+        seq_len=config.seq_len,
+        batch_size=config.eval.batch_size or config.rows_per_micro_batch,
+        shard=parts.share,
+        seed=config.seed,
+        references=parts.references,
+    )
+    measure = PAIRS if config.stage == "dpo" else TOKENS
+    evaluate = Evaluate(
+        config.eval, sources, parts.eval_step, parts.put, writer, run.console, measure=measure, best=best
+    )
+    return [evaluate]
+
+
+def _other_hooks(run: Run, parts: Parts) -> list[Hook]:
     config = run.config
     hooks: list[Hook] = []
-    data = config.data
-    if data.validation:
-        sources = eval_batches(
-            data,
-            seq_len=config.seq_len,
-            batch_size=config.eval.batch_size or config.rows_per_micro_batch,
-            shard=parts.share,
-            seed=config.seed,
-            references=parts.references,
-        )
-        evaluate = EvaluatePairs if config.stage == "dpo" else Evaluate
-        hooks.append(evaluate(config.eval, sources, parts.eval_step, parts.put, writer, run.console))
     if config.sample.every is not None and config.sample.prompts:
         hooks.append(Sample(config.sample, _continuation(config, parts), run.place.samples, run.console))
     if config.log.profile is not None:

@@ -11,8 +11,10 @@ from data.config import DataConfig
 from mixtral_jax.config import PRESETS, ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.mesh import MeshConfig
+from train.best import EarlyStoppingConfig, watching_problems
 from train.checkpoint import CheckpointConfig
-from train.hooks import EvalConfig, LogConfig, SampleConfig
+from train.evaluate import EvalConfig
+from train.hooks import LogConfig, SampleConfig
 from train.objectives import RouterConfig
 from train.optimizer import OptimizerConfig
 
@@ -60,6 +62,9 @@ class RunConfig(FrozenConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="keep the best checkpoint, and end a run that no longer gets better; null: neither"
+    )
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
 
@@ -105,7 +110,9 @@ class RunConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        problems = [*_batch_problems(self), *_schedule_problems(self), *_mesh_problems(self)]
+        problems = [
+            *_batch_problems(self), *_schedule_problems(self), *_mesh_problems(self), *_watching_problems(self)
+        ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -150,6 +157,12 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         )
     if isinstance(config.resume, int) and not 0 <= config.resume <= config.steps:
         yield f"resume ({config.resume}) is no step between 0 and steps ({config.steps})"
+
+
+def _watching_problems(config: RunConfig) -> Iterator[str]:
+    if config.early_stopping is not None:
+        sources = [source.name for source in config.data.validation]
+        yield from watching_problems(config.early_stopping, config.data.examples, sources, config.eval.every)
 
 
 def _mesh_problems(config: RunConfig) -> Iterator[str]:
