@@ -3,7 +3,9 @@
 The transpose of an all-gather is a reduce-scatter. The TPU compiler has no such collective for a group that spans a
 torus of two or three dimensions: it reduces the whole gradient to every chip and throws most of it away. (Seen in
 compiled text: an all-reduce of the full (E, D, 2, F) gradient on v5p:4x4x2 and v5e:16x16.) Hence stages, each over part
-of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps.
+of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps. A gather of small
+shards becomes an all-reduce of the whole, too (keys' and values' projections on v5e:16x16): they are gathered in the
+same steps backwards. Large shards are gathered at once, over all links of the torus.
 """
 
 import math
@@ -13,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+
+SMALL_SHARD = 64 * 2**10  # bytes; 32 kB were seen to be all-reduced, 128 kB not
 
 # Chips along the innermost dimension of the torus, by mesh: a trace sees only an abstract mesh, which does not know
 # where its devices stand.
@@ -35,7 +39,13 @@ def innermost(coords: list[tuple[int, ...]]) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_shards(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """`w` whole along `dim`, from the devices along `axes` (the first varies slowest), inside a shard_map."""
-    return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    mesh = jax.sharding.get_abstract_mesh()
+    live = [axis for axis in axes if mesh.shape[axis] > 1]
+    if len(live) != 1 or w.size * w.dtype.itemsize > SMALL_SHARD:
+        return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    for groups in reversed(stages(mesh.shape[live[0]], _ring(mesh, live[0]))):
+        w = jax.lax.all_gather(w, live[0], axis=dim, axis_index_groups=groups, tiled=True)
+    return w
 
 
 def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:

@@ -44,6 +44,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 # Logical axes that are gathered before use; the others are computed on as shards.
 GATHERED = ("embed", "expert_embed")
+# A logical axis that is gathered as one with the axis behind it, as products use it: a tile of (2, F) is not one of
+# (2F), and joined after the gather the whole matrix would be copied.
+JOINED = "gate_up"
 
 
 # ---- placement, decided once -----------------------------------------------------------------------------------------
@@ -175,16 +178,28 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(varying(a, axes) for a in arrays)
 
 
+def _cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`w` in `dtype`. To bf16 it is rounded before it is cast, which changes no value: the TPU compiler moves a bare
+    cast of a layer's slice out of the loop over layers (bfloat16-propagation) and so keeps all shards twice.
+    """
+    if (w.dtype, jnp.dtype(dtype)) == (jnp.float32, jnp.bfloat16):
+        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+    return w.astype(dtype)
+
+
 def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
 
     Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
     """
-    w = param[...].astype(dtype)
+    w = _cast(param[...], dtype)
     if not _inside():
         return checkpoint_name(w, "weights")
     w = varying(w, TOKEN_AXES)
     names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
+    if JOINED in names:
+        at = names.index(JOINED)
+        w, names = w.reshape(*w.shape[:at], -1, *w.shape[at + 2 :]), (*names[:at], *names[at + 1 :])
     for dim, name in enumerate(names):
         if name in GATHERED:
             w = gather_shards(w, LOGICAL_AXES[name], dim)

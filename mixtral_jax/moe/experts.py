@@ -22,7 +22,7 @@ def swiglu(h_R2F: Float[Array, "R twoF"]) -> Float[Array, "R F"]:
 class ExpertWeights(NamedTuple):
     """The matrices of this device's experts, gathered, with their adapters."""
 
-    w13_ED2F: Float[Array, "E D 2 F"]  # [..., 0, :] is w1, [..., 1, :] is w3
+    w13_ED2F: Float[Array, "E D *twoF"]  # (2, F), w1 then w3, or joined to 2F
     w2_EFD: Float[Array, "E F D"]
     adapters: Mapping[str, LowRank] = {}  # of some of w1, w3, w2
 
