@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax import sharding
 from mixtral_jax.config import PRESETS, MixtralConfig
-from mixtral_jax.mesh import MESH_AXES, MeshConfig, make_mesh
+from mixtral_jax.mesh import MESH_AXES, MeshConfig, device_grid, make_mesh
 from mixtral_jax.model import abstract_model
 from mixtral_jax.sharding import param_spec, param_specs
 
@@ -182,3 +182,60 @@ def test_an_axis_without_a_rule_and_an_axis_used_twice_are_errors(monkeypatch):
         param_spec(("embed", "expert_embed"), (4, 4), mesh_shape, "extra.weight")
     with pytest.raises(ValueError, match=r"extra.weight has 2 dimensions but 1 logical axes: embed"):
         param_spec(("embed",), (4, 4), mesh_shape, "extra.weight")
+
+
+# ---- slices and nodes outside the fast network -----------------------------------------------------------------------
+
+
+def fake_devices(count, per_slice=None, per_process=1):
+    """In an order that no rule may rely on but that of their numbers inside a group."""
+    made = [
+        SimpleNamespace(id=i, platform="cpu", process_index=i // per_process, slice_index=i // (per_slice or count))
+        for i in range(count)
+    ]
+    return made[count // 2 :] + made[: count // 2]
+
+
+def ids(grid):
+    return np.vectorize(lambda d: d.id)(grid).squeeze()
+
+
+def test_slices_are_the_slowest_part_of_data():
+    """16 devices in 4 slices of two processes: each slice has its own index along data, and fsdp lies inside it."""
+    grid = device_grid(MeshConfig(data=1, fsdp=4, dcn_data=4), fake_devices(16, per_slice=4, per_process=2))
+    assert grid.shape == (4, 4, 1, 1, 1)
+    np.testing.assert_array_equal(ids(grid), np.arange(16).reshape(4, 4))
+
+
+def test_slices_along_data_and_fsdp_and_replicas_inside_a_slice():
+    config = MeshConfig(data=2, fsdp=2, expert=2, dcn_data=2, dcn_fsdp=2)
+    grid = ids(device_grid(config, fake_devices(32, per_slice=8)))
+    assert grid.shape == (4, 4, 2)  # data 2 x 2, fsdp 2 x 2, expert 2
+    slices = grid // 8
+    for data in range(4):
+        for fsdp in range(4):
+            assert set(slices[data, fsdp]) == {data // 2 * 2 + fsdp // 2}  # the outer half of each index
+    np.testing.assert_array_equal(grid[:2, :2], np.arange(8).reshape(2, 2, 2))
+
+
+def test_without_slices_nodes_are_runs_of_processes():
+    """Two nodes of two processes with two devices each."""
+    grid = device_grid(MeshConfig(data=1, expert=4, dcn_data=2), fake_devices(8, per_process=2))
+    np.testing.assert_array_equal(ids(grid), np.arange(8).reshape(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "words"),
+    [
+        (dict(fsdp=4, dcn_data=2), dict(count=16, per_slice=4), ["dcn_data 2 x dcn_fsdp 1 = 2", "4 slices", "data 4"]),
+        (dict(fsdp=4, dcn_data=4), dict(count=16, per_slice=8), ["= 4 groups", "2 slices", "dcn_data 2"]),
+        (dict(fsdp=2, dcn_fsdp=3), dict(count=12, per_process=3), ["dcn_fsdp 3 = 3", "4 processes"]),
+        (dict(fsdp=2, dcn_data=2), dict(count=16, per_process=16), ["= 2 groups", "1 processes", "or 1 where"]),
+        (dict(fsdp=2, dcn_data=3), dict(count=8, per_slice=3), ["8 devices are not a multiple of 6"]),
+        (dict(fsdp=2, dcn_data=2), dict(count=8, per_slice=5), ["every slice", "5, 3"]),
+    ],
+)  # fmt: skip
+def test_slices_that_do_not_divide_are_named(sizes, devices, words):
+    with pytest.raises(ValueError) as error:
+        device_grid(MeshConfig(**sizes), fake_devices(**devices))
+    assert all(w in str(error.value) for w in words), error.value

@@ -90,7 +90,28 @@ def test_every_leaf_has_an_origin(file: Path) -> None:
         ),
         (["mesh.expert=16"], "mesh.expert (16) does not divide model.num_local_experts (8): 1, 2, 4, 8 would"),
         (["mesh.tensor=3"], "mesh.tensor (3) does not divide model.num_key_value_heads (2): 1, 2 would"),
-        (["mesh.context=3"], "mesh.context (3) does not divide seq_len (64): 1, 2, 4 would"),
+        (["mesh.tensor=4"], "mesh.tensor (4) does not divide model.num_attention_heads (6): 1, 2, 3, 6 would"),
+        (
+            ["mesh.tensor=2", "model.intermediate_size=383"],
+            "mesh.tensor (2) does not divide model.intermediate_size (383): 1 would",
+        ),
+        (
+            ["mesh.fsdp=5", "mesh.expert=2"],
+            "mesh.fsdp x mesh.expert (10) does not divide model.hidden_size (192): 1, 2, 3, 4, 6, 8, 12, 16 would",
+        ),
+        (
+            ["mesh.context=3"],
+            "mesh.context (3) cuts each row in 6 pieces, but seq_len (64) is not a multiple of 6: 60 or 66 would be",
+        ),
+        (
+            ["mesh.context=64"],
+            "mesh.context (64) cuts each row in 128 pieces, but seq_len (64) is not a multiple of 128: 128 would be",
+        ),
+        (
+            ["mesh.fsdp=4", "eval.batch_size=6"],
+            "eval.batch_size (6) is not a multiple of the 4 batch shards of mesh.data x mesh.fsdp x mesh.expert: "
+            "8 would be",
+        ),
         (["resume=200"], "resume (200) is no step between 0 and steps (100)"),
         (["model.preset=mixtral"], "unknown preset"),
         (["model.num_experts_per_tok=9"], "num_experts_per_tok (9) is larger than num_local_experts (8)"),

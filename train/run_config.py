@@ -126,13 +126,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"{micro * max(1, round(rows / micro))} would be"
         )
     mesh = config.mesh
-    axes = (mesh.data, mesh.fsdp, mesh.expert, mesh.dcn_data, mesh.dcn_fsdp)
-    product = math.prod(size for size in axes if size > 0)  # -1 is not known before the devices are
-    if micro % product:
-        yield (
-            f"micro_batch_size ({micro}) is not a multiple of the {product} batch shards of "
-            f"mesh.data x mesh.fsdp x mesh.expert: {product * max(1, round(micro / product))} would be"
-        )
+    shards = _known(mesh.data, mesh.fsdp, mesh.expert, mesh.dcn_data, mesh.dcn_fsdp)
+    for key, size in (("micro_batch_size", micro), ("eval.batch_size", config.eval.batch_size or shards)):
+        if size % shards:
+            yield (
+                f"{key} ({size}) is not a multiple of the {shards} batch shards of "
+                f"mesh.data x mesh.fsdp x mesh.expert: {shards * max(1, round(size / shards))} would be"
+            )
     if config.seq_len > config.model.max_position_embeddings:
         yield (
             f"seq_len ({config.seq_len}) is larger than model.max_position_embeddings "
@@ -169,14 +169,30 @@ def _mesh_problems(config: RunConfig) -> Iterator[str]:
     """What each axis must divide; the sharding itself checks the rest, leaf by leaf."""
     model, mesh = config.model, config.mesh
     rules = [
-        ("expert", mesh.expert, "model.num_local_experts", model.num_local_experts),
-        ("tensor", mesh.tensor, "model.num_attention_heads", model.num_attention_heads),
-        ("tensor", mesh.tensor, "model.num_key_value_heads", model.num_key_value_heads),
-        ("tensor", mesh.tensor, "model.intermediate_size", model.intermediate_size),
-        ("tensor", mesh.tensor, "model.vocab_size", model.vocab_size),
-        ("context", mesh.context, "seq_len", config.seq_len),
+        ("mesh.expert", mesh.expert, "model.num_local_experts", model.num_local_experts),
+        (
+            "mesh.fsdp x mesh.expert",
+            _known(mesh.fsdp, mesh.dcn_fsdp, mesh.expert),
+            "model.hidden_size",
+            model.hidden_size,
+        ),
+        ("mesh.tensor", mesh.tensor, "model.num_attention_heads", model.num_attention_heads),
+        ("mesh.tensor", mesh.tensor, "model.num_key_value_heads", model.num_key_value_heads),
+        ("mesh.tensor", mesh.tensor, "model.intermediate_size", model.intermediate_size),
     ]
-    for axis, size, key, value in rules:
+    for axes, size, key, value in rules:
         if size > 1 and value % size:
             divisors = [str(d) for d in range(1, value + 1) if value % d == 0 and d <= 2 * size]
-            yield f"mesh.{axis} ({size}) does not divide {key} ({value}): {', '.join(divisors)} would"
+            yield f"{axes} ({size}) does not divide {key} ({value}): {', '.join(divisors)} would"
+    pieces, length = 2 * mesh.context, config.seq_len
+    if mesh.context > 1 and length % pieces:
+        fitting = [str(n) for n in (length // pieces * pieces, -(-length // pieces) * pieces) if n]
+        yield (
+            f"mesh.context ({mesh.context}) cuts each row in {pieces} pieces, but seq_len ({length}) is not a multiple "
+            f"of {pieces}: {' or '.join(fitting)} would be"
+        )
+
+
+def _known(*sizes: int) -> int:
+    """Product of the sizes of mesh axes; -1 is not known before the devices are."""
+    return math.prod(size for size in sizes if size > 0)
