@@ -47,6 +47,8 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COO
         (SKYPILOT | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, None),
         (GKE, ProcessSetup("tpu")),
         (GKE | SLICES, ProcessSetup("tpu")),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"} | SLICES, ProcessSetup("tpu")),
+        (GKE | {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}, ProcessSetup("tpu")),
         (GKE | {"JAX_PLATFORMS": "cpu"}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (GKE | {"JOB_COMPLETION_INDEX": "1"}, ProcessSetup("tpu")),
@@ -64,8 +66,9 @@ def test_a_whole_environment(env: dict[str, str], setup: ProcessSetup | None) ->
     + [(KUBERNETES, key) for key in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")]
     + [(JOBSET, key) for key in ("JOB_INDEX", "PROCESSES_IN_JOB")]
     + [(SKYPILOT, key) for key in SKYPILOT]
-    + [(GKE, "TPU_WORKER_ID")]
-    + [(GKE | SLICES, key) for key in ("MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")],
+    + [(GKE, key) for key in GKE]
+    + [(GKE | SLICES, key) for key in SLICES]
+    + [(GKE | {"TPU_WORKER_HOSTNAMES": "a"} | SLICES, key) for key in SLICES],
 )
 def test_half_an_environment_names_what_is_missing(env: dict[str, str], missing: str) -> None:
     half = {key: value for key, value in env.items() if key != missing}
@@ -79,6 +82,7 @@ def test_half_an_environment_names_what_is_missing(env: dict[str, str], missing:
         (JAX | {"JAX_PROCESS_ID": "4"}, "process id 4 is not below the number of processes, 4"),
         (JAX | {"JAX_NUM_PROCESSES": "many"}, "JAX_NUM_PROCESSES must be a whole number, not 'many'"),
         (JAX | {"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is missing"),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "1"}, "SLURM_NTASKS are missing: start the processes with srun"),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "start the processes with srun, or say --num-processes 1"),
         (JAX | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID must be a whole number"),
     ],

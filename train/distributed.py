@@ -69,7 +69,8 @@ def detect(
         return tpu
     if indexed:
         return _kubernetes(env)
-    if any((env.get(key) or "1") != "1" for key in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")):
+    several = any((env.get(key) or "1") != "1" for key in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+    if several or (env.get("SLURM_PROCID") or "0") != "0":
         return _slurm(env)
     if any(key in env for key in _SKYPILOT_THREE):
         return _skypilot(env)
@@ -124,6 +125,7 @@ def first_host(node_list: str) -> str:
 
 
 _JAX_THREE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_MEGASCALE_THREE = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
 _SKYPILOT_THREE = ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS")
 
 
@@ -177,13 +179,13 @@ def _may_use_tpu(env: Mapping[str, str]) -> bool:
 def _tpu_variables(env: Mapping[str, str]) -> ProcessSetup | None:
     """GKE gives each TPU worker its host names and number; several slices add MEGASCALE_*."""
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    slices = env.get("MEGASCALE_NUM_SLICES") or "1"
-    if not _may_use_tpu(env) or (len(hosts.split(",")) < 2 and slices == "1"):
+    sliced = env.get("MEGASCALE_NUM_SLICES") != "1" and any(env.get(key) for key in _MEGASCALE_THREE)
+    alone = len(hosts.split(",")) < 2 and (env.get("TPU_WORKER_ID") or "0") == "0"
+    if not _may_use_tpu(env) or (alone and not sliced):
         return None
     _require({**env, "TPU_WORKER_HOSTNAMES": hosts}, ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), "TPU")
-    if slices != "1":
-        keys = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-        _require(env, keys, "TPU with several slices")
+    if sliced:
+        _require(env, _MEGASCALE_THREE, "TPU with several slices")
     return ProcessSetup("tpu")
 
 
@@ -206,12 +208,12 @@ def _kubernetes(env: Mapping[str, str]) -> ProcessSetup | None:
 
 def _slurm(env: Mapping[str, str]) -> ProcessSetup | None:
     """One process per task of a step that srun started."""
-    tasks = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or ""
     if tasks == "1":
         return None
     hint = ": start the processes with srun, or say --num-processes 1"
-    keys = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    job, nodes, index, local = _require(env, keys, "SLURM", hint)
+    keys = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    job, nodes, index, local, tasks = _require({**env, "SLURM_NTASKS": tasks}, keys, "SLURM", hint)
     port = str(65535 - 4095 + _number("SLURM_JOB_ID", job) % 4096)  # two jobs on one node rarely share it
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # "2(x3)": 2 on each of 3
     sees_one = len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
