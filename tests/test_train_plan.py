@@ -7,14 +7,16 @@ import pytest
 
 from mixtral_jax.config import MixtralConfig
 from tests.tiny import write_run_file
+from tests.tuning import write_tuning_file
 from train.config import load_config
 from train.errors import UserError
 from train.plan import plan, run
 from train.plan.chips import CHIPS, parse_topology
-from train.plan.closed_form import attention_pairs, flops, memory, shape_of
+from train.plan.closed_form import attention_pairs, flops, memory, parts_of, shape_of
 from train.plan.hlo import Collective, read_program
 from train.plan.roofline import axes_of, bandwidth, sent_by_axis
 from train.plan.search import candidates
+from train.trainable import abstract_params, is_trained, keep, leaves
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
@@ -42,7 +44,8 @@ PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
   %x = bf16[16,32]{1,0} custom-call(%end), custom_call_target="tpu_custom_call", backend_config="{
 }
 "
-  %gmm.3 = bf16[16,32]{1,0} custom-call(%end), custom_call_target="tpu_custom_call"
+  %stack = bf16[2,32,8]{2,1,0} bitcast(%end)
+  %gmm.3 = bf16[16,8]{1,0} custom-call(%end, %stack), custom_call_target="tpu_custom_call"
   %dot = f32[16,8]{1,0} dot(%x, %end), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %conv = f32[16,8]{1,0} convolution(%x, %end), dim_labels=bf_io->bf
   %all-reduce = f32[16,8]{1,0} all-reduce(%dot), replica_groups=[2,4]<=[8], to_apply=%add
@@ -69,6 +72,7 @@ def test_a_program_is_counted_with_its_loops():
     program = read_program(PROGRAM)
     assert program.dot_flops == 5 * 2 * (2 * 16 * 32 * 8)
     assert program.kernels == {"x": 5, "gmm": 5}
+    assert program.grouped == {(32, 8): 5}
     assert program.unknown_loops == 0
     gathered, reduced = sorted(program.collectives, key=lambda c: c.kind)
     assert gathered == Collective("all-gather", 512, 5, ((0, 2, 4, 6), (1, 3, 5, 7)), True, ((32, 8),))
@@ -107,12 +111,21 @@ def test_a_torus_axis_has_only_its_own_links():
     assert bandwidth(v5p, "context", sizes) == pytest.approx(whole / 3)
     assert bandwidth(v5p, "fsdp", sizes) == pytest.approx(whole * 2 / 3)
     assert bandwidth(parse_topology("h100-64"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].slow_network
+    assert bandwidth(parse_topology("h100-8"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].network  # one node
 
 
 @pytest.fixture
 def make_config(tmp_path):
     def make(**changes):
         return load_config(write_run_file(tmp_path, **changes)).config
+
+    return make
+
+
+@pytest.fixture
+def make_tuning_config(tmp_path):
+    def make(stage, **changes):
+        return load_config(write_tuning_file(tmp_path, stage, **changes)).config
 
     return make
 
@@ -135,6 +148,41 @@ def test_closed_form_flops_are_those_of_the_model_and_what_is_computed_again(mak
     head = 6 * 4096 * 32000 * tokens
     assert full.dots - head == pytest.approx((none.dots - head) * 8 / 6)
     assert full.experts == pytest.approx(none.experts * 8 / 6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "router"),
+    [({"rank": 4}, {}), ({"rank": 3, "targets": ["attention.key", "moe.w2"]}, {}), ({"rank": 2}, {"update": "train"})],
+)
+def test_what_adapters_train_and_freeze_is_counted_as_the_model_makes_it(make_tuning_config, lora, router):
+    config = make_tuning_config("sft", lora=lora, router=router)
+    weights, trained = abstract_params(config, None), is_trained(config)
+    sizes = {name: sum(x.size for _, x in leaves(keep(weights, part))) for name, part in
+             (("trained", trained), ("frozen", lambda path: not trained(path)))}  # fmt: skip
+    parts = parts_of(config)
+    assert parts._asdict().items() >= sizes.items()
+    assert parts.copied == 0 and not parts.asked
+
+
+def test_a_frozen_base_has_no_gradient_and_no_moments_and_a_reference_is_one_more_forward(make_tuning_config):
+    common = {
+        "model": BIG, "seq_len": 4096, "global_batch_size": 32, "compute": {"remat": "none"},
+        "mesh": {"data": 1, "fsdp": 8},
+    }  # fmt: skip
+    tuned = make_tuning_config("sft", **common)
+    adapted = make_tuning_config("sft", **common, lora={"rank": 1, "targets": ["attention.key"]})
+    preferred = make_tuning_config("dpo", **common)
+    shape = shape_of(tuned, 8)
+    full, lora, dpo = (flops(config, shape) for config in (tuned, adapted, preferred))
+    assert lora.experts == pytest.approx(full.experts * 4 / 6)
+    assert lora.dots == pytest.approx(full.dots * 4 / 6, rel=1e-3)  # a rank of 1 is next to nothing
+    assert lora.attention == full.attention
+    assert dpo.experts == pytest.approx(full.experts * 8 / 6)
+    assert dpo.useful == pytest.approx(full.useful * 4 / 3)
+    whole = 46_702_792_704 * 4 / 8
+    parts = {name: memory(config, shape) for name, config in (("lora", adapted), ("dpo", preferred))}
+    assert parts["lora"]["frozen"] == pytest.approx(whole) and parts["lora"]["optimizer"] < whole / 1000
+    assert parts["lora"]["reference"] == 0 and parts["dpo"]["reference"] == pytest.approx(whole)
 
 
 def test_tiles_of_attention():
@@ -205,15 +253,50 @@ def test_the_local_mesh_is_compiled_for_its_cpus(make_config, tmp_path, capsys):
     assert "8 local CPU devices" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("lora", "reference", "kept"),
+    [(None, "frozen", "reference"), ({"rank": 2}, "lora_base", "frozen"), (None, "precomputed", None)],
+)
+def test_dpo_is_planned_with_its_reference(make_tuning_config, lora, reference, kept):
+    config = make_tuning_config(
+        "dpo", lora=lora, dpo={"reference": reference}, global_batch_size=8, mesh={"data": 1, "fsdp": 8}
+    )
+    report = plan(config, devices=8)
+    held = {name: getattr(report.memory, name) for name in ("frozen", "reference")}
+    assert [name for name, size in held.items() if size > 0] == ([kept] if kept else [])
+    base = config.model.num_params() * 4 / 8
+    if kept:
+        assert held[kept] == pytest.approx(base, rel=0.1)  # small vectors are on every device
+    else:
+        assert report.memory.parameters == pytest.approx(base, rel=0.1)
+    assert kept is None or f"{kept} " in "\n".join(report.lines())
+
+
+SMALL = {
+    **BIG, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def test_preference_learning_with_adapters_compiles_for_a_tpu_slice(make_tuning_config):
+    """The step and its reference's forward pass: FLOPs of the closed form, moments of the adapters only."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (extra: aot)")
+    config = make_tuning_config(
+        "dpo", model=SMALL, seq_len=1024, global_batch_size=8, mesh={"data": 1, "fsdp": 8}, lora={"rank": 16},
+        compute={"remat": "full"},
+    )  # fmt: skip
+    report = plan(config, topology="v5e-8")
+    assert report.fits and report.source == "compiled" and report.reduced_weights == ()
+    assert report.counted.total == pytest.approx(report.expected.total, rel=0.02)
+    assert report.memory.optimizer == pytest.approx(2 * report.memory.parameters, rel=0.01)
+    assert report.memory.frozen > 10 * report.memory.parameters and report.memory.reference == 0
+
+
 def test_a_step_with_every_kernel_compiles_for_a_tpu_slice(make_config):
     """megablox, splash and the ragged all-to-all on v5e-8; FLOPs of the closed form, no weight reduced whole."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (extra: aot)")
-    model = {
-        **BIG, "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    }  # fmt: skip
     config = make_config(
-        model=model, seq_len=1024, global_batch_size=8, mesh={"data": 1, "fsdp": 4, "expert": 2},
+        model=SMALL, seq_len=1024, global_batch_size=8, mesh={"data": 1, "fsdp": 4, "expert": 2},
         compute={"remat": "full"},
     )  # fmt: skip
     report = plan(config, topology="v5e-8")

@@ -2,7 +2,8 @@
 
 import json as jsonlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.config import RunConfig
@@ -92,15 +93,16 @@ def plan_all(
 def _report(config: RunConfig, topology: Topology, tokens: float | None, *, local: bool = False) -> PlanReport:
     shape = closed_form.shape_of(config, topology.chips)
     expected = closed_form.flops(config, shape)
-    counted, compiled, program = None, None, None
+    counted, compiled, programs = None, None, []
     if local or (topology.libtpu and has_libtpu()):
         mesh = plan_mesh(config, None if local else topology)
         compiled = compile_step(config, mesh, topology.chip.usable)
-        if compiled.text:
-            program = read_program(compiled.text)
+        if compiled.texts:
+            programs = [read_program(text) for text in compiled.texts]
             # on a CPU the products of experts and attention sit in loops whose length depends on the data
-            counted = None if local else _counted(config, shape, program)
-    traffic = _traffic(config, shape, program)
+            counted = None if local else _counted(config, shape, programs)
+    collectives = tuple(c for program in programs for c in program.collectives)
+    traffic = _traffic(config, shape, collectives if programs else None)
     sent: defaultdict[str, float] = defaultdict(float)
     for (_, axes), amount in traffic.items():
         sent[axes] += amount
@@ -117,8 +119,8 @@ def _report(config: RunConfig, topology: Topology, tokens: float | None, *, loca
         expected=expected,
         counted=counted,
         traffic=traffic,
-        asynchronous=_asynchronous(program),
-        reduced_weights=() if program is None else reduced_weights(config, program.collectives),
+        asynchronous=_asynchronous(collectives),
+        reduced_weights=reduced_weights(config, collectives),
         roofline=roofline(
             topology,
             flops=expected.total if counted is None else counted.total,
@@ -134,7 +136,7 @@ def _report(config: RunConfig, topology: Topology, tokens: float | None, *, loca
 
 def _source(topology: Topology, compiled: Compiled | None) -> str:
     if compiled is not None:
-        return "compiled" if compiled.text else "compiled, does not fit: traffic by closed form"
+        return "compiled" if compiled.texts else "compiled, does not fit: traffic by closed form"
     if topology.libtpu is None:
         return "closed form: a GPU program can only be compiled on a GPU"
     return "closed form: libtpu is not installed (pip install 'mixtral-jax[aot]')"
@@ -143,38 +145,38 @@ def _source(topology: Topology, compiled: Compiled | None) -> str:
 def _memory(config: RunConfig, shape: closed_form.Shape, topology: Topology) -> Memory:
     parts = closed_form.memory(config, shape)
     peak, limit = sum(parts.values()), topology.chip.usable
-    rest = peak - parts["parameters"] - parts["optimizer"]
-    return Memory(parts["parameters"], parts["optimizer"], rest, 0.0, peak, limit, max(0.0, peak - limit))
+    own = {name: parts[name] for name in ("parameters", "optimizer", "frozen", "reference")}
+    rest = peak - sum(own.values())
+    return Memory(**own, temporaries=rest, code=0.0, peak=peak, limit=limit, too_much=max(0.0, peak - limit))
 
 
-def _counted(config: RunConfig, shape: closed_form.Shape, program: Program) -> Counted:
-    """FLOPs of the program. Kernels count the rows and tiles that they compute, not the buffers that they are given."""
-    model = config.model
-    tokens = shape.tokens
+def _counted(config: RunConfig, shape: closed_form.Shape, programs: Sequence[Program]) -> Counted:
+    """FLOPs of the programs. Kernels count the rows and tiles that they compute, not the buffers they are given."""
+    model, tokens = config.model, shape.tokens
+    kernels = sum((program.kernels for program in programs), start=Counter())
+    matrices = sum((program.grouped for program in programs), start=Counter())
     rows = tokens * model.num_experts_per_tok
-    product = 2 * rows * model.hidden_size * model.intermediate_size / shape.sizes["tensor"]
-    # of each pass half of the calls have w13 (2F columns) and half w2 (F)
-    grouped = sum(program.kernels[name] for name in ("gmm", "tgmm"))
+    experts = 2 * rows * sum(math.prod(matrix) * calls for matrix, calls in matrices.items())
     pairs = closed_form.attention_pairs(config.seq_len, model.sliding_window)
     score = 2 * tokens * pairs * model.num_attention_heads * model.head_dim / shape.sizes["tensor"]
     products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-    attention = score * sum(n * program.kernels[name] for name, n in products.items())
-    return Counted(program.dot_flops, product * 1.5 * grouped, attention)
+    attention = score * sum(n * kernels[name] for name, n in products.items())
+    return Counted(sum(program.dot_flops for program in programs), experts, attention)
 
 
-def _traffic(config: RunConfig, shape: closed_form.Shape, program: Program | None) -> dict[tuple[str, str], float]:
-    if program is None:
+def _traffic(
+    config: RunConfig, shape: closed_form.Shape, collectives: tuple[Collective, ...] | None
+) -> dict[tuple[str, str], float]:
+    if collectives is None:
         return {("closed form", axes): amount for axes, amount in closed_form.traffic(config, shape).items()}
     local = max(1, config.model.num_local_experts // shape.sizes["expert"])
     share = 1 / min(shape.sizes["expert"], max(1, local * shape.sizes["expert"] // config.model.num_experts_per_tok))
-    return sent_by_axis(program.collectives, shape.sizes, share)
+    return sent_by_axis(collectives, shape.sizes, share)
 
 
-def _asynchronous(program: Program | None) -> float:
-    if program is None:
-        return 0.0
-    total = sum(c.bytes * c.times for c in program.collectives)
-    return sum(c.bytes * c.times for c in program.collectives if c.asynchronous) / max(total, 1)
+def _asynchronous(collectives: tuple[Collective, ...]) -> float:
+    total = sum(c.bytes * c.times for c in collectives)
+    return sum(c.bytes * c.times for c in collectives if c.asynchronous) / max(total, 1)
 
 
 def reduced_weights(config: RunConfig, collectives: tuple[Collective, ...]) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ micro-batch. The figures are held against compiled programs in tests and in docs
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mixtral_jax.config import MixtralConfig
 from train.config import RunConfig
+from train.stages import DpoStageConfig
 
 BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
 
@@ -60,24 +61,75 @@ def shape_of(config: RunConfig, devices: int) -> Shape:
 def flops(config: RunConfig, shape: Shape) -> Flops:
     """Forward 1, backward 2; `full` recomputes a layer's forward, `minimal` nothing that is a matrix product.
 
-    Attention's backward kernels compute the scores and their gradients twice: 7 products where 4 are needed.
+    Attention's backward kernels compute the scores and their gradients twice: 7 products where 4 are needed. Under
+    LoRA the frozen matrices have no gradient, so their backward is 1; the adapters' is 2. A live reference of DPO is
+    one more forward pass over everything, and useful; DPO computes the logits once more in its backward pass.
     """
-    model, again = config.model, config.compute.remat == "full"
+    model, parts, again = config.model, parts_of(config), 2 if config.compute.remat == "full" else 0
     tokens = shape.tokens * shape.accumulation / shape.sizes["tensor"]
-    layers, projections = model.num_hidden_layers, projection_params(model)
-    head = model.vocab_size * model.hidden_size
+    layers, head = model.num_hidden_layers, model.vocab_size * model.hidden_size
     router = 0 if model.is_dense else model.hidden_size * model.num_local_experts * shape.sizes["tensor"]
     expert = 3 * model.hidden_size * model.intermediate_size * model.num_experts_per_tok
-    passes = 8 if again else 6
+    ours = 6 if config.adapters is None else 4
+    reference = 2 if parts.asked else 0
+    dense = projection_params(model) + router
+    adapters = layers * (parts.dense_adapters + model.num_experts_per_tok * parts.expert_adapters)
     pairs = attention_pairs(config.seq_len, model.sliding_window)
     product = 2 * layers * model.num_attention_heads * model.head_dim * pairs * tokens
+    frozen = (ours - 6) * (layers * (dense + expert) + head)
+
+    def useful(kind: Literal["causal", "full"]) -> float:
+        whole = model.flops_per_token(config.seq_len, kind)
+        return tokens * (whole * (1 + reference / 6) + frozen + 6 * adapters)
+
     return Flops(
-        useful=model.flops_per_token(config.seq_len, "causal") * tokens,
-        useful_full=model.flops_per_token(config.seq_len, "full") * tokens,
-        dots=tokens * (passes * layers * projections + 6 * layers * router + (passes - 6) * layers * router + 6 * head),
-        experts=tokens * passes * layers * expert,
-        attention=product * (2 + 7 + (2 if again else 0)),
+        useful=useful("causal"),
+        useful_full=useful("full"),
+        dots=tokens
+        * (
+            layers * dense * (ours + again + reference)
+            + layers * parts.dense_adapters * (6 + again)
+            + head * (ours + reference + (2 if config.stage == "dpo" else 0))
+        ),
+        experts=tokens
+        * layers
+        * (expert * (ours + again + reference) + model.num_experts_per_tok * parts.expert_adapters * (6 + again)),
+        attention=product * (2 + 7 + again + reference),
     )
+
+
+class Parts(NamedTuple):
+    """Parameters by what a run does with them."""
+
+    trained: int
+    frozen: int  # the base under adapters
+    copied: int  # a reference's own copy
+    asked: bool  # a reference is asked for every batch
+    dense_adapters: int  # of one layer's attention
+    expert_adapters: int  # of one expert
+
+
+def parts_of(config: RunConfig) -> Parts:
+    """What is trained, what is kept, and what the reference of DPO adds."""
+    model, lora, whole = config.model, config.adapters, config.model.num_params()
+    kind = config.reference if isinstance(config, DpoStageConfig) else "none"
+    asked = kind in ("frozen", "lora_base")
+    if lora is None:
+        return Parts(whole, 0, whole if asked else 0, asked, 0, 0)
+    heads, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
+    width, ffn = model.hidden_size, model.intermediate_size
+    sides = {
+        "attention.query": width + heads, "attention.key": width + kv, "attention.value": width + kv,
+        "attention.output": heads + width, "moe.w1": width + ffn, "moe.w3": width + ffn, "moe.w2": ffn + width,
+    }  # fmt: skip
+    dense, expert = (
+        lora.rank * sum(size for name, size in sides.items() if name.startswith(room) and lora.adapts(name))
+        for room in ("attention.", "moe.")
+    )
+    router = 0 if model.is_dense else model.num_hidden_layers * model.hidden_size * model.num_local_experts
+    own = router if config.router_factor else 0
+    trained = model.num_hidden_layers * (dense + model.num_local_experts * expert) + own
+    return Parts(trained, whole - own, whole if asked and own else 0, asked, dense, expert)
 
 
 def attention_pairs(seq_len: int, window: int | None) -> float:
@@ -106,7 +158,8 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
     """Bytes of one chip: state exactly, the rest as what the step holds at its fullest, in the backward pass."""
     model, options = config.model, config.compute
     size = 4 if options.dtype == "float32" else 2
-    own = model.num_params() / shape.parameter_shards
+    parts = parts_of(config)
+    own = parts.trained / shape.parameter_shards
     dense, experts = layer_params(model)
     tensor, expert_axis = shape.sizes["tensor"], shape.sizes["expert"]
     layer = (dense + experts / expert_axis) / tensor * size
@@ -125,6 +178,8 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
         saved += 2 * heads + width + rows / tokens * (2 * ffn + width)
     return {
         "parameters": 4 * own,
+        "frozen": 4 * parts.frozen / shape.parameter_shards,
+        "reference": 4 * parts.copied / shape.parameter_shards,
         "optimizer": 8 * own,
         "gradients": 4 * own * (2 if shape.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved * size,
@@ -138,7 +193,8 @@ def traffic(config: RunConfig, shape: Shape) -> dict[str, float]:
     model, sizes = config.model, shape.sizes
     size = 4 if config.compute.dtype == "float32" else 2
     dense, experts = layer_params(model)
-    passes = 3  # gathered for the forward, again for the backward, and the gradient's way back
+    # gathered for the forward, again for the backward, the gradient's way back, and once for a reference
+    passes = (3 if config.adapters is None else 2) + parts_of(config).asked
     out: dict[str, float] = {}
     stored = sizes["fsdp"] * sizes["expert"]
     whole = model.num_hidden_layers * dense / sizes["tensor"] + 2 * model.vocab_size * model.hidden_size
@@ -150,7 +206,7 @@ def traffic(config: RunConfig, shape: Shape) -> dict[str, float]:
         axes = "+".join(a for a in ("fsdp", "expert") if sizes[a] > 1)
         out[axes] = out.get(axes, 0.0) + shape.accumulation * passes * size * whole * (stored - 1) / stored
     if sizes["data"] > 1:
-        out["data"] = shape.accumulation * 2 * size * model.num_params() / shape.parameter_shards
+        out["data"] = shape.accumulation * 2 * size * parts_of(config).trained / shape.parameter_shards
     if sizes["expert"] > 1 and not model.is_dense:
         moved = shape.tokens * model.num_experts_per_tok * model.hidden_size * size * (sizes["expert"] - 1)
         trips = 6 if config.compute.remat == "full" else 4
@@ -179,7 +235,9 @@ def memory_traffic(config: RunConfig, shape: Shape) -> float:
     uses = 8 if config.compute.remat == "full" else 6
     rows = model.num_experts_per_tok
     each = model.hidden_size * (14 + 4 * rows) + rows * 6 * model.intermediate_size / shape.sizes["tensor"]
-    passes = 4 if config.compute.remat == "full" else 3
+    lora, reference = config.adapters is not None, parts_of(config).asked
+    uses += (2 if reference else 0) - (2 if lora else 0)  # written and read: no gradient of a frozen matrix
+    passes = (4 if config.compute.remat == "full" else 3) + reference
     activations = passes * shape.tokens * each * size
     step = model.num_hidden_layers * (uses * layer + activations) * shape.accumulation
-    return 32 * model.num_params() / shape.parameter_shards + step
+    return 32 * parts_of(config).trained / shape.parameter_shards + step

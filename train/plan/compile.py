@@ -12,38 +12,44 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import PartitionSpec
 
-from data.batch import Batch
+from data.batch import Batch, PairBatch
+from mixtral_jax.lora import is_adapter
 from mixtral_jax.mesh import make_mesh
-from mixtral_jax.model import Mixtral, abstract_model
-from mixtral_jax.sharding import batch_sharding, param_shardings
+from mixtral_jax.sharding import batch_sharding
 from train.build import OBJECTIVES
 from train.config import RunConfig
 from train.errors import UserError
+from train.logps import make_sequence_logps
 from train.optimizer import make_optimizer
 from train.plan.chips import Topology
+from train.plan.closed_form import parts_of
+from train.stages import DpoStageConfig
 from train.state import TrainState, abstract_state
 from train.step import make_train_step
+from train.trainable import abstract_params, is_trained, keep, make_base_merge, make_merge
 
 
 class Memory(NamedTuple):
     """Bytes on one device."""
 
-    parameters: float
+    parameters: float  # that are trained
     optimizer: float
     temporaries: float  # activations, gathered weights, gradients, at their highest
     code: float
     peak: float
     limit: float
     too_much: float = 0.0  # by how much the compiler refused it
+    frozen: float = 0.0  # the base under adapters
+    reference: float = 0.0  # a reference's own copy of the weights
 
 
 class Compiled(NamedTuple):
     """What the compiler says of one step."""
 
     memory: Memory
-    text: str  # "" where it does not fit
+    texts: tuple[str, ...]  # of the step and of a live reference; () where the step does not fit
     seconds: float
 
 
@@ -81,17 +87,17 @@ def for_accelerator(config: RunConfig) -> RunConfig:
 
 
 def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float) -> Compiled:
-    """Lower and compile the training step with shapes in place of arrays.
-
-    Raises:
-        UserError: a stage whose step cannot be compiled without data.
-    """
-    step, state, batch = _step(config, mesh)
+    """Lower and compile the training step, and what asks a live reference, with shapes in place of arrays."""
+    step = _step(config, mesh)
     start = time.perf_counter()
-    own = {"parameters": local_bytes(state.params), "optimizer": local_bytes(state.optimizer)}
+    resident = {"parameters": step.state.params, "optimizer": step.state.optimizer, "frozen": step.frozen}
+    own = {name: local_bytes(tree) for name, tree in resident.items()}
+    own["reference"] = 0.0 if step.reference is step.frozen else local_bytes(step.reference)
     try:
         with _no_noise(), jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            compiled = step.lower(state, None, batch).compile()
+            programs = [step.train.lower(step.state, step.frozen, step.batch).compile()]
+            if step.ask is not None:
+                programs.append(step.ask.lower(step.reference, step.batch).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -99,39 +105,71 @@ def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float
         too_much, limit = _exceeded(str(error), limit)
         peak = limit + too_much
         rest = peak - sum(own.values())
-        return Compiled(Memory(**own, temporaries=rest, code=0, peak=peak, limit=limit, too_much=too_much), "", seconds)
+        return Compiled(Memory(**own, temporaries=rest, code=0, peak=peak, limit=limit, too_much=too_much), (), seconds)
     seconds = time.perf_counter() - start
-    stats = compiled.memory_analysis()
-    code = stats.generated_code_size_in_bytes
-    arguments = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = getattr(stats, "peak_memory_in_bytes", 0) or arguments + stats.temp_size_in_bytes
+    code = float(sum(p.memory_analysis().generated_code_size_in_bytes for p in programs))
+    peaks = [_peak(p.memory_analysis()) for p in programs]
+    # one runs after the other; each finds the other's arguments in its way
+    peaks[0] += own["reference"]
+    peaks[1:] = [p + sum(own.values()) - local_bytes(step.reference) for p in peaks[1:]]
+    peak = max(peaks)
     rest = peak - sum(own.values())
-    return Compiled(
-        Memory(**own, temporaries=rest, code=code, peak=peak, limit=limit, too_much=max(0.0, peak + code - limit)),
-        compiled.as_text(),
-        seconds,
-    )
+    too_much = max(0.0, peak + code - limit)
+    memory = Memory(**own, temporaries=rest, code=code, peak=peak, limit=limit, too_much=too_much)
+    return Compiled(memory, tuple(p.as_text() for p in programs), seconds)
 
 
-def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> tuple[Any, TrainState, Any]:
-    """The jitted step and its abstract arguments, placed."""
-    if config.stage not in OBJECTIVES or config.stage == "dpo":
-        raise UserError(f"plan compiles pretrain and sft runs, not {config.stage}")
-    model = abstract_model(config.model, config.compute)
-    graphdef, _ = nnx.split(model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(nnx.to_pure_dict(nnx.state(model)), optimizer, param_shardings(model, mesh))
+def _peak(stats: Any) -> float:
+    arguments = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return float(getattr(stats, "peak_memory_in_bytes", 0) or arguments + stats.temp_size_in_bytes)
 
-    def merge(params: Any, frozen: Any) -> Mixtral:
-        return nnx.merge(graphdef, params)
 
+class _Step(NamedTuple):
+    """Jitted functions and their abstract arguments, placed."""
+
+    train: Any  # (state, frozen, batch)
+    state: TrainState
+    frozen: Any
+    batch: Any
+    ask: Any  # (reference, batch), of a live reference; else None
+    reference: Any  # `frozen` itself where a reference needs no copy
+
+
+def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> _Step:
+    """What train/build.py makes for a run, of shapes."""
+    weights, trained = abstract_params(config, mesh), is_trained(config)
+    optimizer, shapes = make_optimizer(config.optimizer, config.steps, config.router_factor), keep(weights, trained)
+    placed = None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
+    state = abstract_state(shapes, optimizer, placed)
+    frozen = None if config.adapters is None else keep(weights, lambda path: not trained(path))
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(OBJECTIVES[config.stage](config), optimizer, merge, shardings)
-    shape = (config.accumulation, config.rows_per_micro_batch, config.seq_len)
-    place = batch_sharding(mesh)
-    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    return step, state, Batch(integers, integers, weights, integers, integers)
+    seed = config.seed if config.noisy else None
+    train = make_train_step(OBJECTIVES[config.stage](config), optimizer, make_merge(config), shardings, seed)
+    batch, ask, reference = _batch(config, mesh), None, None
+    if isinstance(config, DpoStageConfig) and parts_of(config).asked:
+        ask = make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
+        reference = keep(weights, lambda path: not is_adapter(path)) if parts_of(config).copied else frozen
+    return _Step(train, state, frozen, batch, ask, reference)
+
+
+def _batch(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Batch | PairBatch:
+    """Shapes of one optimizer step's rows, or of its rows of pairs."""
+    by_token = batch_sharding(mesh)
+    by_row = None
+    if by_token is not None:
+        by_row = jax.sharding.NamedSharding(by_token.mesh, PartitionSpec(*by_token.spec[:2]))
+    rows = (config.accumulation, config.rows_per_micro_batch)
+
+    def array(dtype: Any, *last: int, place: Any = by_token) -> Any:
+        return jax.ShapeDtypeStruct((*rows, *last), dtype, sharding=place)
+
+    ids, numbers = array(jnp.int32, config.seq_len), array(jnp.float32, config.seq_len)
+    if config.stage != "dpo":
+        return Batch(ids, ids, numbers, ids, ids)
+    pairs = config.data.pairs_per_row
+    lengths = array(jnp.int32, pairs, 2, place=by_row)
+    mask, logps = array(jnp.float32, pairs, place=by_row), array(jnp.float32, pairs, 2, place=by_row)
+    return PairBatch(ids, ids, ids, ids, ids, lengths, mask, logps)
 
 
 def local_bytes(tree: Any) -> float:

@@ -20,6 +20,8 @@ COLLECTIVES = (
     "collective-permute",
 )
 
+GROUPED = ("gmm", "tgmm")  # megablox: rows times matrices, and the matrices' gradient
+
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
@@ -55,6 +57,7 @@ class Program(NamedTuple):
     dot_flops: float
     collectives: tuple[Collective, ...]
     kernels: Counter  # name of a Pallas kernel -> calls
+    grouped: Counter  # (K, N) of one expert's matrix in a grouped matmul, of either direction -> calls
     unknown_loops: int  # loops whose trip count is not in the text, counted once
 
 
@@ -64,7 +67,7 @@ def read_program(text: str) -> Program:
     entry = next(re.finditer(r"^ENTRY %?([\w.\-]+)", text, re.M)).group(1)
     times, unknown = _times(computations, entry)
     scattering = _reduce_scatters(computations)
-    flops, kernels = 0.0, Counter[str]()
+    flops, kernels, grouped = 0.0, Counter[str](), Counter[tuple[int, ...]]()
     found: dict[tuple, Collective] = {}
     for name, instructions in computations.items():
         trips = times.get(name, 0.0)
@@ -76,10 +79,12 @@ def read_program(text: str) -> Program:
                 flops += trips * dot_flops(i, shapes)
             elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.text:
                 kernels[kernel_name(i.name)] += round(trips)
+                if kernel_name(i.name) in GROUPED:
+                    grouped[_matrix(i, shapes)] += round(trips)
             elif i.opcode.removesuffix("-start") in COLLECTIVES:
                 collective = _collective(i, shapes, trips, scattered=name in scattering)
                 found.setdefault(_identity(i, name, collective), collective)
-    return Program(flops, tuple(found.values()), kernels, unknown)
+    return Program(flops, tuple(found.values()), kernels, grouped, unknown)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
@@ -130,6 +135,12 @@ def dot_flops(i: Instruction, shapes: dict[str, str]) -> float:
 def kernel_name(instruction: str) -> str:
     """`gmm.66` -> `gmm`, `splash_mha_dq_segmented_no_residuals.9` -> `splash_mha_dq`."""
     return re.sub(r"(_segmented|_no_residuals|_residuals|[.\d])+$", "", instruction)
+
+
+def _matrix(kernel: Instruction, shapes: dict[str, str]) -> tuple[int, ...]:
+    """(K, N) of the matrices of a grouped matmul: the one array of three dimensions that it reads or writes."""
+    arrays = [*sizes(kernel.shape), *(s for o in kernel.operands for s in sizes(shapes.get(o, "")))]
+    return next(dims[1:] for _, dims in arrays if len(dims) == 3)
 
 
 def _times(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, float], int]:

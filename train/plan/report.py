@@ -67,8 +67,9 @@ class PlanReport(NamedTuple):
         )
         verdict = "fits" if self.fits else f"does NOT fit: {gb(m.too_much)} too much"
         yield f"memory per chip   {gb(m.peak)} of {gb(m.limit)}: {verdict}"
+        kept = "".join(f"{name} {gb(n)}, " for name, n in (("frozen", m.frozen), ("reference", m.reference)) if n)
         yield (
-            f"  parameters {gb(m.parameters)}, optimizer {gb(m.optimizer)}, gradients and temporaries "
+            f"  parameters {gb(m.parameters)}, {kept}optimizer {gb(m.optimizer)}, gradients and temporaries "
             f"{gb(m.temporaries)}, code {gb(m.code)}"
         )
         yield from self._flops_lines()

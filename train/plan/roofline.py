@@ -65,7 +65,8 @@ def bandwidth(topology: Topology, axes: str, sizes: Mapping[str, int]) -> float:
     """Bytes a second out of one chip along mesh axes such as `fsdp+expert`: those links of the torus that they use."""
     chip, count = topology.chip, math.prod(sizes.get(a, 1) for a in axes.split("+"))
     if chip.torus == 0:
-        return chip.network if count <= NODE_GPUS and axes in ("expert", "tensor", "context") else chip.slow_network
+        inside = topology.chips <= NODE_GPUS or (count <= NODE_GPUS and axes in ("expert", "tensor", "context"))
+        return chip.network if inside else chip.slow_network
     if topology.slices > 1 and axes == "data":
         return chip.slow_network
     dims = math.ceil(chip.torus * math.log(max(count, 2)) / math.log(max(topology.chips_per_slice, 2)) - 1e-9)
