@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +48,7 @@ GATHERED = ("embed", "expert_embed")
 # A logical axis that is gathered as one with the axis behind it, as products use it: a tile of (2, F) is not one of
 # (2F), and joined after the gather the whole matrix would be copied.
 JOINED = "gate_up"
+LANES = 128  # the minor dimension of a TPU's tiles
 
 
 # ---- placement, decided once -----------------------------------------------------------------------------------------
@@ -187,12 +189,21 @@ def _cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return w.astype(dtype)
 
 
+def _as_stored(w: jax.Array) -> jax.Array:
+    """`w`, a layer's slice, pinned on TPUs to the layout of the stack that it was cut from. Without that the compiler
+    gives the whole stack the layout in which a slice is gathered, by a copy before the loop over layers.
+    """
+    if w.ndim != 3 or not _inside() or platform() != "tpu":
+        return w
+    return with_layout_constraint(w, Layout((0, 1, 2) if w.shape[2] % LANES == 0 else (0, 2, 1)))
+
+
 def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
 
     Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
     """
-    w = _cast(param[...], dtype)
+    w = _cast(_as_stored(param[...]), dtype)
     if not _inside():
         return checkpoint_name(w, "weights")
     w = varying(w, TOKEN_AXES)
@@ -201,7 +212,9 @@ def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
         at = names.index(JOINED)
         w, names = w.reshape(*w.shape[:at], -1, *w.shape[at + 2 :]), (*names[:at], *names[at + 1 :])
     for dim, name in enumerate(names):
-        if name in GATHERED:
+        if name == "expert_embed" and dim == 2:  # rows of the last dimension are no neighbours: gather columns
+            w = jnp.swapaxes(gather_shards(jnp.swapaxes(w, 1, 2), LOGICAL_AXES[name], 1), 1, 2)
+        elif name in GATHERED:
             w = gather_shards(w, LOGICAL_AXES[name], dim)
     return checkpoint_name(w, "weights")
 
