@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from data.cache import digest
 from data.loader import Loader, References, open_loader
 from data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
@@ -15,6 +16,7 @@ from train.first_screen import first_screen
 from train.masks import mask_lines
 from train.objectives import Objective, next_token
 from train.optimizer import Optimizer, make_optimizer
+from train.peers import agree
 from train.preference_objective import preference
 from train.references import live, precomputed
 from train.resume import check_same_base, check_same_data, config_differences
@@ -68,6 +70,11 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     share = batch_share(mesh, config.rows_per_micro_batch)
     first_row = 0 if found is None else int(found.dataset["next_row"])
     loader = _open(config, data, share, first_row)
+    agree(
+        configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),  # paths may differ
+        data=loader.fingerprint,
+        checkpoint=-1 if found is None else found.step,
+    )
     if found is not None:
         row = check_same_data(found, loader.fingerprint, data.restart)
         if row != first_row:

@@ -35,12 +35,14 @@ class Interrupts:
     def requested(self, step: int) -> str | None:
         """The signal that asked us to stop after `step`; all processes get the same answer for the same step."""
         if jax.process_count() > 1:
-            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+            return self._name or "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
         return self._name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._name is not None and number == signal.SIGINT:
             os._exit(EXIT_AT_ONCE)
         self._name = signal.Signals(number).name
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)  # jax's own handler tells the other processes
         # the handler may run inside another print: write by hand, in one call
         os.write(2, f"\n{self._name}: saving after this step; Ctrl-C again to end at once\n".encode())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from data import progress
 from data.chat import encode_prompt, load_template
 from data.loader import eval_batches
 from mixtral_jax.generate import generate
@@ -22,12 +23,13 @@ from train.feed import Feed
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
+from train.peers import failures_reported
 from train.resume import where_to_start
 from train.run_dir import RunDirectory
 from train.step import StepReport
 from train.trackers import Writers
 
-EXIT_DONE, EXIT_UNEXPECTED, EXIT_USAGE, EXIT_DIVERGED = 0, 1, 2, 3
+EXIT_DONE, EXIT_DIVERGED = 0, 3
 
 
 class Outcome(NamedTuple):
@@ -69,22 +71,18 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
     began = time.perf_counter()
-    config = settle_steps(config)
+    if jax.process_index() > 0:
+        progress.silence()
     place = RunDirectory(config.run_dir)
-    place.create()
-    console = Console(place.log, speak=jax.process_index() == 0, progress=config.log.progress)
-    try:
-        with Interrupts() as interrupts:
+    with failures_reported(place):
+        config = settle_steps(config)
+        place.create()
+        console = Console(place.log, speak=jax.process_index() == 0, progress=config.log.progress)
+        with contextlib.closing(console), Interrupts() as interrupts:
             outcome = _run(Run(config, place, console, interrupts, began), provenance, force)
-        place.write_status(outcome.state, outcome.step, outcome.reason, outcome.exit_code)
-        console.say(f"exit {outcome.exit_code}: {outcome.reason}")
+            place.write_status(outcome.state, outcome.step, outcome.reason, outcome.exit_code)
+            console.say(f"exit {outcome.exit_code}: {outcome.reason}")
         return outcome.exit_code
-    except BaseException as error:
-        code = EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError) else EXIT_UNEXPECTED
-        place.write_status("failed", -1, f"{type(error).__name__}: {error}", code)
-        raise
-    finally:
-        console.close()
 
 
 def _run(run: Run, provenance: Provenance | None, force: bool) -> Outcome:

@@ -135,21 +135,23 @@ class Wandb:
 
 
 class Writer:
-    """metrics.jsonl, which must work, and trackers, which may fail: one that does is dropped with a warning."""
+    """metrics.jsonl, which must work (None: not on this process), and trackers; one that fails is dropped."""
 
-    def __init__(self, jsonl: JsonLines, trackers: Iterable[Sink] = ()):
+    def __init__(self, jsonl: JsonLines | None, trackers: Iterable[Sink] = ()):
         self._jsonl, self._trackers = jsonl, list(trackers)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """One line in metrics.jsonl, and the same values to every tracker."""
-        self._jsonl.write(step, metrics)
+        if self._jsonl is not None:
+            self._jsonl.write(step, metrics)
         for tracker in list(self._trackers):
             self._attempt(tracker, lambda t: t.write(step, metrics))
 
     def close(self) -> None:
         for tracker in list(self._trackers):
             self._attempt(tracker, lambda t: t.close())
-        self._jsonl.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
 
     def _attempt(self, tracker: Sink, action: Any) -> None:
         try:

@@ -10,12 +10,11 @@ from train.run_dir import RunDirectory
 
 
 class Writers:
-    """metrics.jsonl and moe.jsonl on process 0, with the trackers that were asked for."""
+    """metrics.jsonl, moe.jsonl and the trackers that were asked for, on process 0; the others write nothing."""
 
     def __init__(self, config: RunConfig, place: RunDirectory, start: int):
         first = jax.process_index() == 0
-        suffix = "" if first else f".{jax.process_index()}"  # the others' lines are not the run's metrics
-        jsonl = JsonLines(place.metrics.with_name(place.metrics.name + suffix), start)
+        jsonl = JsonLines(place.metrics, start) if first else None
         self.metrics = Writer(jsonl, _open_trackers(config, place, start) if first else [])
         self.moe = JsonLines(place.moe, start) if first and not config.model.is_dense else None
 

@@ -1,0 +1,58 @@
+"""One process of a run of several: launch.py, with what it read put on record and a signal or a failure on demand.
+
+python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal or `fail`, a
+process and a step: `SIGTERM:1:8`.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import launch
+from train import feed, interrupts
+
+
+def record_rows(directory: Path, process: int = 0) -> None:
+    """From here on every batch that a run reads is written down as <directory>/<process>-<number>.npy."""
+    directory.mkdir(parents=True, exist_ok=True)
+    make = feed.Feed.__init__
+
+    def recording(batches):
+        for number, batch in enumerate(batches):
+            np.save(directory / f"{process}-{number}.npy", batch.tokens)
+            yield batch
+
+    def init(self, batches, put):
+        make(self, recording(batches), put)
+
+    feed.Feed.__init__ = init
+
+
+def disturb(event: str, process: int) -> None:
+    """Steps are slow from the event on, since jax looks for a signal once a second."""
+    what, victim, when = event.split(":")
+    requested = interrupts.Interrupts.requested
+
+    def disturbed(self, step):
+        if step == int(when) and process == int(victim):
+            if what == "fail":
+                raise OSError(28, "No space left on device")
+            os.kill(os.getpid(), signal.Signals[what])
+        if step >= int(when):
+            time.sleep(0.2)
+        return requested(self, step)
+
+    interrupts.Interrupts.requested = disturbed
+
+
+if __name__ == "__main__":
+    records, event, *arguments = sys.argv[1:]
+    number = int(os.environ["JAX_PROCESS_ID"])
+    record_rows(Path(records), number)
+    if event != "none":
+        disturb(event, number)
+    sys.exit(launch.main(["pretrain", *arguments]))
