@@ -20,7 +20,7 @@ from mixtral_jax.moe.block import SparseMoe
 from mixtral_jax.moe.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.moe.router import route
 from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import axis_index, axis_size, psum
+from mixtral_jax.sharding import axis_index, axis_size, drop_padding, psum
 
 
 class Cache(NamedTuple):
@@ -166,4 +166,4 @@ def _experts(
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:
     logits_BV = jnp.dot(model.norm(x_BD), model.head_weight(), preferred_element_type=jnp.float32)
-    return assemble(logits_BV, 1, ("tensor",))
+    return drop_padding(assemble(logits_BV, 1, ("tensor",)), model.config.vocab_size)

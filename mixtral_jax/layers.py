@@ -30,7 +30,7 @@ class Embedding(nnx.Module):
     """Token embedding, vocabulary-parallel over `tensor`."""
 
     def __init__(self, vocab: int, dim: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
-        self.weight = nnx.Param(std * jax.random.normal(key, (vocab, dim), dtype), axes=("vocab", "embed"))
+        self.weight = nnx.Param(std * jax.random.normal(key, (vocab, dim), dtype), axes=("vocab", "embed"), vocab=vocab)
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         w_VD = gather(self.weight, dtype)
@@ -46,4 +46,4 @@ class Head(nnx.Module):
     """The untied output matrix (D, V), vocabulary-parallel over `tensor`."""
 
     def __init__(self, dim: int, vocab: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
-        self.weight = nnx.Param(std * jax.random.normal(key, (dim, vocab), dtype), axes=("embed", "vocab"))
+        self.weight = nnx.Param(std * jax.random.normal(key, (dim, vocab), dtype), axes=("embed", "vocab"), vocab=vocab)

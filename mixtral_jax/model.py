@@ -17,7 +17,7 @@ from mixtral_jax.lora import LoraConfig
 from mixtral_jax.moe.block import SparseMoe
 from mixtral_jax.moe.losses import RouterStats
 from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, gather, psum, shard_key, sharded
+from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, drop_padding, gather, psum, shard_key, sharded
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.
@@ -124,7 +124,8 @@ class Mixtral(nnx.Module):
             return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
 
         rows = fill_rows(tokens_BT, positions, segment_ids)
-        return sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+        logits_BTV = sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+        return drop_padding(logits_BTV, self.config.vocab_size)
 
     def hidden(
         self,
@@ -179,7 +180,7 @@ def next_token_sums(
         x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         sums = linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
-            chunk=model.compute.loss_chunk,
+            chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
         )  # fmt: skip
         return psum(sums, TOKEN_AXES), stats
 
@@ -202,7 +203,7 @@ def target_logps(
         x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         logps_M = linear_logps(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1),
-            chunk=model.compute.loss_chunk,
+            chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
         )  # fmt: skip
         return logps_M.reshape(tokens.shape), stats
 

@@ -49,6 +49,8 @@ GATHERED = ("embed", "expert_embed")
 # (2F), and joined after the gather the whole matrix would be copied.
 JOINED = "gate_up"
 LANES = 128  # the minor dimension of a TPU's tiles
+# Where its mesh axes do not divide it, it is stored whole on each of their devices and padded where it is used.
+PADDED = "vocab"
 
 
 # ---- placement, decided once -----------------------------------------------------------------------------------------
@@ -58,7 +60,8 @@ def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: dict[str, 
     """PartitionSpec of a parameter with the logical `axes`.
 
     Raises:
-        ValueError: a logical axis without a rule, a mesh axis used twice, or a dimension that it does not divide.
+        ValueError: a logical axis without a rule, a mesh axis used twice, or a dimension that it does not divide (a
+            vocabulary is then not divided).
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name} has {len(shape)} dimensions but {len(axes)} logical axes: {', '.join(axes)}")
@@ -74,7 +77,9 @@ def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: dict[str, 
             )
         used |= set(mesh_axes)
         parts = math.prod(mesh_shape[a] for a in mesh_axes)
-        if size % parts:
+        if size % parts and logical == PADDED:
+            mesh_axes = ()
+        elif size % parts:
             over = " x ".join(f"{a} {mesh_shape[a]}" for a in mesh_axes)
             raise ValueError(
                 f"{name}: its {logical} dimension {size} is not a multiple of {parts} (mesh {over}): "
@@ -211,12 +216,30 @@ def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     if JOINED in names:
         at = names.index(JOINED)
         w, names = w.reshape(*w.shape[:at], -1, *w.shape[at + 2 :]), (*names[:at], *names[at + 1 :])
+    if PADDED in names:
+        w = _own_rows(w, names.index(PADDED), param.get_metadata()["vocab"])
     for dim, name in enumerate(names):
         if name == "expert_embed" and dim == 2:  # rows of the last dimension are no neighbours: gather columns
             w = jnp.swapaxes(gather_shards(jnp.swapaxes(w, 1, 2), LOGICAL_AXES[name], 1), 1, 2)
         elif name in GATHERED:
             w = gather_shards(w, LOGICAL_AXES[name], dim)
     return checkpoint_name(w, "weights")
+
+
+def _own_rows(w: jax.Array, dim: int, vocab: int) -> jax.Array:
+    """This device's share, zeros behind the last row, of a vocabulary that `tensor` does not divide."""
+    shards = axis_size("tensor")
+    if vocab % shards == 0:
+        return w
+    padding = [(0, -vocab % shards if axis == dim else 0) for axis in range(w.ndim)]
+    w = jnp.pad(varying(w, (*TOKEN_AXES, "tensor")), padding)
+    own = w.shape[dim] // shards
+    return jax.lax.dynamic_slice_in_dim(w, axis_index("tensor") * own, own, dim)
+
+
+def drop_padding(logits: Any, vocab: int) -> Any:
+    """Logits without the columns that stand for no token."""
+    return logits if logits.shape[-1] == vocab else logits[..., :vocab]
 
 
 def sharded(

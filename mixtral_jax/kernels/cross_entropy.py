@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.sharding import alike, axis_index, axis_max, psum, variance, varying
+from mixtral_jax.sharding import alike, axis_index, axis_max, axis_size, psum, variance, varying
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at a time
 
@@ -29,19 +29,27 @@ def linear_cross_entropy(
     weights_M: Float[Array, " M"],
     *,
     chunk: int = 0,
+    vocab: int | None = None,
 ) -> CrossEntropy:
     """sum_m w_m * (logsumexp(x_m W) - (x_m W)[target_m]) and the weight of the tokens predicted right.
 
     Since the loss is a sum whose divisor is known beforehand, its gradients with respect to x and W are made in the
     forward pass, while a chunk's logits are at hand; the backward pass only scales them. `chunk` tokens at a time (any
-    number, it need not divide M); 0 chooses by memory. No gradient flows to the weights.
+    number, it need not divide M); 0 chooses by memory. No gradient flows to the weights. Columns behind the first
+    `vocab` of all shards together are padding.
     """
     x_MD, w_DV, targets_M, weights_M = alike(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
-    return _cross_entropy(_chunk_size(chunk, x_MD.shape[0], w_DV.shape[1]), x_MD, w_DV, targets_M, weights_M)
+    size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1])
+    return _cross_entropy((size, vocab), x_MD, w_DV, targets_M, weights_M)
 
 
 def linear_logps(
-    x_MD: Float[Array, "M D"], w_DV: Float[Array, "D V"], targets_M: Int[Array, " M"], *, chunk: int = 0
+    x_MD: Float[Array, "M D"],
+    w_DV: Float[Array, "D V"],
+    targets_M: Int[Array, " M"],
+    *,
+    chunk: int = 0,
+    vocab: int | None = None,
 ) -> Float[Array, " M"]:
     """log softmax(x_m W)[target_m] for each token, fp32; its backward pass computes each chunk's logits again."""
     x_MD, w_DV, targets_M = alike(x_MD, w_DV, targets_M)
@@ -50,7 +58,7 @@ def linear_logps(
 
     @jax.checkpoint
     def one(x_cD, w_DV, targets_c):
-        logits_cV = _logits(x_cD, w_DV)
+        logits_cV = _logits(x_cD, w_DV, vocab)
         _, lse_c, target_c, _ = _softmax_parts(logits_cV, targets_c)
         return target_c - lse_c
 
@@ -70,8 +78,13 @@ def _chunks(a: jax.Array, size: int) -> jax.Array:
     return a.reshape(-1, size, *a.shape[1:])
 
 
-def _logits(x_cD: jax.Array, w_DV: jax.Array) -> jax.Array:
-    return jnp.dot(x_cD, w_DV, preferred_element_type=jnp.float32)
+def _logits(x_cD: jax.Array, w_DV: jax.Array, vocab: int | None) -> jax.Array:
+    logits_cV = jnp.dot(x_cD, w_DV, preferred_element_type=jnp.float32)
+    columns = w_DV.shape[1]
+    if vocab is None or axis_size("tensor") * columns == vocab:
+        return logits_cV
+    known_V = axis_index("tensor") * columns + jnp.arange(columns) < vocab
+    return jnp.where(known_V[None, :], logits_cV, -jnp.inf)
 
 
 def _softmax_parts(logits_cV: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, ...]:
@@ -95,10 +108,12 @@ def _reduced(sums: CrossEntropy) -> CrossEntropy:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(chunk, x_MD, w_DV, targets_M, weights_M) -> CrossEntropy:
+def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M) -> CrossEntropy:
+    chunk, vocab = static
+
     def one(total, xtw):
         x_cD, targets_c, weights_c = xtw
-        _, lse_c, target_c, best_c = _softmax_parts(_logits(x_cD, w_DV), targets_c)
+        _, lse_c, target_c, best_c = _softmax_parts(_logits(x_cD, w_DV, vocab), targets_c)
         return jax.tree.map(jnp.add, total, _sums(lse_c, target_c, best_c, weights_c)), None
 
     start = CrossEntropy(*(_zero(x_MD),) * 2)
@@ -110,11 +125,13 @@ def _zero(like: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
     return varying(jnp.zeros(shape, jnp.float32), sorted(variance(like)))
 
 
-def _cross_entropy_fwd(chunk, x_MD, w_DV, targets_M, weights_M):
+def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
+    chunk, vocab = static
+
     def one(carry, xtw):
         total, dw_DV = carry
         x_cD, targets_c, weights_c = xtw
-        logits_cV = _logits(x_cD, w_DV)
+        logits_cV = _logits(x_cD, w_DV, vocab)
         column_c, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
         onehot_cV = column_c[:, None] == jnp.arange(logits_cV.shape[1])[None, :]
         dlogits_cV = weights_c[:, None] * (jnp.exp(logits_cV - lse_c[:, None]) - onehot_cV)
@@ -129,7 +146,7 @@ def _cross_entropy_fwd(chunk, x_MD, w_DV, targets_M, weights_M):
     return _reduced(total), (dx_MD, dw_DV.astype(w_DV.dtype))
 
 
-def _cross_entropy_bwd(chunk, saved, g):
+def _cross_entropy_bwd(static, saved, g):
     dx_MD, dw_DV = saved
     scale = g.loss_sum
     return (scale * dx_MD).astype(dx_MD.dtype), (scale * dw_DV).astype(dw_DV.dtype), None, None
