@@ -17,6 +17,7 @@ from train.masks import mask_lines
 from train.objectives import Objective, next_token
 from train.optimizer import Optimizer, make_optimizer
 from train.peers import agree
+from train.placement import placement_warnings
 from train.preference_objective import preference
 from train.references import live, precomputed
 from train.resume import check_same_base, check_same_data, config_differences
@@ -31,6 +32,7 @@ from train.trainable import (
     is_trained,
     join,
     keep,
+    leaves,
     make_merge,
     trainable_table,
 )
@@ -90,6 +92,8 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     weights = abstract_params(config, mesh)
     for line in trainable_table(config, weights):
         say(f"{'trained':>8}  {line}")
+    for line in placement_warnings(config, mesh, leaves(weights)):
+        say(f"{'warning':>8}  {line}")
     if isinstance(config, TuningConfig):
         for line in mask_lines(config, loader.sources, tokenizer):
             say(f"{'learned':>8}  {line}")

@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from typing import Any
 
 import jax
 
@@ -13,8 +14,9 @@ from mixtral_jax.model import compute_dtype
 from mixtral_jax.moe.parallel import resolve_transport
 from train.checkpoint import Say
 from train.config import RunConfig
-from train.dry_run import batch_line, memory_line, model_line
+from train.dry_run import batch_line, human_bytes, memory_line, model_line
 from train.metrics import peak_flops
+from train.placement import axis_lines, passing_line
 
 
 def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Loader, say: Say) -> None:
@@ -34,11 +36,15 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Load
         "model": model_line(config.model, config.seq_len),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
+        "besides": passing_line(config, sizes),
         "data": f"{loader.fingerprint}: {', '.join(loader.source_names)}; {loader.rows_per_epoch:,} rows",
         "router": router_line(config),
     }
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
+        if title == "mesh":
+            for line in axis_lines(sizes):
+                say(f"{'':>8}    {line}")
 
 
 def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
@@ -63,4 +69,14 @@ def router_line(config: RunConfig) -> str:
         f"balance loss {router.balance_loss} x {router.router_aux_loss_coef:g}, "
         f"z-loss x {router.router_z_loss_coef:g}; "
         + ("dropless" if capacity is None else f"capacity factor {capacity:g}: tokens can be dropped")
+    )
+
+
+def compiled_line(program: Any, seconds: float) -> str:
+    """What the compiler says of the training step's memory on one device."""
+    stats = program.memory_analysis()
+    held = human_bytes(stats.argument_size_in_bytes)
+    return (
+        f"in {seconds:.1f} s; a device holds {held} of state and batch, and beside them activations, gradients and "
+        f"gathered weights of {human_bytes(stats.temp_size_in_bytes)} at once"
     )

@@ -20,6 +20,7 @@ from train.console import Console
 from train.epochs import settle_steps
 from train.evaluate import PAIRS, TOKENS, Evaluate
 from train.feed import Feed
+from train.first_screen import compiled_line
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
@@ -111,7 +112,9 @@ def _train(run: Run, parts: Parts, writers: Writers, best: Best) -> Outcome:
     batch = next(feed)
     began = time.perf_counter()
     train_step = parts.train_step.lower(parts.state, parts.frozen, batch).compile()  # exactly one, here
-    writers.metrics.write(parts.start, {"perf/compile_seconds": time.perf_counter() - began})
+    seconds = time.perf_counter() - began
+    writers.metrics.write(parts.start, {"perf/compile_seconds": seconds})
+    run.console.say(f"compiled  {compiled_line(train_step, seconds)}")
     throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
     ledger = _Ledger(parts.tokens, writers.metrics, throughput)
     checkpointer, items = Checkpointer(config.checkpoint, run.checkpoints), _items(config, parts, best)
