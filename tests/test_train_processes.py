@@ -22,8 +22,11 @@ from tests.tiny import metrics_of, write_run_file
 from train import feed, loop
 from train.config import load_config
 
-# In the processes compiling would take most of the time.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Compiling would take most of the time; and a busy machine may hold one process up for long.
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_collective_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=300"
+)
 MESH = "mesh={data: 1, fsdp: 2, expert: 2}"
 CHANGES = {
     "global_batch_size": 8, "micro_batch_size": 4, "optimizer": {"schedule": "constant"},

@@ -24,7 +24,7 @@ from train.first_screen import compiled_line
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
-from train.peers import failures_reported
+from train.peers import failures_reported, meet
 from train.resume import where_to_start
 from train.run_dir import RunDirectory
 from train.step import StepReport
@@ -115,6 +115,7 @@ def _train(run: Run, parts: Parts, writers: Writers, best: Best) -> Outcome:
     seconds = time.perf_counter() - began
     writers.metrics.write(parts.start, {"perf/compile_seconds": seconds})
     run.console.say(f"compiled  {compiled_line(train_step, seconds)}")
+    meet("compiled")
     throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
     ledger = _Ledger(parts.tokens, writers.metrics, throughput)
     checkpointer, items = Checkpointer(config.checkpoint, run.checkpoints), _items(config, parts, best)

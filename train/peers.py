@@ -5,6 +5,7 @@ that is gone, until the heartbeats of jax's coordination service end them withou
 """
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -25,7 +26,15 @@ from train.run_dir import RunDirectory
 
 EXIT_UNEXPECTED, EXIT_USAGE = 1, 2
 _KEY = "mixtral_jax/failed"
+_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
+_meetings = itertools.count()  # a barrier opens once
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
+
+
+def meet(what: str) -> None:
+    """Wait until every process has come as far. A collective waits too, but on CPUs for no longer than 30 s."""
+    if jax.process_count() > 1:
+        _store().wait_at_barrier(f"mixtral_jax/{what}/{next(_meetings)}", _PATIENCE_MILLISECONDS)
 
 
 def agree(**values: str | int) -> None:
@@ -36,6 +45,7 @@ def agree(**values: str | int) -> None:
     """
     if jax.process_count() == 1:
         return
+    meet("agree")
     own = [zlib.crc32(str(value).encode()) for value in values.values()]
     table = multihost_utils.process_allgather(np.array(own, np.uint32))
     other = [name for name, column in zip(values, table.T, strict=True) if len(set(column.tolist())) > 1]

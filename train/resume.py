@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from train import checkpoint
 from train.checkpoint import Found, Say
 from train.config import RunConfig
 from train.errors import UserError
+from train.peers import meet
 from train.run_dir import RunDirectory
 
 
@@ -47,8 +47,7 @@ def _together(action: Callable[[], Any]) -> None:
     """Process 0 changes the shared directory while the others wait."""
     if jax.process_index() == 0:
         action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run directory")
+    meet("run directory")
 
 
 def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
