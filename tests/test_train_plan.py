@@ -238,7 +238,7 @@ def test_what_cannot_be_planned(make_config, capsys):
         plan(config)
     with pytest.raises(ValueError, match="64 devices, but there are 32"):
         plan(config, topology="v5p-64")
-    with pytest.raises(UserError, match=r"does not fit h100-8: .* GB too much per chip; by closed form"):
+    with pytest.raises(UserError, match=r"does not fit h100-8: .* GB too much per chip; nothing fits h100-8; on h100-16"):
         run(config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 8})}), topology="h100-8")
 
 

@@ -12,9 +12,10 @@ from train.plan import closed_form
 from train.plan.chips import CHIPS, Topology, parse_topology
 from train.plan.compile import Compiled, Memory, compile_step, for_accelerator, has_libtpu, plan_mesh
 from train.plan.hlo import Collective, Program, read_program
+from train.plan.ranking import ranked, table
 from train.plan.report import Counted, PlanReport
 from train.plan.roofline import roofline, sent_by_axis
-from train.plan.search import candidates
+from train.plan.search import candidates, what_fits
 
 __all__ = ["PlanReport", "plan", "run"]
 
@@ -38,7 +39,9 @@ def run(
     reports = plan_all(config, topology=topology, devices=devices, tokens=tokens, search=search)
     if json != "-":
         for report in reports:
-            print("\n".join(report.lines()), end="\n\n" if len(reports) > 1 else "\n")
+            print("\n".join(report.lines()), end="\n\n" if search else "\n")
+        if search:
+            print("\n".join(table(reports)))
     if json is not None:
         content = jsonlib.dumps([r.to_json() for r in reports] if search else reports[0].to_json(), indent=2)
         if json == "-":
@@ -82,12 +85,9 @@ def plan_all(
         return [_report(config, there, tokens)]
     best = candidates(config, there)[:COMPILED_BY_SEARCH]
     if not best:
-        raise UserError(
-            f"nothing fits {there.name} with global_batch_size {config.global_batch_size}: take a larger slice, a "
-            "shorter seq_len, or a global_batch_size with more divisors"
-        )
+        raise UserError(what_fits(config, there))
     reports = [_report(candidate.config, there, tokens) for candidate in best]
-    return sorted(reports, key=lambda r: (not r.fits, -r.tokens_per_second))
+    return ranked(reports)
 
 
 def _report(config: RunConfig, topology: Topology, tokens: float | None, *, local: bool = False) -> PlanReport:
@@ -194,10 +194,7 @@ def reduced_weights(config: RunConfig, collectives: tuple[Collective, ...]) -> t
 
 
 def _what_would_fit(config: RunConfig, report: PlanReport) -> str:
-    best = candidates(config, report.topology)
-    hint = f"by closed form this would: {best[0].name}" if best else "by closed form nothing does: take a larger slice"
     return (
-        f"{config.run_name} does not fit {report.topology.name}: "
-        f"{report.memory.too_much / 1e9:.2f} GB too much per chip; "
-        f"{hint} (plan --search tries them)"
+        f"{config.run_name} does not fit {report.topology.name}: {report.memory.too_much / 1e9:.2f} GB too much per "
+        f"chip; {what_fits(config, report.topology)} (plan --search tries them)"
     )

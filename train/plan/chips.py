@@ -80,6 +80,14 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, CHIPS[kind], slices, chips, f"{kind}:{known[chips]}")
 
 
+def larger(topology: Topology) -> list[Topology]:
+    """Machines of the same chips and as many slices, with more chips in each, the smallest first."""
+    kind, slices = topology.chip.name, topology.slices
+    counts = {"v5p": [2 * n for n in _TORUS_3D], "h100": [2**n for n in range(3, 11)]}.get(kind, list(_TORUS_2D))
+    machines = [parse_topology(f"{f'{slices}x' if slices > 1 else ''}{kind}-{n}") for n in counts]
+    return [m for m in machines if m.chips > topology.chips]
+
+
 def _unknown(name: str) -> UserError:
     known = [f"v5p-{2 * n}" for n in _TORUS_3D] + [f"{k}-{n}" for k in ("v5e", "v6e") for n in _TORUS_2D]
     return UserError(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from train.config import RunConfig
 from train.plan import closed_form
-from train.plan.chips import Topology
+from train.plan.chips import Topology, larger
 from train.plan.roofline import Roofline, roofline
 
 EXPERT_AXES = (1, 2, 4, 8)
@@ -48,6 +48,19 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
         if memory <= SLACK * topology.chip.usable:
             found.append(Candidate(variant, memory, estimate(variant, topology)))
     return sorted(found, key=lambda c: c.seconds_per_token)
+
+
+def what_fits(config: RunConfig, topology: Topology) -> str:
+    """Half a sentence: the fastest run that fits by closed form, here or on the smallest larger slice with any."""
+    for there in (topology, *larger(topology)):
+        if found := candidates(config, there):
+            where = "" if there is topology else f"nothing fits {topology.name}; on {there.name} "
+            return f"{where}this would, by closed form: {found[0].name}"
+    return (
+        f"nothing fits {topology.name} or larger slices of {topology.chip.name} with seq_len {config.seq_len} and "
+        f"global_batch_size {config.global_batch_size}: take chips with more memory, a shorter seq_len, or a "
+        "global_batch_size with more divisors"
+    )
 
 
 def estimate(config: RunConfig, topology: Topology) -> Roofline:

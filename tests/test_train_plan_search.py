@@ -1,0 +1,91 @@
+"""Searching: what is tried, in which order it is ranked, and what a run that fits nowhere is told."""
+
+import pytest
+
+from mixtral_jax.config import MixtralConfig
+from tests.tiny import write_run_file
+from train.config import load_config
+from train.errors import UserError
+from train.plan import plan_all, run
+from train.plan.chips import larger, parse_topology
+from train.plan.compile import Memory
+from train.plan.ranking import expected_rate, ranked, table
+from train.plan.roofline import Roofline
+from train.plan.search import candidates, what_fits
+
+BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
+RUN = {"model": BIG, "seq_len": 4096, "compute": {"remat": "full", "dtype": "bfloat16"}}
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes):
+        return load_config(write_run_file(tmp_path, **RUN | changes)).config
+
+    return make
+
+
+@pytest.fixture
+def report(make_config):
+    """A closed-form report, whose roofline and memory the tests replace."""
+    config = make_config(global_batch_size=64, mesh={"data": 1, "fsdp": 8, "expert": 8})
+    return plan_all(config, topology="h100-64")[0]
+
+
+def test_what_fits_comes_first_then_the_fastest_with_half_of_the_traffic_hidden(report):
+    def made(name, compute, network, too_much=0.0):
+        limits = Roofline(compute, 0.1, network, "compute", 0.5, 0.5, 0.4)
+        return report._replace(run_name=name, roofline=limits, memory=Memory(1, 1, 1, 0, 1, 1, too_much=too_much))
+
+    # seconds of a step: all hidden, none hidden, between: a 4, 7, 5.5; b 5, 5.2, 5.1; c 1, 1, 1 but too large
+    runs = [made("a", 4.0, 3.0), made("b", 5.0, 0.2), made("c", 1.0, 0.0, too_much=1e9)]
+    assert [r.run_name for r in ranked(runs)] == ["b", "a", "c"]
+    assert expected_rate(runs[0]) == pytest.approx(64 * 4096 / 64 / 5.5)
+    lines = table(ranked(runs))
+    assert len(lines) == 4 and lines[0].split()[0] == "mesh"
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    assert all("fsdp 8 x expert 8" in line for line in lines[1:])
+    assert "1.00 GB too much" in lines[3] and "too much" not in lines[1]
+
+
+def test_candidates_fit_and_are_in_order_of_speed(make_config):
+    config, there = make_config(global_batch_size=1024), parse_topology("v5p-64")
+    found = candidates(config, there)
+    meshes = {(c.config.mesh.fsdp, c.config.mesh.expert, c.config.mesh.context) for c in found}
+    assert {(32, 1, 1), (4, 8, 1), (16, 1, 2)} <= meshes
+    assert all(fsdp * expert * context == 32 for fsdp, expert, context in meshes)
+    assert all(c.config.global_batch_size == 1024 and c.memory <= there.chip.usable for c in found)
+    rates = [c.seconds_per_token for c in found]
+    assert rates == sorted(rates) and rates[0] < rates[-1]
+
+
+def test_a_search_compiles_the_first_and_ranks_them(make_config, monkeypatch, capsys):
+    monkeypatch.setattr("train.plan.has_libtpu", lambda: False)  # closed form in place of compilations
+    config = make_config(global_batch_size=1024)
+    assert run(config, topology="v5p-64", search=True) == 0
+    reports = plan_all(config, topology="v5p-64", search=True)
+    assert len(reports) > 1
+    rates = [expected_rate(r) for r in reports]
+    assert rates == sorted(rates, reverse=True)
+    printed = capsys.readouterr().out
+    assert "\n".join(table(reports)) in printed
+
+
+def test_larger_machines():
+    assert [t.name for t in larger(parse_topology("v5p-64"))] == ["v5p-128", "v5p-256", "v5p-512", "v5p-1024"]
+    assert [t.name for t in larger(parse_topology("2xv5e-128"))] == ["2xv5e-256"]
+    assert larger(parse_topology("h100-512"))[0].name == "h100-1024"
+
+
+def test_a_run_that_cannot_fit_is_told_what_does(make_config):
+    config = make_config(global_batch_size=64)
+    assert what_fits(config, parse_topology("v5p-64")).startswith("this would, by closed form: fsdp")
+    # 16 bytes a parameter: 93 GB on each of v5p-16's 8 chips of 103 GB before anything is gathered, 47 GB on v5p-32's
+    assert what_fits(config, parse_topology("v5p-8")).startswith("nothing fits v5p-8; on v5p-32 this would")
+    huge = make_config(global_batch_size=64, model={**BIG, "num_hidden_layers": 3200})
+    assert "take chips with more memory" in what_fits(huge, parse_topology("v5e-256"))
+    too_small = make_config(global_batch_size=64, mesh={"data": 1, "fsdp": 8})
+    with pytest.raises(UserError, match=r"does not fit h100-8: .*; nothing fits h100-8; on h100-16 this"):
+        run(too_small, topology="h100-8")
+    with pytest.raises(UserError, match="nothing fits v5e-4; on v5e-"):
+        plan_all(config, topology="v5e-4", search=True)
