@@ -1,6 +1,7 @@
 """The plan: names of machines, the text of compiled programs, arithmetic against counting, and a real compilation."""
 
 import json
+import os
 
 import jax
 import pytest
@@ -77,6 +78,12 @@ def test_a_program_is_counted_with_its_loops():
     gathered, reduced = sorted(program.collectives, key=lambda c: c.kind)
     assert gathered == Collective("all-gather", 512, 5, ((0, 2, 4, 6), (1, 3, 5, 7)), True, ((32, 8),))
     assert reduced == Collective("all-reduce", 512, 5, ((0, 1, 2, 3), (4, 5, 6, 7)), False, ((16, 8),))
+
+
+def test_products_in_loops_of_unknown_length_are_not_guessed():
+    program = read_program(PROGRAM.replace("constant(5)", "parameter(1)"))
+    assert program.unknown_loops == 1 and program.dot_flops == 0
+    assert program.kernels == {"x": 1, "gmm": 1} and len(program.collectives) == 2
 
 
 def test_traffic_is_what_leaves_a_chip_by_axis():
@@ -238,7 +245,9 @@ def test_what_cannot_be_planned(make_config, capsys):
         plan(config)
     with pytest.raises(ValueError, match="64 devices, but there are 32"):
         plan(config, topology="v5p-64")
-    with pytest.raises(UserError, match=r"does not fit h100-8: .* GB too much per chip; nothing fits h100-8; on h100-16"):
+    with pytest.raises(
+        UserError, match=r"does not fit h100-8: .* GB too much per chip; nothing fits h100-8; on h100-16"
+    ):
         run(config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 8})}), topology="h100-8")
 
 
@@ -250,7 +259,16 @@ def test_the_local_mesh_is_compiled_for_its_cpus(make_config, tmp_path, capsys):
     assert content["chips"] == 8 == len(jax.devices())
     kinds = {t["kind"] for t in content["traffic"]}
     assert "all-gather" in kinds and "reduce-scatter" in kinds
-    assert "8 local CPU devices" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 local CPU devices" in printed and "roofline          none" in printed
+    assert "in the program" in printed and "loops whose length depends on the data" in printed
+    # all products outside of the experts' loops: projections, head, and attention, whose rows are short, over all pairs
+    counted, expected = (content["flops"][kind] for kind in ("counted", "expected"))
+    assert counted["unknown_loops"] > 0 and counted["experts"] == 0
+    assert 0.99 * expected["dots"] <= counted["dots"] <= expected["dots"] + 2 * expected["attention"]
+    assert content["roofline"] is None and content["tokens_per_second_per_chip"] is None
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert content["memory"]["limit"] == machine / 8
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from train.config import RunConfig
 from train.errors import UserError
 from train.plan import closed_form
-from train.plan.chips import CHIPS, Topology, parse_topology
+from train.plan.chips import Topology, local_machine, parse_topology
 from train.plan.compile import Compiled, Memory, compile_step, for_accelerator, has_libtpu, plan_mesh
 from train.plan.hlo import Collective, Program, read_program
 from train.plan.ranking import ranked, table
@@ -77,8 +77,7 @@ def plan_all(
     if (topology is None) == (devices is None):
         raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
     if topology is None:
-        here = Topology(f"{devices} local CPU devices", CHIPS["v5e"], 1, devices or 1, None)
-        return [_report(config, here, tokens, local=True)]
+        return [_report(config, local_machine(devices or 1), tokens, local=True)]
     there = parse_topology(topology)
     config = for_accelerator(config)
     if not search:
@@ -99,8 +98,7 @@ def _report(config: RunConfig, topology: Topology, tokens: float | None, *, loca
         compiled = compile_step(config, mesh, topology.chip.usable)
         if compiled.texts:
             programs = [read_program(text) for text in compiled.texts]
-            # on a CPU the products of experts and attention sit in loops whose length depends on the data
-            counted = None if local else _counted(config, shape, programs)
+            counted = _counted(config, shape, programs)
     collectives = tuple(c for program in programs for c in program.collectives)
     traffic = _traffic(config, shape, collectives if programs else None)
     sent: defaultdict[str, float] = defaultdict(float)
@@ -121,7 +119,9 @@ def _report(config: RunConfig, topology: Topology, tokens: float | None, *, loca
         traffic=traffic,
         asynchronous=_asynchronous(collectives),
         reduced_weights=reduced_weights(config, collectives),
-        roofline=roofline(
+        roofline=None
+        if local
+        else roofline(
             topology,
             flops=expected.total if counted is None else counted.total,
             useful=(expected.useful, expected.useful_full),
@@ -161,7 +161,8 @@ def _counted(config: RunConfig, shape: closed_form.Shape, programs: Sequence[Pro
     score = 2 * tokens * pairs * model.num_attention_heads * model.head_dim / shape.sizes["tensor"]
     products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
     attention = score * sum(n * kernels[name] for name, n in products.items())
-    return Counted(sum(program.dot_flops for program in programs), experts, attention)
+    unknown = sum(program.unknown_loops for program in programs)
+    return Counted(sum(program.dot_flops for program in programs), experts, attention, unknown)
 
 
 def _traffic(

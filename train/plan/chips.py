@@ -6,6 +6,7 @@ that libtpu's compiler itself enforces for the chip, found by compiling programs
 """
 
 import math
+import os
 import re
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from train.errors import UserError
 
 
 class Chip(NamedTuple):
-    """Per-chip figures: FLOP/s, bytes, bytes/s. Network: all links together, both directions counted once."""
+    """Per-chip figures: FLOP/s (0: unknown), bytes, bytes/s. Network: all links together, both directions once."""
 
     name: str
     flops: float  # dense bf16
@@ -78,6 +79,12 @@ def parse_topology(name: str) -> Topology:
     if chips not in known or (kind == "v5p" and int(count) % 2):
         raise _unknown(name)
     return Topology(name, CHIPS[kind], slices, chips, f"{kind}:{known[chips]}")
+
+
+def local_machine(devices: int) -> Topology:
+    """This machine's CPU as `devices` devices that share its memory. Its rates are not known: nobody publishes them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    return Topology(f"{devices} local CPU devices", Chip("cpu", 0, memory, memory, 0, 0, 0, 0), 1, devices, None)
 
 
 def larger(topology: Topology) -> list[Topology]:

@@ -54,29 +54,29 @@ class Collective(NamedTuple):
 class Program(NamedTuple):
     """The totals of a compiled program on one device."""
 
-    dot_flops: float
+    dot_flops: float  # outside of loops of unknown length
     collectives: tuple[Collective, ...]
     kernels: Counter  # name of a Pallas kernel -> calls
     grouped: Counter  # (K, N) of one expert's matrix in a grouped matmul, of either direction -> calls
-    unknown_loops: int  # loops whose trip count is not in the text, counted once
+    unknown_loops: int  # loops whose trip count is not in the text; what is not a product is counted once
 
 
 def read_program(text: str) -> Program:
     """Parse the text of a compiled module (`compiled.as_text()`), for TPU or CPU."""
     computations = dict(_computations(text))
     entry = next(re.finditer(r"^ENTRY %?([\w.\-]+)", text, re.M)).group(1)
-    times, unknown = _times(computations, entry)
+    times, once, unknown = _times(computations, entry)
     scattering = _reduce_scatters(computations)
     flops, kernels, grouped = 0.0, Counter[str](), Counter[tuple[int, ...]]()
     found: dict[tuple, Collective] = {}
     for name, instructions in computations.items():
-        trips = times.get(name, 0.0)
+        trips = times.get(name, 0.0) + once.get(name, 0.0)
         if not trips:
             continue
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
             if i.opcode in ("dot", "convolution"):
-                flops += trips * dot_flops(i, shapes)
+                flops += times.get(name, 0.0) * dot_flops(i, shapes)
             elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.text:
                 kernels[kernel_name(i.name)] += round(trips)
                 if kernel_name(i.name) in GROUPED:
@@ -143,25 +143,26 @@ def _matrix(kernel: Instruction, shapes: dict[str, str]) -> tuple[int, ...]:
     return next(dims[1:] for _, dims in arrays if len(dims) == 3)
 
 
-def _times(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, float], int]:
-    """How often each computation runs, and the number of loops whose length is unknown."""
+def _times(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, float], dict[str, float], int]:
+    """How often each computation runs, the same inside loops of unknown length taken as 1, and the number of those."""
     times: defaultdict[str, float] = defaultdict(float)
+    once: defaultdict[str, float] = defaultdict(float)
     unknown = 0
-    pending = [(entry, 1.0)]
+    pending = [(entry, 1.0, True)]
     while pending:
-        name, trips = pending.pop()
-        times[name] += trips
+        name, trips, known = pending.pop()
+        (times if known else once)[name] += trips
         for i in computations.get(name, ()):
-            inside = trips
+            inside, certain = trips, known
             if i.opcode == "while":
                 length = _trip_count(i, computations)
                 unknown += length is None
-                inside = trips * (1 if length is None else length)
+                inside, certain = trips * (length or 1), known and length is not None
             called = set(_CALLED.findall(i.text))
             for branches in _BRANCHES.findall(i.text):
                 called |= {b.strip().lstrip("%") for b in branches.split(",")}
-            pending += [(c, inside) for c in called if c in computations]
-    return times, unknown
+            pending += [(c, inside, certain) for c in called if c in computations]
+    return times, once, unknown
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

@@ -13,8 +13,14 @@ def ranked(reports: Sequence[PlanReport]) -> list[PlanReport]:
 
 
 def expected_rate(report: PlanReport) -> float:
-    """Tokens a second and chip between the two bounds: all traffic hidden, and none."""
+    """Tokens a second and chip between the two bounds: all traffic hidden, and none.
+
+    Raises:
+        ValueError: a report without a roofline, which has no rate.
+    """
     r = report.roofline
+    if r is None:
+        raise ValueError(f"{report.topology.name} has no published figures to rank by")
     seconds = (r.seconds + max(r.compute, r.memory) + r.network) / 2
     return report.tokens_per_step / report.topology.chips / seconds
 
@@ -28,6 +34,7 @@ def table(reports: Sequence[PlanReport]) -> list[str]:
 
 def _row(rank: int, r: PlanReport) -> tuple[str, ...]:
     mesh = " x ".join(f"{a} {n}" for a, n in r.mesh.items() if n > 1) or "one device"
+    assert r.roofline is not None
     memory = gb(r.memory.peak) if r.fits else f"{gb(r.memory.too_much)} too much"
     return (
         str(rank), mesh, f"{r.sequences_per_chip:g}", str(r.accumulation), r.remat, memory,

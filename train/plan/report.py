@@ -15,6 +15,7 @@ class Counted(NamedTuple):
     dots: float
     experts: float
     attention: float
+    unknown_loops: int = 0  # loops whose length depends on the data; their products are in no figure
 
     @property
     def total(self) -> float:
@@ -39,7 +40,7 @@ class PlanReport(NamedTuple):
     traffic: dict[tuple[str, str], float]  # (kind, mesh axes) -> bytes sent
     asynchronous: float  # share of those bytes that the compiler overlaps with other work
     reduced_weights: tuple[str, ...]  # weights that are all-reduced; there should be none
-    roofline: Roofline
+    roofline: Roofline | None  # None: a machine without published figures
     compile_seconds: float
     tokens: float | None  # of the whole training
 
@@ -49,16 +50,16 @@ class PlanReport(NamedTuple):
         return self.memory.too_much <= 0
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float | None:
         """Of one chip, at the bound."""
-        return self.tokens_per_step / self.topology.chips / self.roofline.seconds
+        return None if self.roofline is None else self.tokens_per_step / self.topology.chips / self.roofline.seconds
 
     def lines(self) -> list[str]:
         """For a terminal."""
         return list(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        t, m, r = self.topology, self.memory, self.roofline
+        t, m = self.topology, self.memory
         mesh = " x ".join(f"{a} {n}" for a, n in self.mesh.items() if n > 1) or "one device"
         yield f"{self.run_name} on {t.name}: {t.chips} chips, mesh {mesh}, remat {self.remat}"
         yield (
@@ -78,21 +79,28 @@ class PlanReport(NamedTuple):
             yield f"  {kind:<20} {axes:<14} {gb(amount)}"
         if self.reduced_weights:
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
+        yield from self._roofline_lines()
+        yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
+
+    def _roofline_lines(self) -> Iterator[str]:
+        t, r, rate = self.topology, self.roofline, self.tokens_per_second
+        if r is None or rate is None:
+            yield "roofline          none: no figures are published for this machine"
+            return
         yield (
             f"roofline          compute {r.compute:.3f} s, memory {r.memory:.3f} s, network {r.network:.3f} s a step: "
             f"bound by {r.bound}"
         )
         yield (
             f"  MFU at most {r.mfu:.1%} (attention over all pairs; {r.mfu_causal:.1%} causal), "
-            f"{r.mfu_serial:.1%} if no traffic is hidden; {self.tokens_per_second:,.0f} tokens a second and chip"
+            f"{r.mfu_serial:.1%} if no traffic is hidden; {rate:,.0f} tokens a second and chip"
         )
         if self.tokens:
-            seconds = self.tokens / (self.tokens_per_second * t.chips)
+            seconds = self.tokens / (rate * t.chips)
             yield (
                 f"  {self.tokens:.3g} tokens: {seconds / 86400:.1f} days, {seconds * t.chips / 3600:,.0f} chip-hours "
                 "at the bound"
             )
-        yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
 
     def _flops_lines(self) -> Iterator[str]:
         e, c = self.expected, self.counted
@@ -101,7 +109,12 @@ class PlanReport(NamedTuple):
             f"compute per chip  {tera(e.total)} by closed form: {tera(e.useful)} useful (causal), {tera(again)} "
             "recomputed or masked in part"
         )
-        if c is not None:
+        if c is not None and c.unknown_loops:
+            yield (
+                f"  in the program {tera(c.total)}, without {c.unknown_loops} loops whose length depends on the data "
+                "(experts, attention)"
+            )
+        elif c is not None:
             yield (
                 f"  in the program {tera(c.total)} ({c.total / e.total:.3f} x): products {tera(c.dots)} "
                 f"({c.dots / e.dots:.3f} x), experts {tera(c.experts)} ({c.experts / e.experts:.3f} x), "
@@ -130,7 +143,7 @@ class PlanReport(NamedTuple):
             "traffic": [{"kind": k, "axes": a, "bytes": b} for (k, a), b in self.traffic.items()],
             "asynchronous": self.asynchronous,
             "reduced_weights": list(self.reduced_weights),
-            "roofline": self.roofline._asdict() | {"seconds": self.roofline.seconds},
+            "roofline": None if self.roofline is None else self.roofline._asdict() | {"seconds": self.roofline.seconds},
             "tokens_per_second_per_chip": self.tokens_per_second,
             "compile_seconds": self.compile_seconds,
         }
@@ -142,5 +155,5 @@ def gb(size: float) -> str:
 
 
 def tera(flops: float) -> str:
-    """TFLOP."""
-    return f"{flops / 1e12:.1f} TFLOP"
+    """TFLOP, and GFLOP where they are few."""
+    return f"{flops / 1e12:.1f} TFLOP" if flops >= 1e11 else f"{flops / 1e9:.2f} GFLOP"
