@@ -3,9 +3,9 @@
 The transpose of an all-gather is a reduce-scatter. The TPU compiler has no such collective for a group that spans a
 torus of two or three dimensions: it reduces the whole gradient to every chip and throws most of it away. (Seen in
 compiled text: an all-reduce of the full (E, D, 2, F) gradient on v5p:4x4x2 and v5e:16x16.) Hence stages, each over part
-of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps. A gather of small
-shards becomes an all-reduce of the whole, too (keys' and values' projections on v5e:16x16): they are gathered in the
-same steps backwards. Large shards are gathered at once, over all links of the torus.
+of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps. Gathers become
+all-reduces of the whole, too: of small shards (keys' and values' projections on v5e:16x16), and of all on a cube
+(v5p:4x4x4). They are made in the same steps backwards; others at once, over all links of the torus.
 """
 
 import math
@@ -17,16 +17,25 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 SMALL_SHARD = 64 * 2**10  # bytes; 32 kB were seen to be all-reduced, 128 kB not
+TILE_ROWS, SUBLANES = 16, 8  # of a tile of bf16, and the least rows of one
 
-# Chips along the innermost dimension of the torus, by mesh: a trace sees only an abstract mesh, which does not know
-# where its devices stand.
+# Chips along the innermost dimension of the torus, and whether it has three dimensions of more than 2, by mesh: a trace
+# sees only an abstract mesh, which does not know where its devices stand.
 _RINGS: dict[tuple[Any, ...], int] = {}
+_CUBES: set[tuple[Any, ...]] = set()
 
 
 def remember_torus(mesh: Mesh) -> None:
     """Look up how the devices of `mesh` are wired, for the traces that follow."""
     coords = [tuple(d.coords) for d in mesh.devices.flat] if hasattr(mesh.devices.flat[0], "coords") else []
     _RINGS[_key(mesh.abstract_mesh)] = innermost(coords)
+    if is_cube(coords):
+        _CUBES.add(_key(mesh.abstract_mesh))
+
+
+def is_cube(coords: list[tuple[int, ...]]) -> bool:
+    """Whether the devices fill three dimensions of a torus, more than 2 deep in each."""
+    return sum(len(set(places)) > 2 for places in zip(*coords, strict=True)) == 3
 
 
 def innermost(coords: list[tuple[int, ...]]) -> int:
@@ -40,12 +49,14 @@ def innermost(coords: list[tuple[int, ...]]) -> int:
 def gather_shards(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """`w` whole along `dim`, from the devices along `axes` (the first varies slowest), inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
-    live = [axis for axis in axes if mesh.shape[axis] > 1]
-    if len(live) != 1 or w.size * w.dtype.itemsize > SMALL_SHARD:
+    if w.size * w.dtype.itemsize > SMALL_SHARD and _key(mesh) not in _CUBES:
         return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-    for groups in reversed(stages(mesh.shape[live[0]], _ring(mesh, live[0]))):
-        w = jax.lax.all_gather(w, live[0], axis=dim, axis_index_groups=groups, tiled=True)
-    return w
+    for axis in reversed(axes):
+        if mesh.shape[axis] > 1:
+            for groups in reversed(stages(mesh.shape[axis], _ring(mesh, axis))):
+                w = jax.lax.all_gather(w, axis, axis=dim, axis_index_groups=groups, tiled=True)
+    # where all axes have one device the value must still be typed as what a gather gives
+    return w if any(mesh.shape[axis] > 1 for axis in axes) else jax.lax.all_gather(w, axes, axis=dim, tiled=True)
 
 
 def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
@@ -54,9 +65,15 @@ def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, 
 
 def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
     mesh, shape = jax.sharding.get_abstract_mesh(), g.shape
+    shard = shape[dim] // math.prod(mesh.shape[axis] for axis in axes)
+    split = math.gcd(g.size // shape[dim], SUBLANES) if shard % TILE_ROWS else 1
     # Of other forms the TPU compiler reduces some to every chip again: the first of two dimensions, the second or the
     # last of three.
-    if dim == 0 or g.ndim == 2:
+    if split > 1:  # shards that end within a tile: only the second of three
+        g, at = jnp.moveaxis(g, dim, 0), 1
+        rest = g.shape[1:]
+        g = jnp.swapaxes(g.reshape(shape[dim], split, -1), 0, 1)
+    elif dim == 0 or g.ndim == 2:
         g, at = jnp.moveaxis(g, dim, 0), 0
         rest = g.shape[1:]
         g = g.reshape(shape[dim], -1)
@@ -68,6 +85,8 @@ def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[j
         if mesh.shape[axis] > 1:
             for groups in stages(mesh.shape[axis], _ring(mesh, axis)):
                 g = jax.lax.psum_scatter(g, axis, scatter_dimension=at, axis_index_groups=groups, tiled=True)
+    if split > 1:
+        return (jnp.moveaxis(jnp.swapaxes(g, 0, 1).reshape(-1, *rest), 0, dim),)
     if at == 0:
         return (jnp.moveaxis(g.reshape(-1, *rest), 0, dim),)
     return (g.reshape(*shape[:dim], -1, *shape[dim + 1 :]),)
