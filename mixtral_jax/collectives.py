@@ -66,10 +66,11 @@ def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, 
 def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
     mesh, shape = jax.sharding.get_abstract_mesh(), g.shape
     shard = shape[dim] // math.prod(mesh.shape[axis] for axis in axes)
-    split = math.gcd(g.size // shape[dim], SUBLANES) if shard % TILE_ROWS else 1
+    awkward = shard % TILE_ROWS != 0 or (g.ndim > 2 and math.prod(shape[:dim]) == 1 and dim > 0)
+    split = math.gcd(g.size // shape[dim], SUBLANES) if awkward else 1
     # Of other forms the TPU compiler reduces some to every chip again: the first of two dimensions, the second or the
     # last of three.
-    if split > 1:  # shards that end within a tile: only the second of three
+    if split > 1:  # shards that end within a tile, or two dimensions in the guise of three: only the second of three
         g, at = jnp.moveaxis(g, dim, 0), 1
         rest = g.shape[1:]
         g = jnp.swapaxes(g.reshape(shape[dim], split, -1), 0, 1)
