@@ -6,7 +6,7 @@ the same calls run on the whole mesh.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from mixtral_jax.decoding import Cache, assemble, cache_slots, decode, prefill, shard_index
 from mixtral_jax.model import Mixtral
-from mixtral_jax.sampling import Sampler, make_sampler, sample
+from mixtral_jax.sampling import Drawing, Sampler, make_sampler, sample
 from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, axis_max, psum, sharded, varying
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
@@ -53,24 +53,18 @@ def generate(
     tokens: Prompts,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     eos_id: int | Sequence[int] | None = None,
     lengths: Sequence[int] | np.ndarray | None = None,
+    **drawing: Unpack[Drawing],
 ) -> Any:
     """Continue prompts; what comes back are the new tokens alone, without the prompt.
 
     Args:
         tokens: a prompt, a list of prompts of any lengths, or an array (T,) or (B, T).
         max_new_tokens: most tokens per row.
-        temperature: 0 takes the likeliest token.
-        top_k: draw from the k likeliest only; None or 0: from all.
-        top_p: of these, draw from the likeliest that together have this probability; None or 1: from all.
-        seed: the same seed gives the same tokens; what row b draws does not depend on the other rows.
         eos_id: token, or tokens, that end a row; None: every row gets max_new_tokens.
         lengths: of the prompts in an array (B, T), which are padded at the end.
+        drawing: temperature (0, the default, takes the likeliest token), top_k, top_p, seed; see sampling.Drawing.
 
     Returns:
         For lists the new tokens as lists, the ending token included. For an array an int32 array (..., max_new_tokens),
@@ -83,7 +77,7 @@ def generate(
     count = len(rows.prompts)
     if not count:
         return np.zeros((0, max_new_tokens), np.int32) if rows.is_array else []
-    sampler = make_sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampler = make_sampler(**drawing)
     columns = _round_up(_positive("max_new_tokens", max_new_tokens))
     batch, slots = _right_align(rows, columns)
     out_BN = _run(model, batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns)
@@ -99,15 +93,12 @@ def stream(
     tokens: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     eos_id: int | Sequence[int] | None = None,
+    **drawing: Unpack[Drawing],
 ) -> Iterator[list[int | None]]:
     """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended."""
     rows = _read_prompts(model, list(tokens), None, eos_id)
-    sampler = make_sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampler = make_sampler(**drawing)
     batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
     ended = np.zeros(len(rows.prompts), bool)
     state = None

@@ -1,10 +1,25 @@
 """From logits to the next token: greedy, temperature, top-k, top-p; a stream of random numbers per row."""
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+class Drawing(TypedDict, total=False):
+    """How tokens are drawn, as users say it. `temperature`: 0 (the default) takes the likeliest token.
+
+    `top_k`: draw from the k likeliest only; None or 0: from all. `top_p`: of these, from the likeliest that together
+    have this probability; None or 1: from all. `seed`: the same seed gives the same tokens; what row b draws does not
+    depend on the other rows.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
 
 
 @jax.tree_util.register_dataclass

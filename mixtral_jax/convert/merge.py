@@ -6,10 +6,8 @@ import numpy as np
 
 from mixtral_jax.convert.adapter import ROUTER, NativeAdapter, check_same_model, target_of
 from mixtral_jax.convert.atomic import check_destination
-from mixtral_jax.convert.hf_write import parse_size
-from mixtral_jax.convert.orbax_io import OrbaxSource
 from mixtral_jax.convert.peft_read import PeftAdapter, is_peft
-from mixtral_jax.convert.pipeline import AnySource, check_orbax_destination, open_source, write_hf, write_orbax
+from mixtral_jax.convert.pipeline import AnySource, open_source, write_alike
 from mixtral_jax.convert.stream import bands
 from mixtral_jax.convert.table import Slot
 from mixtral_jax.convert.wrapped import WrappedSource
@@ -35,12 +33,7 @@ def merge_lora(src: Path_, dst: Path_, *, adapter: Path_, force: bool = False, p
     inner = open_source(src)
     factors = PeftAdapter(adapter, inner.config) if is_peft(adapter) else NativeAdapter(adapter)
     check_same_model(inner.config, factors, os.fspath(src))
-    source = MergedSource(inner, factors)
-    if isinstance(inner, OrbaxSource):
-        check_orbax_destination(dst)
-        write_orbax(source, dst, dtype=None, force=force, progress=progress)
-    else:
-        write_hf(source, dst, dtype=None, shard_bytes=parse_size("5GB"), force=force, progress=progress)
+    write_alike(MergedSource(inner, factors), inner, dst, force=force, progress=progress)
 
 
 class MergedSource(WrappedSource):

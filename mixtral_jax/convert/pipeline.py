@@ -91,6 +91,15 @@ def write_orbax(source: AnySource, dst: Path_, *, dtype: str | None, force: bool
     _report(tally, dst, progress)
 
 
+def write_alike(source: AnySource, inner: AnySource, dst: Path_, *, force: bool, progress: bool) -> None:
+    """A changed source in the format and dtypes of the one that it changes."""
+    if isinstance(inner, OrbaxSource):
+        check_orbax_destination(dst)
+        write_orbax(source, dst, dtype=None, force=force, progress=progress)
+    else:
+        write_hf(source, dst, dtype=None, shard_bytes=parse_size("5GB"), force=force, progress=progress)
+
+
 def write_hf(
     source: AnySource, dst: Path_, *, dtype: str | None, shard_bytes: int, force: bool, progress: bool
 ) -> None:

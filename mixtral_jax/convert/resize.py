@@ -8,9 +8,7 @@ import numpy as np
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.atomic import check_destination
-from mixtral_jax.convert.hf_write import parse_size
-from mixtral_jax.convert.orbax_io import OrbaxSource
-from mixtral_jax.convert.pipeline import check_orbax_destination, open_source, write_hf, write_orbax
+from mixtral_jax.convert.pipeline import open_source, write_alike
 from mixtral_jax.convert.table import Slot
 from mixtral_jax.convert.wrapped import WrappedSource
 
@@ -40,12 +38,7 @@ def resize_vocab(
     old = inner.config.vocab_size
     if vocab_size < old:
         raise ValueError(f"vocab_size {vocab_size} is smaller than the {old} of {src}: rows are added, never removed")
-    source = ResizedSource(inner, vocab_size)
-    if isinstance(inner, OrbaxSource):
-        check_orbax_destination(dst)
-        write_orbax(source, dst, dtype=None, force=force, progress=progress)
-    else:
-        write_hf(source, dst, dtype=None, shard_bytes=parse_size("5GB"), force=force, progress=progress)
+    write_alike(ResizedSource(inner, vocab_size), inner, dst, force=force, progress=progress)
 
 
 class ResizedSource(WrappedSource):
