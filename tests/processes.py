@@ -4,6 +4,7 @@ python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`
 process and a step: `SIGTERM:1:8`.
 """
 
+import json
 import os
 import signal
 import sys
@@ -55,4 +56,4 @@ if __name__ == "__main__":
     record_rows(Path(records), number)
     if event != "none":
         disturb(event, number)
-    sys.exit(launch.main(["pretrain", *arguments]))
+    sys.exit(launch.main([json.loads(Path(arguments[0]).read_text())["stage"], *arguments]))

@@ -19,6 +19,7 @@ import pytest
 from mixtral_jax.mesh import make_mesh
 from tests.processes import record_rows
 from tests.tiny import metrics_of, write_run_file
+from tests.tuning import write_tuning_file
 from train import feed, loop
 from train.config import load_config
 
@@ -168,9 +169,9 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(file, two):
     run_alone(file, "one_of_two", 1, "mesh={data: 1}")
     assert_same_numbers(file, "one_of_two", range(5, 9))
     begin_from(file, "alone", 4, "two_of_one")
-    codes, outputs, _ = run_processes(
-        2, 2, file, "two_of_one", MESH, "sample={every: 8, prompts: [the router], max_new_tokens: 4}"
-    )
+    nodes = "mesh={data: 1, fsdp: 2, dcn_data: 2}"  # each process is one
+    sample = "sample={every: 8, prompts: [the router], max_new_tokens: 4}"
+    codes, outputs, _ = run_processes(2, 2, file, "two_of_one", nodes, sample)
     assert codes == [0, 0], "\n".join(outputs)
     assert status(file, "two_of_one") == {**status(file, "alone"), "reason": ANY}
     assert_same_numbers(file, "two_of_one", range(5, 9))
@@ -216,3 +217,17 @@ def test_processes_of_different_runs_say_so(file, two):
     assert [process.returncode for process in ends] == [2, 2], errors
     for i, text in enumerate(errors):
         assert f"error: the processes of this run differ in configuration and data (process {i} has conf" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["precomputed", "frozen"])
+def test_pairs_with_a_reference_that_both_processes_ask(tmp_path, reference):
+    """The reference's numbers are computed over both, and kept by process 0 for both."""
+    changes = {"dpo": {"reference": reference}, "log": {"every": 1}, "eval": {"every": 2}}
+    file = write_tuning_file(tmp_path, "dpo", **changes)
+    run_alone(file, "alone", 2, "mesh={data: 1, fsdp: 2}")
+    shutil.rmtree(tmp_path / "cache" / "references", ignore_errors=True)
+    codes, outputs, _ = run_processes(2, 1, file, "two", "mesh={data: 1, fsdp: 2}")
+    assert codes == [0, 0], "\n".join(outputs)
+    for key in ("train/loss", "train/grad_norm", "rewards/margins", "eval/loss"):
+        assert series(file, "two", key) == pytest.approx(series(file, "alone", key), rel=1e-5, abs=1e-6), key

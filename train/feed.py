@@ -25,8 +25,8 @@ def batch_share(mesh: jax.sharding.Mesh | None, rows: int) -> tuple[int, int]:
     first, end = min(s for s, _ in slices), max(e for _, e in slices)
     if sum(e - s for s, e in slices) != end - first:
         raise ValueError(
-            f"the mesh gives process {jax.process_index()} rows that are not contiguous: put data, fsdp and expert "
-            "outside tensor and context"
+            f"the mesh gives process {jax.process_index()} rows that are not contiguous: with mesh.dcn_fsdp above 1 "
+            "make mesh.data 1, or say mesh.dcn_data instead"
         )
     return first // (end - first), rows // (end - first)
 
