@@ -221,9 +221,8 @@ def _environment() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's info and warning lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
-    # libtpu without a TPU (it is there for `plan`) would look for one, in vain and aloud
-    if "JAX_PLATFORMS" not in os.environ and not any(map(glob.glob, _ACCELERATORS)):
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    if not any(map(glob.glob, _ACCELERATORS)):  # libtpu, there for `plan`, would look for a TPU, in vain and aloud
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -273,6 +272,8 @@ def _train(args: Parsed) -> int:
     config, provenance = _load(args.config, args.overrides, args.command)
     if args.dry_run:
         return _function("train.dry_run", "dry_run")(config, provenance)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        _function("train.host", "keep_freed_memory")()
     _function("train.distributed", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )

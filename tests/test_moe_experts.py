@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from mixtral_jax.kernels import grouped_matmul as kernel
+from mixtral_jax.kernels.blocked_swiglu import blocked_swiglu
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, swiglu
 from tests.oracles import mixtral as oracle
 
@@ -19,11 +21,11 @@ def draw():
     return [rng.normal(0, 0.7, s).astype(np.float32) for s in shapes]
 
 
-def value_and_gradients(x, w13, w2, g):
+def value_and_gradients(x, w13, w2, g, backend="blocked"):
     inside = (np.arange(R) < SIZES.sum())[:, None]
 
     def run(x, w13, w2):
-        return jnp.where(inside, grouped_swiglu(x, ExpertWeights(w13, w2), jnp.asarray(SIZES), "blocked"), 0)
+        return jnp.where(inside, grouped_swiglu(x, ExpertWeights(w13, w2), jnp.asarray(SIZES), backend), 0)
 
     y, pull = jax.vjp(run, x, w13, w2)
     return y, *pull(g)
@@ -40,9 +42,29 @@ def check(got, numbers):
         np.testing.assert_allclose(grad, t.grad, atol=1e-5)
 
 
-def test_value_and_gradients():
+@pytest.mark.parametrize("backend", ["blocked", "ragged_dot", "dense"])
+def test_value_and_gradients(backend):
     numbers = draw()
-    check(jax.jit(value_and_gradients)(*numbers), numbers)
+    check(jax.jit(lambda *a: value_and_gradients(*a, backend))(*numbers), numbers)
+
+
+@pytest.mark.parametrize("sizes", [(300, 0, 129, 64), (0, 0, 0, 493), (1, 127, 192, 65), (0, 0, 0, 0)])
+def test_blocks_of_both_sizes_and_rows_of_nobody(sizes):
+    """Groups above, at and below the sizes of the blocks; what lies behind them is NaN and reaches nothing."""
+    rows, rng = 500, np.random.default_rng(1)
+    x, w13, w2, g = (rng.normal(0, 0.5, s).astype(np.float32) for s in ((rows, D), (E, D, 2, F), (E, F, D), (rows, D)))
+    inside = (np.arange(rows) < sum(sizes))[:, None]
+    x, g = np.where(inside, x, np.nan), np.where(inside, g, np.nan)
+    y, pull = jax.vjp(lambda *a: blocked_swiglu(*a, jnp.asarray(sizes, jnp.int32)), x, w13, w2)
+    dx, dw13, dw2 = pull(jnp.asarray(g))
+    group = np.repeat(np.arange(E), sizes)
+    tx, t13, t2 = map(oracle.tensors, (np.nan_to_num(x), w13, w2))
+    want = [oracle.expert(tx[r], t13[e], t2[e]) for r, e in enumerate(group)]
+    if want:
+        torch.stack(want).backward(torch.tensor(g[: len(want)], dtype=torch.float64))
+        np.testing.assert_allclose(y[: len(want)], torch.stack(want).detach(), atol=2e-6)
+    for grad, t in ((dx, tx), (dw13, t13), (dw2, t2)):
+        np.testing.assert_allclose(grad, np.zeros(t.shape) if t.grad is None else t.grad, atol=2e-5)
 
 
 def test_a_backend_that_leaves_nan_behind_the_groups(monkeypatch):
@@ -56,7 +78,7 @@ def test_a_backend_that_leaves_nan_behind_the_groups(monkeypatch):
 
     monkeypatch.setattr(kernel, "_forward", careless)
     numbers = draw()
-    check(jax.jit(lambda *a: value_and_gradients(*a))(*numbers), numbers)
+    check(jax.jit(lambda *a: value_and_gradients(*a, "dense"))(*numbers), numbers)
     assert len(calls) >= 4  # two products forward, two backward
 
 

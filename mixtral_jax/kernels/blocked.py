@@ -14,7 +14,8 @@ from mixtral_jax.sharding import alike, variance, varying
 BLOCK_ROWS = 128
 
 
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+def zeros_like_rows(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Zeros of the dtype of `like`, typed as varying over the same mesh axes."""
     return varying(jnp.zeros(shape, like.dtype), sorted(variance(like)))
 
 
@@ -38,7 +39,7 @@ def blocked_rows(
 
         return jax.lax.fori_loop(0, (size + block - 1) // block, one_block, y_RF), None
 
-    y_RF = _zeros((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD)
+    y_RF = zeros_like_rows((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD)
     y_RF, _ = jax.lax.scan(group, y_RF, (w_EDF, starts_E, sizes_E))
     return y_RF[:rows]
 
@@ -61,7 +62,7 @@ def blocked_weights(
             dy_bF = jnp.where(inside_b1, jax.lax.dynamic_slice_in_dim(dy_RF, row, block), 0)
             return dw_DF + jnp.einsum("bD,bF->DF", x_bD, dy_bF, preferred_element_type=jnp.float32)
 
-        zeros = _zeros((x_RD.shape[1], dy_RF.shape[1]), x_RD.astype(jnp.float32))
+        zeros = zeros_like_rows((x_RD.shape[1], dy_RF.shape[1]), x_RD.astype(jnp.float32))
         return None, jax.lax.fori_loop(0, (size + block - 1) // block, one_block, zeros)
 
     return jax.lax.scan(group, None, (starts_E, sizes_E))[1]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels.blocked_swiglu import blocked_swiglu
 from mixtral_jax.kernels.grouped_down import grouped_down
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
@@ -33,9 +34,12 @@ def grouped_swiglu(
     x_RD: Float[Array, "R D"], weights: ExpertWeights, group_sizes_E: Int[Array, " E"], backend: str
 ) -> Float[Array, "R D"]:
     """w2( silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last group are undefined."""
-    if not weights.adapters and resolve_matmul(backend, platform()) in ("megablox", "tokamax", "ragged_dot"):
-        h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=backend), "expert_hidden")
-        return checkpoint_name(grouped_down(h_R2F, weights.w2_EFD, group_sizes_E, backend=backend), "expert_output")
+    kernel = resolve_matmul(backend, platform())
+    if kernel == "blocked" and not weights.adapters:
+        return checkpoint_name(blocked_swiglu(x_RD, weights.w13_ED2F, weights.w2_EFD, group_sizes_E), "expert_output")
+    if kernel != "dense" and not weights.adapters:
+        h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
+        return checkpoint_name(grouped_down(h_R2F, weights.w2_EFD, group_sizes_E, backend=kernel), "expert_output")
     inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(group_sizes_E))[:, None]
     return _feed_forward(
         x_RD,
