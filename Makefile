@@ -2,6 +2,7 @@
 # 3.11 or newer, make and git.
 #
 #   make quickstart   train a small Mixtral on five languages and code, on this machine's CPU
+#   make demo         from nothing to an assistant: pretrain, SFT, DPO, export to Hugging Face; what each step changed
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
@@ -13,9 +14,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-slow lint format bench clean
+.PHONY: help quickstart demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,14 @@ help:
 quickstart: $(VENV)/core.stamp
 	JAX_PLATFORMS=cpu $(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
 	@JAX_PLATFORMS=cpu $(RUN) -m train.quickstart runs/quickstart
+
+# Each line is a command of its own; a stage that is done is not done again.
+demo: $(VENV)/core.stamp
+	JAX_PLATFORMS=cpu $(RUN) launch.py pretrain configs/pretrain/quickstart.yaml $(DEMO_ARGS)
+	JAX_PLATFORMS=cpu $(RUN) launch.py sft configs/sft/tiny.yaml $(DEMO_ARGS)
+	JAX_PLATFORMS=cpu $(RUN) launch.py dpo configs/dpo/tiny.yaml $(DEMO_ARGS)
+	JAX_PLATFORMS=cpu $(RUN) launch.py convert orbax2hf runs/dpo-tiny runs/demo-hf --dtype float32 --force
+	@JAX_PLATFORMS=cpu $(RUN) -m train.demo runs/quickstart runs/sft-tiny runs/dpo-tiny runs/demo-hf
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
