@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.sharding import alike
@@ -27,7 +28,9 @@ def plan_rows(expert_MC: Int[Array, "M C"], experts: int, rows: int) -> Plan:
     flat_R = jnp.minimum(expert_MC.reshape(-1), experts)
     position = jnp.arange(flat_R.shape[0], dtype=jnp.int32)
     _, order_R = jax.lax.sort((flat_R, position), num_keys=1, is_stable=True)
-    slot_R = jnp.zeros_like(order_R).at[order_R].set(position, unique_indices=True)
+    # saved by every rematerialisation policy, a few bytes a row: the backward pass sorts nothing
+    order_R = checkpoint_name(order_R, "route")
+    slot_R = checkpoint_name(jnp.zeros_like(order_R).at[order_R].set(position, unique_indices=True), "route")
     sizes_E = jnp.sum(flat_R[:, None] == jnp.arange(experts, dtype=flat_R.dtype)[None, :], axis=0, dtype=jnp.int32)
     shape = expert_MC.shape
     return Plan(order_R[:rows], slot_R.reshape(shape), (flat_R < experts).reshape(shape), sizes_E)

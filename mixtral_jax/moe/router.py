@@ -33,5 +33,7 @@ def route(x_MD: Float[Array, "M D"], w_DE: Float[Array, "D E"], top_k: int, dtyp
     probs_ME = jax.nn.softmax(logits_ME, axis=-1)
     _, expert_MC = jax.lax.top_k(jax.lax.stop_gradient(probs_ME), top_k)
     expert_MC = checkpoint_name(expert_MC, "route")
-    gate_MC = jnp.take_along_axis(probs_ME, expert_MC, axis=-1)
+    # a selection, not a gather: the transpose of that is a scatter, for which the TPU compiler sorts
+    chosen_MCE = expert_MC[:, :, None] == jnp.arange(probs_ME.shape[1])[None, None, :]
+    gate_MC = jnp.sum(jnp.where(chosen_MCE, probs_ME[:, None, :], 0), axis=-1)
     return Routing(expert_MC, gate_MC / jnp.sum(gate_MC, axis=-1, keepdims=True), probs_ME, logits_ME)
