@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.kernels.attention import Backend, attend
-from mixtral_jax.lora import Adapter, LoraConfig, low_rank
+from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
+from mixtral_jax.quantize import whole_weight
 from mixtral_jax.rope import apply_rope
-from mixtral_jax.sharding import axis_index, axis_size, gather, psum
+from mixtral_jax.sharding import axis_index, axis_size, psum
 from mixtral_jax.zigzag import Part, whole_row
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -48,14 +49,15 @@ class Attention(nnx.Module):
         for index, (name, (inputs, outputs)) in enumerate((matrices | {"output": (heads, hidden)}).items()):
             shape, own_key = {**layers, **inputs, **outputs}, jax.random.fold_in(key, index)
             value = config.initializer_range * jax.random.normal(own_key, tuple(shape.values()), dtype)
-            setattr(self, name, nnx.Param(value, axes=tuple(shape)))
+            contracted = "head_dim" if name == "output" else "embed"
+            setattr(self, name, base_weight(value, shape, contracted, lora))
             if lora is not None and lora.adapts(f"attention.{name}"):
                 adapter = Adapter(lora, inputs, outputs, key=jax.random.fold_in(own_key, 1), stack=layers, dtype=dtype)
                 setattr(self, f"{name}_lora", adapter)
 
     def _linear(self, name: str, x: jax.Array, letters: str, key: jax.Array | None) -> jax.Array:
         """A projection and its adapter, if it has one."""
-        y = jnp.einsum(letters, x, gather(getattr(self, name), x.dtype))
+        y = jnp.einsum(letters, x, whole_weight(getattr(self, name), x.dtype))
         adapter = getattr(self, f"{name}_lora", None)
         if adapter is None:
             return y

@@ -17,6 +17,7 @@ from mixtral_jax.kernels.attention import attend
 from mixtral_jax.mesh import MESH_AXES
 from mixtral_jax.model import Block, Mixtral, compute_dtype
 from mixtral_jax.moe.block import SparseMoe
+from mixtral_jax.moe.experts import ExpertWeights
 from mixtral_jax.moe.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.moe.router import route
 from mixtral_jax.rope import rope_angles
@@ -139,17 +140,12 @@ def _dropless(moe: SparseMoe) -> SparseMoe:
     return moe
 
 
-def _adapted(moe: SparseMoe) -> bool:
-    """Whether any matrix of the experts has an adapter, which `few_rows_swiglu` knows nothing of."""
-    return any(hasattr(moe, f"{name}_lora") for name in ("w1", "w3", "w2"))
-
-
 def _experts(
     stacked: SparseMoe, layer: Block, index: jax.Array, x_B1D: jax.Array, live_B: jax.Array
 ) -> Float[Array, "B 1 D"]:
     """The expert block of one layer on one token a row."""
     h_B1D, config = layer.moe_norm(x_B1D), layer.moe.config
-    if _devices(MESH_AXES) > 1 or _adapted(stacked) or h_B1D.shape[0] > MAX_TOKENS:
+    if _devices(MESH_AXES) > 1 or h_B1D.shape[0] > MAX_TOKENS:
         return _dropless(layer.moe)(h_B1D, live_B[:, None])[0]
     h_MD = h_B1D[:, 0]
     if config.is_dense:
@@ -160,7 +156,11 @@ def _experts(
         routing = route(h_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok, dtype)
         expert_MC, gate_MC = routing.expert_MC, routing.gate_MC
     expert_MC = jnp.where(live_B[:, None], expert_MC, config.num_local_experts)
-    y_MD = few_rows_swiglu(h_MD, expert_MC, gate_MC, stacked.w13[...], stacked.w2[...], index)
+
+    def read(expert: jax.Array) -> ExpertWeights:
+        return stacked.one_expert(index, expert, h_MD.dtype)
+
+    y_MD = few_rows_swiglu(h_MD, expert_MC, gate_MC, config.num_local_experts, read)
     return y_MD.astype(x_B1D.dtype)[:, None]
 
 

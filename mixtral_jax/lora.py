@@ -6,7 +6,7 @@ B at 0, so that an adapted model begins as its base. Each of w1, w3 and w2 of an
 
 import fnmatch
 import math
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.quantize import QuantizedWeight
 from mixtral_jax.sharding import TOKEN_AXES, gather, shard_key
 
 TARGETS = (
@@ -41,12 +42,28 @@ class LoraConfig(FrozenConfig):
         description=f"patterns over {', '.join(TARGETS)}; the router has no adapter",
     )
 
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
+        "float32",
+        description="how the frozen matrices are held; int8 and nf4 in blocks, embedding and head in bfloat16",
+    )
+    base_block: int = Field(64, gt=0, description="weights of an int8 or nf4 matrix that share a scale, at most")
+
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:
         for pattern in self.targets:
             if not fnmatch.filter(TARGETS, pattern):
                 raise ValueError(f"targets: {pattern!r} matches none of {', '.join(TARGETS)}")
         return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the base is held in blocks."""
+        return self.base_dtype in ("int8", "nf4")
+
+    @property
+    def base_only(self) -> Self:
+        """The same base without any adapter."""
+        return self.model_copy(update={"targets": ()})
 
     @property
     def scale(self) -> float:
@@ -56,6 +73,20 @@ class LoraConfig(FrozenConfig):
     def adapts(self, target: str) -> bool:
         """Whether one of TARGETS gets an adapter."""
         return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+
+
+def base_weight(
+    value: Float[Array, "..."], shape: dict[str, int], contracted: str, lora: LoraConfig | None
+) -> nnx.Param | QuantizedWeight:
+    """A matrix of the base with the logical axes `shape`, as `lora` wants it held; without lora as it is."""
+    if lora is not None and (lora.base_dtype == "int8" or lora.base_dtype == "nf4"):
+        return QuantizedWeight(value, shape, contracted, lora.base_dtype, lora.base_block)
+    return nnx.Param(value.astype(base_dtype(lora, value.dtype)), axes=tuple(shape))
+
+
+def base_dtype(lora: LoraConfig | None, dtype: jnp.dtype) -> jnp.dtype:
+    """Of what of the base is not quantised: the embedding, the head."""
+    return dtype if lora is None or lora.base_dtype == "float32" else jnp.dtype(jnp.bfloat16)
 
 
 class LowRank(NamedTuple):

@@ -13,7 +13,7 @@ from mixtral_jax.attention import Attention, Rows
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, linear_logps
 from mixtral_jax.layers import Embedding, Head, RMSNorm
-from mixtral_jax.lora import LoraConfig
+from mixtral_jax.lora import LoraConfig, base_dtype
 from mixtral_jax.moe.block import SparseMoe
 from mixtral_jax.moe.losses import RouterStats
 from mixtral_jax.rope import rope_angles
@@ -98,12 +98,12 @@ class Mixtral(nnx.Module):
         self.config, self.compute = config, compute
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         size, std = (config.vocab_size, config.hidden_size), config.initializer_range
-        self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype)
+        self.embed = Embedding(*size, std, key=embed_key, dtype=base_dtype(lora, param_dtype))
         stack = (config.num_hidden_layers,)
         self.layers = Block(config, compute, key=layers_key, stack=stack, dtype=param_dtype, lora=lora)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
         if not config.tie_word_embeddings:
-            self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype)
+            self.head = Head(*size[::-1], std, key=head_key, dtype=base_dtype(lora, param_dtype))
 
     def __call__(
         self,

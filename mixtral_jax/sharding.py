@@ -42,6 +42,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "norm": (),
     "lora_rank": (),
+    "quantized_block": (),
 }
 # Logical axes that are gathered before use; the others are computed on as shards.
 GATHERED = ("embed", "expert_embed")

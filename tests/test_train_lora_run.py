@@ -65,6 +65,14 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         assert np.any(np.asarray(value) != 0), name  # every B has moved away from 0
     with pytest.raises(UserError, match=r"were trained on init_from .*base, which is now None"):
         start("parts", steps=5, init_from=None)
+    for change, says in {
+        "lora.rank 2, which is now 3": {"lora": LORA | {"rank": 3}},
+        r"lora.alpha 4\.0, which is now 8\.0": {"lora": LORA | {"alpha": 8.0}},
+        r"lora.targets \['attention": {"lora": LORA | {"targets": ["moe.w2"]}},
+        "trained adapters, and lora now asks for the whole model": {"lora": None},
+    }.items():
+        with pytest.raises(UserError, match=change):
+            start("parts", steps=5, **says)
     with pytest.raises(UserError, match="holds adapters only: fold them into their base first"):
         start("above", init_from=str(tmp_path / "runs" / "once"))
     with pytest.raises(ValueError, match="holds the adapters of a LoRA run, no whole model"):

@@ -15,17 +15,16 @@ from data.loader import eval_batches
 from data.template import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import load
 from mixtral_jax.generate import generate as generate_tokens
 from mixtral_jax.generate import stream
 from mixtral_jax.mesh import make_mesh
 from mixtral_jax.model import Mixtral, compute_dtype
-from train.checkpoint import find
-from train.config import RunConfig, load_config
+from train.config import RunConfig
 from train.errors import UserError
 from train.evaluate import add_up, token_metrics
 from train.feed import batch_share, make_put
 from train.objectives import token_sums
+from train.read_model import read_model, run_config
 
 EXIT_DONE, EXIT_NOT_FINITE = 0, 3
 _TOKENIZERS = ("*.model", "*.model.v*", "tokenizer.json")
@@ -56,11 +55,11 @@ def generate(
     Raises:
         UserError: no tokenizer is found, or it does not fit the model.
     """
-    run = _run_config(checkpoint)
+    run = run_config(checkpoint)
     codec = _tokenizer(checkpoint, tokenizer, run)
     compute = ComputeConfig(dtype=dtype or "auto")
     whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
-    model = load(_weights(checkpoint), dtype="float32" if whole else None, compute=compute)
+    model = read_model(checkpoint, dtype="float32" if whole else None, compute=compute)
     if codec.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {codec.vocab_size} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
@@ -181,7 +180,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
         raise UserError("data.validation is empty: there is nothing to evaluate")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        model = load(_weights(checkpoint), mesh, compute=config.compute)
+        model = read_model(checkpoint, mesh=mesh, compute=config.compute)
         pieces = load_tokenizer(data.tokenizer).vocab_size
         if pieces > model.config.vocab_size:
             raise UserError(
@@ -211,25 +210,6 @@ def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
         loss, perplexity, bits, accuracy = (metrics.get(prefix + name, math.nan) for name in names)
         lines.append(f"{label:{width}}  {loss:8.4f}  {perplexity:10.3f}  {bits:9.4f}  {accuracy:8.4f}")
     return "\n".join(lines)
-
-
-def _run_config(checkpoint: str) -> RunConfig | None:
-    """The configuration of the run that a checkpoint belongs to; None for a model directory."""
-    path = Path(checkpoint).absolute()
-    for place in (path, *path.parents[:2]):
-        if (place / "config.yaml").is_file():
-            return load_config(place / "config.yaml").config
-    return None
-
-
-def _weights(checkpoint: str) -> str:
-    """The directory that holds the weights: a run stands for its newest whole checkpoint."""
-    path = Path(checkpoint)
-    run = _run_config(checkpoint) if (path / "config.yaml").is_file() else None
-    if run is None:
-        return checkpoint
-    found = find(run.checkpoint.directory or path / "checkpoints", "must", lambda line: print(line, file=sys.stderr))
-    return checkpoint if found is None else str(found.path)
 
 
 def _tokenizer(checkpoint: str, given: str | None, run: RunConfig | None) -> Tokenizer:

@@ -1,10 +1,13 @@
 """What a run would be: its configuration, size, mesh, memory and batch arithmetic, without making a weight."""
 
 import jax
+from flax import nnx
 from rich.console import Console
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.model import abstract_model
 from train.config import Provenance, RunConfig, resolved_yaml
+from train.trainable import is_trained, leaves
 
 # Bytes for each parameter: fp32 master weight, AdamW's two moments, accumulated gradient.
 STATE_BYTES = {"parameters": 4, "optimizer": 8, "gradients": 4}
@@ -68,9 +71,22 @@ def memory_line(config: RunConfig, sizes: dict[str, int]) -> str:
     divisor is the same; norms and the router are small.
     """
     shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
-    each = {name: config.model.num_params() * size / shards for name, size in STATE_BYTES.items()}
+    trained, frozen = held_parameters(config)
+    each = {name: trained * size / shards for name, size in STATE_BYTES.items()}
+    if config.adapters is not None:
+        each = {f"frozen base ({config.adapters.base_dtype})": frozen / shards} | each
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in each.items())
     return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
+
+
+def held_parameters(config: RunConfig) -> tuple[int, int]:
+    """(trained parameters, bytes of the frozen base under adapters, as it is held)."""
+    if config.adapters is None:
+        return config.model.num_params(), 0
+    trained, model = is_trained(config), abstract_model(config.model, config.compute, lora=config.adapters)
+    sizes = dict(leaves(nnx.to_pure_dict(nnx.state(model))))
+    frozen = sum(leaf.size * leaf.dtype.itemsize for path, leaf in sizes.items() if not trained(path))
+    return sum(leaf.size for path, leaf in sizes.items() if trained(path)), frozen
 
 
 def human_bytes(size: float) -> str:

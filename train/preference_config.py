@@ -103,7 +103,7 @@ class DpoConfig(FrozenConfig):
             ValueError: `lora_base` without LoRA.
         """
         if self.reference == "lora_base" and not lora:
-            raise ValueError("reference is lora_base, but the run has no LoRA: use frozen or precomputed")
+            raise ValueError("dpo.reference is lora_base, but the run has no LoRA: use frozen or precomputed")
         if self.reference != "auto":
             return self.reference
         if set(self.loss_type) <= set(_WITHOUT_REFERENCE):

@@ -68,17 +68,30 @@ def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
 
 
 def check_same_base(found: Found, config: RunConfig) -> None:
-    """A checkpoint of adapters means nothing beside another base.
+    """A checkpoint of adapters means nothing beside another base, or at another scale.
 
     Raises:
-        UserError: init_from is not the one that the adapters were trained on.
+        UserError: init_from is not the one that the adapters were trained on, or `lora` says something else of them.
     """
-    before = found.meta["config"].get("init_from")
-    if config.adapters is not None and before != config.init_from:
-        raise UserError(
-            f"the adapters of checkpoint {found.step} were trained on init_from {before}, which is now "
-            f"{config.init_from}: set it back, or choose another run_name"
-        )
+    then, now = found.meta["config"], config.model_dump(mode="json")
+    old, new = then.get("lora"), now.get("lora")
+    if old is None or new is None:
+        if old != new:
+            kinds = ("the whole model", "adapters") if old is None else ("adapters", "the whole model")
+            raise UserError(
+                f"checkpoint {found.step} is of a run that trained {kinds[0]}, and lora now asks for {kinds[1]}: "
+                "set it back, or choose another run_name"
+            )
+        return
+    keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
+    pairs = {"init_from": (then.get("init_from"), config.init_from)}
+    pairs |= {f"lora.{key}": (old[key], new[key]) for key in keys if key in old}
+    for key, (before, after) in pairs.items():
+        if before != after:
+            raise UserError(
+                f"the adapters of checkpoint {found.step} were trained on {key} {before}, which is now {after}: "
+                "set it back, or choose another run_name"
+            )
 
 
 def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

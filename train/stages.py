@@ -58,6 +58,15 @@ class TuningConfig(RunConfig):
     neftune_noise_alpha: float = Field(0.0, ge=0, description="NEFTune's noise on the embeddings; 0: none")
     allow_any_mask: bool = Field(False, description="train although every token of a source is learned")
 
+    @model_validator(mode="after")
+    def _base_stays_small(self) -> Self:
+        if self.lora is not None and self.lora.quantizes and self.compute.remat == "none":
+            raise ValueError(
+                f"lora.base_dtype is {self.lora.base_dtype}, but compute.remat is none, which would keep every layer "
+                "dequantised for the backward pass: set compute.remat to minimal or full"
+            )
+        return self
+
     @property
     def router_factor(self) -> float:
         return self.router.factor

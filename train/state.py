@@ -1,6 +1,6 @@
 """TrainState: what changes from step to step, where it lives, and how it begins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,10 @@ from etils import epath
 from jaxtyping import Array, Int
 
 from mixtral_jax import checkpoint
-from mixtral_jax.convert.api import place_params
+from mixtral_jax.convert.api import place_leaf
 from mixtral_jax.convert.pipeline import open_source
-from mixtral_jax.convert.table import leaves
+from mixtral_jax.convert.stream import Source
+from mixtral_jax.convert.table import leaves, nest
 from train.errors import UserError
 from train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
 
@@ -67,7 +68,7 @@ def start_from(params: Params, optimizer: Optimizer, abstract: TrainState) -> Tr
 
 
 def read_weights(path: str, abstract_params: Params) -> Params:
-    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face directory, as fp32 masters.
+    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face directory, in the dtypes asked for.
 
     Raises:
         UserError: the directory is none of the three, or a leaf has another shape than the model (it is named).
@@ -92,15 +93,24 @@ def _place(path: str, abstract: Params) -> Params:
     """A Hugging Face directory onto the devices; each process reads only the parts of its own devices."""
     source = open_source(path)
     wanted = {".".join(_names(where)): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    check_same_leaves(source, {name: leaf.shape for name, leaf in wanted.items()}, path)
+    own = {leaf.path: leaf for leaf in leaves(source.config)}
+    return nest({name: place_leaf(source, own[name], x.sharding, np.dtype(x.dtype)) for name, x in wanted.items()})
+
+
+def check_same_leaves(source: Source, wanted: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """The checkpoint at `path` holds the parameters of the model, in their shapes.
+
+    Raises:
+        ValueError: it does not; the first difference is named.
+    """
     found = {leaf.path: leaf.shape for leaf in leaves(source.config)}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in wanted:
             raise ValueError(f"{path} has {name}, which the model does not have")
-        shape = wanted[name].shape
-        if found.get(name) != shape:
+        if found.get(name) != wanted[name]:
             has = f"has shape {found[name]}" if name in found else "is missing"
-            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {shape}")
-    return place_params(source, jax.tree.map(lambda leaf: leaf.sharding, abstract), np.float32)
+            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {wanted[name]}")
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

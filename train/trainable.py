@@ -19,6 +19,7 @@ from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.sharding import param_shardings
 from train.checkpoint import saved_steps
 from train.errors import UserError
+from train.held_base import read_quantized
 from train.run_config import RunConfig
 from train.state import read_weights
 
@@ -81,8 +82,9 @@ def make_merge(config: RunConfig) -> Callable[[Tree, Tree | None], Mixtral]:
 
 
 def make_base_merge(config: RunConfig) -> Callable[[Tree], Mixtral]:
-    """Parameters without adapters -> model."""
-    graphdef, _ = nnx.split(abstract_model(config.model, config.compute))
+    """Parameters without adapters -> model, its base held as under adapters."""
+    base = None if config.adapters is None else config.adapters.base_only
+    graphdef, _ = nnx.split(abstract_model(config.model, config.compute, lora=base))
     return lambda params: nnx.merge(graphdef, params)
 
 
@@ -111,7 +113,10 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
             f"init_from: {path} holds adapters only: fold them into their base first with "
             f"convert merge-lora BASE MERGED --adapter {config.init_from}, then name MERGED here"
         )
-    return read_weights(path, base)
+    if config.adapters is None or not config.adapters.quantizes:
+        return read_weights(path, base)
+    model = abstract_model(config.model, config.compute, lora=config.adapters)
+    return read_quantized(path, model, dict(leaves(base)))
 
 
 def fresh_adapters(config: RunConfig, abstract: Tree) -> Tree:
@@ -141,7 +146,7 @@ def newest_step(path: str) -> str:
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
     """What is trained, one line for each kind of matrix, with its share of all parameters."""
     trained, sizes = is_trained(config), dict(leaves(abstract))
-    total = sum(leaf.size for leaf in sizes.values())
+    total = config.model.num_params() + sum(leaf.size for path, leaf in sizes.items() if is_adapter(path))
     rows: dict[str, int] = {}
     for path, leaf in sizes.items():
         if trained(path) and not (path == ROUTER and config.router_factor == 0):
@@ -159,5 +164,6 @@ def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
     lora = config.adapters
     head += f": rank {lora.rank}, scale {lora.scale:g}" + (f", dropout {lora.dropout:g}" if lora.dropout else "")
     head += "" if config.router_factor or config.model.is_dense else "; the router is frozen"
+    head += "" if lora.base_dtype == "float32" else f"; the base is held in {lora.base_dtype}"
     width = max(map(len, rows))
     return [head, *(f"  {name:{width}}  {size:>14,}" for name, size in rows.items())]

@@ -73,9 +73,14 @@ def place_params(source: Source, shardings: dict[str, Any] | None, dtype: Any = 
         sharding: Any = shardings
         for key in leaf.path.split("."):
             sharding = sharding[key]
-        read = functools.partial(read_leaf, source, leaf, dtype=dtype)
-        placed[leaf.path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+        placed[leaf.path] = place_leaf(source, leaf, sharding, dtype)
     return nest(placed)
+
+
+def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
+    """One parameter on devices; each process reads only the parts of its own."""
+    read = functools.partial(read_leaf, source, leaf, dtype=dtype)
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
 def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any = None) -> np.ndarray:

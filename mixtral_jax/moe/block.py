@@ -9,12 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
-from mixtral_jax.lora import Adapter, LoraConfig
+from mixtral_jax.lora import Adapter, LoraConfig, base_weight
 from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.losses import RouterStats, router_stats
 from mixtral_jax.moe.parallel import exchange_experts
 from mixtral_jax.moe.router import route
+from mixtral_jax.quantize import whole_weight
 from mixtral_jax.sharding import TOKEN_AXES, gather, psum
 
 
@@ -37,35 +38,53 @@ class SparseMoe(nnx.Module):
         hidden, ffn = {"expert_embed": config.hidden_size}, {"ffn": config.intermediate_size}
         routes = {"embed": config.hidden_size, "router_experts": config.num_local_experts}
 
-        def weight(index: int, shape: dict[str, int]) -> nnx.Param:
-            value = jax.random.normal(jax.random.fold_in(key, index), tuple(shape.values()), dtype)
-            return nnx.Param(config.initializer_range * value, axes=tuple(shape))
+        def value(index: int, shape: dict[str, int]) -> jax.Array:
+            normal = jax.random.normal(jax.random.fold_in(key, index), tuple(shape.values()), dtype)
+            return config.initializer_range * normal
 
         if not config.is_dense:
-            self.router = weight(0, {**layers, **routes})
-        self.w13 = weight(1, {**experts, **hidden, "gate_up": 2, **ffn})
-        self.w2 = weight(2, {**experts, **ffn, **hidden})
+            self.router = nnx.Param(value(0, {**layers, **routes}), axes=tuple({**layers, **routes}))
+        w13, w2 = {**experts, **hidden, "gate_up": 2, **ffn}, {**experts, **ffn, **hidden}
+        self.w13 = base_weight(value(1, w13), w13, "expert_embed", lora)
+        self.w2 = base_weight(value(2, w2), w2, "ffn", lora)
         matrices = {"w1": (hidden, ffn), "w3": (hidden, ffn), "w2": (ffn, hidden)}
         for index, (name, (inputs, outputs)) in enumerate(matrices.items(), start=3):
             if lora is not None and lora.adapts(f"moe.{name}"):
                 own_key = jax.random.fold_in(key, index)
                 setattr(self, f"{name}_lora", Adapter(lora, inputs, outputs, key=own_key, stack=experts, dtype=dtype))
 
-    def _weights(self, dtype: jnp.dtype, key: jax.Array | None) -> ExpertWeights:
+    def weights(self, dtype: jnp.dtype, key: jax.Array | None = None) -> ExpertWeights:
+        """The matrices of all experts, gathered, in the compute dtype. `key`: of adapter dropout."""
         adapters = {}
         for index, name in enumerate(("w1", "w3", "w2")):
             adapter = getattr(self, f"{name}_lora", None)
             if adapter is not None:
                 own_key = None if key is None else jax.random.fold_in(key, 100 + index)
                 adapters[name] = adapter.ready(dtype, own_key)
-        return ExpertWeights(gather(self.w13, dtype), gather(self.w2, dtype), adapters)
+        return ExpertWeights(whole_weight(self.w13, dtype), whole_weight(self.w2, dtype), adapters)
+
+    def one_expert(self, layer: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
+        """Of a stack of layers on one device: the matrices of one expert of one layer, as a stack of one.
+
+        They are sliced out of the stack at once: a slice of a whole layer would be copied first.
+        """
+
+        def part(path: Any, p: jax.Array) -> jax.Array:
+            if path[0].key == "router":
+                return p
+            box = jax.lax.dynamic_slice(p, (layer, expert, *(0,) * (p.ndim - 2)), (1, 1, *p.shape[2:]))
+            return box[0]
+
+        graphdef, state = nnx.split(self)
+        sliced = jax.tree_util.tree_map_with_path(part, nnx.to_pure_dict(state))
+        return nnx.merge(graphdef, sliced).weights(dtype)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The block's output, and its router statistics over the tokens of all devices. `key`: of adapter dropout."""
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
-        weights = self._weights(x_BTD.dtype, key)
+        weights = self.weights(x_BTD.dtype, key)
         if self.config.is_dense:
             out_MD, stats = dense_swiglu(x_MD, weights), _dense_stats(valid_M)
         else:

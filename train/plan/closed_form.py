@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from mixtral_jax.config import MixtralConfig
 from train.config import RunConfig
+from train.dry_run import held_parameters
 from train.stages import DpoStageConfig
 
 BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
@@ -178,7 +179,7 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
         saved += 2 * heads + width + rows / tokens * (2 * ffn + width)
     return {
         "parameters": 4 * own,
-        "frozen": 4 * parts.frozen / shape.parameter_shards,
+        "frozen": held_parameters(config)[1] / shape.parameter_shards,
         "reference": 4 * parts.copied / shape.parameter_shards,
         "optimizer": 8 * own,
         "gradients": 4 * own * (2 if shape.accumulation > 1 else 1),

@@ -1,0 +1,68 @@
+"""The model that a checkpoint stands for: whole weights of any format, or a run's adapters on the base under them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixtral_jax import checkpoint as arrays
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.convert import load
+from mixtral_jax.lora import is_adapter
+from mixtral_jax.model import Mixtral
+from train.checkpoint import find
+from train.config import RunConfig, load_config
+from train.errors import UserError
+from train.trainable import abstract_params, base_weights, is_trained, join, keep, make_merge
+
+
+def read_model(
+    checkpoint: str, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, compute: ComputeConfig
+) -> Mixtral:
+    """The model at `checkpoint`: an Orbax or Hugging Face directory, a run, or one of its steps.
+
+    Args:
+        mesh: where the parameters are placed.
+        dtype: of whole weights in memory; None: as on disk. A base under adapters is held as its run says.
+
+    Raises:
+        UserError: it is a run of adapters, and their base is not where the run says.
+        ValueError: the checkpoint is not whole, or of no known kind.
+    """
+    run, path = run_config(checkpoint), weights_of(checkpoint)
+    if run is None or run.adapters is None or not _holds_adapters(path):
+        return load(path, mesh, dtype=dtype, compute=compute)
+    if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():
+        raise UserError(
+            f"{checkpoint} holds the adapters of a LoRA run, and their base, init_from {run.init_from}, is not there: "
+            "run this from the directory in which it was trained, or bring the base to that place"
+        )
+    run = run.model_copy(update={"compute": compute})
+    weights, trained = abstract_params(run, mesh), is_trained(run)
+    own = arrays.restore(path, {"params": keep(weights, trained)}, partial=True)["params"]
+    base = keep(base_weights(run, weights), lambda name: not trained(name))
+    return make_merge(run)(join(own, base), None)
+
+
+def run_config(checkpoint: str) -> RunConfig | None:
+    """The configuration of the run that a checkpoint belongs to; None for a model directory."""
+    path = Path(checkpoint).absolute()
+    for place in (path, *path.parents[:2]):
+        if (place / "config.yaml").is_file():
+            return load_config(place / "config.yaml").config
+    return None
+
+
+def weights_of(checkpoint: str) -> str:
+    """The directory that holds the weights: a run stands for its newest whole checkpoint."""
+    path = Path(checkpoint)
+    run = run_config(checkpoint) if (path / "config.yaml").is_file() else None
+    if run is None:
+        return checkpoint
+    found = find(run.checkpoint.directory or path / "checkpoints", "must", lambda line: print(line, file=sys.stderr))
+    return checkpoint if found is None else str(found.path)
+
+
+def _holds_adapters(path: str) -> bool:
+    return (Path(path) / arrays.STATE).exists() and any(is_adapter(name) for name in arrays.tree_shapes(path))
