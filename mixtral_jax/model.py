@@ -173,6 +173,8 @@ def next_token_sums(
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
     noise: Noise | None = None,
+    *,
+    entropy: bool = False,
 ) -> tuple[CrossEntropy, RouterStats]:
     """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices."""
 
@@ -180,7 +182,7 @@ def next_token_sums(
         x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         sums = linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
-            chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
+            chunk=model.compute.loss_chunk, entropy=entropy, vocab=model.config.vocab_size,
         )  # fmt: skip
         return psum(sums, TOKEN_AXES), stats
 

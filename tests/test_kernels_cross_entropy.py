@@ -58,6 +58,27 @@ def test_loss_alone_is_the_loss_with_gradients(numbers, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
+def test_entropy_of_the_prediction(numbers, chunk):
+    """-sum p log p in fp64, in training and in evaluation, with padding columns; it changes nothing else."""
+    x, w, targets, weights = numbers
+    logits = x.astype(np.float64) @ w
+    logps = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    want = weights @ -(np.exp(logps) * logps).sum(1)
+    padded = np.pad(w, ((0, 0), (0, 3)), constant_values=1.0)
+
+    def sums(x, w, entropy=True, vocab=None):
+        found = linear_cross_entropy(x, w, targets, weights, chunk=chunk, entropy=entropy, vocab=vocab)
+        return found.loss_sum, found
+
+    plain = jax.jit(jax.value_and_grad(lambda x: sums(x, w, entropy=False), has_aux=True))(x)
+    asked = jax.jit(jax.value_and_grad(lambda x: sums(x, w), has_aux=True))(x)
+    for found in (asked[0][1], jax.jit(sums)(x, w)[1], jax.jit(lambda x: sums(x, padded, vocab=V)[1])(x)):
+        np.testing.assert_allclose(found.entropy_sum, want, rtol=2e-6)
+    assert plain[0][1].entropy_sum == 0
+    assert plain[0][0] == asked[0][0] and (plain[1] == asked[1]).all()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_log_probabilities_and_gradients(numbers, chunk):
     x, w, targets, g = numbers
 

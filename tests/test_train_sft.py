@@ -100,6 +100,7 @@ def test_a_run_learns_answers_and_says_what_is_learned(start):
     lines, out = start(steps=12, optimizer={"learning_rate": 0.01, "warmup_steps": 0})
     training = [line for line in lines if "train/loss" in line]
     assert training[-1]["train/ce_loss"] < training[0]["train/ce_loss"]
+    assert 0 < training[-1]["train/entropy"] < training[0]["train/entropy"] < np.log(320)
     assert 0 < training[0]["train/learned_tokens"] < training[0]["train/tokens"]
     share = training[-1]["perf/trainable_tokens_per_second"] / training[-1]["perf/tokens_per_second"]
     assert 0 < share < 1

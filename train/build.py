@@ -40,7 +40,7 @@ from train.trainable import (
 # The objective of each stage.
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "pretrain": lambda config: next_token(config.router, config.model),
-    "sft": lambda config: next_token(config.router, config.model, config.neftune),
+    "sft": lambda config: next_token(config.router, config.model, config.neftune, entropy=True),
     "dpo": lambda config: preference(config.dpo, config.router, config.model, config.neftune),
 }
 

@@ -100,7 +100,7 @@ def _each(sums: Mapping[str, Any], ratios: Callable[[Any], dict[str, float]]) ->
 
 
 def _ratios(measured: _Measured) -> dict[str, float]:
-    nll, weight, correct = (float(x) for x in measured.sums)
+    nll, weight, correct, _ = (float(x) for x in measured.sums)
     loss = nll / max(weight, 1.0)
     ratios = {"loss": loss, "perplexity": perplexity(loss), "accuracy": correct / max(weight, 1.0)}
     if measured.utf8_bytes:  # 0: only answers are predicted, there is no text that bits would be of

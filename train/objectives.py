@@ -44,6 +44,7 @@ class EvalSums(NamedTuple):
     nll: Float[Array, ""]  # sum of w * nll, nats
     weight: Float[Array, ""]
     correct: Float[Array, ""]
+    entropy: Any = 0.0  # sum of w * entropy of the prediction, nats, where it was asked for
 
 
 class Objective(NamedTuple):
@@ -67,31 +68,35 @@ class NextTokenParts(NamedTuple):
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     accuracy: Float[Array, ""]
+    entropy: Float[Array, ""]  # of the prediction, nats, mean over the targets by weight
     tokens: Float[Array, ""]  # not padding
     learned_tokens: Float[Array, ""]  # targets with a weight
     stats: RouterStats
 
 
-def next_token(router: RouterConfig, model: MixtralConfig, neftune: float = 0.0) -> Objective:
+def next_token(router: RouterConfig, model: MixtralConfig, neftune: float = 0.0, *, entropy: bool = False) -> Objective:
     """Next-token prediction for pretraining and SFT; the data sets the weights (NUMERICS D1).
 
     loss = sum w * nll / W + router terms. The router terms are products of batch means, so they are not additive: those
-    of a micro-batch are weighted by its share of the step's tokens (NUMERICS C3).
+    of a micro-batch are weighted by its share of the step's tokens (NUMERICS C3). `entropy`: report that too.
     """
 
     def loss(
         model_: Mixtral, rows: Any, divisor: Divisor, key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], NextTokenParts]:
-        sums, stats = token_sums(model_, rows, None if key is None else Noise(key, neftune))
+        sums, stats = token_sums(model_, rows, None if key is None else Noise(key, neftune), entropy=entropy)
         share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
         aux, z = router_terms(router, model, stats, share)
         ce, accuracy = sums.nll / divisor.weight, sums.correct / divisor.weight
         learned = jnp.sum(rows.weights > 0).astype(jnp.float32)
-        parts = NextTokenParts(ce, aux, z, accuracy, share * divisor.tokens, learned, stats)
+        spread = sums.entropy / divisor.weight
+        parts = NextTokenParts(ce, aux, z, accuracy, spread, share * divisor.tokens, learned, stats)
         return ce + aux + z, jax.lax.stop_gradient(parts)
 
     def report(parts: NextTokenParts) -> Report:
         scalars = {f"train/{name}": getattr(parts, name) for name in NextTokenParts._fields[:-1]}
+        if not entropy:
+            del scalars["train/entropy"]
         return with_router_health(scalars, parts.stats, model)
 
     return Objective(batch_divisor, loss, report, lambda model_, rows: token_sums(model_, rows)[0])
@@ -126,9 +131,12 @@ def batch_divisor(batch: Any) -> Divisor:
     return Divisor(jnp.where(weight > 0, weight, 1.0), jnp.maximum(tokens, 1.0))
 
 
-def token_sums(model: Mixtral, rows: Any, noise: Noise | None = None) -> tuple[EvalSums, RouterStats]:
+def token_sums(
+    model: Mixtral, rows: Any, noise: Noise | None = None, *, entropy: bool = False
+) -> tuple[EvalSums, RouterStats]:
     """Summed cross-entropy of rows of (b, T), and the router's statistics."""
     sums, stats = next_token_sums(
-        model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids, noise
+        model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids, noise, entropy=entropy
     )
-    return EvalSums(sums.loss_sum, jnp.sum(rows.weights, dtype=jnp.float32), sums.correct_sum), stats
+    weight = jnp.sum(rows.weights, dtype=jnp.float32)
+    return EvalSums(sums.loss_sum, weight, sums.correct_sum, sums.entropy_sum), stats

@@ -20,6 +20,7 @@ class CrossEntropy(NamedTuple):
 
     loss_sum: Float[Array, ""]  # sum of w * nll, nats
     correct_sum: Float[Array, ""]  # sum of w where no logit is above the target's
+    entropy_sum: Float[Array, ""]  # sum of w * entropy of the prediction, nats; 0 unless asked for
 
 
 def linear_cross_entropy(
@@ -30,17 +31,18 @@ def linear_cross_entropy(
     *,
     chunk: int = 0,
     vocab: int | None = None,
+    entropy: bool = False,
 ) -> CrossEntropy:
     """sum_m w_m * (logsumexp(x_m W) - (x_m W)[target_m]) and the weight of the tokens predicted right.
 
     Since the loss is a sum whose divisor is known beforehand, its gradients with respect to x and W are made in the
     forward pass, while a chunk's logits are at hand; the backward pass only scales them. `chunk` tokens at a time (any
     number, it need not divide M); 0 chooses by memory. No gradient flows to the weights. Columns behind the first
-    `vocab` of all shards together are padding.
+    `vocab` of all shards together are padding. `entropy`: that of each prediction is summed too.
     """
     x_MD, w_DV, targets_M, weights_M = alike(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
     size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1])
-    return _cross_entropy((size, vocab), x_MD, w_DV, targets_M, weights_M)
+    return _cross_entropy((size, vocab, entropy), x_MD, w_DV, targets_M, weights_M)
 
 
 def linear_logps(
@@ -98,8 +100,18 @@ def _softmax_parts(logits_cV: jax.Array, targets_c: jax.Array) -> tuple[jax.Arra
     return column_c, lse_c, target_c, target_c >= top_c
 
 
-def _sums(lse_c, target_c, best_c, weights_c) -> CrossEntropy:
-    return CrossEntropy(jnp.sum(weights_c * (lse_c - target_c)), jnp.sum(jnp.where(best_c, weights_c, 0)))
+def _sums(lse_c, target_c, best_c, weights_c, entropy_c) -> CrossEntropy:
+    loss_sum, entropy_sum = jnp.sum(weights_c * (lse_c - target_c)), jnp.sum(weights_c * entropy_c)
+    return CrossEntropy(loss_sum, jnp.sum(jnp.where(best_c, weights_c, 0)), entropy_sum)
+
+
+def _entropy(logits_cV: jax.Array, lse_c: jax.Array, wanted: bool) -> jax.Array:
+    """-sum p log p = logsumexp - sum p logit; padding columns have p = 0."""
+    if not wanted:
+        return jnp.zeros_like(lse_c)
+    p_cV = jnp.exp(logits_cV - lse_c[:, None])
+    mean_c = psum(jnp.sum(jnp.where(p_cV > 0, p_cV * logits_cV, 0), axis=-1), ("tensor",))
+    return lse_c - mean_c
 
 
 def _reduced(sums: CrossEntropy) -> CrossEntropy:
@@ -109,14 +121,16 @@ def _reduced(sums: CrossEntropy) -> CrossEntropy:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M) -> CrossEntropy:
-    chunk, vocab = static
+    chunk, vocab, entropy = static
 
     def one(total, xtw):
         x_cD, targets_c, weights_c = xtw
-        _, lse_c, target_c, best_c = _softmax_parts(_logits(x_cD, w_DV, vocab), targets_c)
-        return jax.tree.map(jnp.add, total, _sums(lse_c, target_c, best_c, weights_c)), None
+        logits_cV = _logits(x_cD, w_DV, vocab)
+        _, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
+        sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
+        return jax.tree.map(jnp.add, total, sums), None
 
-    start = CrossEntropy(*(_zero(x_MD),) * 2)
+    start = CrossEntropy(*(_zero(x_MD),) * 3)
     total, _ = jax.lax.scan(one, start, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
     return _reduced(total)
 
@@ -126,7 +140,7 @@ def _zero(like: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
 
 
 def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
-    chunk, vocab = static
+    chunk, vocab, entropy = static
 
     def one(carry, xtw):
         total, dw_DV = carry
@@ -140,9 +154,10 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
         # transposed before its product: XLA's CPU matmul is a third slower on a transposed left side
         x_Dc = jax.lax.optimization_barrier(x_cD.T)
         dw_DV = dw_DV + jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, total, _sums(lse_c, target_c, best_c, weights_c)), dw_DV), dx_cD
+        sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
+        return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
 
-    start = (CrossEntropy(*(_zero(x_MD),) * 2), _zero(x_MD, w_DV.shape))
+    start = (CrossEntropy(*(_zero(x_MD),) * 3), _zero(x_MD, w_DV.shape))
     (total, dw_DV), dx_ncD = jax.lax.scan(one, start, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
     dx_MD = dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
     return _reduced(total), (dx_MD, dw_DV.astype(w_DV.dtype))
