@@ -44,11 +44,16 @@ def test_the_loss_and_its_gradients_are_those_of_trl(tmp_path):
 
     batch = _packed(records)
     objective = next_token(
-        RouterConfig(balance_loss="hf_pooled", router_aux_loss_coef=0.05, router_z_loss_coef=0), pair.config
+        RouterConfig(balance_loss="hf_pooled", router_aux_loss_coef=0.05, router_z_loss_coef=0),
+        pair.config,
+        entropy=True,
     )
     params, merge = split(ours(pair))
-    loss, _, grads = jax.jit(lambda p: loss_and_gradients(objective, merge, p, None, batch))(params)
+    loss, parts, grads = jax.jit(lambda p: loss_and_gradients(objective, merge, p, None, batch))(params)
     assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+    logged = trainer._metrics["train"] or trainer._metrics["eval"]
+    assert float(parts.entropy) == pytest.approx(logged["entropy"][0], rel=1e-4)
+    assert float(parts.accuracy) == pytest.approx(logged["mean_token_accuracy"][0], rel=1e-4)
     assert largest_relative_difference(grads, gradients(pair.hf, tmp_path / "gradients")) < 1e-4
 
 
