@@ -6,13 +6,14 @@
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
-#   make bench        measure, beside transformers, and write docs/benchmarks.md
+#   make bench        measure beside transformers and TRL, and write docs/benchmarks.md (FORM=full: all of it)
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
+FORM ?= short
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -51,7 +52,7 @@ format: $(VENV)/test.stamp
 	$(RUN) -m ruff format .
 
 bench: $(VENV)/test.stamp
-	$(RUN) -m tests.bench.run
+	$(RUN) -m tests.bench.run --form $(FORM)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

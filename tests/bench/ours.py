@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, SHAPES, Shape
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
 from train.host import keep_freed_memory
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
@@ -52,18 +53,29 @@ def measure(shape: Shape, steps: int, capacity: float | None) -> dict[str, float
     began = time.perf_counter()
     compiled = step.lower(state, None, batch_of(shape, 0)).compile()
     compile_seconds, times = time.perf_counter() - began, []
+    settled = 0
     for index in range(steps + 2):
         batch = jax.device_put(batch_of(shape, index))
         began = time.perf_counter()
         state, report = compiled(state, None, batch)
         loss = float(report.scalars["train/loss"])
         times.append(time.perf_counter() - began)
+        if index == 20:
+            settled = resident_bytes()
+    timed, quarter = times[2:], max(1, steps // 4)
     return {
-        "seconds": float(np.median(times[2:])), "compile_seconds": compile_seconds, "loss": loss,
+        "seconds": float(np.median(timed)), "compile_seconds": compile_seconds, "loss": loss,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "grown_bytes": resident_bytes() - settled if settled else 0,
+        "slowed": float(np.median(timed[-quarter:]) / np.median(timed[:quarter])),
         "flops": config.flops_per_token(shape.seq_len) * shape.tokens,
         "matmul_flops_per_second": matmul_rate(),
     }  # fmt: skip
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def matmul_rate() -> float:
@@ -82,4 +94,4 @@ def matmul_rate() -> float:
 if __name__ == "__main__":
     keep_freed_memory()  # as launch.py does
     capacity = float(sys.argv[3]) if len(sys.argv) > 3 else None
-    print(json.dumps(measure(SHAPES[sys.argv[1]], int(sys.argv[2]), capacity)))
+    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), capacity)))

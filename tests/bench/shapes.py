@@ -30,3 +30,10 @@ SHAPES = {
     "L": Shape(256, 896, 8, 8, 2, 2048, 1),
 }
 LEARNING_RATE, BALANCE_COEFFICIENT = 1e-3, 0.01
+
+
+def parse(text: str) -> Shape:
+    """A shape by name, with changes: `S`, `S:experts=16,batch=4`."""
+    name, _, changes = text.partition(":")
+    fields = dict(change.split("=") for change in changes.split(",") if change)
+    return SHAPES[name]._replace(**{field: int(value) for field, value in fields.items()})

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, SHAPES, Shape
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
 
 
 def measure(shape: Shape, steps: int, experts: str) -> dict[str, float]:
@@ -44,4 +44,4 @@ def measure(shape: Shape, steps: int, experts: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(SHAPES[sys.argv[1]], int(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))

@@ -1,0 +1,55 @@
+"""Greedy generation: `python -m tests.bench.generation SHAPE TOKENS BATCH ours|theirs` prints JSON.
+
+A prompt of 32 random tokens a row; the second call is timed, the first compiles or warms up.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.bench.shapes import Shape, parse
+
+PROMPT = 32
+
+
+def ours(shape: Shape, prompts: np.ndarray, new: int) -> Callable[[], Any]:
+    """A call of mixtral_jax.generate with random weights."""
+    import jax
+
+    from mixtral_jax import generate
+    from mixtral_jax.config import ComputeConfig
+    from mixtral_jax.model import Mixtral
+    from tests.bench.ours import model_of
+
+    model = Mixtral(model_of(shape), ComputeConfig(dtype="float32"), key=jax.random.key(0))
+    return lambda: generate(model, prompts, max_new_tokens=new)
+
+
+def theirs(shape: Shape, prompts: np.ndarray, new: int) -> Callable[[], Any]:
+    """A call of transformers' generate with random weights."""
+    import torch
+
+    from tests.bench.tuning_theirs import model_of
+
+    model, tokens = model_of(shape).eval(), torch.tensor(prompts)
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0)
+    return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+
+
+def measure(shape: Shape, new: int, batch: int, who: str) -> dict[str, float]:
+    """Seconds of a call and new tokens per second of all rows."""
+    prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT)).astype(np.int32)
+    call, seconds = {"ours": ours, "theirs": theirs}[who](shape, prompts, new), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        np.asarray(call())
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens_per_second": batch * new / seconds}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

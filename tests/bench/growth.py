@@ -1,0 +1,65 @@
+"""Cost as work grows: experts, sequence, batch and depth, as a table and a picture; many steps; a long sequence."""
+
+from pathlib import Path
+
+from tests.bench.measure import once
+from tests.bench.shapes import parse
+
+PICTURE = Path("docs/growth.png")
+AXES = {
+    "experts": (4, 8, 16, 32),
+    "seq_len": (128, 256, 512, 1024),
+    "batch": (2, 4, 8, 16),
+    "layers": (2, 4, 8, 16),
+}
+
+
+def section(steps: int) -> str:
+    """One table; one line of the picture for each axis, relative to shape S."""
+    rows = ["Shape S with one number changed.\n", "| | tokens/s | compile, s | peak memory, GB |", "|---|--:|--:|--:|"]
+    lines: dict[str, list[tuple[int, float]]] = {axis: [] for axis in AXES}
+    for axis, values in AXES.items():
+        for value in values:
+            text = f"S:{axis}={value}"
+            run = once(["tests.bench.ours", text, str(steps)])
+            speed = parse(text).tokens / run["seconds"]
+            lines[axis].append((value, speed))
+            rows.append(
+                f"| {axis} {value} | {speed:,.0f} | {run['compile_seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} |"
+            )
+    draw(lines)
+    return "\n".join([*rows, f"\n![tokens per second as work grows]({PICTURE.name})"])
+
+
+def draw(lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Tokens per second against each axis, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        base = parse("S")._asdict()[name]
+        axes.plot([x / base for x, _ in points], [y for _, y in points], marker="o", label=f"{name} (S: {base})")
+    axes.set(xscale="log", yscale="log", xlabel="times shape S", ylabel="tokens per second")
+    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(PICTURE, dpi=110)
+
+
+def many_steps(steps: int) -> str:
+    """Whether memory or time grows over a run of small steps."""
+    run = once(["tests.bench.ours", "XS", str(steps)])
+    return (
+        f"{steps:,} steps at shape XS: resident memory grew by {run['grown_bytes'] / 1e6:.1f} MB after the twentieth; "
+        f"the last quarter of the steps took {run['slowed']:.2f} times as long as the first."
+    )
+
+
+def long_sequence() -> str:
+    """One row of 32,768 tokens, two layers of shape S."""
+    rows = ["| shape S, 2 layers, batch 1 | seconds a step | peak memory, GB |", "|---|--:|--:|"]
+    for length in (8192, 16384, 32768):
+        run = once(["tests.bench.ours", f"S:layers=2,batch=1,seq_len={length}", "1"])
+        rows.append(f"| sequence {length:,} | {run['seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} |")
+    return "\n".join(rows)

@@ -1,0 +1,93 @@
+"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE STEPS full|sft|lora|dpo` prints JSON.
+
+Each row is one chat of the shape's length, a quarter of it prompt; for DPO two rows are a pair in one row of twice the
+length, and the reference's forward pass belongs to the step. `full` trains all weights on the rows of `lora`.
+"""
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from data.batch import Batch, PairBatch
+from data.pairs import pair_row
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.lora import LoraConfig, is_adapter
+from mixtral_jax.model import Mixtral, abstract_model
+from tests.bench.ours import model_of
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from train.host import keep_freed_memory
+from train.logps import make_sequence_logps
+from train.objectives import RouterConfig, next_token
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.preference_config import DpoConfig
+from train.preference_objective import preference
+from train.state import create_state
+from train.step import make_train_step
+from train.trainable import join, keep
+
+LORA = LoraConfig(rank=16)
+
+
+def chats(shape: Shape, seed: int) -> Batch:
+    """Rows of random tokens, of which the last three quarters are learned."""
+    rng, T = np.random.default_rng(seed), shape.seq_len
+    rows = (1, shape.batch, T)
+    tokens = rng.integers(3, shape.vocab, (*rows[:2], T + 1)).astype(np.int32)
+    places = np.broadcast_to(np.arange(T, dtype=np.int32), rows)
+    learned = (places >= T // 4 - 1) & (places < T - 1)
+    return Batch(tokens[..., :-1], tokens[..., 1:], learned.astype(np.float32), np.ones(rows, np.int32), places)
+
+
+def pairs(shape: Shape, seed: int) -> PairBatch:
+    """The same rows, two by two."""
+    chat = chats(shape, seed)
+    fields = [field[0].reshape(-1, 2 * shape.seq_len) for field in chat]
+    fields[3] = np.repeat(np.array([1, 2], np.int32), shape.seq_len) + 0 * fields[3]
+    rows = [pair_row(*row, pairs=1) for row in zip(*fields, strict=True)]
+    return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
+
+
+def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
+    """Median seconds of a step, and the peak memory of the process."""
+    config, compute = model_of(shape), ComputeConfig(dtype="float32")
+    lora = LORA if kind == "lora" else None
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps + 3)
+    graphdef, _ = nnx.split(abstract_model(config, compute, lora=lora))
+    weights = nnx.to_pure_dict(nnx.state(Mixtral(config, compute, key=jax.random.key(0), lora=lora)))
+    trained, frozen = weights, None
+    if lora:
+        trained, frozen = keep(weights, is_adapter), keep(weights, lambda path: not is_adapter(path))
+    reference = jax.tree.map(np.asarray, weights) if kind == "dpo" else None
+    state = jax.jit(lambda p: create_state(p, optimizer), donate_argnums=0)(trained)
+
+    def merge(params: Any, frozen: Any) -> nnx.Module:
+        return nnx.merge(graphdef, join(params, frozen))
+
+    router = RouterConfig(router_aux_loss_coef=BALANCE_COEFFICIENT, router_z_loss_coef=0.0)
+    objective = preference(DpoConfig(), router, config) if kind == "dpo" else next_token(router, config)
+    step, ask, times = make_train_step(objective, optimizer, merge), None, []
+    if reference is not None:
+        ask, reference = make_sequence_logps(lambda p: merge(p, None), None), jax.device_put(reference)
+    for index in range(steps + 2):
+        batch: Any = pairs(shape, index) if kind == "dpo" else chats(shape, index)
+        began = time.perf_counter()
+        if ask is not None:
+            batch = batch._replace(ref_logps=ask(reference, batch))
+        state, report = step(state, frozen, batch)
+        loss = float(report.scalars["train/loss"])
+        times.append(time.perf_counter() - began)
+    return {
+        "seconds": float(np.median(times[2:])), "loss": loss,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    keep_freed_memory()  # as launch.py does
+    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
