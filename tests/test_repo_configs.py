@@ -60,7 +60,17 @@ def test_a_shipped_file_is_complete_and_says_what_it_is(path: Path, tmp_path: Pa
     assert load_config(again).config == config
     written = tree_from_text(path.read_text(encoding="utf-8")).values
     missing = type(config).model_fields.keys() - written.keys()
-    assert missing <= {"init_from", "resume", "micro_batch_size", "sample", "log", "compute", "mesh", "router"}
+    assert missing <= {
+        "early_stopping",
+        "init_from",
+        "resume",
+        "micro_batch_size",
+        "sample",
+        "log",
+        "compute",
+        "mesh",
+        "router",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -25,9 +25,9 @@ ONLY_IN = {
     "grain": {"data/loader.py"},
     "wandb": {"train/metrics.py"},
     "tensorboardX": {"train/metrics.py"},
-    # oracles, in tests alone; `verify` uses them where the user has them, and says so where not
-    "torch": {"mixtral_jax/convert/outputs.py"},
-    "transformers": {"mixtral_jax/convert/outputs.py"},
+    # oracles, in tests alone; `verify` and the demo use them where the user has them, and say so where not
+    "torch": {"mixtral_jax/convert/outputs.py", "train/demo.py"},
+    "transformers": {"mixtral_jax/convert/outputs.py", "train/demo.py"},
     "trl": set(),
     "peft": set(),
     "tensorflow": set(),

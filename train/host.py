@@ -18,6 +18,7 @@ def keep_freed_memory() -> None:
     time, and the system clears each page again: a quarter of a million page faults a step at shape S of the benchmark,
     an eighth of its time. Does nothing where the C library has no mallopt.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter, value in KEEP.items() if mallopt else ():
-        mallopt(parameter, value)
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "mallopt"):
+        for parameter, value in KEEP.items():
+            library.mallopt(parameter, value)
