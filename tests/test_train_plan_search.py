@@ -89,3 +89,36 @@ def test_a_run_that_cannot_fit_is_told_what_does(make_config):
         run(too_small, topology="h100-8")
     with pytest.raises(UserError, match="nothing fits v5e-4; on v5e-"):
         plan_all(config, topology="v5e-4", search=True)
+
+
+def test_the_run_that_was_found_too_large_is_not_offered_again(make_config):
+    """The compiler may refuse what the closed form lets through."""
+    there = parse_topology("v5p-64")
+    first = candidates(make_config(global_batch_size=64), there)[0]
+    assert first.name not in what_fits(first.config, there)
+
+
+def test_a_search_in_which_nothing_fits_does_not_advise_to_search(make_config, report, monkeypatch):
+    refused = report._replace(memory=report.memory._replace(too_much=1e9))
+    monkeypatch.setattr("train.plan._report", lambda *_, **__: refused)
+    with pytest.raises(UserError, match=r"1\.00 GB too much per chip in the best of 3 candidates") as error:
+        run(make_config(global_batch_size=1024), topology="v5p-64", search=True)
+    assert "--search" not in str(error.value)
+
+
+def test_this_machine_is_told_in_its_own_words(make_config, report, monkeypatch):
+    config = make_config(global_batch_size=64)
+    refused = report._replace(memory=report.memory._replace(too_much=1e9), roofline=None)
+    monkeypatch.setattr("train.plan._report", lambda *_, **__: refused)
+    with pytest.raises(UserError, match=r"1\.00 GB too much per device; take more --devices"):
+        run(config, devices=2)
+    with pytest.raises(UserError, match="--search ranks by published figures"):
+        run(config, devices=2, search=True)
+    with pytest.raises(UserError, match="--devices is 0"):
+        run(config, devices=0)
+
+
+@pytest.mark.parametrize("name", ["h100-0", "v5e:0x4", "0xv5e-8"])
+def test_a_machine_without_chips_is_unknown(name):
+    with pytest.raises(UserError, match="unknown topology"):
+        parse_topology(name)

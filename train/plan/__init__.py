@@ -49,7 +49,7 @@ def run(
         else:
             Path(json).write_text(content + "\n", encoding="utf-8")
     if not any(report.fits for report in reports):
-        raise UserError(_what_would_fit(config, reports[0]))
+        raise UserError(_what_would_fit(config, reports[0], searched=search))
     return 0
 
 
@@ -76,8 +76,13 @@ def plan_all(
     """One report, or those that a search compiled, the best that fits first."""
     if (topology is None) == (devices is None):
         raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
-    if topology is None:
-        return [_report(config, local_machine(devices or 1), tokens, local=True)]
+    if devices is not None:
+        if devices < 1:
+            raise UserError(f"--devices is {devices}: a plan needs at least one device")
+        if search:
+            raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
+        return [_report(config, local_machine(devices), tokens, local=True)]
+    assert topology is not None
     there = parse_topology(topology)
     config = for_accelerator(config)
     if not search:
@@ -194,8 +199,10 @@ def reduced_weights(config: RunConfig, collectives: tuple[Collective, ...]) -> t
     return tuple(sorted(found))
 
 
-def _what_would_fit(config: RunConfig, report: PlanReport) -> str:
-    return (
-        f"{config.run_name} does not fit {report.topology.name}: {report.memory.too_much / 1e9:.2f} GB too much per "
-        f"chip; {what_fits(config, report.topology)} (plan --search tries them)"
-    )
+def _what_would_fit(config: RunConfig, report: PlanReport, *, searched: bool) -> str:
+    problem = f"{config.run_name} does not fit {report.topology.name}: {report.memory.too_much / 1e9:.2f} GB too much"
+    if report.roofline is None:  # this machine: there is no larger one to name
+        return f"{problem} per device; take more --devices, a smaller micro_batch_size or compute.remat=full"
+    if searched:
+        return f"{problem} per chip in the best of {COMPILED_BY_SEARCH} candidates, which fit by closed form only"
+    return f"{problem} per chip; {what_fits(config, report.topology)} (plan --search tries them)"

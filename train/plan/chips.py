@@ -69,10 +69,12 @@ def parse_topology(name: str) -> Topology:
     if slices < 1:
         raise _unknown(name)
     if kind == "h100":
-        if not count:
+        if not int(count or 0):
             raise _unknown(name)
         return Topology(name, CHIPS[kind], 1, slices * int(count), None)
     if shape:
+        if 0 in map(int, shape.split("x")):
+            raise _unknown(name)
         return Topology(name, CHIPS[kind], slices, math.prod(map(int, shape.split("x"))), f"{kind}:{shape}")
     chips = int(count) // 2 if kind == "v5p" else int(count)
     known = _TORUS_3D if kind == "v5p" else _TORUS_2D

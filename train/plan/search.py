@@ -53,7 +53,10 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
 def what_fits(config: RunConfig, topology: Topology) -> str:
     """Half a sentence: the fastest run that fits by closed form, here or on the smallest larger slice with any."""
     for there in (topology, *larger(topology)):
-        if found := candidates(config, there):
+        found = candidates(config, there)
+        if there is topology:  # the run itself was found not to fit, whatever the closed form says
+            found = [c for c in found if _way(c.config, there) != _way(config, there)]
+        if found:
             where = "" if there is topology else f"nothing fits {topology.name}; on {there.name} "
             return f"{where}this would, by closed form: {found[0].name}"
     return (
@@ -61,6 +64,10 @@ def what_fits(config: RunConfig, topology: Topology) -> str:
         f"global_batch_size {config.global_batch_size}: take chips with more memory, a shorter seq_len, or a "
         "global_batch_size with more divisors"
     )
+
+
+def _way(config: RunConfig, topology: Topology) -> tuple[dict[str, int], int, str]:
+    return config.mesh.sizes(topology.chips), config.rows_per_micro_batch, config.compute.remat
 
 
 def estimate(config: RunConfig, topology: Topology) -> Roofline:
