@@ -201,22 +201,29 @@ def test_a_process_that_fails_ends_the_others_and_says_why(file, two):
     assert outputs[0].splitlines()[-1] == f"exit 1: {reason}"
 
 
-def test_processes_of_different_runs_say_so(file, two):
-    """Each of the two has another seed: nothing is trained."""
-    code = "import os, sys, launch; sys.exit(launch.main([*sys.argv[1:], 'seed=' + os.environ['JAX_PROCESS_ID']]))"
+@pytest.mark.parametrize(
+    ("override", "differ"),
+    [("seed={}", "configuration and data"), ("output_dir={}", "checkpoint")],
+    ids=["another seed", "a directory that only one sees"],
+)
+def test_processes_of_different_runs_say_so(file, tmp_path, override, differ):
+    """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
+    code = "import sys, launch; sys.exit(launch.main(sys.argv[1:]))"
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2",
     }  # fmt: skip
-    command = [sys.executable, "-c", code, "pretrain", str(file), "run_name=different"]
+    (tmp_path / "0/different/checkpoints/4").mkdir(parents=True)
     ends = []
     for i in range(2):
         own = env | {"JAX_PROCESS_ID": str(i)}
+        setting = override.format(tmp_path / str(i) if differ == "checkpoint" else i)
+        command = [sys.executable, "-c", code, "pretrain", str(file), "run_name=different", setting]
         ends.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
     errors = [process.communicate(timeout=300)[1] for process in ends]
     assert [process.returncode for process in ends] == [2, 2], errors
     for i, text in enumerate(errors):
-        assert f"error: the processes of this run differ in configuration and data (process {i} has conf" in text
+        assert f"error: the processes of this run differ in {differ} (process {i} has {differ.split()[0]} " in text
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from train import checkpoint
 from train.checkpoint import Found, Say
 from train.config import RunConfig
 from train.errors import UserError
-from train.peers import meet
+from train.peers import agree, meet
 from train.run_dir import RunDirectory
 
 
@@ -20,11 +20,11 @@ def where_to_start(
 ) -> Found | None:
     """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
     existing = checkpoint.saved_steps(directory)
+    agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
     _together(lambda: checkpoint.discard_unfinished(directory))
     newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
     if force and not isinstance(config.resume, int):
-        _together(lambda: checkpoint.discard(directory, existing))
-        _together(place.forget_results)
+        _together(lambda: _begin_anew(directory, existing, place))
         return None
     if config.resume == "never" and existing:
         raise UserError(
@@ -37,10 +37,14 @@ def where_to_start(
             "another run_name, or --force to delete them"
         )
     found = checkpoint.find(directory, config.resume, say)
-    _together(lambda: checkpoint.discard(directory, newer))
-    if found is None:
-        _together(place.forget_results)
+    # One meeting whatever was found, so that processes that found different checkpoints reach the comparison in build
+    _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoint.discard(directory, newer))
     return found
+
+
+def _begin_anew(directory: epath.PathLike, steps: list[int], place: RunDirectory) -> None:
+    checkpoint.discard(directory, steps)
+    place.forget_results()
 
 
 def _together(action: Callable[[], Any]) -> None:
