@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("exit 1: interrupted", file=sys.stderr)
         return UNEXPECTED
     except Exception as error:
-        if args.traceback or not _is_for_the_user(error):
+        from train.errors import is_for_the_user
+
+        if args.traceback or not is_for_the_user(error):
             traceback.print_exc()
             print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             return UNEXPECTED
@@ -223,17 +225,6 @@ def _environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
     if not any(map(glob.glob, _ACCELERATORS)):  # libtpu, there for `plan`, would look for a TPU, in vain and aloud
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """A ValueError that our own code raised, or a file that is not there; the same from a library is our bug."""
-    from pydantic import ValidationError
-
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | ValidationError):
-        return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    room = frames[-1][0].f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, ValueError) and room in ("launch", "train", "data", "mixtral_jax", "__main__")
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
 from jax.experimental import multihost_utils
 
-from train.errors import UserError
+from train.errors import UserError, is_for_the_user
 from train.run_dir import RunDirectory
 
 EXIT_UNEXPECTED, EXIT_USAGE = 1, 2
@@ -69,7 +69,7 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
         failure = _read() if isinstance(error, jax.errors.JaxRuntimeError) else None
         if failure is not None:  # a collective broke off since its partner is gone
             _end_with(failure, place)
-        code = EXIT_USAGE if isinstance(error, ValueError | FileNotFoundError) else EXIT_UNEXPECTED
+        code = EXIT_USAGE if is_for_the_user(error) else EXIT_UNEXPECTED
         reason = f"{type(error).__name__}: {error}"
         with suppress(OSError):  # there may be no run directory
             place.write_status("failed", -1, reason, code)
