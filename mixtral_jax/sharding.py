@@ -82,9 +82,10 @@ def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: dict[str, 
             mesh_axes = ()
         elif size % parts:
             over = " x ".join(f"{a} {mesh_shape[a]}" for a in mesh_axes)
+            held = name.endswith((".codes", ".scales"))  # of a base in blocks, each of several weights
             raise ValueError(
-                f"{name}: its {logical} dimension {size} is not a multiple of {parts} (mesh {over}): "
-                f"choose a smaller mesh.{mesh_axes[-1]} or pad the model"
+                f"{name}: its {logical} dimension {size} is not a multiple of {parts} (mesh {over}): choose a smaller "
+                f"mesh.{max(mesh_axes, key=mesh_shape.__getitem__)} or {'lora.base_block' if held else 'pad the model'}"
             )
         spec.append(mesh_axes or None)
     return P(*spec)

@@ -13,7 +13,7 @@ from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.decoding import decode, prefill
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.mesh import MeshConfig, make_mesh
-from mixtral_jax.model import Mixtral, next_token_sums
+from mixtral_jax.model import Mixtral, abstract_model, next_token_sums
 from mixtral_jax.quantize import NF4, dequantize, quantize
 from mixtral_jax.sharding import param_shardings
 from tests.lora_models import FP32, adapted, flat_params, rebuilt
@@ -206,3 +206,9 @@ def test_what_cannot_be_packed_is_refused():
     for size, block in itertools.product((25, 24), (4, 64)):
         held = LoraConfig(rank=1, base_dtype="int8", base_block=block)
         Mixtral(tiny_config(vocab_size=62, intermediate_size=size), key=jax.random.key(0), lora=held)
+
+
+def test_blocks_that_a_mesh_does_not_divide_are_named_with_the_setting_that_makes_more():
+    model, mesh = abstract_model(CONFIG, lora=lora("nf4")), make_mesh(MeshConfig(data=1, fsdp=8))
+    with pytest.raises(ValueError, match=r"codes: its embed dimension 4 .*smaller mesh\.fsdp or lora\.base_block"):
+        param_shardings(model, mesh)

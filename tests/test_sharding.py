@@ -165,7 +165,7 @@ def test_sizes_that_cannot_be(sizes, text):
     [
         ({"expert": 3}, ["layers.moe.w13", "experts dimension 8", "multiple of 3", "smaller mesh.expert"]),
         ({"tensor": 4}, ["layers.attention.key", "kv_heads dimension 2", "multiple of 4", "smaller mesh.tensor"]),
-        ({"fsdp": 5}, ["embed.weight", "embed dimension 192", "multiple of 5", "fsdp 5 x expert 1"]),
+        ({"fsdp": 5}, ["embed.weight", "embed dimension 192", "fsdp 5 x expert 1", "smaller mesh.fsdp or pad"]),
     ],
 )
 def test_a_dimension_that_an_axis_does_not_divide_is_named_with_numbers_and_remedy(sizes, words):
