@@ -13,7 +13,7 @@ from mixtral_jax.moe.experts import swiglu
 R, F, D = 96, 20, 12
 
 
-@pytest.mark.parametrize("chunk", [32, 1024, 7])  # several chunks, one, and one that shares no divisor with the rows
+@pytest.mark.parametrize("chunk", [32, 1024, 7])  # whole chunks, none, and a shorter one behind them
 @pytest.mark.parametrize("sizes", [(40, 0, 56), (10, 30, 7), (0, 0, 0)])
 def test_values_and_gradients_are_those_of_autodiff(monkeypatch, chunk, sizes):
     monkeypatch.setattr(module, "CHUNK", chunk)

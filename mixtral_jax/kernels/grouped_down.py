@@ -5,7 +5,6 @@ once: at 8 sequences a chip 3.8 GB more than the loop below, in which the gradie
 activation that of its own gradient.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -64,25 +63,28 @@ def swiglu_backward(
     h_R2F: Float[Array, "R twoF"], da_RF: Float[Array, "R F"], rows: Int[Array, ""]
 ) -> tuple[Float[Array, "R twoF"], Float[Array, "R F"]]:
     """Gradient of h, and silu(h1) * h3 itself, in the memory of h and da; 0 in rows from `rows` on. Maths in fp32."""
-    size = math.gcd(h_R2F.shape[0], CHUNK)
+    chunks, rest = divmod(h_R2F.shape[0], CHUNK)
 
-    def one(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one(start: jax.Array | int, size: int, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_R2F, da_RF = held
         # read both before either is written
         h_c2F, da_cF = jax.lax.optimization_barrier(
-            tuple(jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (h_R2F, da_RF))
+            tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (h_R2F, da_RF))
         )
-        h1_cF, h3_cF = _halves(h_c2F, i * size, rows)
-        da_cF = _inside(da_cF, i * size, rows)
+        h1_cF, h3_cF = _halves(h_c2F, start, rows)
+        da_cF = _inside(da_cF, start, rows)
         s_cF = jax.nn.sigmoid(h1_cF)
         silu_cF = h1_cF * s_cF
         dh_c2F = jnp.concatenate([da_cF * h3_cF * (s_cF + silu_cF * (1 - s_cF)), da_cF * silu_cF], axis=1)
         return (
-            jax.lax.dynamic_update_slice_in_dim(h_R2F, dh_c2F.astype(h_R2F.dtype), i * size, 0),
-            jax.lax.dynamic_update_slice_in_dim(da_RF, (silu_cF * h3_cF).astype(da_RF.dtype), i * size, 0),
+            jax.lax.dynamic_update_slice_in_dim(h_R2F, dh_c2F.astype(h_R2F.dtype), start, 0),
+            jax.lax.dynamic_update_slice_in_dim(da_RF, (silu_cF * h3_cF).astype(da_RF.dtype), start, 0),
         )
 
-    return jax.lax.fori_loop(0, h_R2F.shape[0] // size, one, (h_R2F, da_RF))
+    held = h_R2F, da_RF
+    if chunks:
+        held = jax.lax.fori_loop(0, chunks, lambda i, held: one(i * CHUNK, CHUNK, held), held)
+    return one(chunks * CHUNK, rest, held) if rest else held
 
 
 def _inside(x_cF: jax.Array, start: jax.Array | int, rows: jax.Array) -> jax.Array:
