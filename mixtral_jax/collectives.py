@@ -28,9 +28,9 @@ _CUBES: set[tuple[Any, ...]] = set()
 def remember_torus(mesh: Mesh) -> None:
     """Look up how the devices of `mesh` are wired, for the traces that follow."""
     coords = [tuple(d.coords) for d in mesh.devices.flat] if hasattr(mesh.devices.flat[0], "coords") else []
-    _RINGS[_key(mesh.abstract_mesh)] = innermost(coords)
-    if is_cube(coords):
-        _CUBES.add(_key(mesh.abstract_mesh))
+    key = _key(mesh.abstract_mesh)
+    _RINGS[key] = innermost(coords)
+    (_CUBES.add if is_cube(coords) else _CUBES.discard)(key)  # an earlier mesh of this key may be wired otherwise
 
 
 def is_cube(coords: list[tuple[int, ...]]) -> bool:
