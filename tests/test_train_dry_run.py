@@ -7,6 +7,7 @@ import pytest
 from tests.tiny import write_run_file
 from train.config import RunConfig, load_config
 from train.dry_run import batch_line, human_bytes, memory_line, model_line
+from train.run_config import check_sizes
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
 
@@ -43,3 +44,19 @@ def test_model(config: RunConfig) -> None:
 )
 def test_bytes_for_people(size: float, text: str) -> None:
     assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "problem"),
+    [
+        ({"eval": {"batch_size": 4}}, {"fsdp": 8}, r"eval\.batch_size \(4\) is not a multiple of the 8 batch shards"),
+        ({"seq_len": 36}, {"context": 8}, r"seq_len \(36\) is not a multiple of 16: 32 or 48 would be"),
+        ({}, {"tensor": 4}, r"mesh\.tensor \(4\) does not divide model\.num_key_value_heads \(2\): 1, 2 would"),
+        ({}, {"expert": 8}, r"mesh\.expert \(8\) does not divide model\.num_local_experts \(4\)"),
+    ],
+)
+def test_the_size_that_the_devices_give_an_axis_is_checked_like_one_in_the_file(tmp_path, changes, sizes, problem):
+    axes = {"data": 1} | dict.fromkeys(sizes, -1)
+    config = load_config(write_run_file(tmp_path, global_batch_size=16, mesh=axes, **changes)).config
+    with pytest.raises(ValueError, match=problem):
+        check_sizes(config, ONE | sizes)

@@ -21,6 +21,7 @@ from train.placement import placement_warnings
 from train.preference_objective import preference
 from train.references import live, precomputed
 from train.resume import check_same_base, check_same_data, config_differences
+from train.run_config import check_sizes
 from train.stages import DpoStageConfig, TuningConfig
 from train.state import TrainState, abstract_state, init_state, start_from
 from train.step import make_eval_step, make_train_step
@@ -67,6 +68,8 @@ class Parts(NamedTuple):
 def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> Parts:
     """Data, model, state, and the compiled step."""
     data = config.data
+    if mesh is not None:
+        check_sizes(config, mesh.shape)
     tokenizer = load_tokenizer(data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     share = batch_share(mesh, config.rows_per_micro_batch)

@@ -25,6 +25,7 @@ from train.evaluate import add_up, token_metrics
 from train.feed import batch_share, make_put
 from train.objectives import token_sums
 from train.read_model import read_model, run_config
+from train.run_config import check_sizes
 
 EXIT_DONE, EXIT_NOT_FINITE = 0, 3
 _TOKENIZERS = ("*.model", "*.model.v*", "tokenizer.json")
@@ -186,6 +187,8 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             raise UserError(
                 f"data.tokenizer has {pieces} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
             )
+        if mesh is not None:
+            check_sizes(config, mesh.shape)
         share = batch_share(mesh, config.eval.batch_size or config.rows_per_micro_batch)
         sources = eval_batches(
             data, seq_len=config.seq_len, batch_size=config.eval.batch_size or config.rows_per_micro_batch,

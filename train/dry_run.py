@@ -7,6 +7,7 @@ from rich.console import Console
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.model import abstract_model
 from train.config import Provenance, RunConfig, resolved_yaml
+from train.run_config import check_sizes
 from train.trainable import is_trained, leaves
 
 # Bytes for each parameter: fp32 master weight, AdamW's two moments, accumulated gradient.
@@ -47,15 +48,11 @@ def batch_line(config: RunConfig, sizes: dict[str, int]) -> str:
     """How the global batch is divided.
 
     Raises:
-        ValueError: the batch shards of the mesh do not divide a micro-batch.
+        ValueError: the mesh does not divide the run, the micro-batch for one.
     """
+    check_sizes(config, sizes)
     shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     rows = config.rows_per_micro_batch
-    if rows % shards:
-        raise ValueError(
-            f"micro_batch_size ({rows}) is not a multiple of the {shards} batch shards of mesh.data x mesh.fsdp x "
-            f"mesh.expert: {shards * max(1, round(rows / shards))} would be"
-        )
     length = f"{config.tokens_per_step * config.steps:,} in {config.steps:,} steps"
     return (
         f"{config.global_batch_size} sequences = {config.accumulation} micro-batches x {shards} shards x "

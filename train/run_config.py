@@ -1,7 +1,7 @@
 """What every stage's configuration has, checked across fields before any device is touched."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -116,6 +116,22 @@ class RunConfig(FrozenConfig):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def check_sizes(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """The file's own checks of its mesh once more, now that the devices say how large an axis of -1 is.
+
+    Args:
+        sizes: of every axis, over fast and slow network together.
+
+    Raises:
+        ValueError: an axis does not divide what it shares out.
+    """
+    mesh = config.mesh.model_copy(update={**sizes, "dcn_data": 1, "dcn_fsdp": 1})
+    resolved = config.model_copy(update={"mesh": mesh})
+    problems = [*_batch_problems(resolved), *_mesh_problems(resolved)]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:

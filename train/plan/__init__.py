@@ -16,6 +16,7 @@ from train.plan.ranking import ranked, table
 from train.plan.report import Counted, PlanReport
 from train.plan.roofline import roofline, sent_by_axis
 from train.plan.search import candidates, what_fits
+from train.run_config import check_sizes
 
 __all__ = ["PlanReport", "plan", "run"]
 
@@ -81,11 +82,13 @@ def plan_all(
             raise UserError(f"--devices is {devices}: a plan needs at least one device")
         if search:
             raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
+        check_sizes(config, config.mesh.sizes(devices))
         return [_report(config, local_machine(devices), tokens, local=True)]
     assert topology is not None
     there = parse_topology(topology)
     config = for_accelerator(config)
     if not search:
+        check_sizes(config, config.mesh.sizes(there.chips))
         return [_report(config, there, tokens)]
     best = candidates(config, there)[:COMPILED_BY_SEARCH]
     if not best:
