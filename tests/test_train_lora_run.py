@@ -84,6 +84,7 @@ def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_
     config = load_config(file).config
     abstract = abstract_params(config, None)
     base = base_weights(config, abstract)
+    (tmp_path / "runs/base/checkpoints/2/state").mkdir(parents=True)  # a save that was killed
     path = newest_step(config.init_from)
     assert path.endswith("base/checkpoints/1")
     direct = checkpoint.restore(path, {"params": keep(abstract, lambda p: not is_adapter(p))}, partial=True)["params"]

@@ -75,6 +75,8 @@ def router_line(config: RunConfig) -> str:
 def compiled_line(program: Any, seconds: float) -> str:
     """What the compiler says of the training step's memory on one device."""
     stats = program.memory_analysis()
+    if stats is None:
+        return f"in {seconds:.1f} s; this backend says nothing of its memory"
     held = human_bytes(stats.argument_size_in_bytes)
     return (
         f"in {seconds:.1f} s; a device holds {held} of state and batch, and beside them activations, gradients and "

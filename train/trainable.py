@@ -14,10 +14,11 @@ import jax
 from flax import nnx
 
 from mixtral_jax.checkpoint import STATE, tree_shapes
+from mixtral_jax.convert.files import is_remote
+from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.sharding import param_shardings
-from train.checkpoint import saved_steps
 from train.errors import UserError
 from train.held_base import read_quantized
 from train.run_config import RunConfig
@@ -138,9 +139,8 @@ def _fresh(config: RunConfig, abstract: Tree) -> Tree:
 
 
 def newest_step(path: str) -> str:
-    """The newest checkpoint of a run's directory; any other path as it is."""
-    steps = saved_steps(Path(path) / "checkpoints") if "://" not in path else []
-    return f"{path}/checkpoints/{steps[-1]}" if steps else path
+    """The newest whole checkpoint of a run's directory; any other path as it is."""
+    return path if is_remote(path) else str(newest_whole_step(Path(path)))
 
 
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
