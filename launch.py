@@ -199,7 +199,9 @@ def _add_use(commands: Any) -> None:
         "--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated"
     )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    parser.add_argument("--template", choices=("v1", "v3"), help="chat format; default: by the tokenizer")
+    parser.add_argument(
+        "--template", choices=("v1", "v3", "chatml"), help="chat format; default: the run's, or by the tokenizer"
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer, if the checkpoint directory has none")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
