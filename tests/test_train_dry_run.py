@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_run_file
+from tests.tuning import write_tuning_file
 from train.config import RunConfig, load_config
 from train.dry_run import batch_line, human_bytes, memory_line, model_line
 from train.run_config import check_sizes
@@ -32,6 +33,20 @@ def test_memory_is_16_bytes_a_parameter_over_the_parameter_shards(config: RunCon
     assert memory_line(config, ONE | {"data": 8}).startswith(f"{total} a device")  # replicas save nothing
     quarter = human_bytes(16 * config.model.num_params() / 4)
     assert memory_line(config, ONE | {"fsdp": 2, "tensor": 2}).startswith(f"{quarter} a device")
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_each"),
+    [
+        ({"dpo": {"reference": "frozen"}}, 20),
+        ({"dpo": {"reference": "precomputed"}}, 16),
+    ],
+)
+def test_a_reference_of_its_own_is_counted(tmp_path: Path, changes, bytes_each) -> None:
+    config = load_config(write_tuning_file(tmp_path, "dpo", **changes)).config
+    total = human_bytes(bytes_each * config.model.num_params())
+    line = memory_line(config, ONE)
+    assert line.startswith(f"{total} a device") and ("reference" in line) == (bytes_each == 20)
 
 
 def test_model(config: RunConfig) -> None:

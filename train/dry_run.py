@@ -67,11 +67,15 @@ def memory_line(config: RunConfig, sizes: dict[str, int]) -> str:
     Expert weights are sharded over expert x fsdp x tensor, the dense ones over fsdp x expert x tensor too, so the
     divisor is the same; norms and the router are small.
     """
+    from train.plan.closed_form import parts_of  # the closed form counts with held_parameters
+
     shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
     trained, frozen = held_parameters(config)
     each = {name: trained * size / shards for name, size in STATE_BYTES.items()}
     if config.adapters is not None:
         each = {f"frozen base ({config.adapters.base_dtype})": frozen / shards} | each
+    if copied := parts_of(config).copied:
+        each["reference"] = 4 * copied / shards
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in each.items())
     return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
 
