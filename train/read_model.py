@@ -48,7 +48,8 @@ def read_model(
 def run_config(checkpoint: str) -> RunConfig | None:
     """The configuration of the run that a checkpoint belongs to; None for a model directory."""
     path = Path(checkpoint).absolute()
-    for place in (path, *path.parents[:2]):
+    inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
+    for place in (path, *(path.parents[:2] if inside else ())):
         if (place / "config.yaml").is_file():
             return load_config(place / "config.yaml").config
     return None
