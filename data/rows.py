@@ -68,9 +68,3 @@ class RowFormat:
         inside = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
         row = Row(tokens[:-1], tokens[1:], weights[1:] * inside, segments[:-1], positions[:-1])
         return pair_row(*row, pairs=self.pairs) if self.pairs else row
-
-
-def padding_row(seq_len: int) -> Row:
-    """A row without any document."""
-    zeros = np.zeros(seq_len, np.int32)
-    return Row(zeros, zeros, np.zeros(seq_len, np.float32), zeros, zeros)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.rows import RowFormat, padding_row
+from data.rows import RowFormat
 from tests.oracles import rows as oracle
 
 SHAPES = [[1], [9], [2, 3, 4], [4, 1, 4], [3, 2], [2], [1, 1, 1]]
@@ -26,5 +26,5 @@ def test_decode_of_encode_is_what_the_model_should_see(lengths: list[int], dtype
 
 
 def test_a_padding_row_weighs_nothing() -> None:
-    row = padding_row(5)
+    row = RowFormat(5, "uint16", False).padding()
     assert all(field.shape == (5,) and not field.any() for field in row)
