@@ -38,8 +38,8 @@ demo: $(VENV)/core.stamp
 	@JAX_PLATFORMS=cpu $(RUN) -m train.demo runs/quickstart runs/sft-tiny runs/dpo-tiny runs/demo-hf
 
 demo-small: $(VENV)/small.stamp
-	test -d runs/smollm2-hf || $(RUN) -m tests.small_weights runs/smollm2-hf
-	test -d runs/smollm2-4x135m || $(RUN) launch.py convert upcycle runs/smollm2-hf runs/smollm2-4x135m --experts 4 --top-k 2
+	test -f runs/smollm2-hf/tokenizer.json || $(RUN) -m tests.small_weights runs/smollm2-hf
+	test -f runs/smollm2-4x135m/config.json || $(RUN) launch.py convert upcycle runs/smollm2-hf runs/smollm2-4x135m --experts 4 --top-k 2
 	JAX_PLATFORMS=cpu $(RUN) launch.py eval runs/smollm2-4x135m configs/sft/smollm2-4x135m.yaml --json
 	JAX_PLATFORMS=cpu $(RUN) launch.py sft configs/sft/smollm2-4x135m.yaml
 	$(RUN) launch.py convert merge-lora runs/smollm2-4x135m runs/smollm2-sft --adapter runs/sft-smollm2 --force

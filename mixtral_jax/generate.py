@@ -73,11 +73,11 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, or a setting out of range.
     """
+    sampler = make_sampler(**drawing)
     rows = _read_prompts(model, tokens, lengths, eos_id)
     count = len(rows.prompts)
     if not count:
         return np.zeros((0, max_new_tokens), np.int32) if rows.is_array else []
-    sampler = make_sampler(**drawing)
     columns = _round_up(_positive("max_new_tokens", max_new_tokens))
     batch, slots = _right_align(rows, columns)
     out_BN = _run(model, batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from mixtral_jax.lora import LoraConfig
 from train import checkpoint
 from train.checkpoint import Found, Say
 from train.config import RunConfig
@@ -89,7 +90,8 @@ def check_same_base(found: Found, config: RunConfig) -> None:
         return
     keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
     pairs = {"init_from": (then.get("init_from"), config.init_from)}
-    pairs |= {f"lora.{key}": (old[key], new[key]) for key in keys if key in old}
+    then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
+    pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
     for key, (before, after) in pairs.items():
         if before != after:
             raise UserError(

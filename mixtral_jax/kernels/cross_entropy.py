@@ -16,7 +16,7 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at a time
 
 
 class CrossEntropy(NamedTuple):
-    """Weighted sums over this device's tokens."""
+    """Weighted sums over this device's tokens. Gradients flow through the loss alone; the others are metrics."""
 
     loss_sum: Float[Array, ""]  # sum of w * nll, nats
     correct_sum: Float[Array, ""]  # sum of w where no logit is above the target's
