@@ -27,10 +27,11 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding, vocabulary-parallel over `tensor`."""
+    """Token embedding, vocabulary-parallel over `tensor`; drawn in `dtype`, held in `held`."""
 
-    def __init__(self, vocab: int, dim: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
-        self.weight = nnx.Param(std * jax.random.normal(key, (vocab, dim), dtype), axes=("vocab", "embed"), vocab=vocab)
+    def __init__(self, vocab: int, dim: int, std: float, *, key: jax.Array, dtype: jnp.dtype, held: jnp.dtype):
+        value = std * jax.random.normal(key, (vocab, dim), dtype)
+        self.weight = nnx.Param(value.astype(held), axes=("vocab", "embed"), vocab=vocab)
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         w_VD = gather(self.weight, dtype)
@@ -43,7 +44,8 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The untied output matrix (D, V), vocabulary-parallel over `tensor`."""
+    """The untied output matrix (D, V), vocabulary-parallel over `tensor`; drawn in `dtype`, held in `held`."""
 
-    def __init__(self, dim: int, vocab: int, std: float, *, key: jax.Array, dtype: jnp.dtype):
-        self.weight = nnx.Param(std * jax.random.normal(key, (dim, vocab), dtype), axes=("embed", "vocab"), vocab=vocab)
+    def __init__(self, dim: int, vocab: int, std: float, *, key: jax.Array, dtype: jnp.dtype, held: jnp.dtype):
+        value = std * jax.random.normal(key, (dim, vocab), dtype)
+        self.weight = nnx.Param(value.astype(held), axes=("embed", "vocab"), vocab=vocab)

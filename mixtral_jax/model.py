@@ -98,12 +98,13 @@ class Mixtral(nnx.Module):
         self.config, self.compute = config, compute
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         size, std = (config.vocab_size, config.hidden_size), config.initializer_range
-        self.embed = Embedding(*size, std, key=embed_key, dtype=base_dtype(lora, param_dtype))
+        held = base_dtype(lora, param_dtype)
+        self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype, held=held)
         stack = (config.num_hidden_layers,)
         self.layers = Block(config, compute, key=layers_key, stack=stack, dtype=param_dtype, lora=lora)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
         if not config.tie_word_embeddings:
-            self.head = Head(*size[::-1], std, key=head_key, dtype=base_dtype(lora, param_dtype))
+            self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
 
     def __call__(
         self,

@@ -48,7 +48,7 @@ def test_epsilon_is_used():
 
 
 def test_embedding_looks_up_rows_and_adds_up_their_gradients():
-    embed = Embedding(7, 4, 0.02, key=jax.random.key(0), dtype=jnp.float32)
+    embed = Embedding(7, 4, 0.02, key=jax.random.key(0), dtype=jnp.float32, held=jnp.float32)
     tokens = jnp.asarray([[0, 6, 3], [3, 3, 1]])
     table = np.asarray(embed.weight[...])
     np.testing.assert_array_equal(embed(tokens, jnp.float32), table[np.asarray(tokens)])
@@ -58,7 +58,7 @@ def test_embedding_looks_up_rows_and_adds_up_their_gradients():
 
 
 def test_weights_are_drawn_with_the_std_that_was_asked_for():
-    embed = Embedding(500, 40, 0.03, key=jax.random.key(1), dtype=jnp.float32)
-    head = Head(40, 500, 0.05, key=jax.random.key(1), dtype=jnp.float32)
+    embed = Embedding(500, 40, 0.03, key=jax.random.key(1), dtype=jnp.float32, held=jnp.float32)
+    head = Head(40, 500, 0.05, key=jax.random.key(1), dtype=jnp.float32, held=jnp.float32)
     assert abs(float(jnp.std(embed.weight[...])) - 0.03) < 0.001
     assert abs(float(jnp.std(head.weight[...])) - 0.05) < 0.002

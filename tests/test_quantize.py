@@ -188,7 +188,7 @@ def test_cached_decoding_equals_the_full_forward_pass(kind):
 
 
 def test_the_least_bits_lose_the_most():
-    """Mean difference of logits from an fp32 base: nf4 > int8, and both small beside the logits."""
+    """Difference of logits from those of an fp32 base: the more bits, the less, and all small beside the logits."""
     tokens = np.random.default_rng(0).integers(0, 62, (4, 32)).astype(np.int32)
     logits = {}
     for kind in ("float32", "bfloat16", "int8", "nf4"):
@@ -196,7 +196,7 @@ def test_the_least_bits_lose_the_most():
         logits[kind] = np.asarray(jax.jit(lambda m: m(tokens))(model))
     error = {k: np.linalg.norm(v - logits["float32"]) / np.linalg.norm(logits["float32"]) for k, v in logits.items()}
     assert error["bfloat16"] < 0.02 and error["int8"] < 0.03 and error["nf4"] < 0.3
-    assert error["int8"] < error["nf4"] / 4
+    assert error["bfloat16"] < error["int8"] < error["nf4"]
 
 
 def test_what_cannot_be_packed_is_refused():
