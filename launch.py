@@ -262,11 +262,11 @@ def _not_built(args: Parsed) -> int:
 
 
 def _train(args: Parsed) -> int:
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        _function("train.host", "keep_freed_memory")()
     config, provenance = _load(args.config, args.overrides, args.command)
     if args.dry_run:
         return _function("train.dry_run", "dry_run")(config, provenance)
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        _function("train.host", "keep_freed_memory")()
     _function("train.distributed", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )

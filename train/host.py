@@ -12,7 +12,7 @@ KEEP = {
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory of one step's temporaries for the next; to be called before jax starts its threads.
+    """Keep the memory of one step's temporaries for the next; to be called before jax is imported.
 
     XLA's CPU client allocates all temporaries anew at every step. As glibc comes, they are mapped and unmapped each
     time, and the system clears each page again: a quarter of a million page faults a step at shape S of the benchmark,

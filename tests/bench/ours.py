@@ -15,7 +15,6 @@ from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
-from train.host import keep_freed_memory
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.state import create_state
@@ -92,6 +91,5 @@ def matmul_rate() -> float:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as launch.py does
     capacity = float(sys.argv[3]) if len(sys.argv) > 3 else None
     print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), capacity)))

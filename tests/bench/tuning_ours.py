@@ -21,7 +21,6 @@ from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.ours import model_of
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
-from train.host import keep_freed_memory
 from train.logps import make_sequence_logps
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
@@ -89,5 +88,4 @@ def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as launch.py does
     print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
