@@ -160,7 +160,9 @@ def test_only_process_0_writes_but_each_has_its_log(file, two):
     assert steps == sorted(set(steps))
     logs = [(place(file, "two") / f"logs/process_{i}.log").read_text() for i in range(2)]
     assert all(" 8/400 |" in log and "exit 75" in log for log in logs)
-    said = [[line for line in output.splitlines() if "[Gloo]" not in line] for output in outputs]
+    # gloo's own lines, and jax's warning of a cache entry that the other process is still writing
+    theirs = ("[Gloo]", "persistent compilation cache", "warnings.warn(")
+    said = [[line for line in output.splitlines() if not any(t in line for t in theirs)] for output in outputs]
     assert any(" 8/400 |" in line for line in said[0]) and not said[1], said[1]
 
 
