@@ -53,7 +53,7 @@ def main(base: str, sft: str, dpo: str, exported: str) -> int:
     answers = list(_answers(preferred, {"base": base, "SFT": sft, "DPO": dpo}))
     _print_answers(console, answers)
     console.print(_load_elsewhere(exported, preferred, answers[-1].texts[0]))
-    console.print(_NEXT.format(dpo=dpo, exported=exported))
+    console.print(_NEXT.format(exported=exported))
     failed = []
     if not losses[1]["eval/loss"] < losses[0]["eval/loss"]:
         failed.append("SFT did not lower the validation loss")
