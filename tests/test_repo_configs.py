@@ -5,11 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.tokenizer import train_sentencepiece
 from train.config import load_config, resolved_yaml
 from train.loop import run
 from train.parse import tree_from_text
+from train.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -25,6 +27,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(200)]
     (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (directory / "tokenizer.model").write_bytes(train_sentencepiece(texts, 300))
+    _tokenizer_json(texts).save(str(directory / "tokenizer.json"))
     chats = [{"prompt": rng.choice(WORDS), "completion": rng.choice(WORDS)} for _ in range(100)]
     (directory / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     answers = [dict(zip(("chosen", "rejected"), rng.sample(WORDS, 2), strict=True)) for _ in range(30)]
@@ -33,15 +36,26 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def toy_overrides(directory: Path, examples: str) -> list[str]:
+def _tokenizer_json(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE with the tokens of ChatML."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def toy_overrides(directory: Path, file: RunConfig) -> list[str]:
     """Overrides that make any run small; everything that does not change the size stays as the file says."""
-    sources = f"[{{name: toy, path: {directory / f'{examples}.jsonl'}, weight: 1}}]"
+    sources = f"[{{name: toy, path: {directory / f'{file.data.examples}.jsonl'}, weight: 1}}]"
+    pieces = "tokenizer.json" if file.data.tokenizer.endswith(".json") else "tokenizer.model"
     return [
         f"output_dir={directory / 'runs'}", f"model={TOY_MODEL}", "init_from=null",
         "steps=2", "seq_len=32", "global_batch_size=8", "micro_batch_size=null", "mesh={}", "optimizer.warmup_steps=0",
         "compute.attention=auto", "compute.moe.matmul=auto", "compute.moe.transport=auto",
         "compute.moe.chunk_tokens=null",
-        f"data.tokenizer={directory / 'tokenizer.model'}", f"data.train={sources}", f"data.validation={sources}",
+        f"data.tokenizer={directory / pieces}", f"data.train={sources}", f"data.validation={sources}",
         f"data.cache_dir={directory / 'cache'}", "data.workers=1", "eval.batches=1", "log.wandb=null",
         "checkpoint.directory=null", "sample.max_new_tokens=2",
     ]  # fmt: skip
@@ -75,7 +89,7 @@ def test_a_shipped_file_is_complete_and_says_what_it_is(path: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_a_shipped_file_trains_two_steps(path: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = toy_overrides(toy, load_config(path).config.data.examples)
+    overrides = toy_overrides(toy, load_config(path).config)
     config, provenance = load_config(path, overrides)
     assert run(config, provenance) == 0
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]

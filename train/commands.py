@@ -188,7 +188,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
                 f"data.tokenizer has {pieces} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
             )
         if mesh is not None:
-            check_sizes(config, mesh.shape)
+            check_sizes(config, mesh.shape, training=False)
         share = batch_share(mesh, config.eval.batch_size or config.rows_per_micro_batch)
         sources = eval_batches(
             data, seq_len=config.seq_len, batch_size=config.eval.batch_size or config.rows_per_micro_batch,

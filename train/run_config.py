@@ -118,23 +118,23 @@ class RunConfig(FrozenConfig):
         return self
 
 
-def check_sizes(config: RunConfig, sizes: Mapping[str, int]) -> None:
+def check_sizes(config: RunConfig, sizes: Mapping[str, int], *, training: bool = True) -> None:
     """The file's own checks of its mesh once more, now that the devices say how large an axis of -1 is.
 
     Args:
-        sizes: of every axis, over fast and slow network together.
+        sizes: of every axis, over fast and slow network together. training: false where rows are evaluated only.
 
     Raises:
         ValueError: an axis does not divide what it shares out.
     """
     mesh = config.mesh.model_copy(update={**sizes, "dcn_data": 1, "dcn_fsdp": 1})
     resolved = config.model_copy(update={"mesh": mesh})
-    problems = [*_batch_problems(resolved), *_mesh_problems(resolved)]
+    problems = [*_batch_problems(resolved, training=training), *_mesh_problems(resolved)]
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _batch_problems(config: RunConfig) -> Iterator[str]:
+def _batch_problems(config: RunConfig, *, training: bool = True) -> Iterator[str]:
     rows, micro = config.global_batch_size, config.rows_per_micro_batch
     if rows % micro:
         yield (
@@ -143,7 +143,10 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
         )
     mesh = config.mesh
     shards = _known(mesh.data, mesh.fsdp, mesh.expert, mesh.dcn_data, mesh.dcn_fsdp)
-    for key, size in (("micro_batch_size", micro), ("eval.batch_size", config.eval.batch_size or shards)):
+    shared = {"eval.batch_size": config.eval.batch_size or shards}
+    if training or config.eval.batch_size is None:
+        shared["micro_batch_size"] = micro
+    for key, size in shared.items():
         if size % shards:
             yield (
                 f"{key} ({size}) is not a multiple of the {shards} batch shards of "
