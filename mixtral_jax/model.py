@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.attention import Attention, Rows
 from mixtral_jax.config import ComputeConfig, MixtralConfig
@@ -176,14 +176,19 @@ def next_token_sums(
     noise: Noise | None = None,
     *,
     entropy: bool = False,
+    skip_masked: bool = False,
 ) -> tuple[CrossEntropy, RouterStats]:
-    """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices."""
+    """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices.
+
+    `entropy`, `skip_masked`: see linear_cross_entropy.
+    """
 
     def local(model: Mixtral, tokens, targets, weights, positions, segments, *key):
         x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         sums = linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
             chunk=model.compute.loss_chunk, entropy=entropy, vocab=model.config.vocab_size,
+            skip_masked=skip_masked,
         )  # fmt: skip
         return psum(sums, TOKEN_AXES), stats
 
@@ -196,23 +201,24 @@ def target_logps(
     model: Mixtral,
     tokens_BT: Int[Array, "B T"],
     targets_BT: Int[Array, "B T"],
+    wanted_BT: Bool[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
     noise: Noise | None = None,
 ) -> tuple[Float[Array, "B T"], RouterStats]:
-    """log p(target) at every position, fp32, and the router statistics."""
+    """log p(target) at every wanted position and 0 at the others, fp32, and the router statistics."""
 
-    def local(model: Mixtral, tokens, targets, positions, segments, *key):
+    def local(model: Mixtral, tokens, targets, wanted, positions, segments, *key):
         x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
         logps_M = linear_logps(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1),
+            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), wanted.reshape(-1),
             chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
         )  # fmt: skip
         return logps_M.reshape(tokens.shape), stats
 
-    rows = (tokens_BT, targets_BT, positions_BT, segments_BT)
+    rows = (tokens_BT, targets_BT, wanted_BT, positions_BT, segments_BT)
     keys = () if noise is None else (noise.key,)
-    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 4) + (P(),) * len(keys), (batch_spec(), P()))
+    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 5) + (P(),) * len(keys), (batch_spec(), P()))
 
 
 def _with_key(noise: Noise | None, key: tuple[jax.Array, ...]) -> Noise | None:

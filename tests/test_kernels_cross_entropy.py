@@ -1,5 +1,7 @@
 """The chunked cross-entropy against the plain one, value and gradients, for every way of cutting (NUMERICS D2)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tests.oracles import mixtral as oracle
 
 M, D, V = 13, 6, 37
 CHUNKS = (0, 1, 3, 4, 12, 13, 100)
+ALL = np.ones(M, bool)
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +26,15 @@ def numbers():
     return x, w, targets, weights
 
 
+@pytest.mark.parametrize("skip_masked", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_loss_and_gradients(numbers, chunk):
+def test_loss_and_gradients(numbers, chunk, skip_masked):
     x, w, targets, weights = numbers
 
     @jax.jit
     def run(x, w, targets, weights):
         def loss(x, w):
-            sums = linear_cross_entropy(x, w, targets, weights, chunk=chunk)
+            sums = linear_cross_entropy(x, w, targets, weights, chunk=chunk, skip_masked=skip_masked)
             return 3 * sums.loss_sum, sums  # a factor, so that the incoming gradient is used
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, w)
@@ -51,10 +55,39 @@ def test_loss_and_gradients(numbers, chunk):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_loss_alone_is_the_loss_with_gradients(numbers, chunk):
     """Evaluation runs another function than training: they must agree."""
-    run = jax.jit(lambda *a: linear_cross_entropy(*a, chunk=chunk))
     x, w, targets, weights = numbers
     want, _ = oracle.cross_entropy(*map(torch.tensor, (x, w)), targets.tolist(), weights.tolist())
-    assert abs(float(run(*numbers).loss_sum) - want.item()) <= 3e-6 * want.item()
+    for skip_masked in (False, True):
+        run = jax.jit(partial(linear_cross_entropy, chunk=chunk, skip_masked=skip_masked))
+        assert abs(float(run(*numbers).loss_sum) - want.item()) <= 3e-6 * want.item()
+
+
+@partial(jax.jit, static_argnames=("chunk", "kind"))
+def value_and_gradients(x, w, targets, weights, chunk, kind):
+    def loss(x, w):
+        if kind == "logps":
+            return jnp.dot(linear_logps(x, w, targets, weights != 0, chunk=chunk), -weights)
+        return linear_cross_entropy(x, w, targets, weights, chunk=chunk, skip_masked=kind == "skip").loss_sum
+
+    return jax.value_and_grad(loss, (0, 1))(x, w)
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [12], [3, 4, 5, 6], list(range(1, 13, 2)), list(range(13))], ids=str)
+def test_what_is_not_wanted_costs_no_logits_and_changes_nothing(numbers, wanted):
+    """Rows that nothing may read hold NaN: were their chunk computed, or one of them used, it would show."""
+    x, w, targets, weights = numbers
+    weights = np.where(np.isin(np.arange(M), wanted), 0.5 + weights, 0).astype(np.float32)
+    want, (dx, dw) = value_and_gradients(x, w, targets, weights, 13, "plain")
+    for kind in ("skip", "logps"):
+        for chunk in (4, 13):
+            # rows beside wanted ones are computed and thrown away: only whole chunks without any are skipped
+            behind = np.argsort(weights == 0, stable=True)[-(-len(wanted) // chunk) * chunk :]
+            given = x.copy()
+            given[behind] = np.nan
+            got, (dx_got, dw_got) = value_and_gradients(given, w, targets, weights, chunk, kind)
+            np.testing.assert_allclose(got, want, rtol=3e-6)
+            np.testing.assert_allclose(dx_got, dx, atol=3e-6)
+            np.testing.assert_allclose(dw_got, dw, atol=3e-6)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -84,7 +117,7 @@ def test_log_probabilities_and_gradients(numbers, chunk):
 
     @jax.jit
     def run(x, w, targets, g):
-        logps, pull = jax.vjp(lambda x, w: linear_logps(x, w, targets, chunk=chunk), x, w)
+        logps, pull = jax.vjp(lambda x, w: linear_logps(x, w, targets, ALL, chunk=chunk), x, w)
         return logps, *pull(g)
 
     logps, dx, dw = run(*numbers)
@@ -103,7 +136,7 @@ def test_large_logits_do_not_overflow():
     run = jax.jit(jax.value_and_grad(lambda x: linear_cross_entropy(x, w, targets, jnp.ones(2)).loss_sum))
     loss, grad = run(x)
     assert float(loss) == 2e4 and np.isfinite(grad).all()
-    np.testing.assert_allclose(linear_logps(x, w, targets), [0, -2e4])
+    np.testing.assert_allclose(linear_logps(x, w, targets, jnp.ones(2, bool)), [0, -2e4])
 
 
 def test_all_weights_zero_gives_zero(numbers):
@@ -131,7 +164,7 @@ def test_full_logits_are_never_held(numbers, which):
     def loss(x, w, chunk):
         if which == "loss":
             return linear_cross_entropy(x, w, targets, weights, chunk=chunk).loss_sum
-        return jnp.sum(linear_logps(x, w, targets, chunk=chunk))
+        return jnp.sum(linear_logps(x, w, targets, ALL, chunk=chunk))
 
     def largest(chunk):
         jaxpr = jax.make_jaxpr(jax.grad(lambda x, w: loss(x, w, chunk), argnums=(0, 1)))(x, w)

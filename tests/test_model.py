@@ -162,13 +162,16 @@ def test_sums_and_log_probabilities_are_those_of_the_logits():
     logits = run_logits(tokens).astype(np.float64)
     logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
-    got, stats = jax.jit(lambda p: target_logps(nnx.merge(graphdef, p), tokens, targets, positions, segments))(params)
-    np.testing.assert_allclose(got, want, atol=3e-6)
-    sums, same = jax.jit(lambda p: next_token_sums(nnx.merge(graphdef, p), *draw_batch()))(params)
-    np.testing.assert_allclose(sums.loss_sum, -(weights * want).sum(), rtol=1e-6)
-    np.testing.assert_allclose(sums.correct_sum, weights[logits.argmax(-1) == targets].sum(), rtol=1e-6)
-    for a, b in zip(stats, same, strict=True):
-        np.testing.assert_array_equal(a, b)
+    rows = (tokens, targets, weights > 0, positions, segments)
+    got, stats = jax.jit(lambda p: target_logps(nnx.merge(graphdef, p), *rows))(params)
+    np.testing.assert_allclose(got, np.where(weights > 0, want, 0), atol=3e-6)
+    for skip in (False, True):
+        run = jax.jit(lambda p, skip=skip: next_token_sums(nnx.merge(graphdef, p), *draw_batch(), skip_masked=skip))
+        sums, same = run(params)
+        np.testing.assert_allclose(sums.loss_sum, -(weights * want).sum(), rtol=1e-6)
+        np.testing.assert_allclose(sums.correct_sum, weights[logits.argmax(-1) == targets].sum(), rtol=1e-6)
+        for a, b in zip(stats, same, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def count(jaxpr, name):

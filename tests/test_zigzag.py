@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.kernels.attention_chunked import Tokens, chunked_attention, part_bounds, tile
 from mixtral_jax.mesh import MeshConfig, make_mesh
-from mixtral_jax.model import abstract_model, target_logps
+from mixtral_jax.model import abstract_model, next_token_sums, target_logps
 from mixtral_jax.sharding import batch_sharding, param_shardings
 from mixtral_jax.zigzag import Part, places, spread, unspread, whole_row, zigzag
 from tests.mesh_cases import CONFIG, FAST_TO_COMPILE, make_batches, make_params
@@ -143,17 +143,20 @@ def test_logits_and_log_probabilities_come_back_in_the_order_of_the_row():
     abstract = abstract_model(config, compute)
     graphdef, _ = nnx.split(abstract)
     params = make_params()
-    tokens, targets, _, positions, segments = make_batches()["packed"]
+    tokens, targets, weights, positions, segments = make_batches()["packed"]
 
     def run(params, *rows):
-        logits = nnx.merge(graphdef, params)(rows[0], *rows[2:])
+        logits = nnx.merge(graphdef, params)(rows[0], *rows[3:])
         logps, pull_back = jax.vjp(lambda params: target_logps(nnx.merge(graphdef, params), *rows)[0], params)
-        return logits, logps, pull_back(jnp.sin(jnp.arange(logps.size, dtype=jnp.float32)).reshape(logps.shape))[0]
+        uneven = (rows[0], rows[1], weights * (positions % 5 > 1), *rows[3:])
+        loss = jax.value_and_grad(lambda p: next_token_sums(nnx.merge(graphdef, p), *uneven, skip_masked=True)[0][0])
+        g_bT = jnp.sin(jnp.arange(logps.size, dtype=jnp.float32)).reshape(logps.shape)
+        return logits, loss(params), logps, pull_back(g_bT)[0]
 
-    rows = (tokens, targets, positions, segments)
+    rows = (tokens, targets, weights > 0, positions, segments)
     want = jax.jit(run, compiler_options=FAST_TO_COMPILE)(params, *rows)
     mesh = make_mesh(MeshConfig(context=4, tensor=2))
-    places = (param_shardings(abstract, mesh), *(batch_sharding(mesh, leading=0),) * 4)
+    places = (param_shardings(abstract, mesh), *(batch_sharding(mesh, leading=0),) * 5)
     with jax.set_mesh(mesh):
         got = jax.jit(run, in_shardings=places, compiler_options=FAST_TO_COMPILE)(params, *rows)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

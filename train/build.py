@@ -41,7 +41,7 @@ from train.trainable import (
 # The objective of each stage.
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "pretrain": lambda config: next_token(config.router, config.model),
-    "sft": lambda config: next_token(config.router, config.model, config.neftune, entropy=True),
+    "sft": lambda config: next_token(config.router, config.model, config.neftune, entropy=True, skip_masked=True),
     "dpo": lambda config: preference(config.dpo, config.router, config.model, config.neftune),
 }
 

@@ -23,10 +23,9 @@ def pair_logps(
     model: Mixtral, rows: Any, ld_alpha: float | None, noise: Noise | None = None
 ) -> tuple[PairLogps, RouterStats]:
     """log p of both completions of each pair in rows of (b, T), EOS included, from one forward pass (NUMERICS D4)."""
-    logps_bT, stats = target_logps(model, rows.tokens, rows.targets, rows.positions, rows.segment_ids, noise)
-    pairs = rows.mask.shape[-1]
     inside_bT = rows.completion > 0
-    logps_bT = jnp.where(inside_bT, logps_bT, 0.0)
+    logps_bT, stats = target_logps(model, rows.tokens, rows.targets, inside_bT, rows.positions, rows.segment_ids, noise)
+    pairs = rows.mask.shape[-1]
     pair_bT = jnp.clip((rows.segment_ids - 1) // 2, 0, pairs - 1)
     shared_bT = jnp.take_along_axis(jnp.min(rows.lengths, axis=-1), pair_bT, axis=1)
     weights_bT = completion_weights(rows.completion, shared_bT, ld_alpha)

@@ -74,17 +74,26 @@ class NextTokenParts(NamedTuple):
     stats: RouterStats
 
 
-def next_token(router: RouterConfig, model: MixtralConfig, neftune: float = 0.0, *, entropy: bool = False) -> Objective:
+def next_token(
+    router: RouterConfig,
+    model: MixtralConfig,
+    neftune: float = 0.0,
+    *,
+    entropy: bool = False,
+    skip_masked: bool = False,
+) -> Objective:
     """Next-token prediction for pretraining and SFT; the data sets the weights (NUMERICS D1).
 
     loss = sum w * nll / W + router terms. The router terms are products of batch means, so they are not additive: those
     of a micro-batch are weighted by its share of the step's tokens (NUMERICS C3). `entropy`: report that too.
+    `skip_masked`: spend no logits on tokens without a weight, which pays where they are many.
     """
 
     def loss(
         model_: Mixtral, rows: Any, divisor: Divisor, key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], NextTokenParts]:
-        sums, stats = token_sums(model_, rows, None if key is None else Noise(key, neftune), entropy=entropy)
+        noise = None if key is None else Noise(key, neftune)
+        sums, stats = token_sums(model_, rows, noise, entropy=entropy, skip_masked=skip_masked)
         share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
         aux, z = router_terms(router, model, stats, share)
         ce, accuracy = sums.nll / divisor.weight, sums.correct / divisor.weight
@@ -99,7 +108,10 @@ def next_token(router: RouterConfig, model: MixtralConfig, neftune: float = 0.0,
             del scalars["train/entropy"]
         return with_router_health(scalars, parts.stats, model)
 
-    return Objective(batch_divisor, loss, report, lambda model_, rows: token_sums(model_, rows)[0])
+    def evaluate(model_: Mixtral, rows: Any) -> EvalSums:
+        return token_sums(model_, rows, skip_masked=skip_masked)[0]
+
+    return Objective(batch_divisor, loss, report, evaluate)
 
 
 def router_terms(
@@ -132,11 +144,12 @@ def batch_divisor(batch: Any) -> Divisor:
 
 
 def token_sums(
-    model: Mixtral, rows: Any, noise: Noise | None = None, *, entropy: bool = False
+    model: Mixtral, rows: Any, noise: Noise | None = None, *, entropy: bool = False, skip_masked: bool = False
 ) -> tuple[EvalSums, RouterStats]:
     """Summed cross-entropy of rows of (b, T), and the router's statistics."""
     sums, stats = next_token_sums(
-        model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids, noise, entropy=entropy
-    )
+        model, rows.tokens, rows.targets, rows.weights, rows.positions, rows.segment_ids, noise,
+        entropy=entropy, skip_masked=skip_masked,
+    )  # fmt: skip
     weight = jnp.sum(rows.weights, dtype=jnp.float32)
     return EvalSums(sums.loss_sum, weight, sums.correct_sum, sums.entropy_sum), stats

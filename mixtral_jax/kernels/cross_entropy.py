@@ -1,16 +1,18 @@
 """Output projection and softmax cross-entropy in one, chunk by chunk: the full (M, V) logits are never held.
 
-Each works on one device's tokens and, with a `tensor` axis, on its shard of the vocabulary.
+Each works on one device's tokens and, with a `tensor` axis, on its shard of the vocabulary. Where many tokens are no
+targets (prompts, padding), the targets are brought to the front and the chunks without any are skipped.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.sharding import alike, axis_index, axis_max, axis_size, psum, variance, varying
+from mixtral_jax.sharding import TOKEN_AXES, alike, axis_index, axis_max, axis_size, psum, variance, varying
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at a time
 
@@ -32,31 +34,41 @@ def linear_cross_entropy(
     chunk: int = 0,
     vocab: int | None = None,
     entropy: bool = False,
+    skip_masked: bool = False,
 ) -> CrossEntropy:
     """sum_m w_m * (logsumexp(x_m W) - (x_m W)[target_m]) and the weight of the tokens predicted right.
 
     Since the loss is a sum whose divisor is known beforehand, its gradients with respect to x and W are made in the
     forward pass, while a chunk's logits are at hand; the backward pass only scales them. `chunk` tokens at a time (any
     number, it need not divide M); 0 chooses by memory. No gradient flows to the weights. Columns behind the first
-    `vocab` of all shards together are padding. `entropy`: that of each prediction is summed too.
+    `vocab` of all shards together are padding. `entropy`: that of each prediction is summed too. `skip_masked`: logits
+    of tokens without a weight are not computed, but for those that share a chunk with others.
     """
     x_MD, w_DV, targets_M, weights_M = alike(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
-    size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1])
-    return _cross_entropy((size, vocab, entropy), x_MD, w_DV, targets_M, weights_M)
+    size, used = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1]), None
+    if skip_masked:
+        order_M, used = _wanted_first(weights_M != 0, size)
+        x_MD, targets_M, weights_M = (_permuted(a, order_M) for a in (x_MD, targets_M, weights_M))
+    return _cross_entropy((size, vocab, entropy), x_MD, w_DV, targets_M, weights_M, used)
 
 
 def linear_logps(
     x_MD: Float[Array, "M D"],
     w_DV: Float[Array, "D V"],
     targets_M: Int[Array, " M"],
+    wanted_M: Bool[Array, " M"],
     *,
     chunk: int = 0,
     vocab: int | None = None,
 ) -> Float[Array, " M"]:
-    """log softmax(x_m W)[target_m] for each token, fp32; its backward pass computes each chunk's logits again."""
-    x_MD, w_DV, targets_M = alike(x_MD, w_DV, targets_M)
+    """log softmax(x_m W)[target_m] for each wanted token, fp32, and 0 for the others.
+
+    The backward pass computes each chunk's logits again.
+    """
     size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1])
-    x_ncD, targets_nc = _chunks(x_MD, size), _chunks(targets_M, size)
+    order_M, used = _wanted_first(wanted_M, size)
+    x_MD, w_DV, targets_M = alike(x_MD, w_DV, targets_M)
+    x_ncD, targets_nc = (_chunks(_permuted(a, order_M), size) for a in (x_MD, targets_M))
 
     @jax.checkpoint
     def one(x_cD, w_DV, targets_c):
@@ -64,7 +76,20 @@ def linear_logps(
         _, lse_c, target_c, _ = _softmax_parts(logits_cV, targets_c)
         return target_c - lse_c
 
-    return jax.lax.map(lambda xt: one(xt[0], w_DV, xt[1]), (x_ncD, targets_nc)).reshape(-1)[: x_MD.shape[0]]
+    none_c = varying(jnp.zeros(size, jnp.float32), sorted(variance(x_MD) - {"tensor"}))
+    _, logps_nc = _over_chunks(lambda _, xt: (None, one(xt[0], w_DV, xt[1])), none_c, None, used, (x_ncD, targets_nc))
+    logps_M = jnp.where(_permuted(wanted_M, order_M), logps_nc.reshape(-1)[: order_M.size], 0)
+    return jnp.zeros_like(logps_M).at[order_M].set(logps_M, unique_indices=True, mode="promise_in_bounds")
+
+
+def _wanted_first(wanted_M: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """The order that brings wanted tokens to the front, and in how many chunks any device has one."""
+    chunks = (jnp.sum(wanted_M, dtype=jnp.int32) + chunk - 1) // chunk
+    return jnp.argsort(~wanted_M, stable=True), axis_max(chunks, TOKEN_AXES)  # alike on all: they reduce together
+
+
+def _permuted(a: jax.Array, order_M: jax.Array) -> jax.Array:
+    return jnp.asarray(a).at[order_M].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _chunk_size(chunk: int, tokens: int, vocab: int) -> int:
@@ -119,8 +144,21 @@ def _reduced(sums: CrossEntropy) -> CrossEntropy:
     return CrossEntropy(*(axis_max(s, ("tensor",)) for s in sums))
 
 
+def _over_chunks(one: Callable[..., Any], skip: Any, start: Any, used: jax.Array | None, chunks: Any) -> Any:
+    """(carry, stacked outputs) of one(carry, chunk); from chunk `used` on the carry stays and the output is skip."""
+
+    def step(carry, inputs):
+        index, chunk = inputs
+        if used is None:
+            return one(carry, chunk)
+        return jax.lax.cond(index < used, one, lambda carry, chunk: (carry, skip), carry, chunk)
+
+    count = jax.tree.leaves(chunks)[0].shape[0]
+    return jax.lax.scan(step, start, (jnp.arange(count), chunks))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M) -> CrossEntropy:
+def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M, used) -> CrossEntropy:
     chunk, vocab, entropy = static
 
     def one(total, xtw):
@@ -131,7 +169,7 @@ def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M) -> CrossEntropy:
         return jax.tree.map(jnp.add, total, sums), None
 
     start = CrossEntropy(*(_zero(x_MD),) * 3)
-    total, _ = jax.lax.scan(one, start, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
+    total, _ = _over_chunks(one, None, start, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
     return _reduced(total)
 
 
@@ -139,7 +177,7 @@ def _zero(like: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
     return varying(jnp.zeros(shape, jnp.float32), sorted(variance(like)))
 
 
-def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
+def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
     chunk, vocab, entropy = static
 
     def one(carry, xtw):
@@ -158,7 +196,9 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
         return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
 
     start = (CrossEntropy(*(_zero(x_MD),) * 3), _zero(x_MD, w_DV.shape))
-    (total, dw_DV), dx_ncD = jax.lax.scan(one, start, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
+    chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M))
+    no_dx_cD = _zero(x_MD, chunks[0].shape[1:]).astype(x_MD.dtype)
+    (total, dw_DV), dx_ncD = _over_chunks(one, no_dx_cD, start, used, chunks)
     dx_MD = dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
     return _reduced(total), (dx_MD, dw_DV.astype(w_DV.dtype))
 
@@ -166,7 +206,7 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M):
 def _cross_entropy_bwd(static, saved, g):
     dx_MD, dw_DV = saved
     scale = g.loss_sum
-    return (scale * dx_MD).astype(dx_MD.dtype), (scale * dw_DV).astype(dw_DV.dtype), None, None
+    return (scale * dx_MD).astype(dx_MD.dtype), (scale * dw_DV).astype(dw_DV.dtype), None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

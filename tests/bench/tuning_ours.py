@@ -69,7 +69,9 @@ def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
         return nnx.merge(graphdef, join(params, frozen))
 
     router = RouterConfig(router_aux_loss_coef=BALANCE_COEFFICIENT, router_z_loss_coef=0.0)
-    objective = preference(DpoConfig(), router, config) if kind == "dpo" else next_token(router, config)
+    objective = next_token(router, config, entropy=True, skip_masked=True)  # as stage sft has it
+    if kind == "dpo":
+        objective = preference(DpoConfig(), router, config)
     step, ask, times = make_train_step(objective, optimizer, merge), None, []
     if reference is not None:
         ask, reference = make_sequence_logps(lambda p: merge(p, None), None), jax.device_put(reference)

@@ -47,6 +47,7 @@ def test_the_loss_and_its_gradients_are_those_of_trl(tmp_path):
         RouterConfig(balance_loss="hf_pooled", router_aux_loss_coef=0.05, router_z_loss_coef=0),
         pair.config,
         entropy=True,
+        skip_masked=True,
     )
     params, merge = split(ours(pair))
     loss, parts, grads = jax.jit(lambda p: loss_and_gradients(objective, merge, p, None, batch))(params)
