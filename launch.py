@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from train.errors import is_for_the_user
 
-        if args.traceback or not is_for_the_user(error):
+        mistake = is_for_the_user(error)
+        if args.traceback or not mistake:
             traceback.print_exc()
+        if not mistake:
             print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             return UNEXPECTED
         problems = str(error).splitlines() or [type(error).__name__]

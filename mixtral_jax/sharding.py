@@ -10,7 +10,7 @@ transpose of that gather is a reduce-scatter, so gradients and optimizer state s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ PADDED = "vocab"
 # ---- placement, decided once -----------------------------------------------------------------------------------------
 
 
-def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: dict[str, int], name: str) -> P:
+def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: Mapping[str, int], name: str) -> P:
     """PartitionSpec of a parameter with the logical `axes`.
 
     Raises:

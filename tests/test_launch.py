@@ -231,8 +231,9 @@ def test_a_value_error_of_a_library_is_our_bug(
 
 
 def test_a_traceback_can_be_asked_for(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main(["config", "show", "--traceback", file, "nope=1"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert launch.main(["config", "show", "--traceback", file, "nope=1"]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" in text and text.splitlines()[-1].startswith("error: ")
 
 
 def test_as_a_process(file: str) -> None:

@@ -1,14 +1,18 @@
 """The arithmetic that is shown before anything is built."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from mixtral_jax.lora import is_adapter
+from mixtral_jax.mesh import MeshConfig, make_mesh
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
 from train.config import RunConfig, load_config
-from train.dry_run import batch_line, human_bytes, memory_line, model_line
+from train.dry_run import batch_line, held_by_device, human_bytes, memory_line, model_line
 from train.run_config import check_sizes
+from train.trainable import abstract_params, leaves
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
 
@@ -28,11 +32,26 @@ def test_batch(config: RunConfig) -> None:
         batch_line(config, ONE | {"data": 3})
 
 
-def test_memory_is_16_bytes_a_parameter_over_the_parameter_shards(config: RunConfig) -> None:
+def test_memory_is_16_bytes_a_parameter(config: RunConfig) -> None:
     total = human_bytes(16 * config.model.num_params())
     assert memory_line(config, ONE | {"data": 8}).startswith(f"{total} a device")  # replicas save nothing
-    quarter = human_bytes(16 * config.model.num_params() / 4)
-    assert memory_line(config, ONE | {"fsdp": 2, "tensor": 2}).startswith(f"{quarter} a device")
+
+
+@pytest.mark.parametrize("base", [None, "float32", "nf4"])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+def test_a_device_holds_what_the_shardings_say(tmp_path: Path, base: str | None, sizes: dict[str, int]) -> None:
+    lora = base and {"rank": 4, "base_dtype": base, "base_block": 2}
+    config = load_config(write_tuning_file(tmp_path, "sft", lora=lora, global_batch_size=8)).config
+    mesh = make_mesh(MeshConfig(**(ONE | sizes)))
+    trained = frozen = 0
+    for path, leaf in leaves(abstract_params(config, mesh)):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if base is None or is_adapter(path):
+            trained += size
+        else:
+            frozen += size * leaf.dtype.itemsize
+    assert held_by_device(config, ONE | sizes) == (trained, frozen)
+    assert trained and (frozen > 0) == (base is not None)
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,10 @@ def main(base: str, sft: str, dpo: str, exported: str) -> int:
     console.print(_preference_table(before, after))
     answers = list(_answers(preferred, {"base": base, "SFT": sft, "DPO": dpo}))
     _print_answers(console, answers)
-    console.print(_load_elsewhere(exported, preferred, answers[-1].texts[0]))
+    elsewhere, agrees = _load_elsewhere(exported, preferred, answers[-1].texts[0])
+    console.print(elsewhere)
     console.print(_NEXT.format(exported=exported))
-    failed = []
+    failed = [] if agrees else ["transformers answers differently from the exported directory"]
     if not losses[1]["eval/loss"] < losses[0]["eval/loss"]:
         failed.append("SFT did not lower the validation loss")
     if not reward_accuracy(list(before.values()), list(after.values())) > 0.5:
@@ -135,12 +136,12 @@ def _print_answers(console: Console, answers: Sequence[Answered]) -> None:
             console.print(f"    {answer.who:5}{answer.texts[number]}", markup=False)
 
 
-def _load_elsewhere(directory: str, config: RunConfig, expected: str) -> str:
-    """Read the exported directory with transformers, where that is installed, and ask it the first prompt."""
+def _load_elsewhere(directory: str, config: RunConfig, expected: str) -> tuple[str, bool]:
+    """What transformers, where that is installed, makes of the exported directory, and whether it answers the same."""
     files = sorted(path.name for path in Path(directory).iterdir())
     line = f"\nExported to {directory}: {', '.join(files)}"
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        return f"{line}\n  transformers is not installed: not loaded there (make test installs it)"
+        return f"{line}\n  transformers is not installed: not loaded there (make test installs it)", True
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +151,7 @@ def _load_elsewhere(directory: str, config: RunConfig, expected: str) -> str:
     row = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
     theirs = _text(tokenizer, row[0, ids.shape[1] :].tolist())
     verdict = "the same answer as ours" if theirs == expected else f"another answer: {theirs}"
-    return f"{line}\n  {type(model).__name__} of transformers loads it and gives {verdict}"
+    return f"{line}\n  {type(model).__name__} of transformers loads it and gives {verdict}", theirs == expected
 
 
 _NEXT = """

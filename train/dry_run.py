@@ -1,14 +1,22 @@
 """What a run would be: its configuration, size, mesh, memory and batch arithmetic, without making a weight."""
 
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
 from rich.console import Console
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.lora import LoraConfig
 from mixtral_jax.model import abstract_model
+from mixtral_jax.sharding import param_spec
 from train.config import Provenance, RunConfig, resolved_yaml
 from train.run_config import check_sizes
-from train.trainable import is_trained, leaves
+from train.trainable import is_trained
 
 # Bytes for each parameter: fp32 master weight, AdamW's two moments, accumulated gradient.
 STATE_BYTES = {"parameters": 4, "optimizer": 8, "gradients": 4}
@@ -61,33 +69,60 @@ def batch_line(config: RunConfig, sizes: dict[str, int]) -> str:
     )
 
 
-def memory_line(config: RunConfig, sizes: dict[str, int]) -> str:
-    """Bytes per device of what lives through the step, by the closed form; activations come on top.
+def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
+    """Bytes per device of what lives through the step; activations come on top."""
+    from train.plan.closed_form import parts_of  # the closed form counts with held_by_device
 
-    Expert weights are sharded over expert x fsdp x tensor, the dense ones over fsdp x expert x tensor too, so the
-    divisor is the same; norms and the router are small.
-    """
-    from train.plan.closed_form import parts_of  # the closed form counts with held_parameters
-
-    shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
-    trained, frozen = held_parameters(config)
-    each = {name: trained * size / shards for name, size in STATE_BYTES.items()}
+    trained, frozen = held_by_device(config, sizes)
+    each: dict[str, float] = {name: trained * size for name, size in STATE_BYTES.items()}
     if config.adapters is not None:
-        each = {f"frozen base ({config.adapters.base_dtype})": frozen / shards} | each
-    if copied := parts_of(config).copied:
-        each["reference"] = 4 * copied / shards
+        each = {f"frozen base ({config.adapters.base_dtype})": frozen} | each
+    if parts_of(config).copied:
+        each["reference"] = 4 * whole_by_device(config, sizes)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in each.items())
+    shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
     return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
 
 
-def held_parameters(config: RunConfig) -> tuple[int, int]:
-    """(trained parameters, bytes of the frozen base under adapters, as it is held)."""
-    if config.adapters is None:
-        return config.model.num_params(), 0
-    trained, model = is_trained(config), abstract_model(config.model, config.compute, lora=config.adapters)
-    sizes = dict(leaves(nnx.to_pure_dict(nnx.state(model))))
-    frozen = sum(leaf.size * leaf.dtype.itemsize for path, leaf in sizes.items() if not trained(path))
-    return sum(leaf.size for path, leaf in sizes.items() if trained(path)), frozen
+def held_by_device(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(trained parameters, bytes of the frozen base under adapters as it is held) on one device of a mesh.
+
+    Raises:
+        ValueError: an axis does not divide a parameter; named with a remedy.
+    """
+    wanted = is_trained(config)
+    own = [(path, _own_size(m, sizes), m.itemsize) for path, m in _matrices(config.model, config.adapters).items()]
+    trained = sum(size for path, size, _ in own if wanted(path))
+    return trained, sum(size * itemsize for path, size, itemsize in own if not wanted(path))
+
+
+def whole_by_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Parameters of the model without adapters on one device of a mesh: a reference's own copy."""
+    return sum(_own_size(matrix, sizes) for matrix in _matrices(config.model, None).values())
+
+
+class _Matrix(NamedTuple):
+    path: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@functools.cache
+def _matrices(model: MixtralConfig, lora: LoraConfig | None) -> dict[str, _Matrix]:
+    _, state = nnx.split(abstract_model(model, lora=lora))
+    found = {}
+    for keys, leaf in nnx.to_flat_state(state):
+        path = ".".join(map(str, keys))
+        found[path] = _Matrix(path, tuple(leaf.get_metadata()["axes"]), leaf.shape, leaf.dtype.itemsize)
+    return found
+
+
+def _own_size(matrix: _Matrix, sizes: Mapping[str, int]) -> int:
+    """Elements of a device's own shard."""
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    spec = param_spec(matrix.axes, matrix.shape, sizes, matrix.path)
+    return math.prod(NamedSharding(mesh, spec).shard_shape(matrix.shape))
 
 
 def human_bytes(size: float) -> str:

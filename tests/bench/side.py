@@ -5,20 +5,28 @@ import statistics
 from tests.bench.measure import in_turn
 from tests.bench.shapes import SHAPES
 
+PROMPTS = {"two thirds of each row is prompt, as in the bundled chats": "0.667", "a quarter is": "0.25"}
+
 
 def tuning(rounds: int, steps: int) -> str:
     """SFT, LoRA and DPO at shape S."""
+    head = (
+        "Shape S, 8 rows of 256 tokens a step (4 pairs for DPO, whose reference's forward pass counts), fp32, TRL's "
+        "other settings its own.\n"
+    )
+    return "\n".join([head, *(_tuning(title, share, rounds, steps) for title, share in PROMPTS.items())])
+
+
+def _tuning(title: str, share: str, rounds: int, steps: int) -> str:
     commands = {
-        f"{who}, {kind}": [f"tests.bench.tuning_{module}", "S", str(steps), kind]
+        f"{who}, {kind}": [f"tests.bench.tuning_{module}", "S", str(steps), kind, share]
         for who, module, kinds in (("mixtral-jax", "ours", ("sft", "lora", "dpo")), ("TRL", "theirs", ("sft", "dpo")))
         for kind in kinds
     }
     results, batch = in_turn(commands, rounds), SHAPES["S"].batch
     seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in results.items()}
     rows = [
-        "Shape S, 8 rows of 256 tokens a step (4 pairs for DPO, whose reference's forward pass counts), a quarter of "
-        "each prompt, fp32, TRL's other settings its own.\n",
-        "| | seconds a step | rows/s | against TRL | peak memory, GB |",
+        f"| {title} | seconds a step | rows/s | against TRL | peak memory, GB |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, runs in results.items():
@@ -27,7 +35,7 @@ def tuning(rounds: int, steps: int) -> str:
         memory = statistics.median(run["peak_bytes"] for run in runs) / 1e9
         speed, ratio = batch / seconds[name], rival / seconds[name]
         rows.append(f"| {name} | {seconds[name]:.2f} | {speed:.2f} | {ratio:.2f}x | {memory:.2f} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, ""])
 
 
 def generation(rounds: int, new: int) -> str:

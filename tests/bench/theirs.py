@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,22 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
 
 
+def model_of(shape: Shape, **options: Any) -> MixtralForCausalLM:
+    """The model of a shape."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            num_local_experts=shape.experts, num_experts_per_tok=shape.top_k, output_router_logits=True,
+            router_aux_loss_coef=BALANCE_COEFFICIENT, use_cache=False, **options,
+        )
+    )  # fmt: skip
+
+
 def measure(shape: Shape, steps: int, experts: str) -> dict[str, float]:
     """Seconds per step (median) and peak memory: forward, backward, clipping and AdamW in fp32."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top_k, output_router_logits=True, router_aux_loss_coef=BALANCE_COEFFICIENT,
-        use_cache=False, attn_implementation="sdpa", experts_implementation=experts,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config).train()
+    model = model_of(shape, attn_implementation="sdpa", experts_implementation=experts).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     rng, times = np.random.default_rng(0), []
     for _ in range(steps + 2):

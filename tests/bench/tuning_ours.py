@@ -1,7 +1,7 @@
-"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE STEPS full|sft|lora|dpo` prints JSON.
+"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE STEPS sft|lora|dpo PROMPT` prints JSON.
 
-Each row is one chat of the shape's length, a quarter of it prompt; for DPO two rows are a pair in one row of twice the
-length, and the reference's forward pass belongs to the step. `full` trains all weights on the rows of `lora`.
+Each row is one chat of the shape's length, of which the share PROMPT is not learned; for DPO two rows are a pair in one
+row of twice the length, and the reference's forward pass belongs to the step.
 """
 
 import json
@@ -33,26 +33,26 @@ from train.trainable import join, keep
 LORA = LoraConfig(rank=16)
 
 
-def chats(shape: Shape, seed: int) -> Batch:
-    """Rows of random tokens, of which the last three quarters are learned."""
+def chats(shape: Shape, seed: int, prompt: float) -> Batch:
+    """Rows of random tokens, of which all behind the prompt are learned."""
     rng, T = np.random.default_rng(seed), shape.seq_len
     rows = (1, shape.batch, T)
     tokens = rng.integers(3, shape.vocab, (*rows[:2], T + 1)).astype(np.int32)
     places = np.broadcast_to(np.arange(T, dtype=np.int32), rows)
-    learned = (places >= T // 4 - 1) & (places < T - 1)
+    learned = (places >= int(T * prompt) - 1) & (places < T - 1)
     return Batch(tokens[..., :-1], tokens[..., 1:], learned.astype(np.float32), np.ones(rows, np.int32), places)
 
 
-def pairs(shape: Shape, seed: int) -> PairBatch:
+def pairs(shape: Shape, seed: int, prompt: float) -> PairBatch:
     """The same rows, two by two."""
-    chat = chats(shape, seed)
+    chat = chats(shape, seed, prompt)
     fields = [field[0].reshape(-1, 2 * shape.seq_len) for field in chat]
     fields[3] = np.repeat(np.array([1, 2], np.int32), shape.seq_len) + 0 * fields[3]
     rows = [pair_row(*row, pairs=1) for row in zip(*fields, strict=True)]
     return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
 
 
-def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
+def measure(shape: Shape, steps: int, kind: str, prompt: float) -> dict[str, float]:
     """Median seconds of a step, and the peak memory of the process."""
     config, compute = model_of(shape), ComputeConfig(dtype="float32")
     lora = LORA if kind == "lora" else None
@@ -76,7 +76,7 @@ def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
     if reference is not None:
         ask, reference = make_sequence_logps(lambda p: merge(p, None), None), jax.device_put(reference)
     for index in range(steps + 2):
-        batch: Any = pairs(shape, index) if kind == "dpo" else chats(shape, index)
+        batch: Any = (pairs if kind == "dpo" else chats)(shape, index, prompt)
         began = time.perf_counter()
         if ask is not None:
             batch = batch._replace(ref_logps=ask(reference, batch))
@@ -90,4 +90,4 @@ def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))

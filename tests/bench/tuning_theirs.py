@@ -1,4 +1,4 @@
-"""TRL's trainers on the same model and rows: `python -m tests.bench.tuning_theirs SHAPE STEPS sft|dpo` prints JSON.
+"""TRL's trainers on the same rows: `python -m tests.bench.tuning_theirs SHAPE STEPS sft|dpo PROMPT` prints JSON.
 
 Settings are TRL's own, but for fp32 (its default is bf16), the lengths and the batch.
 """
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from tests.bench.shapes import LEARNING_RATE, Shape, parse
+from tests.bench.theirs import model_of
 
 
 class Clock(TrainerCallback):
@@ -35,18 +36,6 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter() - self.began)
 
 
-def model_of(shape: Shape) -> MixtralForCausalLM:
-    """The model of a shape."""
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-            num_local_experts=shape.experts, num_experts_per_tok=shape.top_k, output_router_logits=True,
-            router_aux_loss_coef=BALANCE_COEFFICIENT, use_cache=False,
-        )
-    )  # fmt: skip
-
-
 def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """A word for each token id."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
@@ -54,9 +43,9 @@ def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w2", eos_token="w1", unk_token="w0")
 
 
-def trainer_of(shape: Shape, steps: int, kind: str, directory: str) -> Any:
-    """SFTTrainer on rows of seq_len tokens, or DPOTrainer on half as many pairs of them; a quarter is prompt."""
-    rng, T, prompt = np.random.default_rng(0), shape.seq_len, shape.seq_len // 4
+def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str) -> Any:
+    """SFTTrainer on rows of seq_len tokens, or DPOTrainer on half as many pairs of them; `share` of each is prompt."""
+    rng, T, prompt = np.random.default_rng(0), shape.seq_len, int(shape.seq_len * share)
     common = dict(
         output_dir=directory, report_to=[], use_cpu=True, bf16=False, max_steps=steps, save_strategy="no",
         learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True, logging_steps=1,
@@ -83,12 +72,12 @@ def trainer_of(shape: Shape, steps: int, kind: str, directory: str) -> Any:
     return SFTTrainer(model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
-def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
+def measure(shape: Shape, steps: int, kind: str, share: float) -> dict[str, float]:
     """Median seconds of a step, and the peak memory of the process."""
     torch.manual_seed(0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_of(shape, steps + 2, kind, directory)
+        trainer = trainer_of(shape, steps + 2, kind, share, directory)
         trainer.add_callback(clock)
         trainer.train()
     loss = next(line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line)
@@ -99,4 +88,4 @@ def measure(shape: Shape, steps: int, kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
+    print("\n" + json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))

@@ -69,11 +69,12 @@ def parse_topology(name: str) -> Topology:
     if slices < 1:
         raise _unknown(name)
     if kind == "h100":
-        if not int(count or 0):
+        gpus = int(count or 0)
+        if not gpus or (gpus > NODE_GPUS and gpus % NODE_GPUS):
             raise _unknown(name)
-        return Topology(name, CHIPS[kind], 1, slices * int(count), None)
+        return Topology(name, CHIPS[kind], 1, slices * gpus, None)
     if shape:
-        if 0 in map(int, shape.split("x")):
+        if not _is_slice(kind, shape):
             raise _unknown(name)
         return Topology(name, CHIPS[kind], slices, math.prod(map(int, shape.split("x"))), f"{kind}:{shape}")
     chips = int(count) // 2 if kind == "v5p" else int(count)
@@ -81,6 +82,15 @@ def parse_topology(name: str) -> Topology:
     if chips not in known or (kind == "v5p" and int(count) % 2):
         raise _unknown(name)
     return Topology(name, CHIPS[kind], slices, chips, f"{kind}:{known[chips]}")
+
+
+def _is_slice(kind: str, shape: str) -> bool:
+    """v5e and v6e come in the shapes above; v5p in any that are made of cubes of 4, and the parts of one."""
+    if kind != "v5p":
+        return shape in _TORUS_2D.values()
+    sides = sorted(int(side) for side in shape.split("x"))
+    parts = [sorted(map(int, known.split("x"))) for known in _TORUS_3D.values()]
+    return sides in parts or (len(sides) == 3 and all(side and side % 4 == 0 for side in sides))
 
 
 def local_machine(devices: int) -> Topology:
@@ -100,6 +110,6 @@ def larger(topology: Topology) -> list[Topology]:
 def _unknown(name: str) -> UserError:
     known = [f"v5p-{2 * n}" for n in _TORUS_3D] + [f"{k}-{n}" for k in ("v5e", "v6e") for n in _TORUS_2D]
     return UserError(
-        f"unknown topology {name!r}: known are {', '.join(known)}, h100-N, a shape such as v5p:4x4x8, "
-        "and several slices such as 2xv5e-256"
+        f"unknown topology {name!r}: known are {', '.join(known)}, h100-N (up to 8, or whole nodes of {NODE_GPUS}), a "
+        "v5p shape of multiples of 4 such as v5p:4x4x12, and several slices such as 2xv5e-256"
     )

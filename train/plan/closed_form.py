@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from mixtral_jax.config import MixtralConfig
 from train.config import RunConfig
-from train.dry_run import held_parameters
+from train.dry_run import held_by_device, whole_by_device
 from train.stages import DpoStageConfig
 
 BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
@@ -156,11 +156,10 @@ def layer_params(model: MixtralConfig) -> tuple[int, int]:
 
 
 def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
-    """Bytes of one chip: state exactly, the rest as what the step holds at its fullest, in the backward pass."""
+    """Bytes of one chip: state exactly, the rest as the step at its fullest, in an expert's backward pass."""
     model, options = config.model, config.compute
     size = 4 if options.dtype == "float32" else 2
-    parts = parts_of(config)
-    own = parts.trained / shape.parameter_shards
+    own, frozen = held_by_device(config, shape.sizes)
     dense, experts = layer_params(model)
     tensor, expert_axis = shape.sizes["tensor"], shape.sizes["expert"]
     layer = (dense + experts / expert_axis) / tensor * size
@@ -179,13 +178,13 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
         saved += 2 * heads + width + rows / tokens * (2 * ffn + width)
     return {
         "parameters": 4 * own,
-        "frozen": held_parameters(config)[1] / shape.parameter_shards,
-        "reference": 4 * parts.copied / shape.parameter_shards,
+        "frozen": frozen,
+        "reference": 4 * whole_by_device(config, shape.sizes) if parts_of(config).copied else 0,
         "optimizer": 8 * own,
         "gradients": 4 * own * (2 if shape.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved * size,
-        "layer": tokens * size * (4 * width + 3 * heads) + rows * size * (2 * width + 5 * ffn),
-        "weights": 2 * layer + head * size,
+        "layer": tokens * size * (4 * width + 3 * heads) + rows * size * (2 * width + 3.5 * ffn),
+        "weights": layer + head * size,
     }
 
 
