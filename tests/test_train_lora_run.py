@@ -10,7 +10,7 @@ from mixtral_jax.lora import is_adapter
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
 from train import loop
-from train.config import load_config
+from train.config import load_config, resolved_yaml
 from train.errors import UserError
 from train.trainable import abstract_params, base_weights, is_trained, join, keep, leaves, newest_step, trainable_table
 
@@ -87,6 +87,13 @@ def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_
     (tmp_path / "runs/base/checkpoints/2/state").mkdir(parents=True)  # a save that was killed
     path = newest_step(config.init_from)
     assert path.endswith("base/checkpoints/1")
+    (tmp_path / "runs/base/checkpoints").rename(tmp_path / "bucket")  # a run says where it keeps them
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        newest_step(config.init_from)
+    file = tmp_path / "runs/base/config.yaml"
+    file.write_text(resolved_yaml(load_config(file, [f"checkpoint.directory={tmp_path / 'bucket'}"]).config))
+    path = newest_step(config.init_from)
+    assert path == str(tmp_path / "bucket" / "1")
     direct = checkpoint.restore(path, {"params": keep(abstract, lambda p: not is_adapter(p))}, partial=True)["params"]
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), base, direct)))
 

@@ -1,20 +1,19 @@
 """The model that a checkpoint stands for: whole weights of any format, or a run's adapters on the base under them."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from train.checkpoint import find
 from train.config import RunConfig, load_config
 from train.errors import UserError
-from train.trainable import abstract_params, base_weights, is_trained, join, keep, make_merge
+from train.trainable import abstract_params, base_weights, is_trained, join, keep, make_merge, newest_step
 
 
 def read_model(
@@ -30,7 +29,7 @@ def read_model(
         UserError: it is a run of adapters, and their base is not where the run says.
         ValueError: the checkpoint is not whole, or of no known kind.
     """
-    run, path = run_config(checkpoint), weights_of(checkpoint)
+    run, path = run_config(checkpoint), newest_step(checkpoint)
     if run is None or run.adapters is None or not _holds_adapters(path):
         return load(path, mesh, dtype=dtype, compute=compute)
     if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():
@@ -55,15 +54,5 @@ def run_config(checkpoint: str) -> RunConfig | None:
     return None
 
 
-def weights_of(checkpoint: str) -> str:
-    """The directory that holds the weights: a run stands for its newest whole checkpoint."""
-    path = Path(checkpoint)
-    run = run_config(checkpoint) if (path / "config.yaml").is_file() else None
-    if run is None:
-        return checkpoint
-    found = find(run.checkpoint.directory or path / "checkpoints", "must", lambda line: print(line, file=sys.stderr))
-    return checkpoint if found is None else str(found.path)
-
-
 def _holds_adapters(path: str) -> bool:
-    return (Path(path) / arrays.STATE).exists() and any(is_adapter(name) for name in arrays.tree_shapes(path))
+    return (epath.Path(path) / arrays.STATE).exists() and any(is_adapter(name) for name in arrays.tree_shapes(path))

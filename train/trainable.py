@@ -6,11 +6,13 @@ parameters, so that checkpoints hold a whole model: its gradient is cut and its 
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 
 from mixtral_jax.checkpoint import STATE, tree_shapes
@@ -19,6 +21,8 @@ from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.sharding import param_shardings
+from train.checkpoint import find
+from train.config import load_config
 from train.errors import UserError
 from train.held_base import read_quantized
 from train.run_config import RunConfig
@@ -109,7 +113,7 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
     if config.init_from is None:
         return _fresh(config, base)
     path = newest_step(config.init_from)
-    if (Path(path) / STATE).exists() and any(is_adapter(name) for name in tree_shapes(path)):
+    if (epath.Path(path) / STATE).exists() and any(is_adapter(name) for name in tree_shapes(path)):
         raise UserError(
             f"init_from: {path} holds adapters only: fold them into their base first with "
             f"convert merge-lora BASE MERGED --adapter {config.init_from}, then name MERGED here"
@@ -139,8 +143,15 @@ def _fresh(config: RunConfig, abstract: Tree) -> Tree:
 
 
 def newest_step(path: str) -> str:
-    """The newest whole checkpoint of a run's directory; any other path as it is."""
-    return path if is_remote(path) else str(newest_whole_step(Path(path)))
+    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is."""
+    if is_remote(path):
+        return path
+    file = Path(path) / "config.yaml"
+    if not file.is_file():
+        return str(newest_whole_step(Path(path)))
+    kept = load_config(file).config.checkpoint.directory or Path(path) / "checkpoints"
+    found = find(kept, "must", lambda line: print(line, file=sys.stderr))
+    return path if found is None else str(found.path)
 
 
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
