@@ -5,10 +5,14 @@ K key/value heads, G = N / K, H head size, E experts, C chosen experts per token
 R = M * C routed rows, F expert feed-forward size, V vocabulary, L layers.
 """
 
+import math
 import warnings
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Fields that may differ between two models whose layers compute the same.
+_FREE = ("vocab_size", "max_position_embeddings", "router_aux_loss_coef", "tie_word_embeddings", "initializer_range")
 
 
 class FrozenConfig(BaseModel):
@@ -137,6 +141,16 @@ class MixtralConfig(FrozenConfig):
             "use_cache": True,
             "dtype": dtype,
             "torch_dtype": dtype,
+        }
+
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """Field -> (ours, theirs), of those that change what the same weights compute."""
+        pairs = {key: (value, getattr(other, key)) for key, value in self if key not in _FREE}
+        # 1e-6: one of two files may hold a number as fp32, as GGUF does
+        return {
+            key: (a, b)
+            for key, (a, b) in pairs.items()
+            if not (math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b)
         }
 
     def num_params(self) -> int:

@@ -7,12 +7,22 @@ import pytest
 from mixtral_jax import checkpoint
 from mixtral_jax.convert import load
 from mixtral_jax.lora import is_adapter
-from tests.tiny import write_run_file
+from tests.tiny import TINY, write_run_file
 from tests.tuning import write_tuning_file
 from train import loop
 from train.config import load_config, resolved_yaml
 from train.errors import UserError
-from train.trainable import abstract_params, base_weights, is_trained, join, keep, leaves, newest_step, trainable_table
+from train.trainable import (
+    abstract_params,
+    base_warnings,
+    base_weights,
+    is_trained,
+    join,
+    keep,
+    leaves,
+    newest_step,
+    trainable_table,
+)
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 
@@ -96,6 +106,21 @@ def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_
     assert path == str(tmp_path / "bucket" / "1")
     direct = checkpoint.restore(path, {"params": keep(abstract, lambda p: not is_adapter(p))}, partial=True)["params"]
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), base, direct)))
+
+
+def test_a_base_that_computes_otherwise_is_named_but_for_rounding(start, tmp_path):
+    base = str(tmp_path / "runs" / "base")
+
+    def warned(**model):
+        file = write_tuning_file(tmp_path, "sft", init_from=base, model=TINY | model)
+        return base_warnings(load_config(file).config)
+
+    assert warned() == [] == warned(rms_norm_eps=float(np.float32(1e-5)), max_position_embeddings=4096)
+    found = warned(rope_theta=5e5, num_experts_per_tok=1)
+    assert found == [
+        "model.num_experts_per_tok is 1, but the weights of init_from were made with 2",
+        "model.rope_theta is 500000.0, but the weights of init_from were made with 10000.0",
+    ]
 
 
 def test_split_and_join_are_inverse_and_the_table_counts_what_is_trained(tmp_path):

@@ -27,6 +27,7 @@ from train.state import TrainState, abstract_state, init_state, start_from
 from train.step import make_eval_step, make_train_step
 from train.trainable import (
     abstract_params,
+    base_warnings,
     base_weights,
     fresh_adapters,
     fresh_weights,
@@ -95,7 +96,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     weights = abstract_params(config, mesh)
     for line in trainable_table(config, weights):
         say(f"{'trained':>8}  {line}")
-    for line in placement_warnings(config, mesh, leaves(weights)):
+    for line in (*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))):
         say(f"{'warning':>8}  {line}")
     if isinstance(config, TuningConfig):
         for line in mask_lines(config, loader.sources, tokenizer):

@@ -18,6 +18,7 @@ from flax import nnx
 from mixtral_jax.checkpoint import STATE, tree_shapes
 from mixtral_jax.convert.files import is_remote
 from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
+from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.sharding import param_shardings
@@ -122,6 +123,20 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
         return read_weights(path, base)
     model = abstract_model(config.model, config.compute, lora=config.adapters)
     return read_quantized(path, model, dict(leaves(base)))
+
+
+def base_warnings(config: RunConfig) -> list[str]:
+    """What the model of init_from computes otherwise than this run's, although its weights fit."""
+    if config.init_from is None:
+        return []
+    try:
+        theirs = open_source(newest_step(config.init_from)).config
+    except (OSError, ValueError):  # unreadable, or remote: what is wrong with it is said where the weights are read
+        return []
+    return [
+        f"model.{key} is {ours}, but the weights of init_from were made with {made}"
+        for key, (ours, made) in config.model.differences(theirs).items()
+    ]
 
 
 def fresh_adapters(config: RunConfig, abstract: Tree) -> Tree:

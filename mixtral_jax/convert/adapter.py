@@ -29,8 +29,6 @@ ADAPTER = "adapter.json"
 ROUTER = "layers.moe.router"
 _CACHE = 64 << 20
 _HALVES = {"layers.moe.w13": ("moe.w1", "moe.w3")}
-# What an adapter does not see of its base: a base that differs in these alone is the same model to it.
-_FREE = ("vocab_size", "max_position_embeddings", "router_aux_loss_coef", "tie_word_embeddings", "initializer_range")
 
 
 class Factors(NamedTuple):
@@ -149,10 +147,9 @@ def adapter_shapes(config: MixtralConfig, lora: LoraConfig) -> dict[str, tuple[i
 
 def check_same_model(config: MixtralConfig, adapter: AdapterSource, where: str) -> None:
     """Raises: ValueError naming what the base of the adapter and the model of shape `config` do not share."""
-    ours, theirs = config.model_dump(), adapter.config.model_dump()
-    different = [k for k in ours if k not in _FREE and ours[k] != theirs[k]]
+    different = config.differences(adapter.config)
     if different:
-        told = "; ".join(f"{key} is {theirs[key]} for the adapter, {ours[key]} in {where}" for key in different)
+        told = "; ".join(f"{key} is {b} for the adapter, {a} in {where}" for key, (a, b) in different.items())
         raise ValueError(f"the adapter belongs to another base: {told}")
 
 
