@@ -208,7 +208,7 @@ class EvalSource:
     def __init__(
         self, source: PreparedSource, batch_size: int, shard: tuple[int, int], references: References | None = None
     ):
-        self.name, self.targets = source.name, source.targets
+        self.name, self.targets, self.fingerprint = source.name, source.targets, source.fingerprint
         self.text_bytes = 0 if source.format.weighted else source.text_bytes  # no text is predicted as a whole
         self._references = references
         self.documents, self.rows = source.documents, source.rows

@@ -205,8 +205,12 @@ def test_a_process_that_fails_ends_the_others_and_says_why(file, two):
 
 @pytest.mark.parametrize(
     ("override", "differ"),
-    [("seed={}", "configuration and data"), ("output_dir={}", "checkpoint")],
-    ids=["another seed", "a directory that only one sees"],
+    [
+        ("seed={}", "configuration and data"),
+        ("output_dir={}", "checkpoint"),
+        ("data.validation=[{{name: words, path: {}}}]", "validation"),
+    ],
+    ids=["another seed", "a directory that only one sees", "other held-out data"],
 )
 def test_processes_of_different_runs_say_so(file, tmp_path, override, differ):
     """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
@@ -219,7 +223,8 @@ def test_processes_of_different_runs_say_so(file, tmp_path, override, differ):
     ends = []
     for i in range(2):
         own = env | {"JAX_PROCESS_ID": str(i)}
-        setting = override.format(tmp_path / str(i) if differ == "checkpoint" else i)
+        other = {"checkpoint": tmp_path / str(i), "validation": file.parent / ("val.jsonl", "train.jsonl")[i]}
+        setting = override.format(other.get(differ, i))
         command = [sys.executable, "-c", code, "pretrain", str(file), "run_name=different", setting]
         ends.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
     errors = [process.communicate(timeout=300)[1] for process in ends]

@@ -24,7 +24,7 @@ from train.first_screen import compiled_line
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
-from train.peers import failures_reported, meet
+from train.peers import agree, failures_reported, meet
 from train.resume import where_to_start
 from train.run_dir import RunDirectory
 from train.step import StepReport
@@ -239,6 +239,7 @@ def _evaluation(run: Run, parts: Parts, writer: Writer, best: Best) -> list[Hook
         seed=config.seed,
         references=parts.references,
     )
+    agree(validation=" ".join(source.fingerprint for source in sources.values()))
     measure = PAIRS if config.stage == "dpo" else TOKENS
     evaluate = Evaluate(
         config.eval, sources, parts.eval_step, parts.put, writer, run.console, measure=measure, best=best
