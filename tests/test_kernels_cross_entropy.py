@@ -187,3 +187,17 @@ def test_bfloat16(numbers):
     assert abs(float(loss) - want.item()) <= 1e-6 * want.item()
     np.testing.assert_allclose(np.asarray(dx, np.float32), tx.grad, atol=2e-2)
     np.testing.assert_allclose(np.asarray(dw, np.float32), tw.grad, atol=2e-2)
+
+
+def test_log_probabilities_in_bfloat16_add_up_the_gradient_of_w_in_fp32():
+    """Many chunks: sums rounded to bf16 after each of them would be off by several of its steps."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16) for shape in ((512, D), (D, V)))
+    targets, g = rng.integers(0, V, 512).astype(np.int32), jnp.ones(512)
+    run = jax.jit(
+        lambda w, chunk: jax.vjp(lambda w: linear_logps(x, w, targets, g > 0, chunk=chunk), w)[1](g)[0],
+        static_argnums=1,
+    )
+    np.testing.assert_allclose(
+        np.asarray(run(w, 4), np.float32), np.asarray(run(w, 512), np.float32), rtol=2**-7, atol=0.02
+    )

@@ -22,6 +22,7 @@ from train.evaluate import PAIRS, TOKENS, Evaluate
 from train.feed import Feed
 from train.first_screen import compiled_line
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
+from train.host import after_step, drop_freed_memory
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
 from train.peers import agree, failures_reported, meet
@@ -113,6 +114,7 @@ def _train(run: Run, parts: Parts, writers: Writers, best: Best) -> Outcome:
     began = time.perf_counter()
     train_step = parts.train_step.lower(parts.state, parts.frozen, batch).compile()  # exactly one, here
     seconds = time.perf_counter() - began
+    drop_freed_memory()
     writers.metrics.write(parts.start, {"perf/compile_seconds": seconds})
     run.console.say(f"compiled  {compiled_line(train_step, seconds)}")
     meet("compiled")
@@ -175,17 +177,24 @@ def _steps(
 
 
 class _Ledger:
-    """The flag of each step, read one step late so that the device never waits for the host."""
+    """The flag of each step, read one step late so that the device never waits for the host.
+
+    A CPU is both: nothing is gained there, and the temporaries of two steps would be held at once.
+    """
 
     def __init__(self, tokens: int, writer: Writer, throughput: Throughput):
         self.tokens, self.throughput = tokens, throughput
-        self._writer = writer
+        self._writer, self._late = writer, jax.default_backend() != "cpu"
         self._open: tuple[int, StepReport] | None = None
 
     def enter(self, step: int, report: StepReport) -> None:
         """Check the step before, remember this one."""
         self.settle()
         self._open = (step, report)
+        if not self._late:
+            began = time.perf_counter()
+            self.settle()
+            after_step(time.perf_counter() - began)
 
     def settle(self) -> None:
         """Wait for the newest step.

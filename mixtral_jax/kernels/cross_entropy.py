@@ -45,7 +45,7 @@ def linear_cross_entropy(
     of tokens without a weight are not computed, but for those that share a chunk with others.
     """
     x_MD, w_DV, targets_M, weights_M = alike(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
-    size, used = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1]), None
+    size, used = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1], parts=2 if skip_masked else 1), None
     if skip_masked:
         order_M, used = _wanted_first(weights_M != 0, size)
         x_MD, targets_M, weights_M = (_permuted(a, order_M) for a in (x_MD, targets_M, weights_M))
@@ -63,22 +63,13 @@ def linear_logps(
 ) -> Float[Array, " M"]:
     """log softmax(x_m W)[target_m] for each wanted token, fp32, and 0 for the others.
 
-    The backward pass computes each chunk's logits again.
+    The backward pass computes each chunk's logits again, and adds up W's gradient in fp32.
     """
-    size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1])
+    size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1], parts=2)
     order_M, used = _wanted_first(wanted_M, size)
-    x_MD, w_DV, targets_M = alike(x_MD, w_DV, targets_M)
-    x_ncD, targets_nc = (_chunks(_permuted(a, order_M), size) for a in (x_MD, targets_M))
-
-    @jax.checkpoint
-    def one(x_cD, w_DV, targets_c):
-        logits_cV = _logits(x_cD, w_DV, vocab)
-        _, lse_c, target_c, _ = _softmax_parts(logits_cV, targets_c)
-        return target_c - lse_c
-
-    none_c = varying(jnp.zeros(size, jnp.float32), sorted(variance(x_MD) - {"tensor"}))
-    _, logps_nc = _over_chunks(lambda _, xt: (None, one(xt[0], w_DV, xt[1])), none_c, None, used, (x_ncD, targets_nc))
-    logps_M = jnp.where(_permuted(wanted_M, order_M), logps_nc.reshape(-1)[: order_M.size], 0)
+    wanted_M, targets_M = _permuted(wanted_M, order_M), _permuted(targets_M, order_M)
+    x_MD, w_DV, targets_M = alike(_permuted(x_MD, order_M), w_DV, targets_M)
+    logps_M = jnp.where(wanted_M, _logps((size, vocab), x_MD, w_DV, targets_M, used), 0)
     return jnp.zeros_like(logps_M).at[order_M].set(logps_M, unique_indices=True, mode="promise_in_bounds")
 
 
@@ -92,10 +83,11 @@ def _permuted(a: jax.Array, order_M: jax.Array) -> jax.Array:
     return jnp.asarray(a).at[order_M].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _chunk_size(chunk: int, tokens: int, vocab: int) -> int:
+def _chunk_size(chunk: int, tokens: int, vocab: int, parts: int = 1) -> int:
+    """Tokens of a chunk. `parts`: smaller ones, where the last with a wanted token may be nearly empty."""
     if chunk:
         return min(chunk, tokens)
-    return min(tokens, max(128, CHUNK_BYTES // (4 * vocab) // 128 * 128))
+    return min(tokens, max(128, CHUNK_BYTES // (4 * vocab * parts) // 128 * 128))
 
 
 def _chunks(a: jax.Array, size: int) -> jax.Array:
@@ -103,6 +95,21 @@ def _chunks(a: jax.Array, size: int) -> jax.Array:
     missing = -a.shape[0] % size
     a = jnp.pad(a, ((0, missing),) + ((0, 0),) * (a.ndim - 1))
     return a.reshape(-1, size, *a.shape[1:])
+
+
+def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weights_c: jax.Array) -> jax.Array:
+    """Of the weighted sum of -log p(target): w (p - onehot)."""
+    onehot_cV = column_c[:, None] == jnp.arange(logits_cV.shape[1])[None, :]
+    return weights_c[:, None] * (jnp.exp(logits_cV - lse_c[:, None]) - onehot_cV)
+
+
+def _gradients(x_cD: jax.Array, w_DV: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of x and, in fp32, of W."""
+    dlogits_cV = dlogits_cV.astype(x_cD.dtype)
+    # transposed before its product: XLA's CPU matmul is a third slower on a transposed left side
+    x_Dc = jax.lax.optimization_barrier(x_cD.T)
+    dx_cD = jnp.einsum("cV,DV->cD", dlogits_cV, w_DV)
+    return dx_cD, jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 
 
 def _logits(x_cD: jax.Array, w_DV: jax.Array, vocab: int | None) -> jax.Array:
@@ -185,13 +192,8 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
         x_cD, targets_c, weights_c = xtw
         logits_cV = _logits(x_cD, w_DV, vocab)
         column_c, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
-        onehot_cV = column_c[:, None] == jnp.arange(logits_cV.shape[1])[None, :]
-        dlogits_cV = weights_c[:, None] * (jnp.exp(logits_cV - lse_c[:, None]) - onehot_cV)
-        dlogits_cV = dlogits_cV.astype(x_cD.dtype)
-        dx_cD = jnp.einsum("cV,DV->cD", dlogits_cV, w_DV)
-        # transposed before its product: XLA's CPU matmul is a third slower on a transposed left side
-        x_Dc = jax.lax.optimization_barrier(x_cD.T)
-        dw_DV = dw_DV + jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
+        dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, weights_c))
+        dw_DV += more_DV
         sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
         return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
 
@@ -210,3 +212,40 @@ def _cross_entropy_bwd(static, saved, g):
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logps(static, x_MD, w_DV, targets_M, used) -> jax.Array:
+    chunk, vocab = static
+
+    def one(_, xt):
+        x_cD, targets_c = xt
+        _, lse_c, target_c, _ = _softmax_parts(_logits(x_cD, w_DV, vocab), targets_c)
+        return None, target_c - lse_c
+
+    none_c = varying(jnp.zeros(chunk, jnp.float32), sorted(variance(x_MD) - {"tensor"}))
+    _, logps_nc = _over_chunks(one, none_c, None, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M)))
+    return logps_nc.reshape(-1)[: x_MD.shape[0]]
+
+
+def _logps_fwd(static, x_MD, w_DV, targets_M, used):
+    return _logps(static, x_MD, w_DV, targets_M, used), (x_MD, w_DV, targets_M, used)
+
+
+def _logps_bwd(static, saved, g_M):
+    (chunk, vocab), (x_MD, w_DV, targets_M, used) = static, saved
+
+    def one(dw_DV, xtg):
+        x_cD, targets_c, g_c = xtg
+        logits_cV = _logits(x_cD, w_DV, vocab)
+        column_c, lse_c, _, _ = _softmax_parts(logits_cV, targets_c)
+        dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, -g_c))
+        return dw_DV + more_DV, dx_cD
+
+    chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g_M))
+    no_dx_cD = _zero(x_MD, chunks[0].shape[1:]).astype(x_MD.dtype)
+    dw_DV, dx_ncD = _over_chunks(one, no_dx_cD, _zero(x_MD, w_DV.shape), used, chunks)
+    return dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype), None, None
+
+
+_logps.defvjp(_logps_fwd, _logps_bwd)

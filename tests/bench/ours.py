@@ -15,6 +15,7 @@ from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from train.host import after_step, drop_freed_memory
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.state import create_state
@@ -52,12 +53,14 @@ def measure(shape: Shape, steps: int, capacity: float | None) -> dict[str, float
     began = time.perf_counter()
     compiled = step.lower(state, None, batch_of(shape, 0)).compile()
     compile_seconds, times = time.perf_counter() - began, []
+    drop_freed_memory()
     settled = 0
     for index in range(steps + 2):
         batch = jax.device_put(batch_of(shape, index))
         began = time.perf_counter()
         state, report = compiled(state, None, batch)
         loss = float(report.scalars["train/loss"])
+        after_step(time.perf_counter() - began)
         times.append(time.perf_counter() - began)
         if index == 20:
             settled = resident_bytes()
