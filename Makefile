@@ -3,7 +3,7 @@
 #
 #   make quickstart   train a small Mixtral on five languages and code, on this machine's CPU
 #   make demo         from nothing to an assistant: pretrain, SFT, DPO, export to Hugging Face; what each step changed
-#   make demo-small   the same path from real weights: SmolLM2-135M, upcycled to four experts; about an hour on two cores
+#   make demo-small   the same path from real weights: SmolLM2-135M, upcycled to four experts; 45 minutes on two cores
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
