@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Fields that may differ between two models whose layers compute the same.
-_FREE = ("vocab_size", "max_position_embeddings", "router_aux_loss_coef", "tie_word_embeddings", "initializer_range")
+# Fields that may differ between two models that compute the same with the same weights.
+_FREE = ("vocab_size", "max_position_embeddings", "router_aux_loss_coef", "initializer_range")
 
 
 class FrozenConfig(BaseModel):

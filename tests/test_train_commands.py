@@ -85,6 +85,15 @@ def test_eval_measures_what_training_measured(trained: Path, capsys: pytest.Capt
     assert f"{measured['eval/words/loss']:.4f}" in table[1]
 
 
+def test_eval_asks_a_mesh_for_its_own_rows_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["mesh.data=1", "mesh.fsdp=8", "global_batch_size=4"]  # training would want a multiple of 8
+    command = ["eval", str(trained.parent / "runs" / "run"), str(trained), *shape]
+    assert launch.main([*command, "eval.batch_size=8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/loss"] > 0
+    assert launch.main(command) == 2
+    assert "micro_batch_size (4) is not a multiple of the 8 batch shards" in capsys.readouterr().err
+
+
 def test_eval_refuses_a_file_without_validation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(trained.parent / "runs" / "run")
     assert launch.main(["eval", run, str(trained), "data.validation=[]"]) == 2

@@ -68,6 +68,15 @@ def test_a_reference_of_its_own_is_counted(tmp_path: Path, changes, bytes_each) 
     assert line.startswith(f"{total} a device") and ("reference" in line) == (bytes_each == 20)
 
 
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
+def test_a_reference_beside_adapters_and_a_trained_router_is_held_as_the_base_is(tmp_path: Path, base: str) -> None:
+    lora = {"rank": 4, "base_dtype": base}
+    file = write_tuning_file(tmp_path, "dpo", lora=lora, router={"update": "train"}, dpo={"reference": "frozen"})
+    config = load_config(file).config
+    held = sum(x.size * x.dtype.itemsize for p, x in leaves(abstract_params(config, None)) if not is_adapter(p))
+    assert f"reference {human_bytes(held)}" in memory_line(config, ONE)
+
+
 def test_model(config: RunConfig) -> None:
     line = model_line(config.model, 32)
     assert line.startswith(f"{config.model.num_params():,} parameters, {config.model.num_active_params():,} used")

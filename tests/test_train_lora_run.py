@@ -98,7 +98,7 @@ def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_
     path = newest_step(config.init_from)
     assert path.endswith("base/checkpoints/1")
     (tmp_path / "runs/base/checkpoints").rename(tmp_path / "bucket")  # a run says where it keeps them
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match=r"base is a run, but none of its checkpoints in .* is whole"):
         newest_step(config.init_from)
     file = tmp_path / "runs/base/config.yaml"
     file.write_text(resolved_yaml(load_config(file, [f"checkpoint.directory={tmp_path / 'bucket'}"]).config))
@@ -116,10 +116,11 @@ def test_a_base_that_computes_otherwise_is_named_but_for_rounding(start, tmp_pat
         return base_warnings(load_config(file).config)
 
     assert warned() == [] == warned(rms_norm_eps=float(np.float32(1e-5)), max_position_embeddings=4096)
-    found = warned(rope_theta=5e5, num_experts_per_tok=1)
+    found = warned(rope_theta=5e5, num_experts_per_tok=1, tie_word_embeddings=True)
     assert found == [
         "model.num_experts_per_tok is 1, but the weights of init_from were made with 2",
         "model.rope_theta is 500000.0, but the weights of init_from were made with 10000.0",
+        "model.tie_word_embeddings is True, but the weights of init_from were made with False",
     ]
 
 

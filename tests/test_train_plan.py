@@ -104,10 +104,10 @@ def test_names_of_machines(name, chips, libtpu):
     assert (topology.chips, topology.libtpu) == (chips, libtpu)
 
 
-UNKNOWN = ["v4-8", "v5p-63", "v5p-6", "v5e", "0xv5e-256", "v5e-256x", "h100", "h100-12", "v5e:3x5", "v5e:2x2x2"]
+UNKNOWN = ["v4-8", "v5p-63", "v5p-6", "v5e", "0xv5e-256", "v5e-256x", "h100", "h100-12", "v5e:3x5", "3xh100-4"]
 
 
-@pytest.mark.parametrize("name", [*UNKNOWN, "v5p:4x4", "v5p:3x3x3", "v5p:0x4x4"])
+@pytest.mark.parametrize("name", [*UNKNOWN, "v5p:4x4", "v5p:3x3x3", "v5p:0x4x4", "v5p:4000x4x4", "v5e:2x2x2"])
 def test_an_unknown_machine_lists_the_known(name):
     with pytest.raises(UserError, match=r"unknown topology .*v5p-64, .*v5e-256"):
         parse_topology(name)

@@ -203,29 +203,33 @@ def test_a_process_that_fails_ends_the_others_and_says_why(file, two):
     assert outputs[0].splitlines()[-1] == f"exit 1: {reason}"
 
 
+def held_out(path):
+    return f"data.validation=[{{name: words, path: {path}}}]"
+
+
 @pytest.mark.parametrize(
-    ("override", "differ"),
+    ("setting", "differ"),
     [
-        ("seed={}", "configuration and data"),
-        ("output_dir={}", "checkpoint"),
-        ("data.validation=[{{name: words, path: {}}}]", "validation"),
+        (lambda i, place: f"seed={i}", "configuration and data"),
+        (lambda i, place: f"output_dir={place / str(i)}", "checkpoint"),
+        (lambda i, place: held_out(place / ("val.jsonl", "train.jsonl")[i]), "validation"),
+        (lambda i, place: held_out(place / "val.jsonl") if i else "data.validation=[]", "validation"),
     ],
-    ids=["another seed", "a directory that only one sees", "other held-out data"],
+    ids=["another seed", "a directory that only one sees", "other held-out data", "held-out data for one only"],
 )
-def test_processes_of_different_runs_say_so(file, tmp_path, override, differ):
+def test_processes_of_different_runs_say_so(file, setting, differ):
     """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
     code = "import sys, launch; sys.exit(launch.main(sys.argv[1:]))"
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2",
     }  # fmt: skip
-    (tmp_path / "0/different/checkpoints/4").mkdir(parents=True)
+    (file.parent / "0/different/checkpoints/4").mkdir(parents=True, exist_ok=True)
     ends = []
     for i in range(2):
         own = env | {"JAX_PROCESS_ID": str(i)}
-        other = {"checkpoint": tmp_path / str(i), "validation": file.parent / ("val.jsonl", "train.jsonl")[i]}
-        setting = override.format(other.get(differ, i))
-        command = [sys.executable, "-c", code, "pretrain", str(file), "run_name=different", setting]
+        settings = ["run_name=different", setting(i, file.parent)]
+        command = [sys.executable, "-c", code, "pretrain", str(file), *settings]
         ends.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
     errors = [process.communicate(timeout=300)[1] for process in ends]
     assert [process.returncode for process in ends] == [2, 2], errors

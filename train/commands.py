@@ -1,6 +1,7 @@
 """What needs both a tokenizer and a model: `generate` and `eval`."""
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from train.errors import UserError
 from train.evaluate import add_up, token_metrics
 from train.feed import batch_share, make_put
 from train.objectives import token_sums
+from train.peers import agree
 from train.read_model import read_model, run_config
 from train.run_config import check_sizes
 
@@ -195,14 +197,18 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             shard=share, seed=config.seed,
         )  # fmt: skip
         put = make_put(mesh, share)
-        batches = config.eval.batches
-        sums = {name: add_up(lambda batch: _sums(model, put(batch)), own, batches) for name, own in sources.items()}
+        agree(validation=" ".join(source.fingerprint for source in sources.values()))
+
+        def ask(batch: Any) -> Any:
+            return _sums(model, put(batch), skip_masked=config.stage == "sft")
+
+        sums = {name: add_up(ask, source, config.eval.batches) for name, source in sources.items()}
     return token_metrics(sums, sources)
 
 
-@jax.jit
-def _sums(model: Mixtral, batch: Any) -> Any:
-    return token_sums(model, jax.tree.map(lambda x: x[0], batch))[0]
+@functools.partial(jax.jit, static_argnames="skip_masked")
+def _sums(model: Mixtral, batch: Any, skip_masked: bool) -> Any:
+    return token_sums(model, jax.tree.map(lambda x: x[0], batch), skip_masked=skip_masked)[0]
 
 
 def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     if config.adapters is not None:
         each = {f"frozen base ({config.adapters.base_dtype})": frozen} | each
     if parts_of(config).copied:
-        each["reference"] = 4 * whole_by_device(config, sizes)
+        each["reference"] = copied_by_device(config, sizes)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in each.items())
     shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
     return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
@@ -91,14 +91,15 @@ def held_by_device(config: RunConfig, sizes: Mapping[str, int]) -> tuple[int, in
         ValueError: an axis does not divide a parameter; named with a remedy.
     """
     wanted = is_trained(config)
-    own = [(path, _own_size(m, sizes), m.itemsize) for path, m in _matrices(config.model, config.adapters).items()]
-    trained = sum(size for path, size, _ in own if wanted(path))
-    return trained, sum(size * itemsize for path, size, itemsize in own if not wanted(path))
+    matrices = _matrices(config.model, config.adapters)
+    trained = sum(_own_size(m, sizes) for m in matrices if wanted(m.path))
+    return trained, sum(_own_size(m, sizes) * m.itemsize for m in matrices if not wanted(m.path))
 
 
-def whole_by_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Parameters of the model without adapters on one device of a mesh: a reference's own copy."""
-    return sum(_own_size(matrix, sizes) for matrix in _matrices(config.model, None).values())
+def copied_by_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Bytes of a reference's own copy of the weights, held as the run holds them, on one device of a mesh."""
+    base = config.adapters and config.adapters.base_only
+    return sum(_own_size(matrix, sizes) * matrix.itemsize for matrix in _matrices(config.model, base))
 
 
 class _Matrix(NamedTuple):
@@ -109,13 +110,12 @@ class _Matrix(NamedTuple):
 
 
 @functools.cache
-def _matrices(model: MixtralConfig, lora: LoraConfig | None) -> dict[str, _Matrix]:
+def _matrices(model: MixtralConfig, lora: LoraConfig | None) -> tuple[_Matrix, ...]:
     _, state = nnx.split(abstract_model(model, lora=lora))
-    found = {}
-    for keys, leaf in nnx.to_flat_state(state):
-        path = ".".join(map(str, keys))
-        found[path] = _Matrix(path, tuple(leaf.get_metadata()["axes"]), leaf.shape, leaf.dtype.itemsize)
-    return found
+    return tuple(
+        _Matrix(".".join(map(str, keys)), tuple(leaf.get_metadata()["axes"]), leaf.shape, leaf.dtype.itemsize)
+        for keys, leaf in nnx.to_flat_state(state)
+    )
 
 
 def _own_size(matrix: _Matrix, sizes: Mapping[str, int]) -> int:

@@ -33,10 +33,11 @@ def drop_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def after_step(seconds: float) -> None:
-    """Wait, at most a hundredth of the step that took `seconds`, until XLA's CPU client has freed its temporaries.
+def pause(seconds: float) -> None:
+    """Sleep for a moment, a hundredth of the `seconds` that a step was waited for, at most 2 ms.
 
-    It does so just behind the results: a step begun at once would take as much memory again (0.7 GB at shape S).
+    XLA's CPU client frees a step's temporaries within half a millisecond behind its results: a step begun at once would
+    take as much memory again (0.7 GB at shape S).
     """
     time.sleep(min(0.002, seconds / 100))
 

@@ -22,7 +22,7 @@ from train.evaluate import PAIRS, TOKENS, Evaluate
 from train.feed import Feed
 from train.first_screen import compiled_line
 from train.hooks import Checkpoint, Hook, Log, Moment, Profile, Sample, Watchdog, to_floats
-from train.host import after_step, drop_freed_memory
+from train.host import drop_freed_memory, pause
 from train.interrupts import EXIT_PREEMPTED, Interrupts
 from train.metrics import Throughput, Writer
 from train.peers import agree, failures_reported, meet
@@ -194,7 +194,7 @@ class _Ledger:
         if not self._late:
             began = time.perf_counter()
             self.settle()
-            after_step(time.perf_counter() - began)
+            pause(time.perf_counter() - began)
 
     def settle(self) -> None:
         """Wait for the newest step.
@@ -238,17 +238,21 @@ def _items(config: RunConfig, parts: Parts, best: Best) -> Callable[[Moment], tu
 
 def _evaluation(run: Run, parts: Parts, writer: Writer, best: Best) -> list[Hook]:
     config = run.config
-    if not config.data.validation:
-        return []
-    sources = eval_batches(
-        config.data,
-        seq_len=config.seq_len,
-        batch_size=config.eval.batch_size or config.rows_per_micro_batch,
-        shard=parts.share,
-        seed=config.seed,
-        references=parts.references,
+    sources = (
+        {}
+        if not config.data.validation
+        else eval_batches(
+            config.data,
+            seq_len=config.seq_len,
+            batch_size=config.eval.batch_size or config.rows_per_micro_batch,
+            shard=parts.share,
+            seed=config.seed,
+            references=parts.references,
+        )
     )
     agree(validation=" ".join(source.fingerprint for source in sources.values()))
+    if not sources:
+        return []
     measure = PAIRS if config.stage == "dpo" else TOKENS
     evaluate = Evaluate(
         config.eval, sources, parts.eval_step, parts.put, writer, run.console, measure=measure, best=best

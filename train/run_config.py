@@ -111,7 +111,8 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         problems = [
-            *_batch_problems(self), *_schedule_problems(self), *_mesh_problems(self), *_watching_problems(self)
+            *_batch_problems(self, training=False), *_schedule_problems(self), *_mesh_problems(self),
+            *_watching_problems(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))

@@ -5,6 +5,7 @@ and outside checkpoints, read again from init_from when a run resumes. A frozen 
 parameters, so that checkpoints hold a whole model: its gradient is cut and its learning rate is 0.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ import jax
 from etils import epath
 from flax import nnx
 
-from mixtral_jax.checkpoint import STATE, tree_shapes
+from mixtral_jax.checkpoint import STATE, read_item, tree_shapes
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import is_remote
 from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
 from mixtral_jax.convert.pipeline import open_source
@@ -117,7 +119,7 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
     if (epath.Path(path) / STATE).exists() and any(is_adapter(name) for name in tree_shapes(path)):
         raise UserError(
             f"init_from: {path} holds adapters only: fold them into their base first with "
-            f"convert merge-lora BASE MERGED --adapter {config.init_from}, then name MERGED here"
+            f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
         )
     if config.adapters is None or not config.adapters.quantizes:
         return read_weights(path, base)
@@ -129,10 +131,14 @@ def base_warnings(config: RunConfig) -> list[str]:
     """What the model of init_from computes otherwise than this run's, although its weights fit."""
     if config.init_from is None:
         return []
+    path = newest_step(config.init_from)
     try:
-        theirs = open_source(newest_step(config.init_from)).config
-    except (OSError, ValueError):  # unreadable, or remote: what is wrong with it is said where the weights are read
-        return []
+        if (epath.Path(path) / STATE).exists():  # a step of a run, which may be remote
+            theirs = MixtralConfig(**read_item(path, "meta")["config"]["model"])
+        else:
+            theirs = open_source(path).config
+    except (OSError, ValueError):  # what is wrong with it is said where the weights are read; a remote Orbax model
+        return []  # directory is read there too, but not here
     return [
         f"model.{key} is {ours}, but the weights of init_from were made with {made}"
         for key, (ours, made) in config.model.differences(theirs).items()
@@ -158,15 +164,28 @@ def _fresh(config: RunConfig, abstract: Tree) -> Tree:
 
 
 def newest_step(path: str) -> str:
-    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is."""
+    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is.
+
+    Raises:
+        UserError: it is a run, and none of its checkpoints is whole.
+    """
     if is_remote(path):
         return path
-    file = Path(path) / "config.yaml"
-    if not file.is_file():
-        return str(newest_whole_step(Path(path)))
-    kept = load_config(file).config.checkpoint.directory or Path(path) / "checkpoints"
-    found = find(kept, "must", lambda line: print(line, file=sys.stderr))
+    place, file = Path(path), Path(path) / "config.yaml"
+    if not file.is_file() or (place / "config.json").exists():  # a model directory may hold a config.yaml of others
+        newest = newest_whole_step(place)
+        return path if newest == place else str(newest)
+    kept = load_config(file).config.checkpoint.directory or place / "checkpoints"
+    try:
+        found = find(kept, "must", _say_once)
+    except UserError as error:
+        raise UserError(f"{path} is a run, but none of its checkpoints in {kept} is whole") from error
     return path if found is None else str(found.path)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:

@@ -15,7 +15,7 @@ from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
-from train.host import after_step, drop_freed_memory
+from train.host import drop_freed_memory, pause
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.state import create_state
@@ -60,7 +60,7 @@ def measure(shape: Shape, steps: int, capacity: float | None) -> dict[str, float
         began = time.perf_counter()
         state, report = compiled(state, None, batch)
         loss = float(report.scalars["train/loss"])
-        after_step(time.perf_counter() - began)
+        pause(time.perf_counter() - began)
         times.append(time.perf_counter() - began)
         if index == 20:
             settled = resident_bytes()

@@ -21,7 +21,7 @@ from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.ours import model_of
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
-from train.host import after_step, drop_freed_memory
+from train.host import drop_freed_memory, pause
 from train.logps import make_sequence_logps
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
@@ -83,7 +83,7 @@ def measure(shape: Shape, steps: int, kind: str, prompt: float) -> dict[str, flo
             batch = batch._replace(ref_logps=ask(reference, batch))
         state, report = step(state, frozen, batch)
         loss = float(report.scalars["train/loss"])
-        after_step(time.perf_counter() - began)
+        pause(time.perf_counter() - began)
         times.append(time.perf_counter() - began)
         if not index:
             drop_freed_memory()

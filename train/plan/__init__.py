@@ -77,7 +77,7 @@ def plan_all(
     """One report, or those that a search compiled, the best that fits first."""
     if (topology is None) == (devices is None):
         raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
-    if tokens is not None and not 0 < tokens < math.inf:
+    if tokens is not None and not 1 <= tokens < math.inf:
         raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
     if devices is not None:
         if devices < 1:

@@ -36,6 +36,7 @@ CHIPS = {
 # Slices of one generation by chips; libtpu wants the shape of the torus.
 _TORUS_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TORUS_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "4x4x2", 64: "4x4x4", 128: "8x4x4", 256: "8x8x4", 512: "8x8x8"}
+V5P_CHIPS = 8960  # of a whole pod
 NODE_GPUS = 8  # GPUs that share a switch
 
 
@@ -69,10 +70,10 @@ def parse_topology(name: str) -> Topology:
     if slices < 1:
         raise _unknown(name)
     if kind == "h100":
-        gpus = int(count or 0)
-        if not gpus or (gpus > NODE_GPUS and gpus % NODE_GPUS):
+        gpus = slices * int(count or 0)
+        if not gpus or (gpus > NODE_GPUS and gpus % NODE_GPUS) or (slices > 1 and int(count) % NODE_GPUS):
             raise _unknown(name)
-        return Topology(name, CHIPS[kind], 1, slices * gpus, None)
+        return Topology(name, CHIPS[kind], 1, gpus, None)
     if shape:
         if not _is_slice(kind, shape):
             raise _unknown(name)
@@ -90,7 +91,8 @@ def _is_slice(kind: str, shape: str) -> bool:
         return shape in _TORUS_2D.values()
     sides = sorted(int(side) for side in shape.split("x"))
     parts = [sorted(map(int, known.split("x"))) for known in _TORUS_3D.values()]
-    return sides in parts or (len(sides) == 3 and all(side and side % 4 == 0 for side in sides))
+    cubes = len(sides) == 3 and all(side and side % 4 == 0 for side in sides) and math.prod(sides) <= V5P_CHIPS
+    return sides in parts or cubes
 
 
 def local_machine(devices: int) -> Topology:
@@ -110,6 +112,6 @@ def larger(topology: Topology) -> list[Topology]:
 def _unknown(name: str) -> UserError:
     known = [f"v5p-{2 * n}" for n in _TORUS_3D] + [f"{k}-{n}" for k in ("v5e", "v6e") for n in _TORUS_2D]
     return UserError(
-        f"unknown topology {name!r}: known are {', '.join(known)}, h100-N (up to 8, or whole nodes of {NODE_GPUS}), a "
-        "v5p shape of multiples of 4 such as v5p:4x4x12, and several slices such as 2xv5e-256"
+        f"unknown topology {name!r}: known are {', '.join(known)}, h100-N (up to 8, or whole nodes of {NODE_GPUS}), "
+        "the same by their shapes (v5e:4x8), v5p shapes of multiples of 4 (v5p:4x4x12), and several slices (2xv5e-256)"
     )

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from mixtral_jax.config import MixtralConfig
 from train.config import RunConfig
-from train.dry_run import held_by_device, whole_by_device
+from train.dry_run import copied_by_device, held_by_device
 from train.stages import DpoStageConfig
 
 BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
@@ -100,23 +100,21 @@ def flops(config: RunConfig, shape: Shape) -> Flops:
 
 
 class Parts(NamedTuple):
-    """Parameters by what a run does with them."""
+    """What adapters and a reference add to a run."""
 
-    trained: int
-    frozen: int  # the base under adapters
-    copied: int  # a reference's own copy
+    copied: bool  # a reference has a copy of the weights
     asked: bool  # a reference is asked for every batch
     dense_adapters: int  # of one layer's attention
     expert_adapters: int  # of one expert
 
 
 def parts_of(config: RunConfig) -> Parts:
-    """What is trained, what is kept, and what the reference of DPO adds."""
-    model, lora, whole = config.model, config.adapters, config.model.num_params()
+    """What adapters and the reference of DPO add."""
+    model, lora = config.model, config.adapters
     kind = config.reference if isinstance(config, DpoStageConfig) else "none"
     asked = kind in ("frozen", "lora_base")
     if lora is None:
-        return Parts(whole, 0, whole if asked else 0, asked, 0, 0)
+        return Parts(asked, asked, 0, 0)
     heads, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
     width, ffn = model.hidden_size, model.intermediate_size
     sides = {
@@ -127,10 +125,7 @@ def parts_of(config: RunConfig) -> Parts:
         lora.rank * sum(size for name, size in sides.items() if name.startswith(room) and lora.adapts(name))
         for room in ("attention.", "moe.")
     )
-    router = 0 if model.is_dense else model.num_hidden_layers * model.hidden_size * model.num_local_experts
-    own = router if config.router_factor else 0
-    trained = model.num_hidden_layers * (dense + model.num_local_experts * expert) + own
-    return Parts(trained, whole - own, whole if asked and own else 0, asked, dense, expert)
+    return Parts(asked and config.router_factor > 0, asked, dense, expert)
 
 
 def attention_pairs(seq_len: int, window: int | None) -> float:
@@ -179,7 +174,7 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
     return {
         "parameters": 4 * own,
         "frozen": frozen,
-        "reference": 4 * whole_by_device(config, shape.sizes) if parts_of(config).copied else 0,
+        "reference": copied_by_device(config, shape.sizes) if parts_of(config).copied else 0,
         "optimizer": 8 * own,
         "gradients": 4 * own * (2 if shape.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved * size,
@@ -206,7 +201,7 @@ def traffic(config: RunConfig, shape: Shape) -> dict[str, float]:
         axes = "+".join(a for a in ("fsdp", "expert") if sizes[a] > 1)
         out[axes] = out.get(axes, 0.0) + shape.accumulation * passes * size * whole * (stored - 1) / stored
     if sizes["data"] > 1:
-        out["data"] = shape.accumulation * 2 * size * parts_of(config).trained / shape.parameter_shards
+        out["data"] = shape.accumulation * 2 * size * held_by_device(config, sizes)[0]
     if sizes["expert"] > 1 and not model.is_dense:
         moved = shape.tokens * model.num_experts_per_tok * model.hidden_size * size * (sizes["expert"] - 1)
         trips = 6 if config.compute.remat == "full" else 4
@@ -240,4 +235,4 @@ def memory_traffic(config: RunConfig, shape: Shape) -> float:
     passes = (4 if config.compute.remat == "full" else 3) + reference
     activations = passes * shape.tokens * each * size
     step = model.num_hidden_layers * (uses * layer + activations) * shape.accumulation
-    return 32 * parts_of(config).trained / shape.parameter_shards + step
+    return 32 * held_by_device(config, shape.sizes)[0] + step

@@ -44,7 +44,10 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     found = []
     for variant in _variants(config, topology):
         shape = closed_form.shape_of(variant, topology.chips)
-        memory = sum(closed_form.memory(variant, shape).values())
+        try:
+            memory = sum(closed_form.memory(variant, shape).values())
+        except ValueError:  # this mesh does not divide a matrix: blocks of a quantised base, for one
+            continue
         if memory <= SLACK * topology.chip.usable:
             found.append(Candidate(variant, memory, estimate(variant, topology)))
     return sorted(found, key=lambda c: c.seconds_per_token)
