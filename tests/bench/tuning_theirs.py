@@ -37,10 +37,10 @@ class Clock(TrainerCallback):
 
 
 def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """A word for each token id."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    """A word for each token id. It ends in ;, or a special one would be found inside others: w1 in w17."""
+    words = Tokenizer(models.WordLevel({f"w{i};": i for i in range(vocab)}, unk_token="w0;"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w2", eos_token="w1", unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w2;", eos_token="w1;", unk_token="w0;")
 
 
 def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str) -> Any:
@@ -52,7 +52,7 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
     )  # fmt: skip
 
     def words(count: int) -> str:
-        return " ".join(f"w{i}" for i in rng.integers(3, shape.vocab, count)) + " "
+        return " ".join(f"w{i};" for i in rng.integers(3, shape.vocab, count)) + " "
 
     tokenizer, model = words_tokenizer(shape.vocab), model_of(shape)
     if kind == "dpo":
