@@ -137,8 +137,9 @@ def base_warnings(config: RunConfig) -> list[str]:
             theirs = MixtralConfig(**read_item(path, "meta")["config"]["model"])
         else:
             theirs = open_source(path).config
-    except (OSError, ValueError):  # what is wrong with it is said where the weights are read; a remote Orbax model
-        return []  # directory is read there too, but not here
+    except (OSError, KeyError, ValueError):
+        # What is wrong with it is said where the weights are read; a remote Orbax model directory is read there only.
+        return []
     return [
         f"model.{key} is {ours}, but the weights of init_from were made with {made}"
         for key, (ours, made) in config.model.differences(theirs).items()
