@@ -77,3 +77,29 @@ def _no_network() -> Any:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Any:
+    """The configuration of a small pretraining run, with changes."""
+
+    def make(**changes: Any) -> Any:
+        from tests.tiny import write_run_file
+        from train.config import load_config
+
+        return load_config(write_run_file(tmp_path, **changes)).config
+
+    return make
+
+
+@pytest.fixture
+def make_tuning_config(tmp_path: Path) -> Any:
+    """The same of a stage of fine-tuning."""
+
+    def make(stage: str, **changes: Any) -> Any:
+        from tests.tuning import write_tuning_file
+        from train.config import load_config
+
+        return load_config(write_tuning_file(tmp_path, stage, **changes)).config
+
+    return make

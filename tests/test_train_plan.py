@@ -7,9 +7,6 @@ import jax
 import pytest
 
 from mixtral_jax.config import MixtralConfig
-from tests.tiny import write_run_file
-from tests.tuning import write_tuning_file
-from train.config import load_config
 from train.errors import UserError
 from train.plan import plan, run
 from train.plan.chips import CHIPS, parse_topology
@@ -121,22 +118,6 @@ def test_a_torus_axis_has_only_its_own_links():
     assert bandwidth(v5p, "fsdp", sizes) == pytest.approx(whole * 2 / 3)
     assert bandwidth(parse_topology("h100-64"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].slow_network
     assert bandwidth(parse_topology("h100-8"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].network  # one node
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    def make(**changes):
-        return load_config(write_run_file(tmp_path, **changes)).config
-
-    return make
-
-
-@pytest.fixture
-def make_tuning_config(tmp_path):
-    def make(stage, **changes):
-        return load_config(write_tuning_file(tmp_path, stage, **changes)).config
-
-    return make
 
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.config import MixtralConfig
-from tests.tiny import write_run_file
-from tests.tuning import write_tuning_file
 from train.config import load_config
 from train.plan.chips import CHIPS, parse_topology
 from train.plan.closed_form import attention_pairs, flops, memory, shape_of
@@ -14,22 +12,6 @@ from train.plan.compile import for_accelerator
 from train.plan.search import candidates
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    def make(**changes):
-        return load_config(write_run_file(tmp_path, **changes)).config
-
-    return make
-
-
-@pytest.fixture
-def make_tuning_config(tmp_path):
-    def make(stage, **changes):
-        return load_config(write_tuning_file(tmp_path, stage, **changes)).config
-
-    return make
 
 
 def test_closed_form_flops_are_those_of_the_model_and_what_is_computed_again(make_config):
