@@ -98,6 +98,11 @@ class LowRank(NamedTuple):
     dropout: float
     key: jax.Array | None  # of the dropout; None: nothing is dropped
 
+    @property
+    def drops(self) -> bool:
+        """Whether some of its inputs are dropped."""
+        return self.key is not None and self.dropout > 0
+
 
 class Adapter(nnx.Module):
     """A and B of one matrix, or of one matrix of each expert. Input and output may have several dimensions."""
@@ -143,7 +148,7 @@ def grouped_low_rank(
 
 
 def _dropped(x: jax.Array, adapter: LowRank) -> jax.Array:
-    if adapter.key is None or adapter.dropout == 0:
+    if adapter.key is None or not adapter.drops:
         return x
     keep = jax.random.bernoulli(shard_key(adapter.key, TOKEN_AXES), 1 - adapter.dropout, x.shape)
     return jnp.where(keep, x / (1 - adapter.dropout), 0)

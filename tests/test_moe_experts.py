@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixtral_jax.kernels import grouped_matmul as kernel
-from mixtral_jax.kernels.blocked_swiglu import blocked_swiglu
+from mixtral_jax.kernels.blocked_swiglu import Low, blocked_swiglu
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, swiglu
 from tests.oracles import mixtral as oracle
 
@@ -65,6 +65,57 @@ def test_blocks_of_both_sizes_and_rows_of_nobody(sizes):
         np.testing.assert_allclose(y[: len(want)], torch.stack(want).detach(), atol=2e-6)
     for grad, t in ((dx, tx), (dw13, t13), (dw2, t2)):
         np.testing.assert_allclose(grad, np.zeros(t.shape) if t.grad is None else t.grad, atol=2e-5)
+
+
+def low_rank_numbers(rng, rank=3):
+    """Factors of w13 and of w2."""
+    pairs = [(E, D, rank), (E, rank, 2 * F)], [(E, F, rank), (E, rank, D)]
+    return [Low(*(rng.normal(0, 0.5, s).astype(np.float32) for s in pair)) for pair in pairs]
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("sizes", [(300, 0, 129, 64), (700, 1, 0, 40)])
+def test_low_rank_factors_equal_their_merged_matrices(sizes, which):
+    """Value, and the gradients of x, of the factors (by the chain rule through W + A B) and of the matrices."""
+    rows, rng = 750, np.random.default_rng(2)
+    x, w13, w2, g = (rng.normal(0, 0.5, s).astype(np.float32) for s in ((rows, D), (E, D, 2, F), (E, F, D), (rows, D)))
+    inside = (np.arange(rows) < sum(sizes))[:, None]
+    x, g = np.where(inside, x, np.nan), jnp.where(inside, g, np.nan)
+    lows = [low if given else None for low, given in zip(low_rank_numbers(rng), which, strict=True)]
+    count = jnp.asarray(sizes, jnp.int32)
+
+    def merged(x, w13, w2, low13, low2):
+        w13 = w13 if low13 is None else w13 + jnp.matmul(*low13).reshape(w13.shape)
+        return blocked_swiglu(x, w13, w2 if low2 is None else w2 + jnp.matmul(*low2), count)
+
+    y, pull = jax.vjp(lambda x, w13, w2, *low: blocked_swiglu(x, w13, w2, count, *low), x, w13, w2, *lows)
+    want, want_pull = jax.vjp(merged, x, w13, w2, *lows)
+    np.testing.assert_allclose(y[: sum(sizes)], want[: sum(sizes)], atol=5e-6)
+    got, wanted = jax.tree.leaves(pull(g)), jax.tree.leaves(want_pull(g))
+    assert len(got) == len(wanted) == 3 + 2 * sum(which)
+    for grad, want_grad in zip(got, wanted, strict=True):
+        assert np.linalg.norm(grad - want_grad) <= 2e-6 * np.linalg.norm(want_grad)
+
+
+@pytest.mark.parametrize("trained", ["w13", "w2", "low13", "low2", "x"])
+def test_no_product_is_computed_for_what_is_frozen(trained):
+    """Also where the matrices are slices of a stack of layers, rematerialised, as in the model."""
+    x, w13, w2, _ = draw()
+    low13, low2 = low_rank_numbers(np.random.default_rng(3))
+    layers = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), dict(w13=w13, w2=w2, low13=low13, low2=low2))
+
+    @jax.checkpoint
+    def layer(x, w):
+        return blocked_swiglu(x, w["w13"], w["w2"], jnp.asarray(SIZES), w["low13"], w["low2"]), None
+
+    def loss(part):
+        own = {"x": x, **layers, trained: part}
+        return jnp.sum(jax.lax.scan(layer, own.pop("x"), own)[0])
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(x if trained == "x" else layers[trained]))
+    shapes = {"w13": (D, 2 * F), "w2": (D, F), "low13": (D, 3), "low2": (F, 3)}
+    made = {name for name, (m, n) in shapes.items() if f":f32[{m},{n}] = dot_general" in program}
+    assert made == {trained} - {"x"}
 
 
 def test_a_backend_that_leaves_nan_behind_the_groups(monkeypatch):

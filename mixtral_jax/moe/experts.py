@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.blocked_swiglu import blocked_swiglu
+from mixtral_jax.kernels.blocked_swiglu import Low, blocked_swiglu
 from mixtral_jax.kernels.grouped_down import grouped_down
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
@@ -35,8 +35,9 @@ def grouped_swiglu(
 ) -> Float[Array, "R D"]:
     """w2( silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last group are undefined."""
     kernel = resolve_matmul(backend, platform())
-    if kernel == "blocked" and not weights.adapters:
-        return checkpoint_name(blocked_swiglu(x_RD, weights.w13_ED2F, weights.w2_EFD, group_sizes_E), "expert_output")
+    if kernel == "blocked" and not any(adapter.drops for adapter in weights.adapters.values()):
+        y_RD = blocked_swiglu(x_RD, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *_factors(weights.adapters))
+        return checkpoint_name(y_RD, "expert_output")
     if kernel != "dense" and not weights.adapters:
         h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
         return checkpoint_name(grouped_down(h_R2F, weights.w2_EFD, group_sizes_E, backend=kernel), "expert_output")
@@ -49,6 +50,21 @@ def grouped_swiglu(
         # The rows of nobody may hold anything, NaN too: select, never multiply.
         lambda h: jnp.where(inside_R1, h, 0),
     )
+
+
+def _factors(adapters: Mapping[str, LowRank]) -> tuple[Low | None, Low | None]:
+    """Those of w1 and w3 side by side, as factors of w13, and those of w2; the scale within B."""
+    scaled = {name: Low(adapter.a, adapter.b * adapter.scale) for name, adapter in adapters.items()}
+    halves = []
+    for name, before, behind in (("w1", 0, 1), ("w3", 1, 0)):
+        if name in scaled:
+            a_EDr, b_ErF = scaled[name]
+            F = b_ErF.shape[-1]  # w1 adds to the first half of h only, w3 to the second
+            halves.append((a_EDr, jnp.pad(b_ErF, ((0, 0), (0, 0), (before * F, behind * F)))))
+    if not halves:
+        return None, scaled.get("w2")
+    a, b = zip(*halves, strict=True)
+    return Low(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=1)), scaled.get("w2")
 
 
 def dense_swiglu(x_MD: Float[Array, "M D"], weights: ExpertWeights) -> Float[Array, "M D"]:
