@@ -1,17 +1,16 @@
-"""Greedy generation: `python -m tests.bench.generation SHAPE TOKENS BATCH ours|theirs` prints JSON.
+"""Greedy generation: `python -m tests.bench.generation SHAPE TOKENS BATCH ours|theirs`, a call for each line of input.
 
-A prompt of 32 random tokens a row; the second call is timed, the first compiles or warms up.
+A prompt of 32 random tokens a row; the first calls, which compile or warm up, are not timed.
 """
 
-import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tests.bench.shapes import Shape, parse
+from tests.bench.worker import serve
 
 PROMPT = 32
 
@@ -33,23 +32,19 @@ def theirs(shape: Shape, prompts: np.ndarray, new: int) -> Callable[[], Any]:
     """A call of transformers' generate with random weights."""
     import torch
 
-    from tests.bench.tuning_theirs import model_of
+    from tests.bench.theirs import model_of
 
     model, tokens = model_of(shape).eval(), torch.tensor(prompts)
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0)
     return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
-def measure(shape: Shape, new: int, batch: int, who: str) -> dict[str, float]:
-    """Seconds of a call and new tokens per second of all rows."""
+def prepare(shape: Shape, new: int, batch: int, who: str) -> Callable[[int], Any]:
+    """A call of either, which ends when the tokens are there."""
     prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT)).astype(np.int32)
-    call, seconds = {"ours": ours, "theirs": theirs}[who](shape, prompts, new), 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        np.asarray(call())
-        seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens_per_second": batch * new / seconds}
+    call = {"ours": ours, "theirs": theirs}[who](shape, prompts, new)
+    return lambda _: np.asarray(call())
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
+    serve(prepare(parse(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))

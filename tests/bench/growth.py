@@ -1,8 +1,10 @@
 """Cost as work grows: experts, sequence, batch and depth, as a table and a picture; many steps; a long sequence."""
 
+import statistics
 from pathlib import Path
+from typing import Any
 
-from tests.bench.measure import once
+from tests.bench.rounds import in_turn
 from tests.bench.shapes import parse
 
 PICTURE = Path("docs/growth.png")
@@ -21,7 +23,7 @@ def section(steps: int) -> str:
     for axis, values in AXES.items():
         for value in values:
             text = f"S:{axis}={value}"
-            run = once(["tests.bench.ours", text, str(steps)])
+            run = _alone(text, steps)
             speed = parse(text).tokens / run["seconds"]
             lines[axis].append((value, speed))
             rows.append(
@@ -29,6 +31,10 @@ def section(steps: int) -> str:
             )
     draw(lines)
     return "\n".join([*rows, f"\n![tokens per second as work grows]({PICTURE.name})"])
+
+
+def _alone(shape: str, steps: int) -> dict[str, Any]:
+    return in_turn({"mixtral-jax": ["tests.bench.ours", shape]}, steps)["mixtral-jax"]
 
 
 def draw(lines: dict[str, list[tuple[int, float]]]) -> None:
@@ -49,10 +55,11 @@ def draw(lines: dict[str, list[tuple[int, float]]]) -> None:
 
 def many_steps(steps: int) -> str:
     """Whether memory or time grows over a run of small steps."""
-    run = once(["tests.bench.ours", "XS", str(steps)])
+    run = _alone("XS", steps)
+    first, last = (statistics.median(part) for part in (run["times"][: steps // 4], run["times"][-(steps // 4) :]))
     return (
         f"{steps:,} steps at shape XS: resident memory grew by {run['grown_bytes'] / 1e6:.1f} MB after the twentieth; "
-        f"the last quarter of the steps took {run['slowed']:.2f} times as long as the first."
+        f"the last quarter of the steps took {last / first:.2f} times as long as the first."
     )
 
 
@@ -60,6 +67,6 @@ def long_sequence() -> str:
     """One row of 32,768 tokens, two layers of shape S."""
     rows = ["| shape S, 2 layers, batch 1 | seconds a step | peak memory, GB |", "|---|--:|--:|"]
     for length in (8192, 16384, 32768):
-        run = once(["tests.bench.ours", f"S:layers=2,batch=1,seq_len={length}", "1"])
+        run = _alone(f"S:layers=2,batch=1,seq_len={length}", 1)
         rows.append(f"| sequence {length:,} | {run['seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} |")
     return "\n".join(rows)

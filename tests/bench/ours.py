@@ -1,10 +1,8 @@
-"""Our training step in a process of its own: `python -m tests.bench.ours SHAPE STEPS [capacity]` prints JSON."""
+"""Our training step: `python -m tests.bench.ours SHAPE [CAPACITY]`, a step for each line of input."""
 
-import json
-import resource
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,14 @@ from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from tests.bench.worker import resident_bytes, serve
 from train.host import drop_freed_memory, pause
 from train.objectives import RouterConfig, next_token
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.state import create_state
 from train.step import make_train_step
+
+SETTLED = 20  # steps after which memory is not to grow any more
 
 
 def batch_of(shape: Shape, seed: int) -> Batch:
@@ -40,44 +41,40 @@ def model_of(shape: Shape) -> MixtralConfig:
     )  # fmt: skip
 
 
-def measure(shape: Shape, steps: int, capacity: float | None) -> dict[str, float]:
-    """Seconds per step (median), compile seconds and peak memory of the very step that a run takes."""
+def prepare(shape: Shape, capacity: float | None) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
+    """The very step that a run takes, compiled, as a function of its number that gives the loss; and what is known."""
     config = model_of(shape)
     compute = ComputeConfig(dtype="float32", moe=MoeConfig(capacity_factor=capacity))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps + 1)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), 10_000)
     graphdef, _ = nnx.split(abstract_model(config, compute))
     params = nnx.to_pure_dict(nnx.state(Mixtral(config, compute, key=jax.random.key(0))))
     state = jax.jit(lambda p: create_state(p, optimizer), donate_argnums=0)(params)
     objective = next_token(RouterConfig(router_aux_loss_coef=BALANCE_COEFFICIENT, router_z_loss_coef=0.0), config)
-    step = make_train_step(objective, optimizer, lambda params, _: nnx.merge(graphdef, params))
+    train_step = make_train_step(objective, optimizer, lambda params, _: nnx.merge(graphdef, params))
     began = time.perf_counter()
-    compiled = step.lower(state, None, batch_of(shape, 0)).compile()
-    compile_seconds, times = time.perf_counter() - began, []
-    drop_freed_memory()
-    settled = 0
-    for index in range(steps + 2):
-        batch = jax.device_put(batch_of(shape, index))
-        began = time.perf_counter()
-        state, report = compiled(state, None, batch)
-        loss = float(report.scalars["train/loss"])
-        pause(time.perf_counter() - began)
-        times.append(time.perf_counter() - began)
-        if index == 20:
-            settled = resident_bytes()
-    timed, quarter = times[2:], max(1, steps // 4)
-    return {
-        "seconds": float(np.median(timed)), "compile_seconds": compile_seconds, "loss": loss,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "grown_bytes": resident_bytes() - settled if settled else 0,
-        "slowed": float(np.median(timed[-quarter:]) / np.median(timed[:quarter])),
+    compiled = train_step.lower(state, None, batch_of(shape, 0)).compile()
+    known = {
+        "compile_seconds": time.perf_counter() - began,
         "flops": config.flops_per_token(shape.seq_len) * shape.tokens,
-        "matmul_flops_per_second": matmul_rate(),
-    }  # fmt: skip
+    }
+    drop_freed_memory()
 
+    def step(index: int) -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state, report = compiled(state, None, jax.device_put(batch_of(shape, index)))
+        known["loss"] = float(report.scalars["train/loss"])
+        pause(time.perf_counter() - began)
+        if index == SETTLED:
+            known["settled_bytes"] = resident_bytes()
+        return known["loss"]
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    def facts() -> dict[str, float]:
+        resident = resident_bytes()
+        grown = resident - known.get("settled_bytes", resident)
+        return {**known, "grown_bytes": grown, "matmul_flops_per_second": matmul_rate()}
+
+    return step, facts
 
 
 def matmul_rate() -> float:
@@ -94,5 +91,4 @@ def matmul_rate() -> float:
 
 
 if __name__ == "__main__":
-    capacity = float(sys.argv[3]) if len(sys.argv) > 3 else None
-    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), capacity)))
+    serve(*prepare(parse(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None))

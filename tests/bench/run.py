@@ -1,6 +1,6 @@
 """`make bench`: measure beside the others, in turn and in one run, and write docs/benchmarks.md.
 
-python -m tests.bench.run [--form short|full] [--only step tuning generation growth long] [--shapes S M L] [--rounds 3]
+python -m tests.bench.run [--form short|full] [--only step tuning generation growth long] [--shapes S M L] [--steps 8]
 """
 
 import argparse
@@ -25,13 +25,13 @@ TITLES = {
 }
 
 
-def sections(full: bool, shapes: list[str] | None, rounds: int | None) -> dict[str, Callable[[], str]]:
+def sections(full: bool, shapes: list[str] | None, steps: int | None) -> dict[str, Callable[[], str]]:
     """What each section runs: in full, or enough to see whether something broke."""
-    rounds, steps = rounds or (3 if full else 1), 5 if full else 3
+    steps = steps or (8 if full else 3)
     return {
-        "step": lambda: step.section(shapes or (["S", "M", "L"] if full else ["S"]), rounds, steps),
-        "tuning": lambda: side.tuning(rounds, steps),
-        "generation": lambda: side.generation(rounds, 256 if full else 64),
+        "step": lambda: step.section(shapes or (["S", "M", "L"] if full else ["S"]), steps),
+        "tuning": lambda: side.tuning(steps),
+        "generation": lambda: side.generation(256 if full else 64, calls=steps),
         "growth": lambda: growth.section(steps=3),
         "long": lambda: growth.many_steps(2000 if full else 200) + "\n\n" + growth.long_sequence(),
     }
@@ -43,9 +43,9 @@ def main() -> int:
     parser.add_argument("--form", choices=("short", "full"), default="short", help="how much to run (default short)")
     parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="sections to run")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="shapes of the section step")
-    parser.add_argument("--rounds", type=int, help="how often each variant runs, in turn with the others")
+    parser.add_argument("--steps", type=int, help="steps (or calls) of each, in turn with those of the other")
     args = parser.parse_args()
-    for name, run in sections(args.form == "full", args.shapes, args.rounds).items():
+    for name, run in sections(args.form == "full", args.shapes, args.steps).items():
         if name in args.only:
             text = f"{heading()}\n\n{run()}"
             print(text, flush=True)
@@ -58,8 +58,8 @@ def heading() -> str:
     packages = ("jax", "flax", "torch", "transformers", "trl")
     return (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{', '.join(f'{package} {version(package)}' for package in packages)}. Processes of their own, in turn; "
-        f"medians. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
+        f"{', '.join(f'{package} {version(package)}' for package in packages)}. Two living processes that "
+        f"take one step each in turn; medians, and least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
     )
 
 

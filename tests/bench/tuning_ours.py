@@ -1,13 +1,12 @@
-"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE STEPS sft|lora|dpo PROMPT` prints JSON.
+"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE sft|lora|dpo PROMPT`.
 
 Each row is one chat of the shape's length, of which the share PROMPT is not learned; for DPO two rows are a pair in one
 row of twice the length, and the reference's forward pass belongs to the step.
 """
 
-import json
-import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from tests.bench.ours import model_of
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from tests.bench.worker import serve
 from train.host import drop_freed_memory, pause
 from train.logps import make_sequence_logps
 from train.objectives import RouterConfig, next_token
@@ -53,11 +53,11 @@ def pairs(shape: Shape, seed: int, prompt: float) -> PairBatch:
     return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
 
 
-def measure(shape: Shape, steps: int, kind: str, prompt: float) -> dict[str, float]:
-    """Median seconds of a step, and the peak memory of the process."""
+def prepare(shape: Shape, kind: str, prompt: float) -> Callable[[int], float]:
+    """One step as a function of its number that gives the loss."""
     config, compute = model_of(shape), ComputeConfig(dtype="float32")
     lora = LORA if kind == "lora" else None
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps + 3)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), 10_000)
     graphdef, _ = nnx.split(abstract_model(config, compute, lora=lora))
     weights = nnx.to_pure_dict(nnx.state(Mixtral(config, compute, key=jax.random.key(0), lora=lora)))
     trained, frozen = weights, None
@@ -73,25 +73,25 @@ def measure(shape: Shape, steps: int, kind: str, prompt: float) -> dict[str, flo
     objective = next_token(router, config, entropy=True, skip_masked=True)  # as stage sft has it
     if kind == "dpo":
         objective = preference(DpoConfig(), router, config)
-    step, ask, times = make_train_step(objective, optimizer, merge), None, []
+    train_step, ask = make_train_step(objective, optimizer, merge), None
     if reference is not None:
         ask, reference = make_sequence_logps(lambda p: merge(p, None), None), jax.device_put(reference)
-    for index in range(steps + 2):
+
+    def step(index: int) -> float:
+        nonlocal state
         batch: Any = (pairs if kind == "dpo" else chats)(shape, index, prompt)
         began = time.perf_counter()
         if ask is not None:
             batch = batch._replace(ref_logps=ask(reference, batch))
-        state, report = step(state, frozen, batch)
+        state, report = train_step(state, frozen, batch)
         loss = float(report.scalars["train/loss"])
         pause(time.perf_counter() - began)
-        times.append(time.perf_counter() - began)
         if not index:
             drop_freed_memory()
-    return {
-        "seconds": float(np.median(times[2:])), "loss": loss,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }  # fmt: skip
+        return loss
+
+    return step
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))
+    serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3])))

@@ -1,13 +1,13 @@
-"""TRL's trainers on the same rows: `python -m tests.bench.tuning_theirs SHAPE STEPS sft|dpo PROMPT` prints JSON.
+"""TRL's trainers on the same rows: `python -m tests.bench.tuning_theirs SHAPE sft|dpo PROMPT`.
 
 Settings are TRL's own, but for fp32 (its default is bf16), the lengths and the batch.
 """
 
-import json
-import resource
+import queue
 import sys
 import tempfile
-import time
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,29 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from tests.bench.shapes import LEARNING_RATE, Shape, parse
 from tests.bench.theirs import model_of
+from tests.bench.worker import serve
+
+STEPS_AT_MOST = 60  # for which there are rows
 
 
-class Clock(TrainerCallback):
-    """Seconds of each step, data included."""
+class Gate(TrainerCallback):
+    """Holds the trainer between its steps: `step` lets it take one, data included, and waits for its end."""
 
     def __init__(self) -> None:
-        self.began, self.times = 0.0, []
+        self.orders, self.done = queue.Queue[None](), queue.Queue[None]()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
-        self.began = time.perf_counter()
+        """Wait for an order."""
+        self.orders.get()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop."""
-        self.times.append(time.perf_counter() - self.began)
+        """Say that it is done."""
+        self.done.put(None)
+
+    def step(self, index: int) -> None:
+        """One step of the trainer."""
+        self.orders.put(None)
+        self.done.get()
 
 
 def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -48,7 +56,7 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
     rng, T, prompt = np.random.default_rng(0), shape.seq_len, int(shape.seq_len * share)
     common = dict(
         output_dir=directory, report_to=[], use_cpu=True, bf16=False, max_steps=steps, save_strategy="no",
-        learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True, logging_steps=1,
+        learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True,
     )  # fmt: skip
 
     def words(count: int) -> str:
@@ -72,20 +80,15 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
     return SFTTrainer(model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
-def measure(shape: Shape, steps: int, kind: str, share: float) -> dict[str, float]:
-    """Median seconds of a step, and the peak memory of the process."""
+def prepare(shape: Shape, kind: str, share: float) -> Callable[[int], None]:
+    """The trainer in a thread of its own, as a function that takes one step of it."""
     torch.manual_seed(0)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_of(shape, steps + 2, kind, share, directory)
-        trainer.add_callback(clock)
-        trainer.train()
-    loss = next(line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line)
-    return {
-        "seconds": float(np.median(clock.times[2:])), "loss": loss,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }  # fmt: skip
+    gate = Gate()
+    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, tempfile.mkdtemp())
+    trainer.add_callback(gate)
+    threading.Thread(target=trainer.train, daemon=True).start()
+    return gate.step
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(measure(parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))
+    serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
