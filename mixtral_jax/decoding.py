@@ -25,10 +25,10 @@ from mixtral_jax.sharding import axis_index, axis_size, drop_padding, psum
 
 
 class Cache(NamedTuple):
-    """Keys and values of the last S columns, by layer."""
+    """Keys and values of the last S columns, by layer; in the order in which a step reads them."""
 
-    k_LBSKH: Float[Array, "L B S K H"]
-    v_LBSKH: Float[Array, "L B S K H"]
+    k_LBKSH: Float[Array, "L B K S H"]
+    v_LBKSH: Float[Array, "L B K S H"]
 
 
 def cache_slots(window: int | None, columns: int) -> int:
@@ -56,11 +56,11 @@ def prefill(
         )  # fmt: skip
         x_BTD = x_BTD + layer.attention.merge(y_BTNH)
         x_BTD = x_BTD + _dropless(layer.moe)(layer.moe_norm(x_BTD), segments_BT > 0)[0]
-        return x_BTD, (_into_slots(k, slots), _into_slots(v, slots))
+        return x_BTD, (_into_slots(k, slots).swapaxes(1, 2), _into_slots(v, slots).swapaxes(1, 2))
 
     x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    x_BTD, (k_LBSKH, v_LBSKH) = jax.lax.scan(body, x_BTD, model.layers)
-    return _logits(model, x_BTD[:, -1]), Cache(k_LBSKH, v_LBSKH)
+    x_BTD, (k_LBKSH, v_LBKSH) = jax.lax.scan(body, x_BTD, model.layers)
+    return _logits(model, x_BTD[:, -1]), Cache(k_LBKSH, v_LBKSH)
 
 
 def decode(
@@ -72,7 +72,7 @@ def decode(
     live_B: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after `token_B`, which stands in `column`, and the cache that holds it. Rows not live cost no experts."""
-    config, slots = model.config, cache.k_LBSKH.shape[2]
+    config, slots = model.config, cache.k_LBKSH.shape[3]
     slot = column % slots
     # the newest column that a slot can hold by now; a slot that holds none yet gets a negative one
     held_S = column - (column - jnp.arange(slots, dtype=jnp.int32)) % slots
@@ -82,22 +82,24 @@ def decode(
     angles_B1h = rope_angles(position_B1, config.head_dim, config.rope_theta)
 
     def body(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        x_B1D, (k_LBSKH, v_LBSKH) = carry
+        x_B1D, (k_LBKSH, v_LBKSH) = carry
         # What of the layer is not used here, the experts above all, is never sliced.
         layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), model.layers)
         q, k, v = layer.attention.project(layer.attention_norm(x_B1D), angles_B1h)
-        k_LBSKH = jax.lax.dynamic_update_slice(k_LBSKH, k[None], (index, 0, slot, 0, 0))
-        v_LBSKH = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (index, 0, slot, 0, 0))
+        k_LBKSH, v_LBKSH = (
+            jax.lax.dynamic_update_slice(cached, new_B1KH.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+            for cached, new_B1KH in ((k_LBKSH, k), (v_LBKSH, v))
+        )
         y_B1NH = attend(
             q,
-            jax.lax.dynamic_index_in_dim(k_LBSKH, index, keepdims=False),
-            jax.lax.dynamic_index_in_dim(v_LBSKH, index, keepdims=False),
+            jax.lax.dynamic_index_in_dim(k_LBKSH, index, keepdims=False).swapaxes(1, 2),
+            jax.lax.dynamic_index_in_dim(v_LBKSH, index, keepdims=False).swapaxes(1, 2),
             q_positions_BT=position_B1, kv_positions_BS=kv_positions_BS,
             q_segments_BT=jnp.ones_like(position_B1), kv_segments_BS=seen_BS,
             window=config.sliding_window, backend="reference", ordered=False,
         )  # fmt: skip
         x_B1D = x_B1D + layer.attention.merge(y_B1NH)
-        return x_B1D + _experts(model.layers.moe, layer, index, x_B1D, live_B), Cache(k_LBSKH, v_LBSKH)
+        return x_B1D + _experts(model.layers.moe, layer, index, x_B1D, live_B), Cache(k_LBKSH, v_LBKSH)
 
     x_B1D = model.embed(token_B[:, None], compute_dtype(model.compute.dtype))
     x_B1D, cache = jax.lax.fori_loop(0, config.num_hidden_layers, body, (x_B1D, cache))

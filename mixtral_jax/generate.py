@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 
 _BATCH: Any = P(BATCH_AXES)
-_SLOTS: Any = P(None, BATCH_AXES, None, "tensor")
+_SLOTS: Any = P(None, BATCH_AXES, "tensor")
 _EVERYWHERE: Any = P()
 _ROWS = Rows(_BATCH, _BATCH, _EVERYWHERE)
 _STATE = State(Cache(_SLOTS, _SLOTS), _BATCH, _BATCH, _EVERYWHERE)

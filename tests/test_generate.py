@@ -57,7 +57,7 @@ def test_logits_equal_those_of_the_full_forward_pass(name: str) -> None:
         tokens_BT[b, pad_B[b] :] = prompt
     slots = cache_slots(model.config.sliding_window, width + NEW)
     logits_BV, cache = jax.jit(prefill, static_argnums=3)(model, tokens_BT, pad_B, slots)
-    assert cache.k_LBSKH.shape[2] == (model.config.sliding_window or width + NEW)
+    assert cache.k_LBKSH.shape[3] == (model.config.sliding_window or width + NEW)
     rows, step = [list(p) for p in PROMPTS], jax.jit(decode)
     following = np.random.default_rng(0).integers(0, 97, (NEW, 3)).astype(np.int32)
     for t in range(NEW):
