@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,90 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.kernels.attention import AttentionShape, attend, resolve_attention
-from mixtral_jax.kernels.attention_chunked import Tokens, block_sizes, chunked_attention, tile
-from tests.oracles.attention import attention, mask_matrix
-
-
-class Case(NamedTuple):
-    """Shapes of one comparison; `lengths` are the segments of each row, the rest is padding."""
-
-    B: int = 2
-    T: int = 40
-    N: int = 4
-    K: int = 2
-    H: int = 8
-    window: int | None = None
-    lengths: tuple[int, ...] = (1000,)
-    S: int | None = None  # keys, of which the queries are the last T
-    shuffled: bool = False  # keys and queries out of order
-
-
-CASES = {
-    "causal": Case(),
-    "one_kv_head": Case(K=1, T=33),
-    "equal_heads": Case(K=4, T=17),
-    "odd_head_size": Case(H=5, N=6, K=3),
-    "window": Case(window=7),
-    "window_1": Case(window=1, T=24),
-    "packed_and_padded": Case(lengths=(13, 1, 19)),
-    "packed_window": Case(lengths=(17, 20), window=5, T=45),
-    "only_padding": Case(lengths=()),
-    "several_tiles": Case(B=1, T=150, N=2, K=1),
-    "several_tiles_window": Case(B=1, T=150, N=2, K=1, window=20, lengths=(100, 30)),
-    "shuffled": Case(B=1, T=70, shuffled=True, lengths=(30, 33), window=11),
-    "more_keys": Case(T=20, S=75),
-    "more_keys_shuffled_window": Case(T=30, S=77, shuffled=True, window=9, lengths=(50, 20)),
-    "decode": Case(T=1, S=37, lengths=(37,), window=20),
-}
-
-
-class Inputs(NamedTuple):
-    """Numpy arrays of one case."""
-
-    arrays: tuple[np.ndarray, ...]  # q, k, v, g
-    tokens: dict[str, np.ndarray]
-    mask: np.ndarray
-
-
-def make(case: Case, seed: int = 0) -> Inputs:
-    """Random arrays; the second row of a batch has its segments in the opposite order."""
-    rng = np.random.default_rng(seed)
-    B, T, S = case.B, case.T, case.S or case.T
-    segments, positions = np.zeros((2, B, S), np.int32)
-    for b in range(B):
-        start = 0
-        for number, length in enumerate(case.lengths[:: -1 if b % 2 else 1], 1):
-            end = min(start + length, S)
-            segments[b, start:end] = number
-            positions[b, start:end] = np.arange(end - start)
-            start = end
-    order = rng.permutation(S) if case.shuffled else np.arange(S)
-    mine = rng.permutation(S)[:T] if case.shuffled else np.arange(S - T, S)
-    tokens = {
-        "q_positions_BT": positions[:, mine],
-        "kv_positions_BS": positions[:, order],
-        "q_segments_BT": segments[:, mine],
-        "kv_segments_BS": segments[:, order],
-    }
-    mask = np.stack([mask_matrix(*(x[b] for x in tokens.values()), case.window) for b in range(B)])
-    shapes = (B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, case.H), (B, T, case.N, case.H)
-    return Inputs(tuple(rng.standard_normal(s, dtype=np.float32) for s in shapes), tokens, mask)
-
-
-def out_and_gradients(f, arrays: tuple) -> list[np.ndarray]:
-    """f(q, k, v) and the gradients of sum(f * g)."""
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
-        out, pull_back = jax.vjp(f, q, k, v)
-        return out, *pull_back(g)
-
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(*map(jnp.asarray, arrays))]
-
-
-def compare(got: list[np.ndarray], want: tuple[np.ndarray, ...], tolerance: float) -> None:
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert np.isfinite(a).all(), name
-        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=name)
+from tests.attention_cases import CASES, Case, compare, make, out_and_gradients
+from tests.oracles.attention import attention
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "dot_product", "auto"])
@@ -113,23 +30,6 @@ def test_backends_equal_the_definition(name: str, backend: str) -> None:
     compare(got, want, 1e-5)
     blind = inputs.mask.sum(-1) == 0
     assert (got[0][blind] == 0).all() and (got[1][blind] == 0).all()
-
-
-@pytest.mark.parametrize("blocks", [(8, 8), (16, 24), (24, 8), (128, 128)])
-@pytest.mark.parametrize("name", ["several_tiles_window", "packed_window", "more_keys_shuffled_window"])
-def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> None:
-    case = CASES[name]
-    inputs = make(case, seed=1)
-    q_positions, positions, q_segments, segments = inputs.tokens.values()
-    ordered = not case.shuffled and case.S is None
-    tiling = tile(case.T, case.S or case.T, *blocks, window=case.window, ordered=ordered)
-    got = out_and_gradients(
-        lambda q, k, v: chunked_attention(
-            q, k, v, Tokens(q_positions, q_segments), Tokens(positions, segments), window=case.window, tiling=tiling
-        ),
-        inputs.arrays,
-    )
-    compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "dot_product"])
@@ -180,30 +80,6 @@ def test_no_output_depends_on_what_its_token_does_not_see(backend: str) -> None:
 
 
 # ---- what is visited, and what is held in memory --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40])
-@pytest.mark.parametrize("blocks", [(16, 16), (16, 8), (8, 32)])
-def test_tiles_visited_are_those_that_the_mask_fills(window: int | None, blocks: tuple[int, int]) -> None:
-    T = 70
-    ones = np.ones(T, int)
-    mask = mask_matrix(np.arange(T), np.arange(T), ones, ones, window)
-    tiling = tile(T, T, *blocks, window=window, ordered=True)
-    for i, (first, stop) in enumerate(zip(tiling.first, tiling.stop, strict=True)):
-        rows = mask[i * blocks[0] : (i + 1) * blocks[0]]
-        filled = [j for j in range(-(-T // blocks[1])) if rows[:, j * blocks[1] : (j + 1) * blocks[1]].any()]
-        assert list(range(first, stop)) == filled
-    everything = tile(T, T, *blocks, window=window, ordered=False)
-    assert set(everything.first) == {0} and set(everything.stop) == {-(-T // blocks[1])}
-
-
-def test_blocks_fit_the_shape() -> None:
-    for T, S, heads in ((5, 5, 8), (256, 256, 64), (512, 512, 64), (2048, 2048, 8), (32768, 32768, 8), (64, 1, 1)):
-        for on_cpu in (True, False):
-            block_T, block_S = block_sizes(T, S, heads, on_cpu=on_cpu)
-            assert 0 < block_T <= T + 7 and 0 < block_S <= S + 7 and block_T % 8 == block_S % 8 == 0
-    assert block_sizes(256, 256, 64, on_cpu=True) == (64, 64)
-    assert block_sizes(2048, 2048, 8, on_cpu=True) == (256, 128)
 
 
 def compiled_training_step(T: int):

@@ -20,6 +20,7 @@ from mixtral_jax.kernels.attention_chunked import (
     block_sizes,
     chunked_attention,
     part_bounds,
+    segment_bounds,
     tile,
     visible,
 )
@@ -83,7 +84,9 @@ def attend(
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
-        bounds = None if part is None else part_bounds(tiling, places(part, T), window)
+        bounds = segment_bounds(tiling, q_segments_BT) if ordered else None
+        if part is not None:
+            bounds = part_bounds(tiling, places(part, T), window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]

@@ -2,8 +2,8 @@
 
 softmax(q k^T / sqrt(H)) v over one tile of queries and keys at a time, with a running maximum and a running sum
 (FlashAttention, arXiv 2205.14135, algorithm 1); only the output and log-sum-exp of each row are saved, and the backward
-pass computes each tile's probabilities again. The tiles to visit are a static list, so tiles that the mask empties
-are not visited at all: their cost is gone from the loop, not masked away.
+pass computes each tile's probabilities again. Tiles that the mask empties, above the diagonal, before the window or
+before the oldest segment of their queries, are not visited at all: their cost is gone from the loop, not masked away.
 
 Layout: the G query heads of a kv head are rows of one matrix, R = block_T * G, so that one product serves them all.
 """
@@ -26,7 +26,7 @@ NEVER = -1e30  # a score that no key reaches: finite, so that rows without any k
 
 
 class Tiling(NamedTuple):
-    """How T queries and S keys are cut, and which key blocks first <= j < stop query block i visits. Static."""
+    """How T queries and S keys are cut, and which key blocks first <= j < stop query block i visits at most. Static."""
 
     block_T: int
     block_S: int
@@ -63,6 +63,16 @@ def part_bounds(tiling: Tiling, places_T: Array, window: int | None) -> tuple[Ar
     places_iT = jnp.pad(places_T, (0, blocks * tiling.block_T - places_T.shape[0]), mode="edge").reshape(blocks, -1)
     oldest_i = jnp.zeros((blocks,), jnp.int32) if window is None else jnp.min(places_iT, axis=1) - window + 1
     return jnp.maximum(oldest_i, 0) // tiling.block_S, jnp.max(places_iT, axis=1) // tiling.block_S + 1
+
+
+def segment_bounds(tiling: Tiling, segments_BT: Array) -> tuple[Array, Array]:
+    """First key block and last + 1 of each query block of ordered rows: no key before a query's own segment is seen."""
+    T, blocks = segments_BT.shape[1], len(tiling.first)
+    begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
+    begin_BT = lax.cummax(jnp.where(begins_BT, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+    oldest_T = jnp.pad(jnp.min(begin_BT, axis=0), (0, blocks * tiling.block_T - T), mode="edge")
+    first_i = jnp.min(oldest_T.reshape(blocks, -1), axis=1) // tiling.block_S
+    return jnp.maximum(first_i, jnp.array(tiling.first, jnp.int32)), jnp.array(tiling.stop, jnp.int32)
 
 
 def block_sizes(T: int, S: int, heads: int, *, on_cpu: bool) -> tuple[int, int]:
@@ -105,7 +115,8 @@ def chunked_attention(
 ) -> Array:
     """Attention (B, T, N, H) by tiles; `queries` and `keys` are (B, T) and (B, S). Linear memory in T and S.
 
-    `bounds` (from `part_bounds`) replaces the first and last key blocks of the tiling by ones that differ by device.
+    `bounds` (from `part_bounds` or `segment_bounds`) replaces the first and last key blocks of the tiling by ones that
+    depend on the data.
     """
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
     q = _cut(q_BTNH, tiling.block_T, K)
