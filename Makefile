@@ -7,7 +7,7 @@
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
-#   make bench        measure beside transformers and TRL, and write docs/benchmarks.md (FORM=full: all of it)
+#   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,6 +15,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 FORM ?= short
+PYTHON312 ?= python3.12
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -64,11 +65,14 @@ format: $(VENV)/test.stamp
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# MaxText needs Python 3.12 and another jax, hence an environment of its own; without that Python it is left out.
 bench: $(VENV)/test.stamp
+	test -x $(VENV)-maxtext/bin/python || { $(PYTHON312) -m venv $(VENV)-maxtext && \
+		$(VENV)-maxtext/bin/pip install -q --no-deps -r tests/bench/requirements-maxtext.txt; } || rm -rf $(VENV)-maxtext
 	$(RUN) -m tests.bench.run --form $(FORM)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-maxtext build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; say which: make PYTHON=/path/to/python" >&2; exit 2; }

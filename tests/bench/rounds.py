@@ -6,9 +6,11 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
+MAXTEXT, MAXTEXT_PYTHON = "tests.bench.theirs_maxtext", Path(".venv-maxtext/bin/python")
 OURS = ("tests.bench.ours", "tests.bench.tuning_ours")
 
 
@@ -18,10 +20,11 @@ class Worker:
     def __init__(self, command: list[str]):
         # our own run as launch.py runs training
         command = ["tests.bench.kept", *command] if command[0] in OURS else command
+        python = str(MAXTEXT_PYTHON.absolute()) if command[0] == MAXTEXT else sys.executable
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         self.name = " ".join(command)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, "-m", *command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def end(self) -> None:
@@ -31,12 +34,12 @@ class Worker:
             pass  # closes its pipes and waits
 
     def read(self, key: str) -> str:
-        """What stands behind `key` on the next line."""
+        """What stands behind `key` on the next line that begins with it; what imports print comes before."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.startswith(key):
-            raise RuntimeError(f"{self.name} ended before it said {key!r}, with status {self.process.wait()}")
-        return line.removeprefix(key)
+        for line in self.process.stdout:
+            if line.startswith(key):
+                return line.removeprefix(key)
+        raise RuntimeError(f"{self.name} ended before it said {key!r}, with status {self.process.wait()}")
 
     def step(self) -> float:
         """Seconds of one step."""
