@@ -103,3 +103,13 @@ def make_tuning_config(tmp_path: Path) -> Any:
         return load_config(write_tuning_file(tmp_path, stage, **changes)).config
 
     return make
+
+
+@pytest.fixture
+def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many lumps and buckets from little text (in this process: one worker)."""
+    from data import sources, spill
+
+    monkeypatch.setattr(sources, "LUMP_BYTES", 4000)
+    monkeypatch.setattr(sources, "_READ_BYTES", 2000)
+    monkeypatch.setattr(spill, "BUCKET_BYTES", 40_000)

@@ -4,70 +4,26 @@ import gzip
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from data import prepare as prepare_module
-from data import sources, spill
-from data.cache import PreparedSource
-from data.config import DataConfig
 from data.prepare import prepare
-from data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = ROOT / "data" / "samples"
-MODEL = SAMPLES / "tokenizer.model"
-TOKENIZER = load_tokenizer(MODEL)
-SEQ_LEN = 64
-
-
-def _config(cache: Path, path: Path | str = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
-    train = ({"name": "fr", "path": str(path)},)
-    return DataConfig(**{"tokenizer": str(MODEL), "train": train, "cache_dir": str(cache), "workers": 1, **options})
-
-
-def _prepare(config: DataConfig, seed: int = 0, seq_len: int = SEQ_LEN, **options: Any) -> PreparedSource:
-    return prepare(config, seq_len, seed, progress=False, **options).train[0]
-
-
-def _records(source: PreparedSource) -> list[bytes]:
-    reader = ArrayRecordDataSource(source.paths)
-    return list(reader.__getitems__(range(len(reader))))
-
-
-def _texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()]
-
-
-def _documents(source: PreparedSource) -> list[tuple[int, ...]]:
-    """The documents of rows in which none is split."""
-    found: list[tuple[int, ...]] = []
-    for record in _records(source):
-        row = source.format.decode(record)
-        for segment in range(1, row.segment_ids.max() + 1):
-            piece = row.tokens[row.segment_ids == segment].tolist()
-            if segment == row.segment_ids.max() and row.weights[-1]:  # it reaches the place after the last input
-                piece.append(int(row.targets[-1]))
-            found.append(tuple(piece))
-    return found
-
-
-@pytest.fixture
-def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many lumps and buckets from little text (in this process: one worker)."""
-    monkeypatch.setattr(sources, "LUMP_BYTES", 4000)
-    monkeypatch.setattr(sources, "_READ_BYTES", 2000)
-    monkeypatch.setattr(spill, "BUCKET_BYTES", 40_000)
-
+from tests.prepared import (
+    MODEL,
+    SAMPLES,
+    SEQ_LEN,
+    TOKENIZER,
+    config_of,
+    documents_of,
+    leftovers,
+    prepare_one,
+    records_of,
+    texts_of,
+)
 
 # --- the rows ---
 
@@ -76,11 +32,11 @@ def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_the_rows_hold_the_documents_and_nothing_else(tmp_path: Path, packing: str) -> None:
     path = tmp_path / "short.jsonl"
-    texts = [t[:100] for t in _texts(SAMPLES / "fr.val.jsonl.gz")]
+    texts = [t[:100] for t in texts_of(SAMPLES / "fr.val.jsonl.gz")]
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    source = _prepare(_config(tmp_path / "cache", path, packing=packing))
+    source = prepare_one(config_of(tmp_path / "cache", path, packing=packing))
     expected = [(TOKENIZER.bos_id, *TOKENIZER.encode(t), TOKENIZER.eos_id) for t in texts]
-    rows = [source.format.decode(record) for record in _records(source)]
+    rows = [source.format.decode(record) for record in records_of(source)]
     assert source.rows == len(rows)
     assert source.documents == len(texts)
     assert source.text_bytes == sum(len(t.encode()) for t in texts)
@@ -92,28 +48,27 @@ def test_the_rows_hold_the_documents_and_nothing_else(tmp_path: Path, packing: s
     if packing == "best_fit":  # every document here fits a row
         assert max(map(len, expected)) <= SEQ_LEN + 1
         assert source.split == 0
-        assert Counter(_documents(source)) == Counter(expected)
+        assert Counter(documents_of(source)) == Counter(expected)
 
 
 def test_padding_share_is_what_the_rows_show(tmp_path: Path) -> None:
-    source = _prepare(_config(tmp_path, packing="best_fit"))
+    source = prepare_one(config_of(tmp_path, packing="best_fit"))
     used = 0
-    for record in _records(source):
+    for record in records_of(source):
         n = int(np.frombuffer(record, np.uint32, 1)[0])
         used += int(np.frombuffer(record, np.uint32, n, offset=4).sum())
     assert source.tokens == used
     assert source.padding == pytest.approx(1 - used / (source.rows * (SEQ_LEN + 1)))
-    assert (
-        f"{100 * source.padding:.2f} % padding" in prepare(_config(tmp_path, packing="best_fit"), SEQ_LEN, 0).summary()
-    )
+    summary = prepare(config_of(tmp_path, packing="best_fit"), SEQ_LEN, 0).summary()
+    assert f"{100 * source.padding:.2f} % padding" in summary
 
 
 @pytest.mark.usefixtures("small_lumps")
 def test_documents_are_shuffled_by_the_seed(tmp_path: Path) -> None:
-    rows = [_records(_prepare(_config(tmp_path), seed)) for seed in (0, 1)]
+    rows = [records_of(prepare_one(config_of(tmp_path), seed)) for seed in (0, 1)]
     assert rows[0] != rows[1]
     order = _first_tokens(rows[0])
-    in_file = [TOKENIZER.encode(t)[0:6] for t in _texts(SAMPLES / "fr.val.jsonl.gz")]
+    in_file = [TOKENIZER.encode(t)[0:6] for t in texts_of(SAMPLES / "fr.val.jsonl.gz")]
     positions = [in_file.index(o) for o in order if o in in_file]
     assert len(positions) > 30
     assert abs(np.corrcoef(positions, np.arange(len(positions)))[0, 1]) < 0.5
@@ -133,15 +88,15 @@ def _first_tokens(records: list[bytes]) -> list[list[int]]:
 
 @pytest.mark.usefixtures("small_lumps")
 def test_parts_on_many_machines_give_the_same_rows(tmp_path: Path) -> None:
-    alone = _prepare(_config(tmp_path / "alone"))
+    alone = prepare_one(config_of(tmp_path / "alone"))
     assert len(alone.shards) > 3
-    together = _config(tmp_path / "together")
+    together = config_of(tmp_path / "together")
     for index in (3, 1):
         result = prepare(together, SEQ_LEN, 0, part=(index, 3), progress=False)
         assert not result.complete
     assert result.missing_parts == ("fr: part-2 of 3",)
-    merged = _prepare(together, part=(2, 3))
-    assert _records(merged) == _records(alone)
+    merged = prepare_one(together, part=(2, 3))
+    assert records_of(merged) == records_of(alone)
     assert (merged.fingerprint, merged.documents, merged.targets) == (
         alone.fingerprint,
         alone.documents,
@@ -155,75 +110,71 @@ def test_parts_on_many_machines_give_the_same_rows(tmp_path: Path) -> None:
 def test_workers_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
     path = str(SAMPLES / "*.val.jsonl.gz")
-    serial = _prepare(_config(tmp_path / "1", path, workers=1))
-    parallel = _prepare(_config(tmp_path / "2", path, workers=2))
-    assert _records(parallel) == _records(serial)
+    serial = prepare_one(config_of(tmp_path / "1", path, workers=1))
+    parallel = prepare_one(config_of(tmp_path / "2", path, workers=2))
+    assert records_of(parallel) == records_of(serial)
 
 
 def test_an_error_in_a_worker_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
     (tmp_path / "f.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(ValueError, match=r"f.jsonl, line 2: 'text' is not a string"):
-        _prepare(_config(tmp_path / "cache", tmp_path / "f.jsonl", workers=2))
-    assert _leftovers(tmp_path / "cache") == []
-
-
-def _leftovers(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.iterdir() if p.name not in ("hashes", "locks"))
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", workers=2))
+    assert leftovers(tmp_path / "cache") == []
 
 
 # --- the cache ---
 
 
 def test_a_second_run_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _prepare(_config(tmp_path))
+    first = prepare_one(config_of(tmp_path))
     monkeypatch.setattr(prepare_module, "tokenise", None)
-    assert _prepare(_config(tmp_path)) == first
+    assert prepare_one(config_of(tmp_path)) == first
 
 
 def test_everything_that_changes_the_rows_changes_the_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text('{"text": "one", "other": "two"}\n')
     shutil.copy(MODEL, tmp_path / "t.model")
-    base = _config(tmp_path / "cache", path)
-    seen = {_prepare(base).fingerprint}
+    base = config_of(tmp_path / "cache", path)
+    seen = {prepare_one(base).fingerprint}
     other_column = base.train[0].model_copy(update={"text_key": "other"})
     for changed in (
         {"train": (other_column,)},
         {"packing": "best_fit"},
         {"on_error": "skip"},
     ):
-        seen.add(_prepare(base.model_copy(update=changed)).fingerprint)
-    seen.add(_prepare(base, seed=1).fingerprint)
-    seen.add(_prepare(base, seq_len=32).fingerprint)
-    same = [_prepare(base.model_copy(update={"tokenizer": str(tmp_path / "t.model")})).fingerprint]
+        seen.add(prepare_one(base.model_copy(update=changed)).fingerprint)
+    seen.add(prepare_one(base, seed=1).fingerprint)
+    seen.add(prepare_one(base, seq_len=32).fingerprint)
+    same = [prepare_one(base.model_copy(update={"tokenizer": str(tmp_path / "t.model")})).fingerprint]
     shutil.copy(path, tmp_path / "copy.jsonl")
-    same.append(_prepare(_config(tmp_path / "cache", tmp_path / "copy.jsonl")).fingerprint)
+    same.append(prepare_one(config_of(tmp_path / "cache", tmp_path / "copy.jsonl")).fingerprint)
     renamed = base.train[0].model_copy(update={"name": "new", "weight": 3.0})
-    same.append(_prepare(base.model_copy(update={"train": (renamed,)})).fingerprint)
+    same.append(prepare_one(base.model_copy(update={"train": (renamed,)})).fingerprint)
     assert len(seen) == 6
-    assert set(same) == {_prepare(base).fingerprint}
+    assert set(same) == {prepare_one(base).fingerprint}
     path.write_text('{"text": "One", "other": "two"}\n')
-    assert _prepare(base).fingerprint not in seen
+    assert prepare_one(base).fingerprint not in seen
 
 
 def test_an_edit_of_equal_size_and_date_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text('{"text": "one"}\n')
     before = os.stat(path)
-    first = _prepare(_config(tmp_path / "cache", path))
+    first = prepare_one(config_of(tmp_path / "cache", path))
     path.write_text('{"text": "two"}\n')
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(path).st_mtime_ns == before.st_mtime_ns
-    second = _prepare(_config(tmp_path / "cache", path))
+    second = prepare_one(config_of(tmp_path / "cache", path))
     assert second.fingerprint != first.fingerprint
-    assert _documents(second) == [(TOKENIZER.bos_id, *TOKENIZER.encode("two"), TOKENIZER.eos_id)]
+    assert documents_of(second) == [(TOKENIZER.bos_id, *TOKENIZER.encode("two"), TOKENIZER.eos_id)]
 
 
 @pytest.mark.parametrize("damage", ["shard gone", "shard cut", "meta cut", "meta of another version"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
-    source = _prepare(_config(tmp_path))
-    expected = _records(source)
+    source = prepare_one(config_of(tmp_path))
+    expected = records_of(source)
     shard, meta = Path(source.paths[0]), Path(source.directory) / "meta.json"
     if damage == "shard gone":
         shard.unlink()
@@ -233,108 +184,17 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
         meta.write_text(meta.read_text()[:-20])
     else:
         meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
-    assert _records(_prepare(_config(tmp_path))) == expected
+    assert records_of(prepare_one(config_of(tmp_path))) == expected
 
 
 def test_a_part_that_was_damaged_is_not_packed(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+    config = config_of(tmp_path)
     prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
     (part,) = tmp_path.glob("*.parts-of-2/part-1")
     shutil.rmtree(part / "000000")
     with pytest.raises(ValueError, match=r"held 0 of \d+ documents: it was damaged and is removed now, run again"):
         prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False)
-    assert _leftovers(tmp_path) == []
-
-
-# --- interruptions and company ---
-
-_PROGRAM = """
-import sys, time
-from data import build, sources, spill
-from data.config import DataConfig
-from data.prepare import prepare
-
-sources.LUMP_BYTES, sources._READ_BYTES, spill.BUCKET_BYTES = 4000, 2000, 40_000
-config, slow = DataConfig.model_validate_json(sys.argv[1]), sys.argv[2]
-if slow:
-    original = getattr(build, slow)
-    count = 0
-    def delayed(job):
-        global count
-        count += 1
-        if count == int(sys.argv[3]):
-            print("there", flush=True)
-            time.sleep(float(sys.argv[4]))
-        return original(job)
-    setattr(build, slow, delayed)
-print(prepare(config, 64, 0, progress=True).train[0].rows, flush=True)
-"""
-
-
-def _start(config: DataConfig, slow: str = "", at: int = 0, seconds: float = 0) -> subprocess.Popen[str]:
-    arguments = [config.model_dump_json(), slow, str(at), str(seconds)]
-    return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.usefixtures("small_lumps")
-@pytest.mark.parametrize(("step", "at"), [("tokenise_lump", 3), ("pack_bucket", 1)])
-def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path, step: str, at: int) -> None:
-    config = _config(tmp_path / "killed")
-    process = _start(config, step, at, 60)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert any("tmp" in p.name for p in (tmp_path / "killed").rglob("*"))
-    again = _prepare(config)
-    assert _records(again) == _records(_prepare(_config(tmp_path / "whole")))
-    assert _leftovers(tmp_path / "killed") == [again.fingerprint[:24]]
-
-
-def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path: Path) -> None:
-    config = _config(tmp_path)
-    first = _start(config, "tokenise_lump", 1, 3)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "there\n"
-    second = _start(config, "tokenise_lump", 1, 0)
-    out, err = second.communicate(timeout=60)
-    rest, first_err = first.communicate(timeout=60)
-    assert "waiting for another process that prepares it" in err
-    assert "there" not in out  # it tokenised nothing itself
-    assert out == rest
-    assert first.returncode == second.returncode == 0, first_err
-
-
-def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
-    import psutil
-
-    shutil.copy(SAMPLES / "fr.train.jsonl.gz", tmp_path / "a.jsonl.gz")
-    config = _config(tmp_path / "cache", tmp_path / "*.gz", workers=2)
-    script = tmp_path / "run.py"
-    script.write_text("from data import prepare as p; p._SERIAL_BYTES = 0\n" + _PROGRAM)
-    process = subprocess.Popen(
-        [sys.executable, str(script), config.model_dump_json(), "", "0", "0"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    children: list[Any] = []
-    deadline = time.monotonic() + 60
-    while len(children) < 2 and time.monotonic() < deadline and process.poll() is None:
-        children = psutil.Process(process.pid).children(recursive=True)
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert len(children) == 2
-    assert not alive
+    assert leftovers(tmp_path) == []
 
 
 # --- bad input ---
@@ -343,9 +203,9 @@ def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
 def test_bad_records_are_skipped_counted_and_shown(tmp_path: Path) -> None:
     lines = ['{"text": "good"}', "{", '{"text": 1}', '{"text": ""}', '{"text": "fine"}'] + ["[]"] * 5
     (tmp_path / "f.jsonl").write_text("\n".join(lines))
-    config = _config(tmp_path / "cache", tmp_path / "f.jsonl")
+    config = config_of(tmp_path / "cache", tmp_path / "f.jsonl")
     with pytest.raises(ValueError, match=r"f.jsonl, line 2: malformed JSON"):
-        _prepare(config)
+        prepare_one(config)
     data = prepare(config.model_copy(update={"on_error": "skip"}), SEQ_LEN, 0, progress=False)
     (source,) = data.train
     assert (source.documents, source.bad, source.empty, len(source.bad_examples)) == (2, 7, 1, 5)
@@ -363,23 +223,23 @@ def test_bad_records_are_skipped_counted_and_shown(tmp_path: Path) -> None:
 def test_empty_data_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "f.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"source 'fr': {message}"):
-        _prepare(_config(tmp_path / "cache", tmp_path / "f.jsonl"))
-    assert _leftovers(tmp_path / "cache") == []
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl"))
+    assert leftovers(tmp_path / "cache") == []
 
 
 def test_a_line_of_a_megabyte_is_a_good_one(tmp_path: Path) -> None:
     text = "Une très longue ligne sans fin. " * 33_000
     with gzip.open(tmp_path / "f.jsonl.gz", "wt") as stream:
         stream.write(json.dumps({"text": text}))
-    source = _prepare(_config(tmp_path / "cache", tmp_path / "f.jsonl.gz"))
+    source = prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl.gz"))
     assert (source.documents, source.split) == (1, 1)
     assert source.targets == len(TOKENIZER.encode(text)) + 1
 
 
 def test_chats_keep_their_weights(tmp_path: Path) -> None:
-    config = _config(tmp_path, SAMPLES / "sft" / "dialogue.val.jsonl.gz", examples="chat", template="v1")
-    source = _prepare(config, seq_len=256)
-    rows = [source.format.decode(record) for record in _records(source)]
+    config = config_of(tmp_path, SAMPLES / "sft" / "dialogue.val.jsonl.gz", examples="chat", template="v1")
+    source = prepare_one(config, seq_len=256)
+    rows = [source.format.decode(record) for record in records_of(source)]
     learned = [int(t) for r in rows for t, w in zip(r.targets, r.weights, strict=True) if w]
     expected: Counter[int] = Counter()
     for line in gzip.decompress((SAMPLES / "sft" / "dialogue.val.jsonl.gz").read_bytes()).splitlines():
@@ -394,4 +254,4 @@ def test_chats_keep_their_weights(tmp_path: Path) -> None:
 def test_chats_without_anything_to_learn_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_text(json.dumps({"prompt": "a " * 100, "completion": "b"}))
     with pytest.raises(ValueError, match="which has 1 without an answer to learn records"):
-        _prepare(_config(tmp_path / "cache", tmp_path / "f.jsonl", examples="chat"))
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", examples="chat"))

@@ -1,0 +1,54 @@
+"""Sources prepared from the bundled samples, and what their rows hold."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from data.cache import PreparedSource
+from data.config import DataConfig
+from data.prepare import prepare
+from data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "data" / "samples"
+MODEL = SAMPLES / "tokenizer.model"
+TOKENIZER = load_tokenizer(MODEL)
+SEQ_LEN = 64
+
+
+def config_of(cache: Path, path: Path | str = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
+    train = ({"name": "fr", "path": str(path)},)
+    return DataConfig(**{"tokenizer": str(MODEL), "train": train, "cache_dir": str(cache), "workers": 1, **options})
+
+
+def prepare_one(config: DataConfig, seed: int = 0, seq_len: int = SEQ_LEN, **options: Any) -> PreparedSource:
+    return prepare(config, seq_len, seed, progress=False, **options).train[0]
+
+
+def records_of(source: PreparedSource) -> list[bytes]:
+    reader = ArrayRecordDataSource(source.paths)
+    return list(reader.__getitems__(range(len(reader))))
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def documents_of(source: PreparedSource) -> list[tuple[int, ...]]:
+    """The documents of rows in which none is split."""
+    found: list[tuple[int, ...]] = []
+    for record in records_of(source):
+        row = source.format.decode(record)
+        for segment in range(1, row.segment_ids.max() + 1):
+            piece = row.tokens[row.segment_ids == segment].tolist()
+            if segment == row.segment_ids.max() and row.weights[-1]:  # it reaches the place after the last input
+                piece.append(int(row.targets[-1]))
+            found.append(tuple(piece))
+    return found
+
+
+def leftovers(cache: Path) -> list[str]:
+    return sorted(p.name for p in cache.iterdir() if p.name not in ("hashes", "locks"))
