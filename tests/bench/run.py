@@ -1,6 +1,7 @@
 """`make bench`: measure beside the others, in turn and in one run, and write docs/benchmarks.md.
 
-python -m tests.bench.run [--form short|full] [--only step tuning generation growth long] [--shapes S M L] [--steps 8]
+python -m tests.bench.run [--form short|full] [--only step tuning generation growth long data] [--shapes S M L]
+    [--steps 8] [--tokenizer PATH]
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench import growth, side, step
+from tests.bench import feeding, growth, side, step
 from tests.bench.shapes import SHAPES
 
 DOC = Path("docs/benchmarks.md")
@@ -22,18 +23,20 @@ TITLES = {
     "generation": "Generation beside transformers",
     "growth": "As work grows",
     "long": "Many steps, and a long sequence",
+    "data": "Preparing data, and waiting for it",
 }
 
 
-def sections(full: bool, shapes: list[str] | None, steps: int | None) -> dict[str, Callable[[], str]]:
+def sections(full: bool, args: argparse.Namespace) -> dict[str, Callable[[], str]]:
     """What each section runs: in full, or enough to see whether something broke."""
-    steps = steps or (8 if full else 3)
+    shapes, steps = args.shapes, args.steps or (8 if full else 3)
     return {
         "step": lambda: step.section(shapes or (["S", "M", "L"] if full else ["S"]), steps),
         "tuning": lambda: side.tuning(steps),
         "generation": lambda: side.generation(256 if full else 64, calls=steps),
         "growth": lambda: growth.section(steps=3),
         "long": lambda: growth.many_steps(2000 if full else 200) + "\n\n" + growth.long_sequence(),
+        "data": lambda: feeding.section(args.tokenizer, copies=5 if full else 1, steps=200 if full else 40),
     }
 
 
@@ -44,8 +47,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="sections to run")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="shapes of the section step")
     parser.add_argument("--steps", type=int, help="steps (or calls) of each, in turn with those of the other")
+    parser.add_argument("--tokenizer", help="of section data (default: the bundled one)")
     args = parser.parse_args()
-    for name, run in sections(args.form == "full", args.shapes, args.steps).items():
+    for name, run in sections(args.form == "full", args).items():
         if name in args.only:
             text = f"{heading()}\n\n{run()}"
             print(text, flush=True)
@@ -58,8 +62,8 @@ def heading() -> str:
     packages = ("jax", "flax", "torch", "transformers", "trl")
     return (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{', '.join(f'{package} {version(package)}' for package in packages)}. Two living processes that "
-        f"take one step each in turn; medians, and least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
+        f"{', '.join(f'{package} {version(package)}' for package in packages)}. Where two are compared, both "
+        f"live and take one step each in turn: median, least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
     )
 
 
