@@ -67,9 +67,14 @@ format: $(VENV)/test.stamp
 
 # MaxText needs Python 3.12 and another jax, hence an environment of its own; without that Python it is left out.
 bench: $(VENV)/test.stamp
-	test -x $(VENV)-maxtext/bin/python || { $(PYTHON312) -m venv $(VENV)-maxtext && \
-		$(VENV)-maxtext/bin/pip install -q --no-deps -r tests/bench/requirements-maxtext.txt; } || rm -rf $(VENV)-maxtext
+	-$(MAKE) $(VENV)-maxtext/stamp
 	$(RUN) -m tests.bench.run --form $(FORM)
+
+$(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
+	rm -rf $(VENV)-maxtext
+	$(PYTHON312) -m venv $(VENV)-maxtext
+	$(VENV)-maxtext/bin/pip install -q --no-deps -r $<
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-maxtext build *.egg-info .pytest_cache .mypy_cache .ruff_cache

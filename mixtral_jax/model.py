@@ -117,7 +117,8 @@ class Mixtral(nnx.Module):
         Args:
             tokens_BT: token ids.
             positions: place of each token in its document; counts from 0 if not given.
-            segment_ids: document of each token, 0 for padding; one document if not given.
+            segment_ids: document of each token, 0 for padding; one document if not given. A document's tokens are
+                neighbours, in order.
         """
 
         def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:

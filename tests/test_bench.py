@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import ours, rounds, tuning_ours
+from tests.bench import ours, rounds, step, tuning_ours, tuning_theirs
 from tests.bench.run import write_section
 from tests.bench.shapes import SHAPES, parse
 
@@ -17,9 +17,9 @@ def test_a_shape_with_changes():
 
 
 def test_the_pretraining_step():
-    step, facts = ours.prepare(parse("XS"), capacity=None)
-    assert 5 < step(0) < 7.5  # about log 512
-    assert facts()["flops"] > 0 and facts()["grown_bytes"] == 0
+    take, facts = ours.prepare(parse("XS"), capacity=None)
+    assert 5 < take(0) < 7.5  # about log 512
+    assert facts()["flops"] > 0 and facts()["compile_seconds"] > 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "lora", "dpo"])
@@ -30,10 +30,16 @@ def test_the_steps_of_fine_tuning(kind):
 
 
 ECHO = """
-import sys
+import os, sys
 from tests.bench.worker import serve
 if sys.argv[1] == "bad": sys.exit("no")
-serve(lambda index: print("said", index), lambda: {"last": 7})
+steps = 0
+def step(index):
+    global steps
+    steps += 1
+    print("said", index)
+    if sys.argv[1] == "mortal" and index == 3: os._exit(1)
+serve(step, lambda: {"steps": steps})
 """
 
 
@@ -43,10 +49,44 @@ def test_processes_step_in_turn_and_a_dead_one_is_named(tmp_path, monkeypatch):
     runs = rounds.beside("ours", ["echo_worker", "a"], {"b": ["echo_worker", "b"], "c": ["echo_worker", "c"]}, steps=3)
     assert list(runs) == ["ours", "b", "c"]
     assert [len(run["times"]) for run in runs.values()] == [6, 3, 3]
-    assert all(run["last"] == 7 and run["peak_bytes"] > 0 for run in runs.values())
+    assert all(run["steps"] == 2 + 3 and run["peak_bytes"] > 0 for run in runs.values())
     assert rounds.faster({"ratios": [2.0, 1.0, 4.0]}) == "2.00x (1.00 to 4.00)"
     with pytest.raises(RuntimeError, match="echo_worker bad ended"):
         rounds.in_turn({"ours": ["echo_worker", "bad"]}, steps=1)
+    with pytest.raises(RuntimeError, match="echo_worker mortal ended"):
+        rounds.in_turn({"ours": ["echo_worker", "mortal"], "b": ["echo_worker", "b"]}, steps=3)
+
+
+def test_a_trainer_takes_one_step_when_it_is_told_to():
+    gate, seen = tuning_theirs.Gate(), []
+
+    def train():
+        for number in range(2):
+            gate.on_step_begin()
+            seen.append(number)
+
+    gate.run(train)
+    assert seen == []
+    gate.step(0)
+    assert seen == [0]
+    with pytest.raises(RuntimeError, match="took all the steps"):
+        gate.step(1)
+    with pytest.raises(RuntimeError, match="the trainer ended: ValueError"):
+        tuning_theirs.Gate().run(lambda: [].remove(0))
+
+
+def test_the_table_of_steps(monkeypatch):
+    def in_turn(commands, steps):
+        seconds = {"mixtral-jax": 2.0, "mixtral-jax, capacity 1.25": 1.6}
+        facts = dict(flops=1e9, matmul_flops_per_second=1e9, compile_seconds=5, peak_bytes=2e9)
+        times = {name: seconds.get(name, 4.0) for name in commands}
+        return {name: {**facts, "times": [t] * steps, "seconds": t} for name, t in times.items()}
+
+    monkeypatch.setattr(rounds, "in_turn", in_turn)
+    table = step.section(["M"], steps=3)
+    assert "| mixtral-jax | 2.00 | 1,024 | 1.00x | 2.00 |" in table
+    assert "| transformers, eager | 4.00 | 512 | 2.00x (2.00 to 2.00) | 2.00 |" in table
+    assert "+25 % more time than capacity" in table and "50 % of XLA's own" in table
 
 
 def test_a_section_replaces_itself_and_nothing_else(tmp_path):

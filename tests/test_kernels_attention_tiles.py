@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.kernels.attention import attend
 from mixtral_jax.kernels.attention_chunked import Tokens, block_sizes, chunked_attention, segment_bounds, tile
 from tests.attention_cases import CASES, Case, compare, make, out_and_gradients
 from tests.oracles.attention import attention, mask_matrix
@@ -32,19 +33,28 @@ def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> 
 def test_no_tile_before_its_oldest_segment_is_visited(window: int | None, blocks: tuple[int, int]) -> None:
     inputs = make(Case(T=77, lengths=(30, 5, 34), window=window))
     tiling = tile(77, 77, *blocks, window=window, ordered=True)
-    segments = np.array(inputs.tokens["q_segments_BT"])
-    bounds = jax.jit(lambda segments: segment_bounds(tiling, segments))(segments)
+    bounds = jax.jit(lambda segments: segment_bounds(tiling, segments))(inputs.tokens["q_segments_BT"])
     visited = 0
     for i, (first, stop) in enumerate(zip(*map(np.asarray, bounds), strict=True)):
         rows = inputs.mask[:, i * blocks[0] : (i + 1) * blocks[0]]
         filled = [j for j in range(-(-77 // blocks[1])) if rows[..., j * blocks[1] : (j + 1) * blocks[1]].any()]
-        # padding sees nothing, yet its own tiles may be visited
-        assert not filled or (first <= min(filled) and max(filled) < stop)
-        if filled and (segments[:, i * blocks[0] : (i + 1) * blocks[0]] != 0).all():
-            assert first == min(filled)
+        # padding sees nothing, yet its own tiles are visited
+        assert not filled or (first == min(filled) and max(filled) < stop)
         visited += stop - first
     static = sum(tiling.stop) - sum(tiling.first)
     assert visited < static if window is None else visited <= static
+
+
+def test_padding_inside_a_document_ends_nothing() -> None:
+    """A row as an attention mask with holes makes it: positions count what is there."""
+    inputs = make(Case(T=150, N=2, K=1, lengths=(90, 50)))
+    segments = inputs.tokens["q_segments_BT"].copy()
+    segments[:, [0, 1, 60, 61, 62, 100]] = 0
+    positions = np.cumsum(segments != 0, axis=1).astype(np.int32)
+    tokens = dict(q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments)
+    mask = np.stack([mask_matrix(p, p, s, s, None) for p, s in zip(positions, segments, strict=True)])
+    got = out_and_gradients(lambda q, k, v: attend(q, k, v, **tokens, window=None, backend="chunked"), inputs.arrays)
+    compare(got, attention(*inputs.arrays[:3], mask, inputs.arrays[3]), 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.sampling import make_sampler, sample, truncate
+from mixtral_jax.sampling import first_maximum, make_sampler, sample, truncate
 
 
 def kept_twin(logits: np.ndarray, top_k: int | None, top_p: float | None) -> set[int]:
@@ -20,6 +20,13 @@ def kept_twin(logits: np.ndarray, top_k: int | None, top_p: float | None) -> set
         if top_p is not None and mass >= top_p:
             break
     return kept
+
+
+def test_the_first_of_equal_maxima_and_rows_without_one() -> None:
+    rows = [[1.0, 3.0, 3.0], [-np.inf] * 3, [np.nan, 2.0, 1.0], [np.inf, 0.0, np.inf]]
+    np.testing.assert_array_equal(jax.jit(first_maximum)(jnp.array(rows)), [1, 0, 2, 0])
+    x_BV = np.random.default_rng(0).normal(size=(64, 501)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(first_maximum)(x_BV), x_BV.argmax(axis=1))
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 5, 99])

@@ -66,11 +66,20 @@ def part_bounds(tiling: Tiling, places_T: Array, window: int | None) -> tuple[Ar
 
 
 def segment_bounds(tiling: Tiling, segments_BT: Array) -> tuple[Array, Array]:
-    """First key block and last + 1 of each query block of ordered rows: no key before a query's own segment is seen."""
+    """First key block and last + 1 of each query block of ordered rows: no key before a query's own segment is seen.
+
+    Padding (segment 0) sees nothing and ends no segment.
+    """
     T, blocks = segments_BT.shape[1], len(tiling.first)
-    begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
-    begin_BT = lax.cummax(jnp.where(begins_BT, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
-    oldest_T = jnp.pad(jnp.min(begin_BT, axis=0), (0, blocks * tiling.block_T - T), mode="edge")
+    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), segments_BT.shape)
+    real_BT = segments_BT != 0
+    before_BT = jnp.pad(lax.cummax(jnp.where(real_BT, index_BT, -1), axis=1), ((0, 0), (1, 0)), constant_values=-1)
+    before_BT = before_BT[:, :-1]  # the last token before this one that is no padding
+    other_BT = segments_BT != jnp.take_along_axis(segments_BT, jnp.maximum(before_BT, 0), axis=1)
+    begins_BT = real_BT & (other_BT | (before_BT < 0))
+    begin_BT = lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+    oldest_T = jnp.min(jnp.where(real_BT, begin_BT, index_BT), axis=0)
+    oldest_T = jnp.pad(oldest_T, (0, blocks * tiling.block_T - T), mode="edge")
     first_i = jnp.min(oldest_T.reshape(blocks, -1), axis=1) // tiling.block_S
     return jnp.maximum(first_i, jnp.array(tiling.first, jnp.int32)), jnp.array(tiling.stop, jnp.int32)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
-MAXTEXT, MAXTEXT_PYTHON = "tests.bench.theirs_maxtext", Path(".venv-maxtext/bin/python")
+MAXTEXT, MAXTEXT_VENV = "tests.bench.theirs_maxtext", Path(".venv-maxtext")
 OURS = ("tests.bench.ours", "tests.bench.tuning_ours")
 
 
@@ -20,7 +20,7 @@ class Worker:
     def __init__(self, command: list[str]):
         # our own run as launch.py runs training
         command = ["tests.bench.kept", *command] if command[0] in OURS else command
-        python = str(MAXTEXT_PYTHON.absolute()) if command[0] == MAXTEXT else sys.executable
+        python = str(MAXTEXT_VENV.absolute() / "bin" / "python") if command[0] == MAXTEXT else sys.executable
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         self.name = " ".join(command)
         self.process = subprocess.Popen(
@@ -30,7 +30,7 @@ class Worker:
     def end(self) -> None:
         """End the process, however far it has come."""
         self.process.kill()
-        with self.process:
+        with contextlib.suppress(BrokenPipeError), self.process:
             pass  # closes its pipes and waits
 
     def read(self, key: str) -> str:
@@ -44,8 +44,9 @@ class Worker:
     def step(self) -> float:
         """Seconds of one step."""
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is gone: reading says so
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return float(self.read("seconds"))
 
     def facts(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
         facts: dict[str, Any] = json.loads(self.read("facts"))
+        self.process.wait(timeout=60)  # it may have files to remove
         return facts
 
 
@@ -76,15 +78,16 @@ def in_turn(commands: dict[str, list[str]], steps: int) -> Results:
 def beside(name: str, ours: list[str], others: dict[str, list[str]], steps: int) -> Results:
     """Each of `others` alone beside ours, two processes at a time; `ratios` are its seconds through ours just before.
 
-    What stands under `name` are the steps of all of our processes.
+    What stands under `name` is of all our processes: their steps, and the median of each fact.
     """
-    results: Results = {name: {"times": [], "peak_bytes": 0}}
-    for other, command in others.items():
-        pair = in_turn({name: ours, other: command}, steps)
+    pairs = {other: in_turn({name: ours, other: command}, steps) for other, command in others.items()}
+    mine = [pair[name] for pair in pairs.values()]
+    times = [seconds for run in mine for seconds in run["times"]]
+    facts = {key: statistics.median(run[key] for run in mine) for key in mine[0] if key != "times"}
+    results: Results = {name: {**facts, "times": times, "seconds": statistics.median(times), "ratios": [1.0]}}
+    for other, pair in pairs.items():
         ratios = [b / a for a, b in zip(pair[name]["times"], pair[other]["times"], strict=True)]
         results[other] = {**pair[other], "ratios": ratios}
-        times = results[name]["times"] + pair[name]["times"]
-        results[name] = {**pair[name], "times": times, "seconds": statistics.median(times), "ratios": [1.0]}
     return results
 
 

@@ -60,10 +60,11 @@ def main() -> int:
 def heading() -> str:
     """When, where, with what, and how to repeat it."""
     packages = ("jax", "flax", "torch", "transformers", "trl")
+    names = ", ".join(f"{package} {version(package)}" for package in packages)
     return (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{', '.join(f'{package} {version(package)}' for package in packages)}. Where two are compared, both "
-        f"live and take one step each in turn: median, least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
+        f"{names}. What is compared lives at the same time, two processes that take one step each in turn: median, "
+        f"least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
     )
 
 

@@ -2,15 +2,15 @@
 
 import statistics
 
-from tests.bench.rounds import MAXTEXT, MAXTEXT_PYTHON, beside, faster
+from tests.bench.rounds import MAXTEXT, MAXTEXT_VENV, beside, faster
 from tests.bench.shapes import SHAPES
 
 OURS, CAPACITY = "mixtral-jax", "mixtral-jax, capacity 1.25"
 EXPERTS = ("grouped_mm", "eager")
 MAXTEXT_SHAPES = ("XS", "S")  # for which its options were chosen
 MAXTEXT_NOTE = """
-MaxText is written for TPU and GPU: on a CPU its dropless experts run as `ragged_dot` (its Pallas kernels only
-interpreted), with the options that were fastest here; its capacity 1.25 is counted in each sequence, its jax is newer.
+MaxText ({versions}) is written for TPU and GPU: on a CPU its dropless experts run as `ragged_dot` (its
+Pallas kernels only interpreted), with the options that were fastest here; its capacity 1.25 is counted in each sequence.
 """
 
 
@@ -23,7 +23,7 @@ def _table(shape: str, steps: int) -> str:
     s = SHAPES[shape]
     others = {CAPACITY: ["tests.bench.ours", shape, "1.25"]}
     others |= {f"transformers, {name}": ["tests.bench.theirs", shape, name] for name in EXPERTS}
-    with_maxtext = shape in MAXTEXT_SHAPES and MAXTEXT_PYTHON.exists()
+    with_maxtext = shape in MAXTEXT_SHAPES and (MAXTEXT_VENV / "stamp").exists()
     if with_maxtext:
         others |= {f"MaxText, {mode}": [MAXTEXT, shape, mode] for mode in ("capacity", "dropless")}
     results = beside(OURS, ["tests.bench.ours", shape], others, steps)
@@ -46,4 +46,6 @@ def _table(shape: str, steps: int) -> str:
         f"matmul ({ours['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s) in the same processes. Compile: "
         f"{ours['compile_seconds']:.1f} s.\n"
     )
-    return "\n".join([*rows, MAXTEXT_NOTE if with_maxtext else ""])
+    if with_maxtext:
+        rows.append(MAXTEXT_NOTE.format(versions=results["MaxText, dropless"]["versions"]))
+    return "\n".join(rows)

@@ -7,6 +7,7 @@ its own (3.12), with the packages of requirements-maxtext.txt.
 import os
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,10 @@ class Trainer:
             self.state, metrics = self.train_step(self.state, jax.device_put(batch, self.batch_sharding))
         self.loss = float(metrics["scalar"]["learning/loss"])
 
-    def facts(self) -> dict[str, float]:
-        """The loss of the last step, and how large the model is."""
-        return {"loss": self.loss, "parameters": self.parameters}
+    def facts(self) -> dict[str, Any]:
+        """The loss of the last step, how large the model is, and what ran."""
+        versions = ", ".join(f"{package} {version(package)}" for package in ("maxtext", "jax", "flax"))
+        return {"loss": self.loss, "parameters": self.parameters, "versions": versions}
 
 
 if __name__ == "__main__":

@@ -25,23 +25,40 @@ STEPS_AT_MOST = 60  # for which there are rows
 
 
 class Gate(TrainerCallback):
-    """Holds the trainer between its steps: `step` lets it take one, data included, and waits for its end."""
+    """Holds the trainer between its steps; `step` lets it take one, with its logging and the data of the next."""
 
     def __init__(self) -> None:
-        self.orders, self.done = queue.Queue[None](), queue.Queue[None]()
+        self.orders, self.answers = queue.Queue[None](), queue.Queue[str | None]()
+
+    def run(self, train: Callable[[], object]) -> None:
+        """Start the trainer in a thread of its own; returns in front of its first step."""
+
+        def target() -> None:
+            ended = "it took all the steps that it has rows for"
+            try:
+                train()
+            except Exception as error:
+                ended = repr(error)
+            self.answers.put(ended)
+
+        threading.Thread(target=target, daemon=True).start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the trainer stands in front of a step."""
+        ended = self.answers.get()
+        if ended is not None:
+            raise RuntimeError(f"the trainer ended: {ended}")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for an order."""
+        """Say that all before this step is done, and wait for an order."""
+        self.answers.put(None)
         self.orders.get()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Say that it is done."""
-        self.done.put(None)
 
     def step(self, index: int) -> None:
         """One step of the trainer."""
         self.orders.put(None)
-        self.done.get()
+        self.wait()
 
 
 def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -80,15 +97,16 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
     return SFTTrainer(model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
-def prepare(shape: Shape, kind: str, share: float) -> Callable[[int], None]:
-    """The trainer in a thread of its own, as a function that takes one step of it."""
+def prepare(shape: Shape, kind: str, share: float, directory: str) -> Callable[[int], None]:
+    """The trainer as a function that takes one step of it."""
     torch.manual_seed(0)
     gate = Gate()
-    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, tempfile.mkdtemp())
+    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, directory)
     trainer.add_callback(gate)
-    threading.Thread(target=trainer.train, daemon=True).start()
+    gate.run(trainer.train)
     return gate.step
 
 
 if __name__ == "__main__":
-    serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
+    with tempfile.TemporaryDirectory() as folder:
+        serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3]), folder))

@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def serve(step: Callable[[int], object], facts: Callable[[], dict[str, float]] = dict) -> None:
+def serve(step: Callable[[int], object], facts: Callable[[], dict[str, Any]] = dict) -> None:
     """Two steps to warm up, a line `ready`, then one step for each line of input and its seconds; at the end facts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to stderr
