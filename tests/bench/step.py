@@ -10,7 +10,7 @@ EXPERTS = ("grouped_mm", "eager")
 MAXTEXT_SHAPES = ("XS", "S")  # for which its options were chosen
 MAXTEXT_NOTE = """
 MaxText ({versions}) is written for TPU and GPU: on a CPU its dropless experts run as `ragged_dot` (its
-Pallas kernels only interpreted), with the options that were fastest here; its capacity 1.25 is counted in each sequence.
+Pallas kernels only interpreted), with the options that were fastest here; capacity 1.25 counts in each sequence.
 """
 
 
