@@ -48,7 +48,9 @@ def draw(lines: dict[str, list[tuple[int, float]]]) -> None:
         axes.plot([x / base for x, _ in points], [y for _, y in points], marker="o", label=f"{name} (S: {base})")
     axes.set(xscale="log", yscale="log", xlabel="times shape S", ylabel="tokens per second")
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
-    axes.grid(alpha=0.3, which="both")
+    axes.set_yticks([500, 1000, 2000, 4000], ["500", "1,000", "2,000", "4,000"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(PICTURE, dpi=110)
 
