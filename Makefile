@@ -28,7 +28,7 @@ help:
 
 quickstart: $(VENV)/core.stamp
 	JAX_PLATFORMS=cpu $(RUN) launch.py pretrain configs/pretrain/quickstart.yaml
-	@JAX_PLATFORMS=cpu $(RUN) -m train.quickstart runs/quickstart
+	@JAX_PLATFORMS=cpu $(RUN) -m mixtral_jax.train.commands.quickstart runs/quickstart
 
 # Each line is a command of its own; a stage that is done is not done again.
 demo: $(VENV)/core.stamp
@@ -36,7 +36,7 @@ demo: $(VENV)/core.stamp
 	JAX_PLATFORMS=cpu $(RUN) launch.py sft configs/sft/tiny.yaml $(DEMO_ARGS)
 	JAX_PLATFORMS=cpu $(RUN) launch.py dpo configs/dpo/tiny.yaml $(DEMO_ARGS)
 	JAX_PLATFORMS=cpu $(RUN) launch.py convert orbax2hf runs/dpo-tiny runs/demo-hf --dtype float32 --force
-	@JAX_PLATFORMS=cpu $(RUN) -m train.demo runs/quickstart runs/sft-tiny runs/dpo-tiny runs/demo-hf
+	@JAX_PLATFORMS=cpu $(RUN) -m mixtral_jax.train.commands.demo runs/quickstart runs/sft-tiny runs/dpo-tiny runs/demo-hf
 
 demo-small: $(VENV)/small.stamp
 	test -f runs/smollm2-hf/tokenizer.json || $(RUN) -m tests.small_weights runs/smollm2-hf
@@ -59,7 +59,7 @@ test-slow: $(VENV)/small.stamp
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy mixtral_jax train data launch.py
+	$(RUN) -m mypy
 
 format: $(VENV)/test.stamp
 	$(RUN) -m ruff check --fix .

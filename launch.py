@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("exit 1: interrupted", file=sys.stderr)
         return UNEXPECTED
     except Exception as error:
-        from train.errors import is_for_the_user
+        from mixtral_jax.train.errors import is_for_the_user
 
         mistake = is_for_the_user(error)
         if args.traceback or not mistake:
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_use(commands)
     _add_config(commands)
-    _command(commands, "doctor", "versions, devices, kernels, known-bad pairs", "train.doctor:examine")
+    _command(commands, "doctor", "versions, devices, kernels, known-bad pairs", "train.commands.doctor:examine")
     for name, text in RESERVED.items():
         _command(commands, name, f"{text} (not built yet)", _not_built, overrides=True)
     return parser
@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 def _command(
     commands: Any, name: str, text: str, calls: str | Callable[[Parsed], int | None], *, overrides: bool = False
 ) -> argparse.ArgumentParser:
-    """A command that `calls` a function here, or `module:function` of ours with its options as keywords."""
+    """A command that `calls` a function here, or `module:function` of mixtral_jax with its options as keywords."""
     epilog = "Overrides follow the file: a.b=c, --a.b c or --a.b=c, typed as YAML (steps=1e6 x=null xs=[1,2])."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog if overrides else None)
     run = partial(_forward, calls) if isinstance(calls, str) else calls
@@ -126,7 +126,7 @@ def _add_convert(commands: Any) -> None:
         parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast; default: as stored")
         if name == "orbax2hf":
             parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
-    parser = _command(group, "verify", "compare two checkpoints: tensors and logits", "train.tools:verify")
+    parser = _command(group, "verify", "compare two checkpoints: tensors and logits", "train.commands.tools:verify")
     parser.add_argument("a", metavar="A", help="a checkpoint directory of any format")
     parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, instead of the built-in ones")
@@ -145,7 +145,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _source_and_target(group: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = _command(group, name, text, f"mixtral_jax.convert:{name.replace('-', '_')}")
+    parser = _command(group, name, text, f"convert:{name.replace('-', '_')}")
     parser.add_argument("src", metavar="SRC", help="directory to read")
     parser.add_argument("dst", metavar="DST", help="directory to make; it must not exist yet")
     parser.add_argument("--force", action="store_true", help="replace DST, in one step at the very end")
@@ -155,12 +155,19 @@ def _source_and_target(group: Any, name: str, text: str) -> argparse.ArgumentPar
 def _add_data(commands: Any) -> None:
     group = _group(commands, "data", "tokenise, pack and look at data")
     parser = _command(
-        group, "prepare", "tokenise and pack everything that a run reads", "train.tools:prepare", overrides=True
+        group,
+        "prepare",
+        "tokenise and pack everything that a run reads",
+        "train.commands.tools:prepare",
+        overrides=True,
     )
     parser.add_argument("config", metavar="CFG", help="the run's YAML file")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts, to spread the work over machines")
     parser = _command(
-        group, "train-tokenizer", "train a SentencePiece BPE model with byte fallback", "train.tools:train_tokenizer"
+        group,
+        "train-tokenizer",
+        "train a SentencePiece BPE model with byte fallback",
+        "train.commands.tools:train_tokenizer",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="text, jsonl or parquet files to learn from")
     parser.add_argument("--output", required=True, metavar="MODEL", help="the .model file to write")
@@ -171,7 +178,7 @@ def _add_data(commands: Any) -> None:
         group,
         "preview",
         "samples with the learned tokens coloured, and the mixture",
-        "train.tools:preview",
+        "train.commands.tools:preview",
         overrides=True,
     )
     parser.add_argument("config", metavar="CFG", help="the run's YAML file")
@@ -190,12 +197,16 @@ def _add_plan(commands: Any) -> None:
 
 def _add_use(commands: Any) -> None:
     parser = _command(
-        commands, "eval", "loss, perplexity and bits per byte of each source", "train.commands:evaluate", overrides=True
+        commands,
+        "eval",
+        "loss, perplexity and bits per byte of each source",
+        "train.commands.use:evaluate",
+        overrides=True,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
     parser.add_argument("config", metavar="CFG", help="YAML file whose data.validation is read")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
-    parser = _command(commands, "generate", "continue a prompt or answer in a chat", "train.commands:generate")
+    parser = _command(commands, "generate", "continue a prompt or answer in a chat", "train.commands.use:generate")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
     parser.add_argument(
         "--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated"
@@ -217,7 +228,7 @@ def _add_config(commands: Any) -> None:
     group = _group(commands, "config", "look at run files")
     parser = _command(group, "show", "the resolved file, each value with the place that set it", _show, overrides=True)
     parser.add_argument("config", metavar="CFG", help="YAML file")
-    parser = _command(group, "schema", "JSON Schema of a stage's file", "train.tools:schema")
+    parser = _command(group, "schema", "JSON Schema of a stage's file", "train.commands.tools:schema")
     parser.add_argument("stage", choices=tuple(STAGES), help="the stage")
 
 
@@ -232,16 +243,8 @@ def _environment() -> None:
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
-    """A function of ours, imported now. What is still to be written is said in a sentence."""
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        found = None
-    if found is None:
-        raise ValueError(f"not built yet: this version has no {module}.{name}")
-    return found
+    """A function of ours, imported now; `module` is counted from mixtral_jax."""
+    return getattr(importlib.import_module(f"mixtral_jax.{module}"), name)
 
 
 def _forward(calls: str, args: Parsed) -> int:
@@ -256,7 +259,7 @@ def _forward(calls: str, args: Parsed) -> int:
 
 
 def _load(path: str, overrides: list[str], command: str | None = None) -> Any:
-    return _function("train.config", "load_config")(path, overrides, command=command)
+    return _function("train.config.load", "load_config")(path, overrides, command=command)
 
 
 def _not_built(args: Parsed) -> int:
@@ -265,14 +268,14 @@ def _not_built(args: Parsed) -> int:
 
 def _train(args: Parsed) -> int:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        _function("train.host", "keep_freed_memory")()
+        _function("train.run.memory", "keep_freed_memory")()
     config, provenance = _load(args.config, args.overrides, args.command)
     if args.dry_run:
-        return _function("train.dry_run", "dry_run")(config, provenance)
-    _function("train.distributed", "initialize")(
+        return _function("train.plan.dry_run", "dry_run")(config, provenance)
+    _function("train.run.processes", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )
-    return _function("train.loop", "run")(config, provenance, force=args.force)
+    return _function("train.trainer", "run")(config, provenance, force=args.force)
 
 
 def _plan(args: Parsed) -> int:
@@ -282,12 +285,12 @@ def _plan(args: Parsed) -> int:
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
         )
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return _forward("train.plan:run", args)
+    return _forward("train.plan.plan:run", args)
 
 
 def _show(args: Parsed) -> int:
     config, provenance = _load(args.config, args.overrides)
-    print(_function("train.config", "resolved_yaml")(config, provenance), end="")
+    print(_function("train.config.load", "resolved_yaml")(config, provenance), end="")
     return OK
 
 

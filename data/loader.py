@@ -8,18 +8,17 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from data.batch import Batch, PairBatch
-from data.cache import PreparedSource, digest
-from data.config import DataConfig
-from data.order import GlobalOrder, shares
-from data.pairs import PairRow
-from data.prepare import prepare
-from data.progress import say
-from data.rows import Row
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.prepare.cache import PreparedSource, digest
+from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.progress import say
+from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.rows.order import GlobalOrder, shares
+from mixtral_jax.data.rows.pairs import PairRow
+from mixtral_jax.data.rows.row import Row
 
 _THREADS = 2
 _AHEAD = 4  # batches
-
 
 References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2) log-probabilities of the reference
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
-from data.config import DataConfig
-from data.loader import Rows
-from data.order import GlobalOrder, shares
-from data.pairs import PairRow
-from data.prepare import prepare
-from data.rows import Row
-from data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.loader import Rows
+from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.rows.order import GlobalOrder, shares
+from mixtral_jax.data.rows.pairs import PairRow
+from mixtral_jax.data.rows.row import Row
+from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
 

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.cache import write_bytes_atomically
-from data.config import SourceConfig
-from data.progress import Meter
-from data.sources import Problems, read_lumps, source_files, text_size_estimate
-from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.prepare.cache import write_bytes_atomically
+from mixtral_jax.data.progress import Meter
+from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
+from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 
 def train_tokenizer(

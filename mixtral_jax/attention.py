@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.kernels.attention import Backend, attend
+from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
+from mixtral_jax.parallel.sharding import axis_index, axis_size, psum
+from mixtral_jax.parallel.zigzag import Part, whole_row
 from mixtral_jax.quantize import whole_weight
-from mixtral_jax.rope import apply_rope
-from mixtral_jax.sharding import axis_index, axis_size, psum
-from mixtral_jax.zigzag import Part, whole_row
 
 PROJECTIONS = ("query", "key", "value", "output")
 

@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, shard_key
 from mixtral_jax.quantize import QuantizedWeight
-from mixtral_jax.sharding import TOKEN_AXES, gather, shard_key
 
 TARGETS = (
     "attention.query",

@@ -11,13 +11,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.attention import Attention, Rows
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, linear_logps
-from mixtral_jax.layers import Embedding, Head, RMSNorm
+from mixtral_jax.layers import Embedding, Head, RMSNorm, rope_angles
 from mixtral_jax.lora import LoraConfig, base_dtype
+from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
+from mixtral_jax.moe.balance import RouterStats
 from mixtral_jax.moe.block import SparseMoe
-from mixtral_jax.moe.losses import RouterStats
-from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import BATCH_AXES, TOKEN_AXES, batch_spec, drop_padding, gather, psum, shard_key, sharded
+from mixtral_jax.parallel.sharding import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    batch_spec,
+    drop_padding,
+    gather,
+    psum,
+    shard_key,
+    sharded,
+)
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.

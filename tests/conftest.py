@@ -84,8 +84,8 @@ def make_config(tmp_path: Path) -> Any:
     """The configuration of a small pretraining run, with changes."""
 
     def make(**changes: Any) -> Any:
+        from mixtral_jax.train.config.load import load_config
         from tests.tiny import write_run_file
-        from train.config import load_config
 
         return load_config(write_run_file(tmp_path, **changes)).config
 
@@ -97,8 +97,8 @@ def make_tuning_config(tmp_path: Path) -> Any:
     """The same of a stage of fine-tuning."""
 
     def make(stage: str, **changes: Any) -> Any:
+        from mixtral_jax.train.config.load import load_config
         from tests.tuning import write_tuning_file
-        from train.config import load_config
 
         return load_config(write_tuning_file(tmp_path, stage, **changes)).config
 
@@ -108,7 +108,8 @@ def make_tuning_config(tmp_path: Path) -> Any:
 @pytest.fixture
 def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many lumps and buckets from little text (in this process: one worker)."""
-    from data import sources, spill
+    from mixtral_jax.data.prepare import spill
+    from mixtral_jax.data.records import sources
 
     monkeypatch.setattr(sources, "LUMP_BYTES", 4000)
     monkeypatch.setattr(sources, "_READ_BYTES", 2000)

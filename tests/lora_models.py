@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mixtral_jax import checkpoint
+from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.convert.table import nest
 from mixtral_jax.lora import LoraConfig, is_adapter

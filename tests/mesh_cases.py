@@ -9,13 +9,13 @@ from flax import nnx
 
 from mixtral_jax.attention import Rows
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.mesh import MeshConfig, make_mesh
+from mixtral_jax.layers import rope_angles
 from mixtral_jax.model import Mixtral, abstract_model, next_token_sums
-from mixtral_jax.moe.losses import balance_loss, z_loss
+from mixtral_jax.moe.balance import balance_loss, z_loss
 from mixtral_jax.moe.router import route
-from mixtral_jax.rope import rope_angles
-from mixtral_jax.sharding import batch_sharding, param_shardings
-from train.optimizer import OptimizerConfig, apply_gradients, init_optimizer, make_optimizer
+from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
+from mixtral_jax.parallel.sharding import batch_sharding, param_shardings
+from mixtral_jax.train.optimizer import OptimizerConfig, apply_gradients, init_optimizer, make_optimizer
 
 B, T = 8, 16
 CONFIG = MixtralConfig(

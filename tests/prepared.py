@@ -7,10 +7,10 @@ from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from data.cache import PreparedSource
-from data.config import DataConfig
-from data.prepare import prepare
-from data.tokenizer import load_tokenizer
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.prepare.cache import PreparedSource
+from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "data" / "samples"

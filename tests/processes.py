@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-import launch
-from train import feed, interrupts
+from mixtral_jax import launch
+from mixtral_jax.train import feed
+from mixtral_jax.train.run import signals as interrupts
 
 
 def record_rows(directory: Path, process: int = 0) -> None:

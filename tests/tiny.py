@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from data.batch import Batch
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.model import Mixtral
 
 TINY = {

@@ -5,27 +5,26 @@ from typing import Any, NamedTuple
 
 import jax
 
-from data.cache import digest
-from data.loader import Loader, References, open_loader
-from data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.loader import Loader, References, open_loader
+from mixtral_jax.data.prepare.cache import digest
+from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
-from train.checkpoint import Found, Say, restore_state
-from train.config import RunConfig, check_vocabulary
-from train.feed import batch_share, make_put
-from train.first_screen import first_screen
-from train.masks import mask_lines
-from train.objectives import Objective, next_token
-from train.optimizer import Optimizer, make_optimizer
-from train.peers import agree
-from train.placement import placement_warnings
-from train.preference_objective import preference
-from train.references import live, precomputed
-from train.resume import check_same_base, check_same_data, config_differences
-from train.run_config import check_sizes
-from train.stages import DpoStageConfig, TuningConfig
-from train.state import TrainState, abstract_state, init_state, start_from
-from train.step import make_eval_step, make_train_step
-from train.trainable import (
+from mixtral_jax.train.checkpoints.checkpointer import Found, Say, restore_state
+from mixtral_jax.train.config.load import check_vocabulary
+from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes
+from mixtral_jax.train.feed import batch_share, make_put
+from mixtral_jax.train.objective import Objective, next_token
+from mixtral_jax.train.optimizer import Optimizer, make_optimizer
+from mixtral_jax.train.plan.placement import placement_warnings
+from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.preference.references import live, precomputed
+from mixtral_jax.train.run.first_screen import first_screen
+from mixtral_jax.train.run.masks import mask_lines
+from mixtral_jax.train.run.peers import agree
+from mixtral_jax.train.run.resume import check_same_base, check_same_data, config_differences
+from mixtral_jax.train.state import TrainState, abstract_state, init_state, start_from
+from mixtral_jax.train.step import make_eval_step, make_train_step
+from mixtral_jax.train.weights import (
     abstract_params,
     base_warnings,
     base_weights,

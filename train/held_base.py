@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mixtral_jax.convert.api import place_leaf, read_leaf
+from mixtral_jax.convert.load import place_leaf, read_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import Leaf, leaves, nest
 from mixtral_jax.model import Mixtral
 from mixtral_jax.quantize import QuantizedWeight, quantize
-from train.errors import UserError
-from train.state import check_same_leaves
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.state import check_same_leaves
 
 Tree = Any  # nested dict with a leaf for each parameter
 

@@ -9,13 +9,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int
 
-from mixtral_jax import checkpoint
-from mixtral_jax.convert.api import place_leaf
+from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax.convert.load import place_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import leaves, nest
-from train.errors import UserError
-from train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.optimizer import Optimizer, OptimizerState, Params, init_optimizer
 
 
 class TrainState(NamedTuple):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from train.objectives import Objective
-from train.optimizer import Optimizer, Params, apply_gradients
-from train.state import TrainState
+from mixtral_jax.train.objective import Objective
+from mixtral_jax.train.optimizer import Optimizer, Params, apply_gradients
+from mixtral_jax.train.state import TrainState
 
 Merge = Callable[[Params, Any], nnx.Module]  # (params, frozen) -> model
 Frozen = Any  # arrays that the model needs and the optimizer does not touch: the base under LoRA, else None

@@ -1,11 +1,9 @@
 """Checkpoints to and from Hugging Face: streamed, exact, proved."""
 
-from mixtral_jax.convert.api import load, load_config, load_params, save_hf
-from mixtral_jax.convert.merge import merge_lora
+from mixtral_jax.convert.edits import merge_lora, resize_vocab, upcycle
+from mixtral_jax.convert.load import load, load_config, load_params, save_hf
 from mixtral_jax.convert.peft import lora2peft, peft2lora
 from mixtral_jax.convert.pipeline import hf2orbax, orbax2hf
-from mixtral_jax.convert.resize import resize_vocab
-from mixtral_jax.convert.upcycle import upcycle
 from mixtral_jax.convert.verify import verify
 
 __all__ = [

@@ -1,7 +1,7 @@
 """LoRA adapters on disk: adapter.json (which base, which LoraConfig) and params/ (the adapter leaves, format 1).
 
 A step of a LoRA run, whose state holds adapters only (and the router, if it was trained), reads the same. An adapter's
-slots are the hub matrices that it changes, so that the one table (table.py) names its parts too.
+slots are the hub matrices that it changes, so that the one table (convert/table.py) names its parts too.
 """
 
 import functools
@@ -14,16 +14,16 @@ import numpy as np
 from flax import nnx
 from pydantic import ValidationError
 
+from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.atomic import new_directory
 from mixtral_jax.convert.hf import slot_error
-from mixtral_jax.convert.orbax_io import FORMAT, PARAMS, is_training_checkpoint, training_meta
+from mixtral_jax.convert.orbax import FORMAT, PARAMS, is_training_checkpoint, training_meta
 from mixtral_jax.convert.pipeline import newest_step
 from mixtral_jax.convert.progress import progress_bar
 from mixtral_jax.convert.table import Slot, nest, slots
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import abstract_model
-from mixtral_jax.orbax_stream import ArrayReader, ArraySpec, ArrayWriter
 
 ADAPTER = "adapter.json"
 ROUTER = "layers.moe.router"

@@ -14,10 +14,9 @@ import numpy as np
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.atomic import check_destination, new_directory
 from mixtral_jax.convert.files import Directory, is_remote
-from mixtral_jax.convert.hf import HfSource
-from mixtral_jax.convert.hf_write import HfSink, export_config, parse_size
+from mixtral_jax.convert.hf import HfSink, HfSource, export_config, parse_size
 from mixtral_jax.convert.mistral import MistralSource, is_mistral
-from mixtral_jax.convert.orbax_io import PARAMS, OrbaxSink, OrbaxSource, is_orbax, training_meta
+from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, training_meta
 from mixtral_jax.convert.progress import progress_bar
 from mixtral_jax.convert.stream import Tally, copy
 from mixtral_jax.convert.table import Slot

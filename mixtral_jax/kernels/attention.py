@@ -13,7 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from mixtral_jax.kernels.attention_chunked import (
+from mixtral_jax.kernels.attention_tiled import (
     NEVER,
     SAVED,
     Tokens,
@@ -24,8 +24,8 @@ from mixtral_jax.kernels.attention_chunked import (
     tile,
     visible,
 )
-from mixtral_jax.sharding import platform
-from mixtral_jax.zigzag import Part, places
+from mixtral_jax.parallel.sharding import platform
+from mixtral_jax.parallel.zigzag import Part, places
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
 

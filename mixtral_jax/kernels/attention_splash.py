@@ -24,10 +24,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
-from mixtral_jax.kernels.attention_chunked import SAVED
+from mixtral_jax.kernels.attention_tiled import SAVED
 from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.sharding import alike, variance, varying
-from mixtral_jax.zigzag import Part, zigzag
+from mixtral_jax.parallel.sharding import alike, variance, varying
+from mixtral_jax.parallel.zigzag import Part, zigzag
 
 LANES = 128  # the kernel's tiles: T and H must be multiples
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.blocked import blocked_rows, blocked_weights
-from mixtral_jax.sharding import alike, platform
+from mixtral_jax.kernels.grouped_blocked import blocked_rows, blocked_weights
+from mixtral_jax.parallel.sharding import alike, platform
 
 Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
 
@@ -28,7 +28,7 @@ def resolve_matmul(backend: str, platform: str) -> str:
     if platform == "tpu":
         return "megablox"
     if platform in ("gpu", "cuda", "rocm"):
-        from mixtral_jax.kernels.accelerator import has_tokamax
+        from mixtral_jax.kernels.grouped_accelerator import has_tokamax
 
         return "tokamax" if has_tokamax() else "blocked"
     return "blocked"
@@ -55,7 +55,7 @@ def _forward(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
     if backend == "ragged_dot":
         w = jnp.swapaxes(w_EDF, 1, 2) if transpose else w_EDF
         return jax.lax.ragged_dot(x_RD, w, sizes_E).astype(x_RD.dtype)
-    from mixtral_jax.kernels import accelerator
+    from mixtral_jax.kernels import grouped_accelerator as accelerator
 
     return accelerator.rows(backend, x_RD, w_EDF, sizes_E, transpose)
 
@@ -71,7 +71,7 @@ def _weight_gradient(
         inside_R1 = jnp.any(member_RE, axis=1, keepdims=True)
         x_RD, dy_RF = jnp.where(inside_R1, x_RD, 0), jnp.where(inside_R1, dy_RF, 0)
         return jnp.einsum("RE,RD,RF->EDF", member_RE.astype(x_RD.dtype), x_RD, dy_RF).astype(dtype)
-    from mixtral_jax.kernels import accelerator
+    from mixtral_jax.kernels import grouped_accelerator as accelerator
 
     return accelerator.weights(backend, x_RD, dy_RF, sizes_E, dtype)
 

@@ -10,13 +10,13 @@ from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight
+from mixtral_jax.moe.balance import RouterStats, router_stats
 from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
-from mixtral_jax.moe.losses import RouterStats, router_stats
-from mixtral_jax.moe.parallel import exchange_experts
 from mixtral_jax.moe.router import route
+from mixtral_jax.moe.transport import exchange_experts
+from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, psum
 from mixtral_jax.quantize import whole_weight
-from mixtral_jax.sharding import TOKEN_AXES, gather, psum
 
 
 class SparseMoe(nnx.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.sharding import alike
+from mixtral_jax.parallel.sharding import alike
 
 
 class Plan(NamedTuple):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.blocked_swiglu import Low, blocked_swiglu
-from mixtral_jax.kernels.grouped_down import grouped_down
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
+from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
+from mixtral_jax.kernels.swiglu_grouped import grouped_down
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
-from mixtral_jax.sharding import platform
+from mixtral_jax.parallel.sharding import platform
 
 
 def swiglu(h_R2F: Float[Array, "R twoF"]) -> Float[Array, "R F"]:

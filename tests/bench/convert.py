@@ -20,8 +20,7 @@ import numpy as np
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory
-from mixtral_jax.convert.hf import HfSource
-from mixtral_jax.convert.hf_write import HfSink
+from mixtral_jax.convert.hf import HfSink, HfSource
 from mixtral_jax.convert.pipeline import DTYPES
 from mixtral_jax.convert.stream import copy
 from mixtral_jax.convert.table import slots

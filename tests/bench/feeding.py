@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.config import DataConfig
-from data.prepare import prepare
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.prepare.prepare import prepare
 
 SAMPLES = Path("data/samples")
 QUICKSTART = "configs/pretrain/quickstart.yaml"

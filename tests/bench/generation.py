@@ -19,8 +19,8 @@ def ours(shape: Shape, prompts: np.ndarray, new: int) -> Callable[[], Any]:
     """A call of mixtral_jax.generate with random weights."""
     import jax
 
-    from mixtral_jax import generate
     from mixtral_jax.config import ComputeConfig
+    from mixtral_jax.generation import generate
     from mixtral_jax.model import Mixtral
     from tests.bench.ours import model_of
 

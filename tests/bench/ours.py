@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data.batch import Batch
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
+from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.model import Mixtral, abstract_model
+from mixtral_jax.train.objective import RouterConfig, next_token
+from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.run.memory import drop_freed_memory, pause
+from mixtral_jax.train.state import create_state
+from mixtral_jax.train.step import make_train_step
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
 from tests.bench.worker import resident_bytes, serve
-from train.host import drop_freed_memory, pause
-from train.objectives import RouterConfig, next_token
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import create_state
-from train.step import make_train_step
 
 SETTLED = 20  # steps after which memory is not to grow any more
 

@@ -13,23 +13,23 @@ import jax
 import numpy as np
 from flax import nnx
 
-from data.batch import Batch, PairBatch
-from data.pairs import pair_row
 from mixtral_jax.config import ComputeConfig
+from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.rows.pairs import pair_row
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
+from mixtral_jax.train.objective import RouterConfig, next_token
+from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.preference.config import DpoConfig
+from mixtral_jax.train.preference.logps import make_sequence_logps
+from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.run.memory import drop_freed_memory, pause
+from mixtral_jax.train.state import create_state
+from mixtral_jax.train.step import make_train_step
+from mixtral_jax.train.weights import join, keep
 from tests.bench.ours import model_of
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
 from tests.bench.worker import serve
-from train.host import drop_freed_memory, pause
-from train.logps import make_sequence_logps
-from train.objectives import RouterConfig, next_token
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.preference_config import DpoConfig
-from train.preference_objective import preference
-from train.state import create_state
-from train.step import make_train_step
-from train.trainable import join, keep
 
 LORA = LoraConfig(rank=16)
 

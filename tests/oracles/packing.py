@@ -1,4 +1,4 @@
-"""Slow obvious twins of data/packing.py: token by token, and by looking at every row."""
+"""Slow obvious twins of data/rows/packing.py: token by token, and by looking at every row."""
 
 from itertools import pairwise
 

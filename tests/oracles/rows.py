@@ -1,4 +1,4 @@
-"""The slow obvious twin of data/rows.py: from pieces of tokens and weights to what the model sees."""
+"""The slow obvious twin of data/rows/row.py: from pieces of tokens and weights to what the model sees."""
 
 import itertools
 

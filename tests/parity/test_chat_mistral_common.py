@@ -9,8 +9,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from data.chat import encode_chat, encode_prompt, load_template
-from data.tokenizer import load_tokenizer
+from mixtral_jax.data.text.chat import encode_chat, encode_prompt
+from mixtral_jax.data.text.template import load_template
+from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 MODEL_FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 PIECES = [

@@ -4,17 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from data.batch import PairBatch
-from data.pairs import pair_row
+from mixtral_jax.data.rows.batch import PairBatch
+from mixtral_jax.data.rows.pairs import pair_row
+from mixtral_jax.train.objective import RouterConfig
+from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.preference.config import DpoConfig
+from mixtral_jax.train.preference.logps import make_sequence_logps
+from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.state import create_state
+from mixtral_jax.train.step import loss_and_gradients, make_train_step
 from tests.parity.hf_models import build, gradients, ours
 from tests.tiny import largest_relative_difference, split
-from train.logps import make_sequence_logps
-from train.objectives import RouterConfig
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.preference_config import DpoConfig
-from train.preference_objective import preference
-from train.state import create_state
-from train.step import loss_and_gradients, make_train_step
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -11,10 +11,10 @@ import torch
 from flax import nnx
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import mixtral_jax.moe.block as moe_block
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.model import Mixtral, next_token_sums
-from mixtral_jax.moe.losses import balance_loss, router_stats
+from mixtral_jax.moe import block as moe_block
+from mixtral_jax.moe.balance import balance_loss, router_stats
 from mixtral_jax.moe.router import route
 from tests.parity.hf_models import Pair, build, gradients, ours
 

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-from train.preference import DpoConfig, Pairs, completion_weights, dpo_loss, dpo_metrics
-from train.preference_config import LossType
+from mixtral_jax.train.preference.config import DpoConfig, LossType
+from mixtral_jax.train.preference.losses import Pairs, completion_weights, dpo_loss, dpo_metrics
 
 TRL_TYPES = [kind for kind in get_args(LossType) if kind not in ("simpo", "orpo")]
 F_TYPES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from data.batch import Batch
+from mixtral_jax.data.rows.batch import Batch
+from mixtral_jax.train.objective import RouterConfig, next_token
+from mixtral_jax.train.step import loss_and_gradients
 from tests.parity.hf_models import build, gradients, ours
 from tests.tiny import largest_relative_difference, split
-from train.objectives import RouterConfig, next_token
-from train.step import loss_and_gradients
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ import os
 import re
 from typing import NamedTuple
 
-from train.errors import UserError
+from mixtral_jax.train.errors import UserError
 
 
 class Chip(NamedTuple):

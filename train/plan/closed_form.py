@@ -8,9 +8,8 @@ import math
 from typing import Literal, NamedTuple
 
 from mixtral_jax.config import MixtralConfig
-from train.config import RunConfig
-from train.dry_run import copied_by_device, held_by_device
-from train.stages import DpoStageConfig
+from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
+from mixtral_jax.train.plan.held import copied_by_device, held_by_device
 
 BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
 

@@ -14,21 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from data.batch import Batch, PairBatch
+from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.lora import is_adapter
-from mixtral_jax.mesh import make_mesh
-from mixtral_jax.sharding import batch_sharding
-from train.build import OBJECTIVES
-from train.config import RunConfig
-from train.errors import UserError
-from train.logps import make_sequence_logps
-from train.optimizer import make_optimizer
-from train.plan.chips import Topology
-from train.plan.closed_form import parts_of
-from train.stages import DpoStageConfig
-from train.state import TrainState, abstract_state
-from train.step import make_train_step
-from train.trainable import abstract_params, is_trained, keep, make_base_merge, make_merge
+from mixtral_jax.parallel.mesh import make_mesh
+from mixtral_jax.parallel.sharding import batch_sharding
+from mixtral_jax.train.build import OBJECTIVES
+from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.optimizer import make_optimizer
+from mixtral_jax.train.plan.chips import Topology
+from mixtral_jax.train.plan.closed_form import parts_of
+from mixtral_jax.train.preference.logps import make_sequence_logps
+from mixtral_jax.train.state import TrainState, abstract_state
+from mixtral_jax.train.step import make_train_step
+from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge
 
 
 class Memory(NamedTuple):

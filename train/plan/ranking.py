@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from train.plan.report import PlanReport, gb
+from mixtral_jax.train.plan.report import PlanReport, gb
 
 HEAD = ("", "mesh", "rows/chip", "accum.", "remat", "memory", "MFU <=", "if serial", "tok/s/chip", "bound by")
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from train.plan.chips import Topology
-from train.plan.closed_form import Flops
-from train.plan.compile import Memory
-from train.plan.roofline import Roofline
+from mixtral_jax.train.plan.chips import Topology
+from mixtral_jax.train.plan.closed_form import Flops
+from mixtral_jax.train.plan.compile import Memory
+from mixtral_jax.train.plan.roofline import Roofline
 
 
 class Counted(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.plan.chips import NODE_GPUS, Topology
-from train.plan.hlo import Collective
+from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
+from mixtral_jax.train.plan.hlo import Collective
 
 # Bytes that leave a chip for each byte of the larger side of a collective over n chips.
 SENT = {

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from train.config import RunConfig
-from train.plan import closed_form
-from train.plan.chips import Topology, larger
-from train.plan.roofline import Roofline, roofline
+from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.plan import closed_form
+from mixtral_jax.train.plan.chips import Topology, larger
+from mixtral_jax.train.plan.roofline import Roofline, roofline
 
 EXPERT_AXES = (1, 2, 4, 8)
 CONTEXT_AXES = (1, 2, 4, 8, 16)

@@ -1,0 +1,138 @@
+"""What makes two preparations the same, and how only one process makes them.
+
+A prepared source lives in `<cache_dir>/<fingerprint>/`: shards of rows and `meta.json`. It is written elsewhere and
+renamed when whole, so a directory of that name is complete or does not exist. The fingerprint covers the content of
+the input files (not their names or dates), the tokenizer, the way from record to row, the seed and the format version.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.data.records.sources import data_files
+from mixtral_jax.data.rows.row import RowFormat
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source as rows on disk, and what became of its records."""
+
+    name: str
+    fingerprint: str
+    directory: str
+    format: RowFormat
+    shards: tuple[tuple[str, int, int], ...]  # (file name, rows, bytes)
+    documents: int
+    tokens: int  # in the rows, BOS and EOS included; the token that joins two pieces of a document counts twice
+    targets: int  # tokens that are learned
+    text_bytes: int  # UTF-8 bytes of the text
+    split: int = 0  # documents in more than one row
+    truncated: int = 0  # examples cut to a row
+    dropped: int = 0  # examples with nothing left to learn
+    empty: int = 0  # records without text
+    bad: int = 0  # bad records passed over (on_error: skip)
+    bad_examples: tuple[str, ...] = field(default=())
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(rows for _, rows, _ in self.shards)
+
+    @property
+    def padding(self) -> float:
+        """Share of the places of all rows that hold no token."""
+        return 1 - self.tokens / max(1, self.rows * (self.format.seq_len + 1))
+
+    @property
+    def paths(self) -> list[str]:
+        """The shard files, in order."""
+        return [os.path.join(self.directory, name) for name, _, _ in self.shards]
+
+    def to_meta(self) -> dict[str, Any]:
+        """The content of meta.json: all but the name and the place."""
+        meta = asdict(self)
+        del meta["name"], meta["directory"]
+        return {"version": FORMAT_VERSION, **meta}
+
+
+def digest(value: Any) -> str:
+    """Hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_prepared(cache_dir: Path, name: str, fingerprint: str) -> PreparedSource | None:
+    """The prepared source, or None where there is none or a shard is missing or has another size than it had."""
+    directory = cache_dir / fingerprint[:24]
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        if meta.pop("version") != FORMAT_VERSION or meta["fingerprint"] != fingerprint:
+            return None
+        meta["format"] = RowFormat(**meta["format"])
+        meta["shards"] = tuple((str(n), int(r), int(b)) for n, r, b in meta["shards"])
+        meta["bad_examples"] = tuple(meta["bad_examples"])
+        prepared = PreparedSource(name=name, directory=str(directory), **meta)
+        whole = all(os.path.getsize(directory / n) == size for n, _, size in prepared.shards)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return prepared if whole else None
+
+
+def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
+    """[relative name, bytes, sha256 of the content] of a file, or of each file of a data set directory.
+
+    A hash is remembered in the cache directory and taken from there while size, modification and change time and
+    inode of the file stay the same.
+    """
+    result: list[list[Any]] = []
+    for file in data_files(path):
+        stat = os.stat(file)
+        identity = [os.path.abspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        memo = cache_dir / "hashes" / digest(identity)
+        try:
+            known = memo.read_text()
+        except OSError:
+            known = ""
+        if len(known) != 64:
+            with open(file, "rb") as stream:
+                known = hashlib.file_digest(stream, "sha256").hexdigest()
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memo, known)
+        name = "" if file == path else os.path.relpath(file, path)
+        result.append([name, stat.st_size, known])
+    return result
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a reader sees all of it or none."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `write_atomically`, for bytes."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str, say: Any) -> Iterator[None]:
+    """Holds a lock file; the system drops the lock when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,173 @@
+"""Tokenise and pack every source once, in parallel, into a cache that no later run can mistake.
+
+Two steps. Each part (one machine's share; usually there is one part) reads the files, tokenises its lumps and spills
+the documents into buckets. When all parts are there, each bucket is sorted, packed and written as one shard. The rows
+do not depend on the number of parts or workers.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.data.config import DataConfig, SourceConfig
+from mixtral_jax.data.prepare import spill
+from mixtral_jax.data.prepare.build import Recipe, pack, tokenise
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, load_prepared, locked
+from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.progress import Meter, say
+from mixtral_jax.data.records import sources
+from mixtral_jax.data.records.sources import source_files, text_size_estimate
+from mixtral_jax.data.rows.row import RowFormat
+from mixtral_jax.data.text.examples import columns, token_dtype
+from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+
+_SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All sources of a run as rows on disk."""
+
+    train: tuple[PreparedSource, ...]
+    validation: tuple[PreparedSource, ...]
+    missing_parts: tuple[str, ...] = ()  # with `part`: parts that other machines still have to make
+    fresh: bool = False  # made just now, at least in part
+
+    @property
+    def complete(self) -> bool:
+        """False while parts are missing; the sources are then empty."""
+        return not self.missing_parts
+
+    def summary(self) -> str:
+        """A line for each source: tokens, padding, what was split, cut, dropped or bad."""
+        lines = [f"train/{_describe(source)}" for source in self.train]
+        lines += [f"validation/{_describe(source)}" for source in self.validation]
+        return "\n".join(lines)
+
+
+def prepare(
+    config: DataConfig,
+    seq_len: int,
+    seed: int,
+    part: tuple[int, int] | None = None,
+    progress: bool = True,
+    *,
+    train: bool = True,
+) -> PreparedData:
+    """Rows of `seq_len` + 1 tokens of every source, from the cache where they are there.
+
+    Validation sources are packed with best_fit and seed 0: each document begins at its own BOS, and no row order
+    matters there; with `train` false they are the only ones. With `part` (i, n), 1 <= i <= n, this does only the i-th
+    of n shares, and packs if it is the last.
+
+    Raises:
+        ValueError: no files, no documents, a bad record (file, line), no tokenizer, a part out of range.
+    """
+    index, count = part or (1, 1)
+    if not 1 <= index <= count:
+        raise ValueError(f"part {index}/{count}: the first number counts from 1 to the second")
+    tokenizer = load_tokenizer(config.tokenizer)
+    learned = config.train if train else ()
+    recipes = [_recipe(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
+    held_out = [_recipe(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
+    cache = Path(config.cache_dir)
+    todo = {r.fingerprint: r for r in recipes + held_out if not load_prepared(cache, "", r.fingerprint)}
+    missing = _make(cache, [todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
+    if missing:
+        return PreparedData((), (), tuple(missing))
+    return PreparedData(
+        train=tuple(_loaded(cache, r) for r in recipes),
+        validation=tuple(_loaded(cache, r) for r in held_out),
+        fresh=bool(todo),
+    )
+
+
+def _make(cache: Path, recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool) -> list[str]:
+    """Both passes over `recipes`, which all processes have in one order: locks taken in it cannot block for good."""
+    if not recipes:
+        return []
+    index, count = part
+    size = sum(text_size_estimate(r.files) for r in recipes)
+    processes = (workers or _cores()) if size > _SERIAL_BYTES else 1
+    with Workers(processes) as pool:
+        with Meter("Tokenising", size, show=show) as meter, ExitStack() as locks:
+            for recipe in recipes:
+                locks.enter_context(_lock(cache, recipe, f".part-{index}-of-{count}", show))
+            tokenise(cache, recipes, index, count, pool, meter)
+        with Meter("Packing", size // count, show=show) as meter, ExitStack() as locks:
+            for recipe in recipes:
+                locks.enter_context(_lock(cache, recipe, "", show))
+            return pack(cache, recipes, count, pool, meter)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _describe(source: PreparedSource) -> str:
+    what = f"{source.documents:,} documents"
+    if source.format.pairs:
+        what = f"{source.documents // 2:,} pairs"
+    text = (
+        f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
+        f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
+    )
+    lost = "equal where cut to a row" if source.format.pairs else "without an answer to learn"
+    counts = {"cut to a row": source.truncated, lost: source.dropped}
+    counts |= {"empty": source.empty, "bad records passed over": source.bad}
+    text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+    return "\n  ".join([text, *source.bad_examples])
+
+
+def _loaded(cache: Path, recipe: Recipe) -> PreparedSource:
+    prepared = load_prepared(cache, recipe.source.name, recipe.fingerprint)
+    assert prepared is not None, f"{recipe.source.name} was just prepared and is gone"
+    return prepared
+
+
+def _recipe(
+    config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
+) -> Recipe:
+    files = tuple(source_files(source))
+    weighted = config.examples != "text"
+    pairs = config.pairs_per_row if config.examples == "preference" else 0
+    buckets = 1 + text_size_estimate(files) // spill.BUCKET_BYTES
+    identity = {
+        "version": FORMAT_VERSION,
+        "shuffle": [seed, sources.LUMP_BYTES, buckets],
+        "content": [content_hash(file, Path(config.cache_dir)) for file in files],
+        "format": source.format,
+        "split": source.split,
+        "columns": columns(source, config.examples),
+        "tokenizer": tokenizer.fingerprint(),
+        "examples": config.examples,
+        "chat": [config.template, config.train_on] if weighted else None,
+        "seq_len": seq_len,
+        "packing": packing,
+        "on_error": config.on_error,
+    }
+    if pairs:
+        identity["pairs_per_row"] = pairs
+    return Recipe(
+        source=source,
+        files=files,
+        kind=config.examples,
+        template=config.template,
+        train_on=config.train_on,
+        packing="best_fit" if weighted else packing,
+        seed=seed,
+        buckets=buckets,
+        format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted, pairs),
+        tokenizer=config.tokenizer,
+        skip=config.on_error == "skip",
+        fingerprint=digest(identity),
+    )
+
+
+def _lock(cache: Path, recipe: Recipe, suffix: str, show: bool) -> Any:
+    path = cache / "locks" / f"{recipe.fingerprint[:24]}{suffix}"
+    waiting = f"source {recipe.source.name!r}: waiting for another process that prepares it ({path})"
+    return locked(path, waiting, say if show else lambda _: None)

@@ -1,0 +1,126 @@
+"""A pool of processes that holds a bounded number of jobs and gives results in the order of the jobs.
+
+The processes are plain subprocesses that import this package and nothing of the caller: no fork of a process in which
+JAX runs its threads, and no second run of a user's script, as `multiprocessing` would make of one without a main guard.
+A worker whose parent is gone reads the end of its input and ends too.
+"""
+
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class Workers:
+    """`count` processes; with one, jobs run in this process."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._threads: ThreadPoolExecutor | None = None
+        self._local = threading.local()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        if self._count > 1:
+            self._threads = ThreadPoolExecutor(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+
+    def ordered(self, function: Callable[[J], R], jobs: Iterator[J]) -> Iterator[tuple[J, R]]:
+        """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded."""
+        if self._threads is None:
+            for job in jobs:
+                yield job, function(job)
+            return
+        waiting: deque[tuple[J, Future[R]]] = deque()
+        try:
+            for job in jobs:
+                waiting.append((job, self._threads.submit(self._run, function, job)))
+                if len(waiting) > 4 * self._count:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:  # after an error nobody may still write where the caller cleans up
+            for _, future in waiting:
+                future.cancel()
+            wait([future for _, future in waiting])
+
+    def _run(self, function: Callable[[Any], Any], job: Any) -> Any:
+        """One job in the process of this thread."""
+        process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
+        if process is None:
+            process = self._local.process = _start()
+            self._processes.append(process)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            pickle.dump((function, job), process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+            succeeded, result = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError):
+            code = process.wait()
+            raise RuntimeError(f"a worker ended with status {code} (-9: killed, perhaps for memory)") from None
+        if not succeeded:
+            raise result
+        return result
+
+
+def _start() -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def serve() -> None:
+    """The life of a worker: jobs from stdin, (succeeded, result or exception) to stdout, until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not mix with the results
+    while True:
+        try:
+            function, job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        answer: tuple[bool, Any]
+        try:
+            answer = True, function(job)
+        except Exception as error:
+            answer = False, error
+        try:
+            pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
+            results.flush()
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone; nothing is left to say to it
+
+
+@functools.lru_cache(maxsize=2)
+def process_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of this process, loaded once."""
+    return load_tokenizer(path)

@@ -1,0 +1,174 @@
+"""Readers of formats that hold records rather than lines: Parquet, ArrayRecord, TFDS, Hugging Face data sets."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records.lump import Lump, Problems
+
+_BATCH = 256
+
+
+def lumps(file: str, records: Iterable[Any], lump_bytes: int) -> Iterator[Lump]:
+    """Groups records into lumps of about `lump_bytes`."""
+    held: list[Any] = []
+    size, first = 0, 1
+    for record in records:
+        held.append(record)
+        size += 64 + sum(len(v) if isinstance(v, (str, bytes)) else 256 for v in record.values())
+        if size >= lump_bytes:
+            yield Lump(file, first, records=tuple(held))
+            first, held, size = first + len(held), [], 0
+    if held:
+        yield Lump(file, first, records=tuple(held))
+
+
+def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[str]:
+    names = list(names)
+    found = [name for name in columns if name in names]
+    if not found:
+        raise ValueError(f"{file} has no column {' or '.join(columns)}: it has {', '.join(names)}")
+    return found
+
+
+def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
+    """Records of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, pre_buffer=False) as table:
+            wanted = _present(file, table.schema_arrow.names, columns)
+            for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def hugging_face(
+    source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems
+) -> Iterator[dict[str, Any]]:
+    """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
+    for file in [path] if os.path.isfile(path) else _arrow_files(Path(path), source.split):
+        yield from _arrow(file, columns)
+
+
+def _arrow_files(directory: Path, split: str | None) -> list[str]:
+    splits_file = directory / "dataset_dict.json"
+    if splits_file.exists():
+        splits = json.loads(splits_file.read_text())["splits"]
+        if split not in splits:
+            raise ValueError(f"{directory} has the splits {', '.join(splits)}: set split to one of them")
+        directory = directory / str(split)
+    state_file = directory / "state.json"
+    if not state_file.exists():
+        raise ValueError(f"{directory} has no state.json: it is no data set saved on disk")
+    state = json.loads(state_file.read_text())
+    files = [str(directory / entry["filename"]) for entry in state["_data_files"]]
+    for file in files:
+        if not os.path.exists(file):
+            raise ValueError(f"{file} is missing, though {state_file} names it")
+    return files
+
+
+def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+
+    try:
+        with open(file, "rb") as stream:
+            is_file_format = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            if is_file_format:
+                reader = pa.ipc.open_file(stream)
+                batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                reader = pa.ipc.open_stream(stream)
+                batches = reader
+            wanted = _present(file, reader.schema.names, columns)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH):
+                    yield from batch.select(wanted).slice(start, _BATCH).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
+
+
+def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[Any]:
+    """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(file)
+    if not reader.ok():  # a damaged file says that it has 0 records, and raises when it is closed
+        raise ValueError(f"{file} cannot be read as ArrayRecord: it is damaged, cut off, or of another kind")
+    for start in range(0, reader.num_records(), _BATCH):
+        try:
+            records = reader.read(start, min(start + _BATCH, reader.num_records()))
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read as ArrayRecord: {_first_line(error)}") from None
+        for number, record in enumerate(records, start + 1):
+            try:
+                yield _json_or_text(record, source.text_key)
+            except UnicodeDecodeError:
+                where = f"{file}, record {number}"
+                problems.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
+    reader.close()
+
+
+def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
+    text = record.decode("utf-8")
+    if text.startswith("{"):
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = None  # text that happens to begin with a brace
+        if isinstance(parsed, dict):
+            return parsed
+    return {key: text}
+
+
+def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
+    """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
+    import tensorflow_datasets
+
+    try:
+        builder = tensorflow_datasets.builder_from_directory(path)
+    except Exception as error:  # a missing or damaged dataset_info.json raises one of a dozen kinds
+        raise ValueError(f"{path} cannot be read as a TFDS data set: {_first_line(error)}") from None
+    if str(builder.info.file_format.value) != "array_record":
+        raise ValueError(
+            f"{path} holds {builder.info.file_format.value} files, which need TensorFlow: "
+            "prepare the data set with file_format='array_record'"
+        )
+    splits = list(builder.info.splits)
+    split = source.split or ("train" if "train" in splits else "")
+    if split not in splits:
+        raise ValueError(f"{path} has the splits {', '.join(splits)}: set split to one of them")
+    records = builder.as_data_source(split=split)
+    wanted = _present(path, builder.info.features.keys(), columns)
+    for start in range(0, len(records), _BATCH):
+        numbers = range(start, min(start + _BATCH, len(records)))
+        for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
+            try:
+                yield {key: _plain(record[key]) for key in wanted}
+            except UnicodeDecodeError:
+                problems.report(f"{path}, record {number + 1}: not UTF-8")
+
+
+def _plain(value: Any) -> Any:
+    """TFDS gives text as bytes, in numpy arrays where there are several, and sequences of objects as columns."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        columns = {key: _plain(column) for key, column in value.items()}
+        if columns and all(isinstance(column, list) for column in columns.values()):
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return columns
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,74 @@
+"""A lump: about a megabyte of records of one file; memory does not grow with the input."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+LUMP_BYTES = 1 << 20
+
+
+@dataclass
+class Problems:
+    """Bad records: the first one ends the run (`fail`), or they are counted and the first few kept (`skip`)."""
+
+    skip: bool
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def report(self, message: str) -> None:
+        """Raises ValueError(message) unless bad records are skipped."""
+        if not self.skip:
+            raise ValueError(message)
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(message)
+
+    def merge(self, other: "Problems") -> None:
+        """Adds those that another process counted."""
+        self.count += other.count
+        self.first = (self.first + other.first)[:5]
+
+
+@dataclass(frozen=True)
+class Lump:
+    """Consecutive records of one file: raw lines of jsonl, or records that were read already."""
+
+    file: str
+    first: int  # number of the first record
+    lines: bytes = b""
+    records: tuple[Any, ...] = ()
+
+    def parse(self, problems: Problems) -> Iterator[tuple[int, Any]]:
+        """Yields (record number, record); blank lines are passed over."""
+        yield from ((self.first + i, record) for i, record in enumerate(self.records))
+        if not self.lines:
+            return
+        for number, line in enumerate(self.lines.split(b"\n"), self.first):
+            if not line or line.isspace():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                problems.report(f"{self.file}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
+            except (ValueError, RecursionError) as error:
+                problems.report(f"{self.file}, line {number}: malformed JSON ({error})")
+            else:
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    problems.report(f"{self.file}, line {number}: expected a JSON object, found {_kind(record)}")
+
+    @property
+    def size(self) -> int:
+        """Bytes, roughly."""
+        return len(self.lines) + sum(len(v) for r in self.records for v in r.values() if isinstance(v, str))
+
+    def where(self, number: int) -> str:
+        """How an error message names a record."""
+        return f"{self.file}, {'line' if self.lines else 'record'} {number}"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

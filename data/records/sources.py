@@ -1,0 +1,218 @@
+"""Files of records, read as lumps."""
+
+import glob
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records.lump import LUMP_BYTES, Lump, Problems
+
+_READ_BYTES = 1 << 18
+_TEXT_PIECE_BYTES = 8 << 20
+
+_EXTENSIONS = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+    ".arrow": "datasets",
+}
+_RATIO = {".gz": 4, ".zst": 4, ".parquet": 3}
+
+
+def source_files(source: SourceConfig) -> list[str]:
+    """The files or data set directories of a source, sorted within each pattern.
+
+    Raises:
+        ValueError: a path or glob that matches nothing, or a directory without readable files.
+    """
+    found: list[str] = []
+    for path in source.paths:
+        expanded = os.path.expanduser(path)
+        matches = sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else [expanded]
+        if not matches or not os.path.exists(matches[0]):
+            raise ValueError(f"source {source.name!r}: no file matches {path}")
+        for match in matches:
+            found.extend(_expand_directory(source, match))
+    return list(dict.fromkeys(found))
+
+
+def _expand_directory(source: SourceConfig, path: str) -> list[str]:
+    if not os.path.isdir(path) or file_format(source, path) in ("tfds", "datasets"):
+        return [path]
+    files = [str(p) for p in sorted(Path(path).iterdir()) if _by_extension(str(p))]
+    if not files:
+        raise ValueError(f"source {source.name!r}: {path} is a directory without data files that are known by name")
+    return files
+
+
+def _by_extension(path: str) -> str | None:
+    stem, extension = os.path.splitext(path)
+    if extension in (".gz", ".zst"):
+        extension = os.path.splitext(stem)[1]
+    # ArrayRecord shards are usually named NAME.array_record-00000-of-00001
+    extension = extension.split("-")[0]
+    return _EXTENSIONS.get(extension.lower())
+
+
+def file_format(source: SourceConfig, path: str) -> str:
+    """The format of one file or directory.
+
+    Raises:
+        ValueError: `auto` and the name says nothing.
+    """
+    if source.format != "auto":
+        return source.format
+    if os.path.isdir(path):
+        names = set(os.listdir(path))
+        if names & {"dataset_dict.json", "state.json"}:
+            return "datasets"
+        return "tfds" if {"dataset_info.json", "features.json"} <= names else "directory"
+    known = _by_extension(path)
+    if known is None:
+        raise ValueError(
+            f"source {source.name!r}: the name of {path} does not say its format: set {source.name}.format"
+        )
+    return known
+
+
+def text_size_estimate(files: Iterable[str]) -> int:
+    """Bytes of text, roughly: from file sizes and usual compression ratios."""
+    total = 0
+    for file in files:
+        ratio = _RATIO.get(os.path.splitext(file)[1], 1)
+        total += ratio * sum(os.path.getsize(part) for part in data_files(file))
+    return total
+
+
+def data_files(path: str) -> list[str]:
+    """The file itself, or every file under a data set directory, sorted."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
+
+
+def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[Lump]:
+    """All records of one file.
+
+    `columns` are those that columnar files need to read; of alternatives those that the file has.
+
+    Raises:
+        ValueError: a file that is not what its name says, is cut off, or lacks the columns (unless skipped).
+    """
+    kind = file_format(source, file)
+    if kind == "jsonl":
+        yield from _jsonl(file, problems)
+    elif kind == "text":
+        yield from _text(file, source.text_key, problems)
+    else:
+        from mixtral_jax.data.records import columnar  # heavy libraries, wanted for these formats only
+
+        readers = {
+            "parquet": columnar.parquet,
+            "array_record": columnar.array_record,
+            "tfds": columnar.tfds,
+            "datasets": columnar.hugging_face,
+        }
+        yield from columnar.lumps(file, readers[kind](source, file, columns, problems), LUMP_BYTES)
+
+
+class _CutOff(Exception):
+    """The bytes of a file end, or make no sense, before its end."""
+
+
+def _jsonl(file: str, problems: Problems) -> Iterator[Lump]:
+    """Whole lines, about a megabyte of them at a time; of a file that is cut off, those that are whole."""
+    rest: list[bytes] = []
+    held, number = 0, 1
+    damage = ""
+    try:
+        for block in _blocks(file):
+            end = block.rfind(b"\n") + 1
+            if end and held + end >= LUMP_BYTES:
+                lines = b"".join([*rest, block[:end]])
+                yield Lump(file, number, lines)
+                number += lines.count(b"\n")
+                rest, held = [], 0
+                block = block[end:]
+            rest.append(block)
+            held += len(block)
+    except _CutOff as error:
+        damage = str(error)
+    lines = b"".join(rest)
+    if damage:
+        lines = lines[: lines.rfind(b"\n") + 1]
+        last = number - 1 + lines.count(b"\n")
+        problems.report(f"{file}: {damage} after line {last}")
+    if lines:
+        yield Lump(file, number, lines)
+
+
+def _text(file: str, key: str, problems: Problems) -> Iterator[Lump]:
+    """A file is one document; one of more than 8 MB is cut at line ends."""
+    rest = b""
+    number = 1
+
+    def lump(data: bytes) -> Iterator[Lump]:
+        try:
+            yield Lump(file, number, records=({key: data.decode("utf-8")},))
+        except UnicodeDecodeError as error:
+            problems.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
+
+    try:
+        for block in _blocks(file):
+            rest += block
+            if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
+                yield from lump(rest[:end])
+                rest, number = rest[end:], number + 1
+    except _CutOff as error:
+        rest = rest[: rest.rfind(b"\n") + 1]
+        problems.report(f"{file}, part {number}: {error}")
+    if rest:
+        yield from lump(rest)
+
+
+def _blocks(file: str) -> Iterator[bytes]:
+    """The bytes of a file, decompressed; raises _CutOff where they end early."""
+    try:
+        with open(file, "rb") as stream:
+            raw = iter(lambda: stream.read(_READ_BYTES), b"")
+            if file.endswith(".gz"):
+                yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)
+            elif file.endswith(".zst"):
+                import zstandard
+
+                new_stream = zstandard.ZstdDecompressor().decompressobj
+                yield from _inflate(raw, new_stream, zstandard.ZstdError)
+            else:
+                yield from raw
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) -> Iterator[bytes]:
+    """Streams one after another, as `cat a.gz b.gz` makes them; zero bytes after the last are padding."""
+    inflate = None
+    for block in raw:
+        while block:
+            if inflate is None:
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                inflate = new_stream()
+            try:
+                data = inflate.decompress(block)
+            except failure as error:
+                raise _CutOff(f"damaged, or not compressed as its name says ({error}),") from None
+            yield data
+            block = inflate.unused_data if inflate.eof else b""
+            inflate = None if inflate.eof else inflate
+    if inflate is not None:
+        raise _CutOff("the compressed file is cut off (an incomplete download?)")

@@ -1,0 +1,146 @@
+"""Arrays of an Orbax checkpoint by slices, in and out, without ever holding one whole array.
+
+Orbax writes its metadata around arrays of one element; the arrays themselves (zarr3 in OCDBT) are then written by
+tensorstore, chunk by chunk, in any order. Orbax and tensorstore are imported by checkpoint/ alone.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from mixtral_jax.checkpoint import trees as checkpoint
+
+Box = tuple[int | slice, ...]
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
+_COPIES = 2  # threads that tensorstore itself may use for copies
+
+
+class ArraySpec(NamedTuple):
+    """An array on disk: `chunk` is the shape of the pieces in which it is stored, each written whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+
+
+class ArrayReader:
+    """The arrays under `path`/state by dotted name.
+
+    Raises:
+        ValueError: the directory is no checkpoint, or an incomplete one.
+    """
+
+    def __init__(self, path: Path, cache_bytes: int = 0) -> None:
+        self.path = path
+        problem = checkpoint.damage(path)
+        if problem is not None or not (path / checkpoint.STATE / "manifest.ocdbt").is_file():
+            what = problem or f"{checkpoint.STATE}/manifest.ocdbt is missing"
+            raise ValueError(f"{path} is no complete Orbax checkpoint: {what}")
+        self._context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": cache_bytes}, "data_copy_concurrency": {"limit": _COPIES}}
+        )
+        self._base = {"driver": "file", "path": f"{(path / checkpoint.STATE).resolve()}/"}
+        store = ts.KvStore.open({"driver": "ocdbt", "base": self._base}, context=self._context).result()
+        keys = [key.decode() for key in store.list().result()]
+        self.names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
+        self._chunks = Counter(key.split("/c/")[0] for key in keys if "/c/" in key)
+
+    def custom_metadata(self) -> dict[str, Any]:
+        """What the writer of the checkpoint said about it."""
+        try:
+            return json.loads((self.path / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    @functools.cache  # noqa: B019 - a reader lives as long as one conversion
+    def _array(self, name: str) -> ts.TensorStore:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{name}/"}}
+        return ts.open(spec, read=True, open=True, context=self._context).result()
+
+    def spec(self, name: str) -> ArraySpec:
+        """Shape, dtype and chunks of one array; reads no data.
+
+        Raises:
+            ValueError: some of its chunks were never written, or it is no floating array.
+        """
+        array = self._array(name)
+        layout = array.chunk_layout
+        grid, chunk = layout.write_chunk.shape, layout.read_chunk.shape
+        assert grid is not None and chunk is not None  # zarr3 arrays are always on a grid
+        whole = math.prod(-(-n // int(c or n)) for n, c in zip(array.shape, grid, strict=True))
+        if self._chunks[name] != whole:
+            raise ValueError(f"{self.path} is incomplete: {name} has {self._chunks[name]} of {whole} chunks")
+        dtype = array.dtype.name
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} in {self.path} is {dtype}: only {', '.join(DTYPES)} are converted")
+        return ArraySpec(
+            tuple(array.shape), DTYPES[dtype], tuple(int(c or n) for n, c in zip(array.shape, chunk, strict=True))
+        )
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        """The elements that `box` selects."""
+        return self._array(name)[box].read().result()
+
+
+class ArrayWriter:
+    """A new checkpoint at `path` (it must not exist) with these arrays, whose chunks are then written in any order."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]) -> None:
+        self.path = path
+        skeleton: dict[str, Any] = {}
+        for name, spec in arrays.items():
+            *parents, last = name.split(".")
+            node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, skeleton)
+            node[last] = np.zeros((1,) * len(spec.shape), spec.dtype)
+        checkpoint.save(path, skeleton)
+        state = path / checkpoint.STATE
+        for entry in ("d", "ocdbt.process_0", "array_metadatas"):
+            shutil.rmtree(state / entry, ignore_errors=True)
+        for file in (state / "manifest.ocdbt", path / checkpoint.FILES):
+            file.unlink(missing_ok=True)
+        # The whole directory is synchronised once, before it gets its name: a sync for every chunk would cost time.
+        context = ts.Context({"data_copy_concurrency": {"limit": _COPIES}, "file_io_sync": False})
+        base = {"driver": "file", "path": f"{state.resolve()}/"}
+        opened = {
+            name: ts.open(_zarr(base, name, spec), create=True, open=True, context=context)
+            for name, spec in arrays.items()
+        }
+        self._arrays = {name: array.result() for name, array in opened.items()}
+
+    def write(self, name: str, box: Box, values: np.ndarray) -> None:
+        """Write whole chunks and wait until they are on disk."""
+        self._arrays[name][box].write(values).result()
+
+    def close(self) -> None:
+        """Note the size of every file, so that a file cut short later is recognised without reading it."""
+        sizes = {}
+        for directory, _, files in os.walk(self.path):
+            for file in files:
+                full = Path(directory) / file
+                sizes[str(full.relative_to(self.path))] = full.stat().st_size
+        sizes.pop(checkpoint.FILES, None)
+        (self.path / checkpoint.FILES).write_text(json.dumps(dict(sorted(sizes.items()))))
+
+
+def _zarr(base: dict[str, str], name: str, spec: ArraySpec) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+        "metadata": {
+            "shape": list(spec.shape),
+            "data_type": spec.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        },
+        "store_data_equal_to_fill_value": True,
+    }

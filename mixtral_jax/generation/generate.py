@@ -1,0 +1,277 @@
+"""Text generation: prompts of different lengths in one batch, one jitted loop until every row has ended.
+
+Lengths are rounded up before anything is compiled, so that few programs serve all prompts. Under `jax.set_mesh(mesh)`
+the same calls run on the whole mesh.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
+from mixtral_jax.generation.sampling import Drawing, Sampler, make_sampler, sample
+from mixtral_jax.model import Mixtral
+from mixtral_jax.parallel.sharding import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    assemble,
+    axis_max,
+    psum,
+    shard_index,
+    sharded,
+    varying,
+)
+
+SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
+
+Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+
+
+class Rows(NamedTuple):
+    """What is asked for, row by row."""
+
+    tokens_BT: Int[Array, "B T"]  # right-aligned
+    pad_B: Int[Array, " B"]  # columns before the prompt; all of them: no prompt, nothing is generated
+    eos_N: Int[Array, " N"]  # tokens that end a row
+
+
+class State(NamedTuple):
+    """What a step of decoding takes and gives."""
+
+    cache: Cache
+    token_B: Int[Array, " B"]  # the newest token, not in the cache yet
+    done_B: Bool[Array, " B"]
+    drawn: Int[Array, ""]  # tokens so far
+
+
+_BATCH: Any = P(BATCH_AXES)
+_SLOTS: Any = P(None, BATCH_AXES, "tensor")
+_EVERYWHERE: Any = P()
+_ROWS = Rows(_BATCH, _BATCH, _EVERYWHERE)
+_STATE = State(Cache(_SLOTS, _SLOTS), _BATCH, _BATCH, _EVERYWHERE)
+
+
+def generate(
+    model: Mixtral,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int = 64,
+    eos_id: int | Sequence[int] | None = None,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    **drawing: Unpack[Drawing],
+) -> Any:
+    """Continue prompts; what comes back are the new tokens alone, without the prompt.
+
+    Args:
+        tokens: a prompt, a list of prompts of any lengths, or an array (T,) or (B, T).
+        max_new_tokens: most tokens per row.
+        eos_id: token, or tokens, that end a row; None: every row gets max_new_tokens.
+        lengths: of the prompts in an array (B, T), which are padded at the end.
+        drawing: temperature (0, the default, takes the likeliest token), top_k, top_p, seed; see sampling.Drawing.
+
+    Returns:
+        For lists the new tokens as lists, the ending token included. For an array an int32 array (..., max_new_tokens),
+        filled with (the first) eos_id behind the end.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, or a setting out of range.
+    """
+    sampler = make_sampler(**drawing)
+    rows = _read_prompts(model, tokens, lengths, eos_id)
+    count = len(rows.prompts)
+    if not count:
+        return np.zeros((0, max_new_tokens), np.int32) if rows.is_array else []
+    columns = _round_up(_positive("max_new_tokens", max_new_tokens))
+    batch, slots = _right_align(rows, columns)
+    out_BN = _run(model, batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns)
+    out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
+    if rows.is_array:
+        return out_BN[0] if rows.single else out_BN
+    ended = [_until(row, rows.eos) for row in out_BN.tolist()]
+    return ended[0] if rows.single else ended
+
+
+def stream(
+    model: Mixtral,
+    tokens: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    eos_id: int | Sequence[int] | None = None,
+    **drawing: Unpack[Drawing],
+) -> Iterator[list[int | None]]:
+    """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended."""
+    rows = _read_prompts(model, list(tokens), None, eos_id)
+    sampler = make_sampler(**drawing)
+    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
+    ended = np.zeros(len(rows.prompts), bool)
+    state = None
+    for _ in range(max_new_tokens):
+        state = _start(model, batch, sampler, slots=slots) if state is None else _step(model, state, batch, sampler)
+        new = np.asarray(state.token_B)[: len(ended)]
+        yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
+        ended = np.asarray(state.done_B)[: len(ended)]
+        if ended.all():
+            return
+
+
+# ---- on the device ---------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="slots")
+def _start(model: Mixtral, rows: Rows, sampler: Sampler, *, slots: int) -> State:
+    """Prefill, and the first token."""
+
+    def local(model: Mixtral, rows: Rows, sampler: Sampler) -> State:
+        return _equal(_first(model, rows, sampler, slots))
+
+    return sharded(local, model, (rows, sampler), (_ROWS, P()), _STATE)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _step(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+    """One token more."""
+
+    def local(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+        return _equal(_next(model, _varying(state), rows, sampler))
+
+    return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), _STATE)
+
+
+@partial(jax.jit, static_argnames=("slots", "columns"))
+def _run(
+    model: Mixtral, rows: Rows, sampler: Sampler, limit: Int[Array, ""], *, slots: int, columns: int
+) -> Int[Array, "B columns"]:
+    """The tokens of each row up to `limit`, which is at most `columns`; behind a row's end its ending token."""
+
+    def local(model: Mixtral, rows: Rows, sampler: Sampler, limit: jax.Array) -> jax.Array:
+        def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
+            state, out_BN, _ = carry
+            state = _varying(_next(model, state, rows, sampler))
+            out_BN = jax.lax.dynamic_update_slice(out_BN, state.token_B[:, None], (0, state.drawn - 1))
+            return state, out_BN, _rows_left(state)
+
+        state = _varying(_first(model, rows, sampler, slots))
+        out_BN = jnp.pad(state.token_B[:, None], ((0, 0), (0, columns - 1)))
+        carry = (state, out_BN, _rows_left(state))
+        _, out_BN, _ = jax.lax.while_loop(lambda c: (c[0].drawn < limit) & (c[2] > 0), body, carry)
+        fill_B1 = rows.eos_N[:1][None, :] if rows.eos_N.size else jnp.zeros((1, 1), jnp.int32)
+        end_BN = _is_end(out_BN, rows).astype(jnp.int32)
+        out_BN = jnp.where(jnp.cumsum(end_BN, axis=1) > end_BN, fill_B1, out_BN)
+        return axis_max(assemble(out_BN, 0, BATCH_AXES), ("context",))
+
+    return sharded(local, model, (rows, sampler, limit), (_ROWS, P(), P()), P())
+
+
+def _first(model: Mixtral, rows: Rows, sampler: Sampler, slots: int) -> State:
+    logits_BV, cache = prefill(model, rows.tokens_BT, rows.pad_B, slots)
+    done_B = rows.pad_B == rows.tokens_BT.shape[1]
+    return _draw(logits_BV, cache, done_B, jnp.int32(0), rows, sampler)
+
+
+def _next(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+    column = rows.tokens_BT.shape[1] + state.drawn - 1
+    logits_BV, cache = decode(model, state.cache, state.token_B, column, rows.pad_B, ~state.done_B)
+    return _draw(logits_BV, cache, state.done_B, state.drawn, rows, sampler)
+
+
+def _draw(
+    logits_BV: jax.Array, cache: Cache, done_B: jax.Array, count: jax.Array, rows: Rows, sampler: Sampler
+) -> State:
+    size = logits_BV.shape[0]
+    row_B = shard_index(BATCH_AXES) * size + jnp.arange(size, dtype=jnp.int32)
+    token_B = sample(logits_BV, sampler, row_B, count)
+    return State(cache, token_B, done_B | _is_end(token_B, rows), count + 1)
+
+
+def _is_end(tokens: jax.Array, rows: Rows) -> jax.Array:
+    return jnp.any(tokens[..., None] == jnp.expand_dims(rows.eos_N, tuple(range(tokens.ndim))), axis=-1)
+
+
+def _rows_left(state: State) -> jax.Array:
+    return psum(jnp.sum(~state.done_B), TOKEN_AXES)
+
+
+def _varying(state: State) -> State:
+    """Typed as a step returns it: weights that were gathered differ, for all that jax knows, on every device."""
+    cache = Cache(*(varying(a, (*TOKEN_AXES, "tensor")) for a in state.cache))
+    return State(cache, varying(state.token_B, TOKEN_AXES), varying(state.done_B, TOKEN_AXES), state.drawn)
+
+
+def _equal(state: State) -> State:
+    """The devices along `context` all hold the same: say so."""
+    return jax.tree.map(lambda a: axis_max(a, ("context",)), state)
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+
+class _Request(NamedTuple):
+    """What the caller gave, read."""
+
+    prompts: list[list[int]]
+    eos: list[int]
+    window: int | None
+    is_array: bool
+    single: bool
+
+
+def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | Sequence[int] | None) -> _Request:
+    is_array = isinstance(tokens, np.ndarray | jax.Array)
+    table: Any = np.asarray(tokens).tolist() if is_array else list(tokens)
+    single = bool(table) and np.ndim(table[0]) == 0
+    prompts = [list(map(int, row)) for row in ([table] if single else table)]
+    if lengths is not None:
+        if len(lengths) != len(prompts):
+            raise ValueError(f"lengths has {len(lengths)} entries for {len(prompts)} prompts")
+        prompts = [row[: int(n)] for row, n in zip(prompts, lengths, strict=True)]
+    vocab = model.config.vocab_size
+    for i, row in enumerate(prompts):
+        if not row:
+            raise ValueError(f"prompt {i} is empty: begin it with the BOS token")
+        if min(row) < 0 or max(row) >= vocab:
+            raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
+    eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
+    return _Request(prompts, eos, model.config.sliding_window, is_array, single)
+
+
+def _right_align(request: _Request, new_columns: int) -> tuple[Rows, int]:
+    """Prompts as an array whose last column is the last token of each, and the cache's slots."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+    width = _round_up(max(map(len, request.prompts)))
+    rows = -(-len(request.prompts) // shards) * shards
+    tokens_BT: Any = np.zeros((rows, width), np.int32)
+    pad_B: Any = np.full(rows, width, np.int32)
+    eos_N: Any = np.array(request.eos, np.int32)
+    for b, prompt in enumerate(request.prompts):
+        pad_B[b] = width - len(prompt)
+        tokens_BT[b, pad_B[b] :] = prompt
+    slots = cache_slots(request.window, width + new_columns)
+    return Rows(tokens_BT, pad_B, eos_N), slots
+
+
+def _round_up(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: at most half as many again."""
+    power = SMALLEST
+    while power < size:
+        power *= 2
+    smaller = power * 3 // 4
+    return smaller if power > SMALLEST and smaller >= size else power
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}: it must be at least 1")
+    return value
+
+
+def _until(row: list[int], eos: list[int]) -> list[int]:
+    """Up to and with the first ending token."""
+    end = next((i for i, token in enumerate(row) if token in eos), len(row) - 1)
+    return row[: end + 1]

@@ -1,0 +1,208 @@
+"""The experts' whole feed-forward in blocks of rows, in plain XLA: what the back-end `blocked` does.
+
+Both products of a block and the activation between them run while its rows lie in the cache, forward and backward;
+h = x w13 alone is kept for the backward pass. Low-rank factors are part of their product: x W + (x A) B.
+Gradients of matrices that nothing differentiates by, such as a frozen base's, are not computed. Blocks overlap as in
+kernels/grouped_blocked.py.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.kernels.grouped_blocked import zeros_like_rows
+from mixtral_jax.parallel.sharding import alike
+
+BLOCKS = (512, 128, 64)  # rows; each divides the one before
+SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs
+
+
+class Low(NamedTuple):
+    """A pair of low-rank factors for each group, their scale within: y = x W + (x A) B."""
+
+    a: Float[Array, "*E I r"]
+    b: Float[Array, "*E r O"]
+
+
+class Weights(NamedTuple):
+    """One group's matrices, or with a leading E all groups'."""
+
+    w13: jax.Array  # (E, D, 2F), or F split in two
+    w2: jax.Array  # (E, F, D)
+    low13: Low | None
+    low2: Low | None
+
+
+def blocked_swiglu(
+    x_RD: Float[Array, "R D"],
+    w13_ED2F: Float[Array, "E D *twoF"],
+    w2_EFD: Float[Array, "E F D"],
+    group_sizes_E: Int[Array, " E"],
+    low13: Low | None = None,
+    low2: Low | None = None,
+) -> Float[Array, "R D"]:
+    """w2( silu(w1 x) * w3 x ) with the matrices of each row's group; rows behind the last group are undefined.
+
+    `low13` (E, D, r), (E, r, 2F) is added to w13, `low2` (E, F, r), (E, r, D) to w2. Source: GLU variants (2002.05202),
+    equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype.
+    """
+    leaves, tree = jax.tree.flatten((x_RD, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
+    return _ffn(*jax.tree.unflatten(tree, alike(*leaves)))
+
+
+def _over_blocks(rows: int, start: jax.Array, size: jax.Array, body: Any, carry: Any) -> Any:
+    """body(block, row, carry) over start ... start + size of `rows`; the last, smallest block may reach past them."""
+    units = (size + BLOCKS[-1] - 1) // BLOCKS[-1]
+    for block in (block for block in BLOCKS if block <= rows):
+        count, units = units // (block // BLOCKS[-1]), units % (block // BLOCKS[-1])
+        carry = jax.lax.fori_loop(
+            0, count, lambda i, carry, block=block, start=start: body(block, start + i * block, carry), carry
+        )
+        start += count * block
+    return carry
+
+
+_slice = partial(jax.lax.dynamic_slice_in_dim, axis=0)
+_put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _inside(x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The rows of nobody, which may hold anything, as zeros, and room for the last block behind them."""
+    inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E))[:, None]
+    return jnp.pad(jnp.where(inside_R1, x_RD, 0), ((0, BLOCKS[-1]), (0, 0)))
+
+
+def _product(x_bI: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
+    y_bO = _dot(x_bI, w_IO)
+    if low is not None:
+        y_bO += _dot(_dot(x_bI, low.a).astype(x_bI.dtype), low.b)
+    return y_bO.astype(x_bI.dtype)
+
+
+def _transpose_product(dy_bO: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
+    return _product(dy_bO, w_IO.T, None if low is None else Low(low.b.T, low.a.T))
+
+
+def _transposed(a: jax.Array) -> jax.Array:
+    # made before its product: XLA's CPU matmul is a third slower on a transposed left side
+    return jax.lax.optimization_barrier(a.T)
+
+
+def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
+    """x^T (dy B^T) and (x A)^T dy, fp32."""
+    g_br, u_br = (_dot(left, right).astype(x_bI.dtype) for left, right in ((dy_bO, low.b.T), (x_bI, low.a)))
+    return Low(_dot(_transposed(x_bI), g_br), _dot(_transposed(u_br), dy_bO))
+
+
+def _activation(h_b2F: jax.Array) -> jax.Array:
+    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(h1_bF) * h3_bF).astype(h_b2F.dtype)
+
+
+def _activation_gradient(h_b2F: jax.Array, da_bF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The activation again, and dh from da: silu' = s + silu (1 - s), s the sigmoid."""
+    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
+    s_bF = jax.nn.sigmoid(h1_bF)
+    silu_bF, da_bF = h1_bF * s_bF, da_bF.astype(jnp.float32)
+    dh1_bF = da_bF * h3_bF * (s_bF + silu_bF * (1 - s_bF))
+    dh_b2F = jnp.concatenate([dh1_bF, da_bF * silu_bF], axis=-1)
+    return (silu_bF * h3_bF).astype(h_b2F.dtype), dh_b2F.astype(h_b2F.dtype)
+
+
+def _flat(w: Weights) -> Weights:
+    return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1))
+
+
+@jax.custom_vjp
+def _ffn(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> jax.Array:
+    return _forward(x_RD, weights, sizes_E)[0]
+
+
+def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """y, and h with some rows of no meaning behind the last."""
+    rows = x_RD.shape[0]
+    x_RD = _inside(x_RD, sizes_E)
+
+    def group(buffers, inputs):
+        w, start, size = inputs
+        w = _flat(w)
+
+        def one_block(block, row, buffers):
+            y_RD, h_R2F = buffers
+            h_b2F = _product(_slice(x_RD, row, block), w.w13, w.low13)
+            y_bD = _product(_activation(h_b2F), w.w2, w.low2)
+            # where a block reaches past its group's end, the next group overwrites these rows
+            return _put(y_RD, y_bD, row), _put(h_R2F, h_b2F, row)
+
+        return _over_blocks(x_RD.shape[0], start, size, one_block, buffers), None
+
+    buffers = zeros_like_rows(x_RD.shape, x_RD), zeros_like_rows((x_RD.shape[0], 2 * weights.w2.shape[1]), x_RD)
+    (y_RD, h_R2F), _ = jax.lax.scan(group, buffers, (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E))
+    return y_RD[:rows], h_R2F
+
+
+def _vjp_forward(x_RD, weights, sizes_E):
+    # saved values are arrays only, so what is differentiated by is told by structure: () or None
+    wanted = Weights._make(() if any(leaf.perturbed for leaf in jax.tree.leaves(field)) else None for field in weights)
+    x_RD, sizes_E = x_RD.value, sizes_E.value
+    weights = jax.tree.map(lambda leaf: leaf.value, weights)
+    y_RD, h_R2F = _forward(x_RD, weights, sizes_E)
+    return y_RD, (x_RD, weights, sizes_E, checkpoint_name(h_R2F, SAVED), wanted)
+
+
+def _vjp_backward(saved, dy_RD):
+    x_RD, weights, sizes_E, h_R2F, wanted = saved
+    if isinstance(dy_RD, SymbolicZero):
+        return None, None, None
+    rows = x_RD.shape[0]
+    x_RD, dy_RD = _inside(x_RD, sizes_E), _inside(dy_RD, sizes_E)
+
+    def group(dx_RD, inputs):
+        w, start, size = inputs
+        w = _flat(w)
+
+        def one_block(block, row, carry):
+            dx_RD, sums = carry
+            # the rows past the group's end count as zeros in dw, and their dx is overwritten by the next group
+            mine_b1 = (row + jnp.arange(block) < start + size)[:, None]
+            x_bD, dy_bD = _slice(x_RD, row, block), jnp.where(mine_b1, _slice(dy_RD, row, block), 0)
+            da_bF = _transpose_product(dy_bD, w.w2, w.low2)
+            a_bF, dh_b2F = _activation_gradient(_slice(h_R2F, row, block), da_bF)
+            dx_RD = _put(dx_RD, _transpose_product(dh_b2F, w.w13, w.low13), row)
+            return dx_RD, jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
+
+        like, x_b32 = _only(wanted, w._replace(w2=w.w2.T)), x_RD.astype(jnp.float32)
+        sums = jax.tree.map(lambda leaf: zeros_like_rows(leaf.shape, x_b32), like)
+        dx_RD, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (dx_RD, sums))
+        sums = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, like)
+        return dx_RD, sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
+
+    inputs = (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
+    dx_RD, dw = jax.lax.scan(group, zeros_like_rows(x_RD.shape, x_RD), inputs)
+    dw = jax.tree.map(lambda total, leaf: total.reshape(leaf.shape), dw, _only(wanted, weights))
+    inside_R1 = (jnp.arange(rows) < jnp.sum(sizes_E))[:, None]
+    return jnp.where(inside_R1, dx_RD[:rows], 0), dw, None
+
+
+def _only(wanted: Any, values: Weights) -> Any:
+    return Weights._make(None if want is None else value for want, value in zip(wanted, values, strict=True))
+
+
+def _gradients(w: Any, wanted: Any, x_bD: jax.Array, dh_b2F: jax.Array, a_bF: jax.Array, dy_bD: jax.Array) -> Weights:
+    """Of one block, fp32; that of w2 transposed, for it is dy that is cheap to transpose."""
+    gradients = (
+        None if wanted.w13 is None else _dot(_transposed(x_bD), dh_b2F),
+        None if wanted.w2 is None else _dot(_transposed(dy_bD), a_bF),
+        None if wanted.low13 is None else _low_gradient(x_bD, dh_b2F, w.low13),
+        None if wanted.low2 is None else _low_gradient(a_bF, dy_bD, w.low2),
+    )
+    return Weights._make(gradients)
+
+
+_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -1,0 +1,319 @@
+"""Where every parameter and activation lives on the mesh.
+
+The model runs inside one `jax.shard_map` over the whole mesh, so each collective below is written out, once, and
+`check_vma=True` makes jax refuse a value that claims to be equal on all devices and was never reduced. Without a mesh
+(one device) every function here is the identity.
+
+Axes. `data`, `fsdp` and `expert` share the batch; `context` shares the sequence; `tensor` shares heads, ffn and
+vocabulary. `fsdp` (and, for dense weights, `expert`) shard the parameters, which are gathered where they are used: the
+transpose of that gather is a reduce-scatter, so gradients and optimizer state stay sharded (ZeRO-3).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mixtral_jax.parallel.collectives import gather_shards
+from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel.zigzag import spread, unspread, zigzag
+
+BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+
+# Logical axis of a parameter -> mesh axes that shard it. A name that is not here is an error.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "experts": ("expert",),
+    "router_experts": (),
+    "gate_up": (),
+    "ffn": ("tensor",),
+    "norm": (),
+    "lora_rank": (),
+    "quantized_block": (),
+}
+# Logical axes that are gathered before use; the others are computed on as shards.
+GATHERED = ("embed", "expert_embed")
+# A logical axis that is gathered as one with the axis behind it, as products use it: a tile of (2, F) is not one of
+# (2F), and joined after the gather the whole matrix would be copied.
+JOINED = "gate_up"
+LANES = 128  # the minor dimension of a TPU's tiles
+# Where its mesh axes do not divide it, it is stored whole on each of their devices and padded where it is used.
+PADDED = "vocab"
+
+
+# ---- placement, decided once -----------------------------------------------------------------------------------------
+
+
+def param_spec(axes: Sequence[str], shape: Sequence[int], mesh_shape: Mapping[str, int], name: str) -> P:
+    """PartitionSpec of a parameter with the logical `axes`.
+
+    Raises:
+        ValueError: a logical axis without a rule, a mesh axis used twice, or a dimension that it does not divide (a
+            vocabulary is then not divided).
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has {len(shape)} dimensions but {len(axes)} logical axes: {', '.join(axes)}")
+    used: set[str] = set()
+    spec: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        if logical not in LOGICAL_AXES:
+            raise ValueError(f"{name}: logical axis {logical!r} has no rule in LOGICAL_AXES")
+        mesh_axes = LOGICAL_AXES[logical]
+        if used & set(mesh_axes):
+            raise ValueError(
+                f"{name}: two of its axes ({', '.join(axes)}) would be sharded over {used & set(mesh_axes)}"
+            )
+        used |= set(mesh_axes)
+        parts = math.prod(mesh_shape[a] for a in mesh_axes)
+        if size % parts and logical == PADDED:
+            mesh_axes = ()
+        elif size % parts:
+            over = " x ".join(f"{a} {mesh_shape[a]}" for a in mesh_axes)
+            held = name.endswith((".codes", ".scales"))  # of a base in blocks, each of several weights
+            raise ValueError(
+                f"{name}: its {logical} dimension {size} is not a multiple of {parts} (mesh {over}): choose a smaller "
+                f"mesh.{max(mesh_axes, key=mesh_shape.__getitem__)} or {'lora.base_block' if held else 'pad the model'}"
+            )
+        spec.append(mesh_axes or None)
+    return P(*spec)
+
+
+def param_specs(model: nnx.Module, mesh: Any) -> Any:
+    """PartitionSpecs shaped like `model`: a module whose leaves are specs."""
+    mesh_shape = dict(mesh.shape)
+    graphdef, state = nnx.split(model)
+    specs = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        specs.append(param_spec(variable.get_metadata()["axes"], variable.shape, mesh_shape, name))
+    return jax.tree.unflatten(jax.tree.structure(state), specs), graphdef
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh | None) -> dict | None:
+    """NamedShardings as a nested dict with the keys of `nnx.to_pure_dict(nnx.state(model))`; None without a mesh."""
+    if mesh is None:
+        return None
+    specs, _ = param_specs(model, mesh)
+    pure = nnx.to_pure_dict(nnx.state(model))
+    named = [NamedSharding(mesh, s) for s in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))]
+    return jax.tree.unflatten(jax.tree.structure(pure), named)
+
+
+def batch_spec(leading: int = 0) -> P:
+    """Spec of a (..., B, T) array with `leading` unsharded dimensions before the batch."""
+    return P(*(None,) * leading, BATCH_AXES, "context")
+
+
+def batch_sharding(mesh: Mesh | None, leading: int = 1) -> NamedSharding | None:
+    """Sharding of a Batch leaf (A, b, T); None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, batch_spec(leading))
+
+
+def platform() -> str:
+    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+# ---- inside the shard_map: each is the identity without a mesh -------------------------------------------------------
+
+
+def _inside() -> bool:
+    """Whether this code is being traced for one device of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and len(mesh.manual_axes) > 0
+
+
+def axis_size(name: str) -> int:
+    """Devices along a mesh axis."""
+    return jax.lax.axis_size(name) if _inside() else 1
+
+
+def axis_index(name: str) -> jax.Array | int:
+    """This device's place along a mesh axis."""
+    return jax.lax.axis_index(name) if _inside() else 0
+
+
+def shard_key(key: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A random key of this device's own along `axes`."""
+    for axis in axes if _inside() else ():
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def psum(x: Any, axes: Sequence[str]) -> Any:
+    """Sum over the devices along `axes`."""
+    return jax.tree.map(lambda a: jax.lax.psum(varying(a, axes), tuple(axes)), x) if _inside() else x
+
+
+def axis_max(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Maximum over the devices along `axes`; no gradient."""
+    return jax.lax.pmax(varying(jax.lax.stop_gradient(x), axes), tuple(axes)) if _inside() else x
+
+
+def variance(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which `x` differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x` typed as different on each device along `axes`; the transpose is the psum of its gradient."""
+    if not _inside():
+        return x
+    missing = tuple(a for a in axes if a not in variance(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays with one common variance: what a custom_vjp wants of its arguments."""
+    if not _inside():
+        return arrays
+    axes = sorted(frozenset().union(*map(variance, arrays)))
+    return tuple(varying(a, axes) for a in arrays)
+
+
+def _cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`w` in `dtype`. To bf16 it is rounded before it is cast, which changes no value: the TPU compiler moves a bare
+    cast of a layer's slice out of the loop over layers (bfloat16-propagation) and so keeps all shards twice.
+    """
+    if (w.dtype, jnp.dtype(dtype)) == (jnp.float32, jnp.bfloat16):
+        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+    return w.astype(dtype)
+
+
+def _as_stored(w: jax.Array) -> jax.Array:
+    """`w`, a layer's slice, pinned on TPUs to the layout of the stack that it was cut from. Without that the compiler
+    gives the whole stack the layout in which a slice is gathered, by a copy before the loop over layers.
+    """
+    if w.ndim != 3 or not _inside() or platform() != "tpu":
+        return w
+    return with_layout_constraint(w, Layout((0, 1, 2) if w.shape[2] % LANES == 0 else (0, 2, 1)))
+
+
+def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
+
+    Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
+    """
+    w = _cast(_as_stored(param[...]), dtype)
+    if not _inside():
+        return checkpoint_name(w, "weights")
+    w = varying(w, TOKEN_AXES)
+    names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
+    if JOINED in names:
+        at = names.index(JOINED)
+        w, names = w.reshape(*w.shape[:at], -1, *w.shape[at + 2 :]), (*names[:at], *names[at + 1 :])
+    if PADDED in names:
+        w = _own_rows(w, names.index(PADDED), param.get_metadata()["vocab"])
+    for dim, name in enumerate(names):
+        if name == "expert_embed" and dim == 2:  # rows of the last dimension are no neighbours: gather columns
+            w = jnp.swapaxes(gather_shards(jnp.swapaxes(w, 1, 2), LOGICAL_AXES[name], 1), 1, 2)
+        elif name in GATHERED:
+            w = gather_shards(w, LOGICAL_AXES[name], dim)
+    return checkpoint_name(w, "weights")
+
+
+def _own_rows(w: jax.Array, dim: int, vocab: int) -> jax.Array:
+    """This device's share, zeros behind the last row, of a vocabulary that `tensor` does not divide."""
+    shards = axis_size("tensor")
+    if vocab % shards == 0:
+        return w
+    padding = [(0, -vocab % shards if axis == dim else 0) for axis in range(w.ndim)]
+    w = jnp.pad(varying(w, (*TOKEN_AXES, "tensor")), padding)
+    own = w.shape[dim] // shards
+    return jax.lax.dynamic_slice_in_dim(w, axis_index("tensor") * own, own, dim)
+
+
+def drop_padding(logits: Any, vocab: int) -> Any:
+    """Logits without the columns that stand for no token."""
+    return logits if logits.shape[-1] == vocab else logits[..., :vocab]
+
+
+def sharded(
+    local: Callable[..., Any], model: nnx.Module, args: tuple[Any, ...], in_specs: tuple[Any, ...], out_specs: Any
+) -> Any:
+    """local(model, *args) on every device's shards; a plain call without a mesh.
+
+    Outputs that `out_specs` calls replicated must have been reduced: jax checks it while tracing. What a spec shards
+    over `context` in its second dimension `local` sees, and returns, in zig-zag parts (mixtral_jax/parallel/zigzag.py).
+
+    Raises:
+        ValueError: rows or their length that the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(model, *args)
+    specs, graphdef = param_specs(model, mesh)
+    _, state = nnx.split(model)
+    for x, spec in zip(args, in_specs, strict=True):
+        _check_rows(x, spec, dict(mesh.shape))
+
+    def body(state: Any, *args: Any) -> Any:
+        args = tuple(_along_context(spread, s, x) for s, x in zip(in_specs, args, strict=True))
+        out = local(nnx.merge(graphdef, state), *args)
+        is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a word for the line below
+        return jax.tree.map(lambda s, x: _along_context(unspread, s, x), out_specs, out, is_leaf=is_spec)
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=True)
+    return run(state, *args)
+
+
+def _splits_rows(spec: P) -> bool:
+    return len(spec) > 1 and spec[1] == "context"
+
+
+def _along_context(move: Callable[[jax.Array], jax.Array], spec: P, x: Any) -> Any:
+    """`move` where the spec shards the tokens of a row over more than one device."""
+    return move(x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
+
+
+def _check_rows(x: Any, spec: P, mesh_shape: dict[str, int]) -> None:
+    if not _splits_rows(spec):
+        return
+    shards = math.prod(mesh_shape[a] for a in BATCH_AXES)
+    if x.shape[0] % shards:
+        over = " x ".join(f"{a} {mesh_shape[a]}" for a in BATCH_AXES)
+        raise ValueError(
+            f"{x.shape[0]} rows cannot be shared by {shards} batch shards (mesh {over}): "
+            f"make micro_batch_size a multiple of {shards}"
+        )
+    if mesh_shape["context"] > 1:
+        zigzag(x.shape[1], mesh_shape["context"])
+
+
+def assemble(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
+    """The whole array from the devices' shards along `dim`, the same on all of them; x itself without a mesh."""
+    if _devices(MESH_AXES) == 1:
+        return x
+    shape = (*x.shape[:dim], x.shape[dim] * _devices(axes), *x.shape[dim + 1 :])
+    start: list[Any] = [0] * x.ndim
+    start[dim] = shard_index(axes) * x.shape[dim]
+    return psum(jax.lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, start), axes)
+
+
+def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
+    """This device's place along several mesh axes taken as one."""
+    index: jax.Array | int = 0
+    for axis in axes:
+        index = index * axis_size(axis) + axis_index(axis)
+    return index
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    return math.prod(axis_size(a) for a in axes)

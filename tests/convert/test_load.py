@@ -1,0 +1,81 @@
+"""Checkpoints as models and back, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.convert import hf2orbax, load, load_config, load_params, save_hf
+from mixtral_jax.convert.load import read_leaf
+from mixtral_jax.convert.pipeline import open_source
+from mixtral_jax.convert.table import leaves
+from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
+
+# The model is split over the mesh: sizes that the axes divide.
+EVEN = {**TINY, "vocab_size": 40, "head_dim": 8}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    write_hub(tmp_path / "hf", EVEN, random_tensors(EVEN, BF16), shards=2)
+    hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    return tmp_path
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_load_keeps_or_casts_the_dtype(checkpoints, kind):
+    want = load_params(checkpoints / "hf")
+    model = load(checkpoints / kind)
+    assert load_config(checkpoints / kind) == model.config
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and np.asarray(a).tobytes() == b.tobytes(), params_of(model), want
+    )
+    assert jax.tree.all(same)
+    cast = params_of(load(checkpoints / kind, dtype=jnp.float32))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b.astype(np.float32)), cast, want))
+    assert jax.eval_shape(model, jnp.array([[1, 2, 3]])).shape == (1, 3, 40)
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_load_onto_a_mesh(checkpoints, kind):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    model = load(checkpoints / kind, mesh=mesh)
+    want = load_params(checkpoints / "hf")
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), params_of(model), want))
+    w13 = params_of(model)["layers"]["moe"]["w13"]
+    assert w13.addressable_shards[0].data.shape == (2, 2, 12, 2, 10)
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_a_part_of_a_leaf_is_that_part(checkpoints, kind):
+    source = open_source(checkpoints / kind)
+    rng = np.random.default_rng(0)
+    for leaf in leaves(source.config):
+        whole = read_leaf(source, leaf)
+        for _ in range(3):
+            edges = [sorted(rng.choice(n + 1, 2, replace=False)) for n in leaf.shape]
+            index = tuple(slice(a, b) for a, b in edges)
+            assert read_leaf(source, leaf, index).tobytes() == whole[index].tobytes(), leaf.path
+
+
+def test_save_hf_writes_what_was_loaded(checkpoints):
+    model = load(checkpoints / "orbax")
+    save_hf(model, checkpoints / "saved")
+    assert_same_bytes(read_hub(checkpoints / "saved"), random_tensors(EVEN, BF16))
+    assert load_config(checkpoints / "saved") == model.config
+    save_hf(load(checkpoints / "saved", dtype=jnp.float32), checkpoints / "again", dtype="bfloat16")
+    assert_same_bytes(read_hub(checkpoints / "again"), random_tensors(EVEN, BF16))
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_hf(model, checkpoints / "saved")
+
+
+def test_save_hf_from_a_mesh(checkpoints):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    save_hf(load(checkpoints / "orbax", mesh=mesh), checkpoints / "saved")
+    assert_same_bytes(read_hub(checkpoints / "saved"), random_tensors(EVEN, BF16))

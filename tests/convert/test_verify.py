@@ -1,0 +1,114 @@
+"""verify: equal checkpoints pass, and what differs is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mixtral_jax.convert import hf2orbax, resize_vocab, verify
+from mixtral_jax.convert.verify import Outputs, compare_logits
+from tests.convert_files import BF16, DENSE, TINY, random_tensors, write_hub
+
+NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+
+@pytest.fixture(autouse=True)
+def without_transformers(monkeypatch):
+    """Seconds of import; tests/parity has it."""
+    from mixtral_jax.convert import verify as outputs
+
+    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize("shape", [TINY, DENSE], ids=["mixtral", "dense"])
+def test_converted_checkpoints_are_identical(tmp_path, shape):
+    tensors = random_tensors(shape, BF16)
+    write_hub(tmp_path / "hf", shape, tensors)
+    hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    report = verify(tmp_path / "hf", tmp_path / "orbax", prompts=[[1, 2, 3], [4, 5]])
+    assert report.identical and not report.differences
+    (pair,) = report.logits
+    assert (pair.max_abs, pair.kl, pair.top1_agreement) == (0.0, 0.0, 1.0)
+    assert pair.router_agreement == (None if shape is DENSE else 1.0)
+    assert "transformers is not installed" in report.notes[0]
+    assert report.lines()[-1] == "identical"
+    assert f"tensors: {len(tensors)} of {len(tensors)} bit-equal" in report.lines()
+    assert json.loads(json.dumps(report.to_json()))["identical"] is True
+
+
+def test_the_worst_offenders_are_named_first(tmp_path):
+    tensors = random_tensors(TINY)
+    write_hub(tmp_path / "a", TINY, tensors)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.float32(0.25)
+    tensors[NAME] = tensors[NAME].copy()
+    tensors[NAME][3, 4] += np.float32(2.0)
+    write_hub(tmp_path / "b", TINY, tensors)
+    report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2, 3]])
+    assert not report.identical
+    assert [d.name for d in report.differences] == [NAME, "model.norm.weight"]
+    np.testing.assert_allclose([d.max_abs for d in report.differences], [2.0, 0.25], rtol=1e-6)
+    assert report.logits[0].max_abs > 0 and report.logits[0].kl > 0
+    assert report.lines()[-1] == "DIFFERENT" and any(NAME in line for line in report.lines())
+
+
+def test_swapped_halves_and_negative_zero_are_differences(tmp_path):
+    tensors = random_tensors(TINY)
+    tensors["model.norm.weight"][0] = 0.0
+    write_hub(tmp_path / "a", TINY, tensors)
+    w1 = NAME.replace("w3", "w1")
+    swapped = {
+        **tensors,
+        NAME: tensors[w1],
+        w1: tensors[NAME],
+        "model.norm.weight": tensors["model.norm.weight"].copy(),
+    }
+    swapped["model.norm.weight"][0] = -0.0
+    write_hub(tmp_path / "b", TINY, swapped)
+    report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2]])
+    assert {d.name for d in report.differences} == {NAME, w1, "model.norm.weight"}
+    assert report.differences[-1].max_abs == 0.0 and report.differences[-1].reason == "bits differ"
+
+
+def test_other_dtype_configuration_and_vocabulary(tmp_path):
+    tensors = random_tensors(TINY)
+    write_hub(tmp_path / "a", TINY, tensors)
+    hf2orbax(tmp_path / "a", tmp_path / "b", dtype="bfloat16", progress=False)
+    report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2]])
+    assert len(report.differences) == len(tensors)
+    assert report.differences[0].reason == "float32 in A, bfloat16 in B"
+    write_hub(tmp_path / "c", {**TINY, "num_experts_per_tok": 3}, tensors)
+    report = verify(tmp_path / "a", tmp_path / "c", prompts=[[1, 2]])
+    assert report.config == {"num_experts_per_tok": (2, 3)} and not report.differences and not report.identical
+    resize_vocab(tmp_path / "a", tmp_path / "d", vocab_size=64, progress=False)
+    report = verify(tmp_path / "a", tmp_path / "d")
+    assert {d.name for d in report.differences} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert report.notes == ["logits not compared: the vocabularies differ"]
+    write_hub(tmp_path / "e", {**TINY, "num_hidden_layers": 1}, random_tensors({**TINY, "num_hidden_layers": 1}))
+    assert any(d.reason == "only in A" for d in verify(tmp_path / "a", tmp_path / "e", prompts=[[1]]).differences)
+
+
+def test_prompts_from_a_file(tmp_path):
+    write_hub(tmp_path / "a", TINY, random_tensors(TINY))
+    (tmp_path / "ids").write_text("[1, 2, 3]\n\n[4]\n")
+    assert verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids").identical
+    (tmp_path / "ids").write_text("[99]\n")
+    with pytest.raises(ValueError, match="token id 99, the vocabulary has 37"):
+        verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")
+    (tmp_path / "ids").write_text("hello\n")
+    with pytest.raises(ValueError, match=r"the checkpoint has neither tokenizer\.json nor tokenizer\.model"):
+        verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")
+    (tmp_path / "ids").write_text("\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")
+
+
+def test_figures_of_two_distributions():
+    """KL, agreement and tolerance by their definitions, on numbers that a person can follow."""
+    p = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
+    q = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]))
+    experts = np.array([[[0, 1], [2, 3]]])
+    swapped = np.array([[[1, 0], [2, 0]]])
+    pair = compare_logits("a", "b", Outputs(p + 3, experts), Outputs(q, swapped), tolerance=1.0)
+    np.testing.assert_allclose(pair.kl, (0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
+    assert pair.top1_agreement == 0.5 and pair.router_agreement == 0.75
+    assert not pair.same and compare_logits("a", "b", Outputs(p, None), Outputs(p, None), tolerance=0.0).same

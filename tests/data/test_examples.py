@@ -1,0 +1,187 @@
+"""Records into tokens and weights, token by token."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records.lump import Lump, Problems
+from mixtral_jax.data.text import examples
+from mixtral_jax.data.text.chat import encode_chat
+from mixtral_jax.data.text.examples import ChatFormat, chat_documents, chat_example, preference_pair, text_documents
+from mixtral_jax.data.text.template import load_template
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
+TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
+SOURCE = SourceConfig(name="s", path="f.jsonl")
+CHAT = ChatFormat(load_template("v1", TOKENIZER), TOKENIZER)
+BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
+
+
+def _lump(*records: Any) -> Lump:
+    return Lump("f.jsonl", 1, "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# --- text ---
+
+
+def test_a_document_is_bos_ids_eos() -> None:
+    texts = ["Bonjour à tous.", "x", "Ça va ?\n"]
+    problems = Problems(skip=False)
+    found = text_documents(_lump(*({"text": t} for t in texts), {"text": ""}), "text", TOKENIZER, problems)
+    expected = [[BOS, *TOKENIZER.encode(t), EOS] for t in texts]
+    assert found.lengths.tolist() == [len(d) for d in expected]
+    assert found.tokens.tolist() == [token for d in expected for token in d]
+    assert found.weights is None
+    assert found.text_bytes == sum(len(t.encode()) for t in texts)
+    assert found.empty == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"content": "a"}, r"f.jsonl, line 2: no 'text' \(the record has 'content'; the column can be set"),
+        ({}, r"f.jsonl, line 2: no 'text' \(the record has nothing"),
+        ({"text": None}, r"f.jsonl, line 2: 'text' is not a string"),
+        ({"text": 3}, r"f.jsonl, line 2: 'text' is not a string"),
+        ({"text": "\ud800"}, r"f.jsonl, line 2: 'text' holds half of a surrogate pair"),
+    ],
+)
+def test_a_record_without_text_is_named(record: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, Problems(skip=False))
+    problems = Problems(skip=True)
+    found = text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, problems)
+    assert (problems.count, len(found.lengths)) == (1, 1)
+
+
+def test_a_very_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "MAX_ENCODED", 50)
+    text = "Un deux trois quatre cinq.\n" * 20 + "z" * 120
+    found = text_documents(_lump({"text": text}, {"text": "a"}), "text", TOKENIZER, Problems(skip=False))
+    assert len(found.lengths) == 2
+    ids = found.tokens[1 : found.lengths[0] - 1].tolist()
+    assert TOKENIZER.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+# --- chats ---
+
+
+def test_chats_go_through_the_template_and_learn_the_answers() -> None:
+    messages = [_user("Hello"), _assistant("Hi!"), _user("2+2?"), _assistant("4")]
+    ids, trainable = encode_chat(messages, TOKENIZER, CHAT.template)
+    example = chat_example({"messages": messages}, SOURCE, CHAT)
+    assert (example.tokens, example.weights) == (ids, [float(t) for t in trainable])
+    last = chat_example({"messages": messages}, SOURCE, CHAT._replace(train_on="last"))
+    learned = [t for t, w in zip(last.tokens, last.weights, strict=True) if w]
+    assert learned == [*TOKENIZER.encode("4"), EOS]
+
+
+def test_prompt_and_completion_are_encoded_apart_and_only_the_completion_is_learned() -> None:
+    example = chat_example({"prompt": "Say hi.", "completion": "Hi."}, SOURCE, CHAT)
+    prompt, completion = [BOS, *TOKENIZER.encode("Say hi.")], [*TOKENIZER.encode("Hi."), EOS]
+    assert example.tokens == prompt + completion
+    assert example.weights == [0.0] * len(prompt) + [1.0] * len(completion)
+
+
+def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer_is_learned() -> None:
+    prompt = [_user("a"), _assistant("b"), _user("c")]
+    example = chat_example({"prompt": prompt, "completion": [_assistant("d")]}, SOURCE, CHAT)
+    whole, _ = encode_chat([*prompt, _assistant("d")], TOKENIZER, CHAT.template)
+    assert example.tokens == whole
+    assert [t for t, w in zip(example.tokens, example.weights, strict=True) if w] == [*TOKENIZER.encode("d"), EOS]
+
+
+def test_columns_can_be_named() -> None:
+    source = SourceConfig(name="s", path="f", prompt_key="q", completion_key="a", messages_key="m")
+    assert chat_example({"q": "x", "a": "y"}, source, CHAT) == chat_example(
+        {"prompt": "x", "completion": "y"}, SOURCE, CHAT
+    )
+    messages = [_user("x"), _assistant("y")]
+    assert chat_example({"m": messages}, source, CHAT) == chat_example({"messages": messages}, SOURCE, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [_user("a"), {"role": "asistant", "content": "b"}]}, "line 1: .*unknown role 'asistant'"),
+        ({"messages": [_user("a")]}, r"line 1: .*ends with role 'user'"),
+        ({"messages": "a"}, "line 1: 'messages' is not a list of messages"),
+        ({"prompt": "a"}, r"line 1: neither 'messages' nor 'prompt' with 'completion' \(it has 'prompt'\)"),
+        ({"prompt": "a", "completion": ""}, "line 1: 'completion' is empty"),
+        ({"prompt": "a", "completion": 3}, "line 1: the prompt and 'completion' must be strings or lists"),
+    ],
+)
+def test_a_bad_chat_is_named(record: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"f.jsonl, {message}"):
+        chat_documents(_lump(record), SOURCE, CHAT, 64, Problems(skip=False))
+    problems = Problems(skip=True)
+    assert len(chat_documents(_lump(record), SOURCE, CHAT, 64, problems).lengths) == 0
+    assert problems.count == 1
+
+
+def test_chats_are_cut_to_a_row_and_dropped_when_nothing_is_left_to_learn() -> None:
+    short, long_answer = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 50}
+    long_prompt = {"prompt": "a " * 50, "completion": "b"}
+    found = chat_documents(_lump(short, long_answer, long_prompt), SOURCE, CHAT, 16, Problems(skip=False))
+    assert (found.truncated, found.dropped) == (1, 1)
+    expected = [chat_example(r, SOURCE, CHAT).cut(17) for r in (short, long_answer)]
+    assert found.lengths.tolist() == [len(e.tokens) for e in expected]
+    assert found.tokens.tolist() == expected[0].tokens + expected[1].tokens
+    assert found.weights is not None
+    assert found.weights.tolist() == expected[0].weights + expected[1].weights
+
+
+# --- preference ---
+
+
+@pytest.mark.parametrize("name", ["reasoning", "conversational"])
+def test_the_sample_pairs_share_their_prompt(name: str) -> None:
+    lines = gzip.decompress((SAMPLES / "preference" / f"{name}.val.jsonl.gz").read_bytes()).splitlines()
+    for line in lines:
+        record = json.loads(line)
+        pair = preference_pair(record, SOURCE, CHAT)
+        starts = [example.weights.index(1.0) for example in pair]
+        assert starts[0] == starts[1]
+        assert pair.chosen.tokens[: starts[0]] == pair.rejected.tokens[: starts[0]]
+        for example, key in zip(pair, ("chosen", "rejected"), strict=True):
+            answer = record[key] if isinstance(record[key], str) else record[key][0]["content"]
+            assert example.tokens[starts[0] :] == [*TOKENIZER.encode(answer), EOS]
+            assert set(example.weights[starts[0] :]) == {1.0}
+
+
+def test_a_common_prefix_is_the_prompt() -> None:
+    prompt = [_user("a"), _assistant("b"), _user("c")]
+    alone = {"chosen": [*prompt, _assistant("d")], "rejected": [*prompt, _assistant("e")]}
+    apart = {"prompt": prompt, "chosen": [_assistant("d")], "rejected": [_assistant("e")]}
+    assert preference_pair(alone, SOURCE, CHAT) == preference_pair(apart, SOURCE, CHAT)
+    texts = {"chosen": "Two and two is four", "rejected": "Two and two is five"}
+    split = {"prompt": "Two and two is ", "chosen": "four", "rejected": "five"}
+    assert preference_pair(texts, SOURCE, CHAT) == preference_pair(split, SOURCE, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, r"no 'rejected' \(it has 'prompt', 'chosen'\)"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are equal"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": [_assistant("c")]}, "are of different kinds"),
+        ({"chosen": "b", "rejected": "c"}, "there is no prompt, and the two answers begin differently"),
+    ],
+)
+def test_a_bad_pair_is_refused(record: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preference_pair(record, SOURCE, CHAT)

@@ -1,0 +1,208 @@
+"""Batches: the same rows on any number of hosts, resumed anywhere, and evaluation that counts every token once."""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.loader import Layout, Rows, eval_batches, open_loader
+from mixtral_jax.data.rows.batch import Batch
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
+TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
+SEQ_LEN, ROWS, MICRO = 64, 16, 8
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def _config(cache: Path, weights: tuple[float | None, ...] = (None, None, None), **options: Any) -> DataConfig:
+    names = ("fr", "it", "code")
+    train = [
+        {"name": n, "path": str(SAMPLES / f"{n}.val.jsonl.gz"), "weight": w}
+        for n, w in zip(names, weights, strict=True)
+    ]
+    values = {"tokenizer": str(SAMPLES / "tokenizer.model"), "train": train, "validation": train, "workers": 1}
+    return DataConfig(**{**values, "cache_dir": str(cache), **options})
+
+
+def _batches(config: DataConfig, steps: int, **options: Any) -> list[Batch]:
+    sizes = {"seq_len": SEQ_LEN, "global_batch_size": ROWS, "micro_batch_size": MICRO, "seed": 0}
+    loader = open_loader(config, **{**sizes, **options})
+    batches = [next(loader) for _ in range(steps)]
+    loader.close()
+    return batches
+
+
+def _equal(first: Batch, second: Batch) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _joined(shards: list[Batch]) -> Batch:
+    """The global batch from each shard's block of each micro-batch."""
+    return Batch(*(np.concatenate(parts, axis=1) for parts in zip(*shards, strict=True)))
+
+
+MIXTURES = {"by size": {}, "weights": {"weights": (5.0, 1.0, 1.0)}, "temperature": {"temperature": 3.0}}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_batches_do_not_depend_on_the_number_of_hosts(cache: Path, mixture: str, hosts: int) -> None:
+    config = _config(cache, **MIXTURES[mixture])
+    whole = _batches(config, 3)
+    shards = [_batches(config, 3, shard=(i, hosts)) for i in range(hosts)]
+    for step, batch in enumerate(whole):
+        assert batch.tokens.shape == (ROWS // MICRO, MICRO, SEQ_LEN)
+        assert shards[0][step].tokens.shape == (ROWS // MICRO, MICRO // hosts, SEQ_LEN)
+        assert _equal(_joined([shard[step] for shard in shards]), batch)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_loader_resumes_at_any_row(cache: Path, mixture: str) -> None:
+    config = _config(cache, **MIXTURES[mixture])
+    whole = _batches(config, 6)
+    resumed = _batches(config, 2, start_row=4 * ROWS, shard=(0, 1))
+    assert all(_equal(a, b) for a, b in zip(whole[4:], resumed, strict=True))
+    loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0, start_row=4 * ROWS)
+    assert loader.next_row == 4 * ROWS
+    next(loader)
+    assert loader.next_row == 5 * ROWS  # what was prefetched does not count
+    loader.close()
+
+
+def test_the_accumulation_only_reshapes_the_step(cache: Path) -> None:
+    config = _config(cache)
+    one, many = _batches(config, 2, micro_batch_size=None), _batches(config, 2, micro_batch_size=2)
+    for a, b in zip(one, many, strict=True):
+        assert a.tokens.shape == (1, ROWS, SEQ_LEN)
+        assert all(np.array_equal(x[0], y.reshape(x[0].shape)) for x, y in zip(a, b, strict=True))
+
+
+def test_the_batches_are_the_rows_in_the_global_order(cache: Path) -> None:
+    config = _config(cache)
+    loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0)
+    reader = Rows(loader.sources)
+    rows_seen = []
+    for step in range(3):
+        batch = next(loader)
+        places = [loader.order[r] for r in range(step * ROWS, (step + 1) * ROWS)]
+        rows_seen += places
+        for b, row in enumerate(reader.read(places)):
+            assert all(np.array_equal(x[0, b], y) for x, y in zip(batch, row, strict=True))
+    counts = Counter(loader.source_names[s] for s, _ in rows_seen)
+    assert {name: rows for name, (rows, _) in loader.drawn().items() if rows} == counts
+    assert loader.drawn(0) == dict.fromkeys(loader.source_names, (0, 0))
+    epoch = loader.drawn(loader.rows_per_epoch)
+    assert epoch == {s.name: (s.rows, s.tokens) for s in loader.sources}
+    reader.close()
+    loader.close()
+
+
+def test_dtypes_and_the_weights_of_a_batch(cache: Path) -> None:
+    (batch,) = _batches(_config(cache, packing="best_fit"), 1, seq_len=512)
+    assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+    padding = batch.segment_ids == 0
+    assert padding.any()
+    assert not batch.weights[padding].any()
+    assert not np.any(batch.weights[batch.targets == TOKENIZER.bos_id])
+    assert np.all(batch.tokens[batch.weights > 0] != TOKENIZER.eos_id)
+    assert np.all(
+        batch.targets[..., :-1][batch.weights[..., :-1] > 0] == batch.tokens[..., 1:][batch.weights[..., :-1] > 0]
+    )
+
+
+def test_the_fingerprint_covers_what_the_position_depends_on(cache: Path) -> None:
+    def fingerprint(config: DataConfig, seed: int = 0) -> str:
+        loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=seed)
+        loader.close()
+        return loader.fingerprint
+
+    base = fingerprint(_config(cache))
+    others = [
+        fingerprint(_config(cache), seed=1),
+        fingerprint(_config(cache, weights=(5.0, 1.0, 1.0))),
+        fingerprint(_config(cache, temperature=3.0)),
+        fingerprint(_config(cache, packing="best_fit")),
+    ]
+    assert len({base, *others}) == 5
+    assert fingerprint(_config(cache, epochs=2, restart=True)) == base
+
+
+def test_sizes_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size \(10\) is not a multiple of micro_batch_size \(4\)"):
+        Layout(10, 4, (0, 1))
+    with pytest.raises(ValueError, match=r"micro_batch_size \(4\) is not a multiple of the 3 batch shards"):
+        Layout(8, 4, (0, 3))
+
+
+def test_a_host_reads_a_contiguous_block_of_each_micro_batch() -> None:
+    assert Layout(16, 8, (1, 2)).rows(32) == [36, 37, 38, 39, 44, 45, 46, 47]
+    assert Layout(4, 4, (0, 1)).rows(8) == [8, 9, 10, 11]
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16])
+def test_evaluation_counts_every_token_once(cache: Path, batch_size: int) -> None:
+    sources = eval_batches(_config(cache), seq_len=SEQ_LEN, batch_size=batch_size)
+    assert list(sources) == ["fr", "it", "code"]
+    for name, source in sources.items():
+        lines = gzip.decompress((SAMPLES / f"{name}.val.jsonl.gz").read_bytes()).splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        targets: Counter[int] = Counter()
+        shapes = set()
+        for batch in source:
+            shapes.add(batch.tokens.shape)
+            targets.update(batch.targets[batch.weights > 0].tolist())
+        expected = Counter(t for text in texts for t in [*TOKENIZER.encode(text), TOKENIZER.eos_id])
+        assert targets == expected
+        assert source.targets == sum(expected.values())
+        assert source.text_bytes == sum(len(text.encode()) for text in texts)
+        assert shapes == {(1, batch_size, SEQ_LEN)}
+        assert len(list(source)) == len(source)  # it can be read again
+
+
+def test_evaluation_starts_each_document_at_its_own_bos(cache: Path) -> None:
+    source = eval_batches(_config(cache), seq_len=SEQ_LEN, batch_size=8)["fr"]
+    longer = 0
+    for batch in source:
+        first = (batch.positions == 0) & (batch.segment_ids > 0)
+        starts = batch.tokens[first]
+        longer += np.count_nonzero(starts != TOKENIZER.bos_id)
+    lengths = [len(TOKENIZER.encode(t)) + 2 for t in _texts("fr")]
+    # A document longer than a row goes on in rows of its own: one more start for each T tokens.
+    assert longer == sum(-(-(n - 1) // SEQ_LEN) - 1 for n in lengths)
+
+
+def _texts(name: str) -> list[str]:
+    lines = gzip.decompress((SAMPLES / f"{name}.val.jsonl.gz").read_bytes()).splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
+    config = _config(cache)
+    whole = list(eval_batches(config, seq_len=SEQ_LEN, batch_size=6)["code"])
+    halves = [list(eval_batches(config, seq_len=SEQ_LEN, batch_size=6, shard=(i, 2))["code"]) for i in (0, 1)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert _equal(_joined(parts), batch)
+
+
+def test_preparing_imports_neither_jax_nor_grain() -> None:
+    """A worker of the preparation starts in a fraction of a second."""
+    program = (
+        "import sys, data.prepare, data.build; print([m for m in ('jax', 'grain', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,257 @@
+"""Preparation: the rows, the cache, several workers, machines and processes, and every way of being interrupted."""
+
+import gzip
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtral_jax.data.prepare import prepare as prepare_module
+from mixtral_jax.data.prepare.prepare import prepare
+from tests.prepared import (
+    MODEL,
+    SAMPLES,
+    SEQ_LEN,
+    TOKENIZER,
+    config_of,
+    documents_of,
+    leftovers,
+    prepare_one,
+    records_of,
+    texts_of,
+)
+
+# --- the rows ---
+
+
+@pytest.mark.usefixtures("small_lumps")
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_rows_hold_the_documents_and_nothing_else(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / "short.jsonl"
+    texts = [t[:100] for t in texts_of(SAMPLES / "fr.val.jsonl.gz")]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source = prepare_one(config_of(tmp_path / "cache", path, packing=packing))
+    expected = [(TOKENIZER.bos_id, *TOKENIZER.encode(t), TOKENIZER.eos_id) for t in texts]
+    rows = [source.format.decode(record) for record in records_of(source)]
+    assert source.rows == len(rows)
+    assert source.documents == len(texts)
+    assert source.text_bytes == sum(len(t.encode()) for t in texts)
+    assert source.targets == sum(len(d) - 1 for d in expected) == sum(r.weights.sum() for r in rows)
+    targets = Counter(int(t) for r in rows for t, w in zip(r.targets, r.weights, strict=True) if w)
+    assert targets == Counter(t for d in expected for t in d[1:])
+    assert not targets[TOKENIZER.bos_id]
+    assert targets[TOKENIZER.eos_id] == len(texts)
+    if packing == "best_fit":  # every document here fits a row
+        assert max(map(len, expected)) <= SEQ_LEN + 1
+        assert source.split == 0
+        assert Counter(documents_of(source)) == Counter(expected)
+
+
+def test_padding_share_is_what_the_rows_show(tmp_path: Path) -> None:
+    source = prepare_one(config_of(tmp_path, packing="best_fit"))
+    used = 0
+    for record in records_of(source):
+        n = int(np.frombuffer(record, np.uint32, 1)[0])
+        used += int(np.frombuffer(record, np.uint32, n, offset=4).sum())
+    assert source.tokens == used
+    assert source.padding == pytest.approx(1 - used / (source.rows * (SEQ_LEN + 1)))
+    summary = prepare(config_of(tmp_path, packing="best_fit"), SEQ_LEN, 0).summary()
+    assert f"{100 * source.padding:.2f} % padding" in summary
+
+
+@pytest.mark.usefixtures("small_lumps")
+def test_documents_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+    rows = [records_of(prepare_one(config_of(tmp_path), seed)) for seed in (0, 1)]
+    assert rows[0] != rows[1]
+    order = _first_tokens(rows[0])
+    in_file = [TOKENIZER.encode(t)[0:6] for t in texts_of(SAMPLES / "fr.val.jsonl.gz")]
+    positions = [in_file.index(o) for o in order if o in in_file]
+    assert len(positions) > 30
+    assert abs(np.corrcoef(positions, np.arange(len(positions)))[0, 1]) < 0.5
+
+
+def _first_tokens(records: list[bytes]) -> list[list[int]]:
+    found = []
+    for record in records:
+        n = int(np.frombuffer(record, np.uint32, 1)[0])
+        tokens = np.frombuffer(record, np.uint16, offset=4 * (n + 1)).tolist()
+        found += [tokens[i + 1 : i + 7] for i, t in enumerate(tokens) if t == TOKENIZER.bos_id]
+    return found
+
+
+# --- who does the work changes nothing ---
+
+
+@pytest.mark.usefixtures("small_lumps")
+def test_parts_on_many_machines_give_the_same_rows(tmp_path: Path) -> None:
+    alone = prepare_one(config_of(tmp_path / "alone"))
+    assert len(alone.shards) > 3
+    together = config_of(tmp_path / "together")
+    for index in (3, 1):
+        result = prepare(together, SEQ_LEN, 0, part=(index, 3), progress=False)
+        assert not result.complete
+    assert result.missing_parts == ("fr: part-2 of 3",)
+    merged = prepare_one(together, part=(2, 3))
+    assert records_of(merged) == records_of(alone)
+    assert (merged.fingerprint, merged.documents, merged.targets) == (
+        alone.fingerprint,
+        alone.documents,
+        alone.targets,
+    )
+    assert not list((tmp_path / "together").glob("*parts*"))
+    with pytest.raises(ValueError, match=r"part 4/3"):
+        prepare(together, SEQ_LEN, 0, part=(4, 3))
+
+
+def test_workers_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
+    path = str(SAMPLES / "*.val.jsonl.gz")
+    serial = prepare_one(config_of(tmp_path / "1", path, workers=1))
+    parallel = prepare_one(config_of(tmp_path / "2", path, workers=2))
+    assert records_of(parallel) == records_of(serial)
+
+
+def test_an_error_in_a_worker_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
+    (tmp_path / "f.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"f.jsonl, line 2: 'text' is not a string"):
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", workers=2))
+    assert leftovers(tmp_path / "cache") == []
+
+
+# --- the cache ---
+
+
+def test_a_second_run_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare_one(config_of(tmp_path))
+    monkeypatch.setattr(prepare_module, "tokenise", None)
+    assert prepare_one(config_of(tmp_path)) == first
+
+
+def test_everything_that_changes_the_rows_changes_the_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"text": "one", "other": "two"}\n')
+    shutil.copy(MODEL, tmp_path / "t.model")
+    base = config_of(tmp_path / "cache", path)
+    seen = {prepare_one(base).fingerprint}
+    other_column = base.train[0].model_copy(update={"text_key": "other"})
+    for changed in (
+        {"train": (other_column,)},
+        {"packing": "best_fit"},
+        {"on_error": "skip"},
+    ):
+        seen.add(prepare_one(base.model_copy(update=changed)).fingerprint)
+    seen.add(prepare_one(base, seed=1).fingerprint)
+    seen.add(prepare_one(base, seq_len=32).fingerprint)
+    same = [prepare_one(base.model_copy(update={"tokenizer": str(tmp_path / "t.model")})).fingerprint]
+    shutil.copy(path, tmp_path / "copy.jsonl")
+    same.append(prepare_one(config_of(tmp_path / "cache", tmp_path / "copy.jsonl")).fingerprint)
+    renamed = base.train[0].model_copy(update={"name": "new", "weight": 3.0})
+    same.append(prepare_one(base.model_copy(update={"train": (renamed,)})).fingerprint)
+    assert len(seen) == 6
+    assert set(same) == {prepare_one(base).fingerprint}
+    path.write_text('{"text": "One", "other": "two"}\n')
+    assert prepare_one(base).fingerprint not in seen
+
+
+def test_an_edit_of_equal_size_and_date_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"text": "one"}\n')
+    before = os.stat(path)
+    first = prepare_one(config_of(tmp_path / "cache", path))
+    path.write_text('{"text": "two"}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+    second = prepare_one(config_of(tmp_path / "cache", path))
+    assert second.fingerprint != first.fingerprint
+    assert documents_of(second) == [(TOKENIZER.bos_id, *TOKENIZER.encode("two"), TOKENIZER.eos_id)]
+
+
+@pytest.mark.parametrize("damage", ["shard gone", "shard cut", "meta cut", "meta of another version"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
+    source = prepare_one(config_of(tmp_path))
+    expected = records_of(source)
+    shard, meta = Path(source.paths[0]), Path(source.directory) / "meta.json"
+    if damage == "shard gone":
+        shard.unlink()
+    elif damage == "shard cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "meta cut":
+        meta.write_text(meta.read_text()[:-20])
+    else:
+        meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
+    assert records_of(prepare_one(config_of(tmp_path))) == expected
+
+
+def test_a_part_that_was_damaged_is_not_packed(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
+    (part,) = tmp_path.glob("*.parts-of-2/part-1")
+    shutil.rmtree(part / "000000")
+    with pytest.raises(ValueError, match=r"held 0 of \d+ documents: it was damaged and is removed now, run again"):
+        prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False)
+    assert leftovers(tmp_path) == []
+
+
+# --- bad input ---
+
+
+def test_bad_records_are_skipped_counted_and_shown(tmp_path: Path) -> None:
+    lines = ['{"text": "good"}', "{", '{"text": 1}', '{"text": ""}', '{"text": "fine"}'] + ["[]"] * 5
+    (tmp_path / "f.jsonl").write_text("\n".join(lines))
+    config = config_of(tmp_path / "cache", tmp_path / "f.jsonl")
+    with pytest.raises(ValueError, match=r"f.jsonl, line 2: malformed JSON"):
+        prepare_one(config)
+    data = prepare(config.model_copy(update={"on_error": "skip"}), SEQ_LEN, 0, progress=False)
+    (source,) = data.train
+    assert (source.documents, source.bad, source.empty, len(source.bad_examples)) == (2, 7, 1, 5)
+    assert "7 bad records passed over" in data.summary()
+    assert "f.jsonl, line 3: 'text' is not a string" in data.summary()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no documents to learn from in .*f.jsonl, which has no records"),
+        (b'{"text": ""}\n', "no documents to learn from in .*f.jsonl, which has 1 empty records"),
+    ],
+)
+def test_empty_data_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "f.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"source 'fr': {message}"):
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl"))
+    assert leftovers(tmp_path / "cache") == []
+
+
+def test_a_line_of_a_megabyte_is_a_good_one(tmp_path: Path) -> None:
+    text = "Une très longue ligne sans fin. " * 33_000
+    with gzip.open(tmp_path / "f.jsonl.gz", "wt") as stream:
+        stream.write(json.dumps({"text": text}))
+    source = prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl.gz"))
+    assert (source.documents, source.split) == (1, 1)
+    assert source.targets == len(TOKENIZER.encode(text)) + 1
+
+
+def test_chats_keep_their_weights(tmp_path: Path) -> None:
+    config = config_of(tmp_path, SAMPLES / "sft" / "dialogue.val.jsonl.gz", examples="chat", template="v1")
+    source = prepare_one(config, seq_len=256)
+    rows = [source.format.decode(record) for record in records_of(source)]
+    learned = [int(t) for r in rows for t, w in zip(r.targets, r.weights, strict=True) if w]
+    expected: Counter[int] = Counter()
+    for line in gzip.decompress((SAMPLES / "sft" / "dialogue.val.jsonl.gz").read_bytes()).splitlines():
+        for message in json.loads(line)["messages"]:
+            if message["role"] == "assistant":
+                expected.update([*TOKENIZER.encode(message["content"]), TOKENIZER.eos_id])
+    assert (source.truncated, source.dropped) == (0, 0)
+    assert Counter(learned) == expected
+    assert source.targets == len(learned)
+
+
+def test_chats_without_anything_to_learn_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text(json.dumps({"prompt": "a " * 100, "completion": "b"}))
+    with pytest.raises(ValueError, match="which has 1 without an answer to learn records"):
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", examples="chat"))

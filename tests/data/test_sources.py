@@ -1,0 +1,267 @@
+"""Every format gives the same records; every fault is named with its file and line."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records import sources
+from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = gzip.decompress((ROOT / "data" / "samples" / "fr.val.jsonl.gz").read_bytes())
+RECORDS = [json.loads(line) for line in SAMPLE.splitlines()[:20]]
+TEXTS = [record["text"] for record in RECORDS]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+def _read(path: str | tuple[str, ...], skip: bool = False, **options: Any) -> tuple[list[Any], Problems]:
+    source = SourceConfig(name="s", path=path, **options)
+    problems = Problems(skip)
+    found = [
+        record
+        for file in source_files(source)
+        for lump in read_lumps(source, file, ("text", "messages"), problems)
+        for _, record in lump.parse(problems)
+    ]
+    return found, problems
+
+
+def _texts(path: Any, **options: Any) -> list[str]:
+    return [record["text"] for record in _read(str(path), **options)[0]]
+
+
+def _array_record(path: Path, records: list[bytes]) -> Path:
+    writer = ArrayRecordWriter(str(path), "group_size:4")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
+
+
+class _Help(tfds.core.GeneratorBasedBuilder):
+    """A TFDS data set of the sample, made as the TFDS guide says but for TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}  # nothing to download: else TFDS looks for a checksums file beside this test
+
+    def _info(self) -> Any:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, _: Any) -> Any:
+        return {"train": self._generate_examples(), "test": iter([(0, {"text": "testé", "number": 0})])}
+
+    def _generate_examples(self) -> Any:
+        for i, text in enumerate(TEXTS):
+            yield i, {"text": text, "number": i}
+
+
+# --- formats ---
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress),
+        ("two.jsonl.gz", lambda b: gzip.compress(b[:3000]) + gzip.compress(b[3000:]) + b"\0" * 100),
+        ("two.jsonl.zst", lambda b: zstandard.compress(b[:3000]) + zstandard.compress(b[3000:])),
+        ("blank.jsonl", lambda b: b.replace(b"\n", b"\r\n\n")),
+        ("open.jsonl", lambda b: b.rstrip(b"\n")),
+    ],
+)
+@pytest.mark.parametrize("lump_bytes", [1, 5000, 1 << 20])
+def test_jsonl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes], lump_bytes: int
+) -> None:
+    monkeypatch.setattr(sources, "LUMP_BYTES", lump_bytes)
+    monkeypatch.setattr(sources, "_READ_BYTES", 1000)
+    (tmp_path / name).write_bytes(pack(LINES))
+    assert _read(str(tmp_path / name))[0] == RECORDS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = pa.table({"text": TEXTS, "other": list(range(len(TEXTS)))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    records, _ = _read(str(tmp_path / "a.parquet"))
+    assert records == [{"text": text} for text in TEXTS]
+
+
+def test_parquet_with_chats(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 3
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "a.parquet")
+    assert _read(str(tmp_path / "a.parquet"))[0] == [{"messages": chat} for chat in chats]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_array_record(tmp_path: Path, as_json: bool) -> None:
+    records = [json.dumps({"text": t}).encode() if as_json else t.encode() for t in [*TEXTS, "{ not json"]]
+    path = _array_record(tmp_path / "a.array_record-00000-of-00001", records)
+    assert _texts(path) == [*TEXTS, "{ not json"]
+
+
+def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:02d}.txt").write_text(text, newline="")
+    assert _texts(tmp_path / "*.txt") == TEXTS
+    assert _texts(tmp_path) == TEXTS
+    monkeypatch.setattr(sources, "_TEXT_PIECE_BYTES", 200)
+    monkeypatch.setattr(sources, "_READ_BYTES", 100)
+    pieces = _texts(tmp_path / "00.txt")
+    assert len(pieces) > 1
+    assert "".join(pieces) == TEXTS[0]
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+def test_hugging_face_datasets_saved_on_disk(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(len(TEXTS)))})
+    data.save_to_disk(tmp_path / "one", num_shards=3)
+    assert _texts(tmp_path / "one") == TEXTS
+    both = datasets.DatasetDict(train=data, test=data.select(range(2)))
+    both.save_to_disk(tmp_path / "both")
+    assert _texts(tmp_path / "both", split="test") == TEXTS[:2]
+    with pytest.raises(ValueError, match=r"has the splits train, test: set split"):
+        _read(str(tmp_path / "both"))
+    (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(ValueError, match=r"data-00001-of-00003.arrow is missing, though .*state.json names it"):
+        _read(str(tmp_path / "one"))
+
+
+def test_tfds(tmp_path: Path) -> None:
+    builder = _Help(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    directory = str(builder.data_dir)
+    assert sorted(_texts(directory)) == sorted(TEXTS)
+    assert _texts(directory, split="test") == ["testé"]
+    with pytest.raises(ValueError, match=r"has the splits .*train.*: set split"):
+        _read(directory, split="dev")
+    info = Path(directory) / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="holds tfrecord files, which need TensorFlow"):
+        _read(directory)
+
+
+def test_several_files_globs_and_directories(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.parquet"):
+        (tmp_path / name).touch()
+    source = SourceConfig(name="s", path=(f"{tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl", str(tmp_path)))
+    assert [Path(f).name for f in source_files(source)] == ["b.jsonl", "a.jsonl", "c.parquet"]
+
+
+def test_the_size_of_text_is_guessed_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"x" * 1000)
+    assert text_size_estimate([f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl.gz"]) == 5000
+
+
+# --- faults ---
+
+_CUT = LINES.split(b"\n")
+FAULTS = {
+    "cut line": (b"\n".join([*_CUT[:4], _CUT[4][:50], *_CUT[5:]]), r"f.jsonl, line 5: malformed JSON \(Unterminated"),
+    "latin-1": (
+        b"\n".join([*_CUT[:2], '{"text": "é"}'.encode("latin-1"), *_CUT[3:]]),
+        r"f.jsonl, line 3: not UTF-8 \(byte 11 of the line\)",
+    ),
+    "a list": (b"[1]\n" + LINES, r"f.jsonl, line 1: expected a JSON object, found a list"),
+    "a number": (b"\n\n7\n" + LINES, r"f.jsonl, line 3: expected a JSON object, found a number"),
+    "deep": (b"[" * 200_000 + b"\n" + LINES, r"f.jsonl, line 1: malformed JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_line_is_named(tmp_path: Path, fault: str) -> None:
+    content, message = FAULTS[fault]
+    (tmp_path / "f.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        _read(str(tmp_path / "f.jsonl"))
+    assert "\n" not in str(caught.value)
+    records, problems = _read(str(tmp_path / "f.jsonl"), skip=True)
+    assert problems.count == 1
+    assert problems.first[0] == str(caught.value)
+    assert len(records) in (len(RECORDS), len(RECORDS) - 1)
+
+
+def test_line_numbers_go_on_from_lump_to_lump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LUMP_BYTES", 100)
+    monkeypatch.setattr(sources, "_READ_BYTES", 150)
+    (tmp_path / "f.jsonl").write_bytes(LINES + b"{\n")
+    with pytest.raises(ValueError, match=f"f.jsonl, line {len(RECORDS) + 1}: malformed"):
+        _read(str(tmp_path / "f.jsonl"))
+
+
+@pytest.mark.parametrize(("extension", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_a_file_that_is_cut_off_gives_its_whole_lines(
+    tmp_path: Path, extension: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"f.jsonl.{extension}"
+    whole = compress(LINES)
+    path.write_bytes(whole[:-1] if extension == "zst" else whole[: len(whole) * 6 // 10])
+    with pytest.raises(ValueError, match=r"cut off \(an incomplete download\?\) after line \d+$"):
+        _read(str(path))
+    records, problems = _read(str(path), skip=True)
+    assert problems.count == 1
+    assert records == RECORDS[: len(records)]
+    assert f"after line {len(records)}" in problems.first[0]
+
+
+def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl.gz").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"f.jsonl.gz: damaged, or not compressed as its name says .* after line 0"):
+        _read(str(tmp_path / "f.jsonl.gz"))
+    damaged = bytearray(gzip.compress(LINES))
+    damaged[len(damaged) // 2] ^= 0xFF
+    (tmp_path / "f.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"f.jsonl.gz: damaged"):
+        _read(str(tmp_path / "f.jsonl.gz"))
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "f.txt").write_bytes("voilà".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"f.txt, part 1: not UTF-8 \(byte 5\)"):
+        _read(str(tmp_path / "f.txt"))
+    path = _array_record(tmp_path / "f.array_record", ["voilà".encode("latin-1"), b"fine"])
+    with pytest.raises(ValueError, match=r"f.array_record, record 1: not UTF-8"):
+        _read(str(path))
+    records, problems = _read(str(path), skip=True)
+    assert (records, problems.count) == ([{"text": "fine"}], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("f.parquet", "Parquet"), ("f.arrow", "Arrow"), ("f.array_record", "ArrayRecord")]
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as {kind}"):
+        _read(str(tmp_path / name))
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": TEXTS}), tmp_path / "f.parquet")
+    with pytest.raises(ValueError, match=r"f.parquet has no column text or messages: it has content"):
+        _read(str(tmp_path / "f.parquet"))
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    for path in (f"{tmp_path}/nothing.jsonl", f"{tmp_path}/*.jsonl"):
+        with pytest.raises(ValueError, match="source 's': no file matches"):
+            _read(path)
+    with pytest.raises(ValueError, match="without data files that are known by name"):
+        _read(str(tmp_path))
+    (tmp_path / "data.bin").touch()
+    with pytest.raises(ValueError, match=r"the name of .*data.bin does not say its format"):
+        _read(f"{tmp_path}/data.bin")

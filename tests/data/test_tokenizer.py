@@ -1,0 +1,167 @@
+"""Both kinds of tokenizer behind one interface, against the libraries themselves."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece as spm
+import tokenizers
+
+from mixtral_jax.data.text.tokenizer import load_tokenizer, train_sentencepiece
+from mixtral_jax.data.train_tokenizer import train_tokenizer
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
+MODEL = SAMPLES / "tokenizer.model"
+LANGUAGES = ("en", "fr", "de", "es", "it", "code")
+HARD = [
+    "",
+    " ",
+    "  two  spaces ",
+    "naïve café — “quotes”",
+    "tab\tline\n\nlines\r\n",
+    "日本語 🙂 \u0000",
+    "12345",
+    "</s><s>[INST]",
+]
+
+
+def _documents(language: str, part: str = "val") -> list[str]:
+    lines = gzip.decompress((SAMPLES / f"{language}.{part}.jsonl.gz").read_bytes()).splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer.json that adds its own BOS, with a tokenizer_config.json beside it."""
+    directory = tmp_path_factory.mktemp("hf")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "[S]", "[E]", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_documents("fr")[:10], trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="[S] $A", special_tokens=[("[S]", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": {"content": "[S]"}, "eos_token": "[E]"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_sentencepiece_is_the_library(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    reference = spm.SentencePieceProcessor(model_file=str(MODEL))
+    texts = [*HARD, *_documents("de")[:5]]
+    assert [tokenizer.encode(text) for text in texts] == [reference.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (reference.vocab_size(), 1, 2)
+    assert tokenizer.id_of("<s>") == 1
+    assert tokenizer.id_of("[INST]") is None
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_document_comes_back(language: str, hugging_face: Path) -> None:
+    for tokenizer in (load_tokenizer(MODEL), load_tokenizer(hugging_face)):
+        documents = _documents(language)[:20] + HARD
+        assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(documents)] == documents
+
+
+def test_hugging_face_is_the_library_without_its_special_tokens(hugging_face: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face)
+    reference = tokenizers.Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
+    assert reference.encode("a").ids[0] == 1  # the file adds BOS, we do not
+    texts = _documents("fr")[:5]
+    assert tokenizer.encode_batch(texts) == [reference.encode(t, add_special_tokens=False).ids for t in texts]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (600, 1, 2)
+    assert tokenizer.id_of("[E]") == 2
+
+
+def test_special_tokens_inside_a_document_are_text(hugging_face: Path) -> None:
+    for tokenizer in (load_tokenizer(MODEL), load_tokenizer(hugging_face)):
+        for piece in ("<s>", "</s>", "[E]"):
+            assert not {tokenizer.bos_id, tokenizer.eos_id, 3} & set(tokenizer.encode(f"a{piece}b")) - {
+                *tokenizer.encode("a"),
+                *tokenizer.encode("b"),
+            }
+
+
+def test_bos_and_eos_by_their_usual_names(hugging_face: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((hugging_face / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match=r"tokenizer.json has no bos_token \(looked for <s>,"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "[S]"}))
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 3  # </s>
+
+
+def test_saving_and_fingerprints(hugging_face: Path, tmp_path: Path) -> None:
+    seen = set()
+    for i, path in enumerate((MODEL, hugging_face)):
+        tokenizer = load_tokenizer(path)
+        tokenizer.save(tmp_path / str(i))
+        again = load_tokenizer(tmp_path / str(i))
+        assert again.fingerprint() == tokenizer.fingerprint()
+        assert again.encode(HARD[3]) == tokenizer.encode(HARD[3])
+        seen.add(again.fingerprint())
+    config = tmp_path / "1" / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": "[S]", "eos_token": "</s>"}))
+    seen.add(load_tokenizer(tmp_path / "1").fingerprint())  # another EOS: other rows
+    assert len(seen) == 3
+
+
+def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds neither tokenizer.model nor tokenizer.json"):
+        load_tokenizer(tmp_path)
+    for name, kind in (("a.model", "SentencePiece model"), ("a.json", "tokenizer.json")):
+        (tmp_path / name).write_bytes(b"{}")
+        with pytest.raises(ValueError, match=f"{name} is not a {kind}"):
+            load_tokenizer(tmp_path / name)
+
+
+def test_training_is_repeatable_and_has_mixtrals_settings(tmp_path: Path) -> None:
+    files = [str(SAMPLES / f"{language}.val.jsonl.gz") for language in ("fr", "it")]
+    first = train_tokenizer(files, 700, tmp_path / "a.model", progress=False)
+    second = train_tokenizer(files, 700, tmp_path / "b", progress=False)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    assert first.fingerprint() == second.fingerprint()
+    sp = first.processor
+    assert (sp.vocab_size(), sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()) == (700, 0, 1, 2, -1)
+    assert [sp.id_to_piece(i) for i in (3, 258)] == ["<0x00>", "<0xFF>"]
+    assert all(len(first.encode(digits)) >= len(digits) for digits in ("2023", "00"))
+    assert first.decode(first.encode("ﬁ  Å\n")) == "ﬁ  Å\n"  # no normalisation
+
+
+def test_the_bundled_tokenizer_can_be_made_again(tmp_path: Path) -> None:
+    train_tokenizer([str(SAMPLES / "*.train.jsonl.gz")], 4096, tmp_path / "a.model", progress=False)
+    assert (tmp_path / "a.model").read_bytes() == MODEL.read_bytes()
+
+
+def test_training_refuses(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too little text")
+    options: dict[str, Any] = {"vocab_size": 500, "progress": False}
+    with pytest.raises(ValueError, match="cannot train a tokenizer with vocab_size 500"):
+        train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
+    assert not (tmp_path / "a.model").exists()
+    with pytest.raises(ValueError, match="no input"):
+        train_tokenizer([], out=tmp_path / "a.model", **options)
+    (tmp_path / "b.jsonl").write_text('{"texts": "a"}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl, line 1: no text under 'text'"):
+        train_tokenizer([f"{tmp_path}/b.jsonl"], out=tmp_path / "a.model", **options)
+    (tmp_path / "a.model").touch()
+    with pytest.raises(ValueError, match=r"a.model exists already"):
+        train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
+
+
+def test_only_the_first_bytes_are_used() -> None:
+    def texts() -> Any:
+        yield from _documents("fr")
+        raise AssertionError("read on")
+
+    train_sentencepiece(texts(), 400, max_bytes=50_000)

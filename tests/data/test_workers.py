@@ -1,0 +1,67 @@
+"""The pool: results in order, few jobs ahead, errors that reach the caller, scripts without a main guard."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax.data.prepare.workers import Workers, process_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "data" / "samples"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_results_come_in_order_and_jobs_are_taken_only_a_few_ahead(count: int) -> None:
+    taken: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        for n in range(30):
+            taken.append(n)
+            yield n
+
+    ahead = []
+    with Workers(count) as pool:
+        for done, (n, root) in enumerate(pool.ordered(math.isqrt, jobs())):
+            assert (n, root) == (done, math.isqrt(done))
+            ahead.append(len(taken) - done)
+    assert max(ahead) <= 4 * count + 1
+
+
+def test_jobs_run_in_other_processes() -> None:
+    with Workers(2) as pool:
+        seen = {result for _, result in pool.ordered(os.getenv, iter(["PYTHONPATH"] * 3))}
+    assert all(value.startswith(str(ROOT)) for value in seen)
+
+
+def test_an_error_reaches_the_caller_after_the_jobs_before_it() -> None:
+    done = []
+    with Workers(2) as pool, pytest.raises(ValueError, match="nonnegative"):
+        for n, _ in pool.ordered(math.isqrt, iter([*range(13), -1, *range(100)])):
+            done.append(n)
+    assert done == list(range(13))
+
+
+def test_a_worker_that_dies_is_an_error_and_no_endless_wait() -> None:
+    with Workers(2) as pool, pytest.raises(RuntimeError, match="a worker ended with status 7"):
+        list(pool.ordered(os._exit, iter([7])))
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nprint('started')\nfrom mixtral_jax.data.prepare.workers import Workers\n"
+        "with Workers(2) as pool: print(list(pool.ordered(math.isqrt, iter([4, 9]))))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "started\n[(4, 2), (9, 3)]\n"
+
+
+def test_a_tokenizer_is_loaded_once() -> None:
+    path = str(SAMPLES / "tokenizer.model")
+    assert process_tokenizer(path) is process_tokenizer(path)

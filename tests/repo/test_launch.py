@@ -1,0 +1,239 @@
+"""The command line: exit codes, one-sentence errors, help without imports."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mixtral_jax import launch
+
+TEXT = """\
+stage: pretrain
+run_name: small
+steps: 100
+seq_len: 64
+global_batch_size: 16
+model: {preset: tiny}
+data:
+  tokenizer: some/tokenizer.model
+  train: [{name: en, path: data/en.jsonl.gz}]
+"""
+INTERFACE = [
+    "pretrain", "sft", "dpo", "plan", "eval", "generate", "doctor", "routing", "submit", "config:show", "config:schema",
+    "data:prepare", "data:train-tokenizer", "data:preview", "convert:hf2orbax", "convert:orbax2hf", "convert:verify",
+    "convert:upcycle", "convert:resize-vocab", "convert:peft2lora", "convert:lora2peft", "convert:merge-lora",
+]  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for group in groups:
+        for key, child in group.choices.items():
+            yield from parsers(child, f"{name}:{key}" if name else key)
+    if not groups:
+        yield name, parser
+
+
+ALL = dict(parsers(launch.build_parser()))
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, result: Any = 0) -> list[tuple[tuple, dict]]:
+    """Replace whatever function a command would import by a recorder."""
+    seen: list[tuple[tuple, dict]] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    real = launch._function
+    monkeypatch.setattr(
+        launch,
+        "_function",
+        lambda module, name: real(module, name) if module == "train.config.load" else record,
+    )
+    return seen
+
+
+def test_every_command_of_the_interface_is_there() -> None:
+    assert sorted(ALL) == sorted(INTERFACE)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_every_option_has_a_sentence(name: str) -> None:
+    assert ALL[name].description
+    for action in ALL[name]._actions:
+        assert action.help, action.dest
+
+
+def test_help_needs_none_of_the_libraries() -> None:
+    code = (
+        "import sys, launch\n"
+        "try: launch.main(['pretrain', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'jax', 'flax', 'numpy', 'pydantic', 'rich', 'grain', 'ruamel'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "longest continuation (default: 128)" in text
+    assert "default: None" not in text
+    assert "default: False" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["convert"], ["convert", "hf2orbax", "a"], ["generate", "c", "x=1"]]
+)
+def test_bad_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launch.main(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([]) == 2
+    assert "pretrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["routing", "submit"])
+def test_reserved_commands_say_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([name, "what", "--ever", "x"]) == 2
+    assert capsys.readouterr().err == f"error: {name} is not built yet\n"
+
+
+def test_every_function_that_a_command_names_exists() -> None:
+    named = set(re.findall(r'"((?:train|convert)[\w.]*):(\w+)"', Path(launch.__file__).read_text(encoding="utf-8")))
+    assert len(named) > 5
+    for module, name in named:
+        assert callable(launch._function(module, name))
+
+
+def test_config_problems_are_lines_and_exit_2(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["config", "show", file, "step=3", "--seq_len", "no", "--optimizer.b1=2"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "error: seq_len = no (override): must be a whole number, not text",
+        "error: step = 3 (override): unknown key; the nearest key is steps",
+        "error: optimizer.b1 = 2 (override): must be less than 1",
+        "exit 2: 3 problems, named above",
+    ]
+
+
+def test_one_problem_is_one_line(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["dpo", file]) == 2
+    assert capsys.readouterr().err == f"error: {file} is a pretrain file: run `pretrain {file}`, not `dpo`\n"
+    assert launch.main(["pretrain", file + "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: configuration file {file}x does not exist")
+
+
+def test_config_show_and_schema(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["config", "show", file, "steps=1e3"]) == 0
+    out = capsys.readouterr().out
+    assert "steps: 1000" in out
+    assert "# override" in out
+    assert f"# {file}:4" in out
+    assert launch.main(["config", "schema", "pretrain"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["seq_len"]["exclusiveMinimum"] == 0
+
+
+def test_dry_run_shows_the_arithmetic_and_writes_nothing(
+    file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["pretrain", file, "--dry-run", "micro_batch_size=8", "mesh.fsdp=2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "data 4 x fsdp 2 x expert 1 x tensor 1 x context 1 on 8" in out
+    assert "16 sequences = 2 micro-batches x 8 shards x 1 sequences; 1,024 tokens a step, 102,400 in 100 steps" in out
+    assert "parameters, " in out
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+    assert launch.main(["pretrain", file, "--dry-run", "micro_batch_size=4"]) == 2
+    assert "micro_batch_size (4) is not a multiple of the 8 batch shards" in capsys.readouterr().err
+    assert launch.main(["pretrain", file, "--dry-run", "mesh.data=3", "global_batch_size=15"]) == 2
+    assert "3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [0, 3, 75, 124])
+def test_the_exit_code_of_a_run_is_passed_on(file: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch, code)
+    assert launch.main(["pretrain", file, "--force", "--num-processes", "1", "--optimizer.b2", "0.9", "seed=7"]) == code
+    *_, (_, start), ((config, provenance), options) = seen  # on a CPU the first keeps freed memory
+    assert start == {"coordinator": None, "num_processes": 1, "process_id": None}
+    assert (config.optimizer.b2, config.seed, options) == (0.9, 7, {"force": True})
+    assert provenance.overrides == ("--optimizer.b2", "0.9", "seed=7")
+
+
+def test_conversions_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch)
+    assert launch.main(["convert", "orbax2hf", "a", "b", "--dtype", "bfloat16", "--max-shard-size", "1GB"]) == 0
+    assert launch.main(["convert", "upcycle", "a", "b", "--experts", "4", "--top-k", "1", "--force"]) == 0
+    assert launch.main(["convert", "resize-vocab", "a", "b", "--vocab-size", "9"]) == 0
+    assert seen[0] == (("a", "b"), {"dtype": "bfloat16", "max_shard_size": "1GB", "force": False})
+    assert seen[1] == (("a", "b"), {"experts": 4, "top_k": 1, "noise": 0.0, "force": True})
+    assert seen[2] == (("a", "b"), {"vocab_size": 9, "force": False})
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FileNotFoundError("gone"), 2),
+        (FileExistsError("there"), 2),
+        (PermissionError("closed"), 2),
+        (RuntimeError("bug"), 1),
+        (KeyboardInterrupt(), 1),
+        (OSError(28, "No space left on device"), 1),
+        (BrokenPipeError(), 0),
+    ],
+)
+def test_errors_become_exit_codes(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(launch.sys, "stdout", SimpleNamespace(fileno=lambda: 1))
+    calls(monkeypatch, error)
+    assert launch.main(["doctor"]) == code
+    text = capsys.readouterr().err
+    assert ("Traceback" in text) == (code == 1 and not isinstance(error, KeyboardInterrupt))
+    assert not text or text.splitlines()[-1].startswith({1: "exit 1: ", 2: "error: "}[code])
+
+
+def test_a_value_error_of_a_library_is_our_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "_function", lambda *_: lambda: json.loads("{"))
+    assert launch.main(["doctor"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_traceback_can_be_asked_for(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["config", "show", "--traceback", file, "nope=1"]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" in text and text.splitlines()[-1].startswith("error: ")
+
+
+def test_as_a_process(file: str) -> None:
+    command = [sys.executable, launch.__file__, "config", "show", file]
+    done = subprocess.run([*command, "nope=1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1

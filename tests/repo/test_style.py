@@ -1,0 +1,94 @@
+"""The house rules that a machine can check."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.sources import ROOT, SOURCES, relative
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+SUPPRESSION = re.compile(
+    r"#\s*(type:\s*ignore|noqa|pragma:|mypy:)(\[[^\]]*\]|:\s*[A-Z]+\d+(,\s*[A-Z]+\d+)*)?(?P<rest>.*)"
+)
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError|^\s*\.\.\.\s*$")
+
+
+def bare_suppressions(text: str) -> list[str]:
+    """Lines that silence a tool without saying why on the same line."""
+    return [
+        line
+        for line in text.splitlines()
+        if (found := SUPPRESSION.search(line)) and len(found["rest"].strip(" #:-")) < 4
+    ]
+
+
+def long_functions(text: str) -> list[str]:
+    return [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_and_functions_are_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE
+    assert long_functions(text) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_is_left_unfinished(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    protocols = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef) and is_protocol(node)]
+    inside = {i for node in protocols for i in range(node.lineno, (node.end_lineno or 0) + 1)}
+    assert [line for i, line in enumerate(text.splitlines(), 1) if UNFINISHED.search(line) and i not in inside] == []
+
+
+def is_protocol(node: ast.ClassDef) -> bool:
+    return any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=relative)
+def test_no_suppression_without_a_reason(path: Path) -> None:
+    if path != Path(__file__):
+        assert bare_suppressions(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_bare_suppression_is_seen() -> None:
+    mark = "# type: " + "ignore"
+    assert bare_suppressions(f"x = 1  {mark}\ny = 2  {mark}[misc]\nz = 3  # no" + "qa: E501\n").__len__() == 3
+    assert bare_suppressions(f"x = 1  {mark}[misc]  # the stub of numpy lacks this\n") == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_and_public_functions_have_docstrings(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) or not tree.body
+    public = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert public == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=relative)
+def test_links_and_files_named_in_documents_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    code = re.findall(r"`((?:mixtral_jax|data|train|tests|configs|docs)/[\w/.-]+\.(?:py|md|yaml))(?:::(\w+))?`", text)
+    for file, function in code:
+        if not (ROOT / file).exists():
+            missing.append(file)
+        elif function and not re.search(rf"(def|class) {function}\b|^{function}\b", (ROOT / file).read_text(), re.M):
+            missing.append(f"{file}::{function}")
+    assert missing == []

@@ -1,0 +1,206 @@
+"""Which checkpoint is kept, found, refused; what a failed save leaves."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.checkpoint import trees as arrays
+from mixtral_jax.train.checkpoints.checkpointer import (
+    CheckpointConfig,
+    Checkpointer,
+    Saved,
+    find,
+    restore_state,
+    saved_steps,
+)
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.run.resume import check_same_data, config_differences
+from mixtral_jax.train.state import abstract_state, create_state, init_state, read_weights, start_from
+
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+DATA = {"next_row": 40, "fingerprint": "abc", "tokens": 100}
+
+
+def params(value=1.0):
+    return {"head": {"weight": jnp.full((4, 6), value)}, "norm": {"scale": jnp.ones(6)}}
+
+
+def abstract(rows=4):
+    shapes = {"head": {"weight": jax.ShapeDtypeStruct((rows, 6), jnp.float32)}}
+    return abstract_state({**shapes, "norm": {"scale": jax.ShapeDtypeStruct((6,), jnp.float32)}}, OPTIMIZER)
+
+
+def save_steps(directory, steps, **config):
+    checkpointer = Checkpointer(CheckpointConfig(**config), directory)
+    for step in steps:
+        checkpointer.save(create_state(params(step), OPTIMIZER), step, DATA, {"step": step, "config": {}})
+    checkpointer.wait()
+    return checkpointer
+
+
+def nothing_said(line):
+    raise AssertionError(line)
+
+
+def test_saved_state_comes_back_with_its_position_and_meta(tmp_path):
+    save_steps(tmp_path, [5])
+    found = find(tmp_path, "auto", nothing_said)
+    assert found is not None and (found.step, found.dataset, found.meta["step"]) == (5, DATA, 5)
+    state = restore_state(found, abstract())
+    expected = create_state(params(5), OPTIMIZER)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), state, expected)))
+    assert {p.name for p in (tmp_path / "5").iterdir()} >= {"state", "dataset", "meta"}
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path):
+    save_steps(tmp_path, [2, 4, 6, 8, 10], keep_last=2, keep_every=4)
+    assert saved_steps(tmp_path) == [4, 8, 10]
+
+
+def test_when_a_checkpoint_is_due(tmp_path):
+    checkpointer = Checkpointer(CheckpointConfig(every=3), tmp_path)
+    assert [s for s in range(1, 9) if checkpointer.due(s, last=s == 8)] == [3, 6, 8]
+    never = Checkpointer(CheckpointConfig(every=None), tmp_path)
+    assert [s for s in range(1, 9) if never.due(s, last=s == 8)] == [8]
+
+
+def test_a_finished_save_is_reported_once(tmp_path):
+    checkpointer = Checkpointer(CheckpointConfig(asynchronous=False), tmp_path)
+    saved = checkpointer.save(create_state(params(), OPTIMIZER), 1, DATA, {})
+    assert isinstance(saved, Saved) and saved.step == 1 and saved.bytes > 0
+    assert checkpointer.wait() is None
+
+
+def damage_truncate(path: Path):
+    file = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(file, 10)
+
+
+def damage_uncommit(path: Path):
+    (path / arrays.COMMIT).unlink()
+
+
+def damage_unreadable(path: Path):
+    """Sizes are right, contents are not."""
+    file = path / "meta" / "data.json"
+    file.write_text("x" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_uncommit, damage_unreadable])
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    save_steps(tmp_path, [3, 6])
+    damage(tmp_path / "6")
+    said = []
+    found = find(tmp_path, "auto", said.append)
+    assert found is not None and found.step == 3
+    assert len(said) == 1
+    assert "checkpoint 6 is not whole" in said[0] and "using checkpoint 3 instead" in said[0]
+    # and the run that goes on from 3 replaces it
+    save_steps(tmp_path, [6])
+    again = find(tmp_path, "auto", nothing_said)
+    assert again is not None and again.step == 6
+
+
+def test_if_none_is_whole_it_says_so(tmp_path):
+    save_steps(tmp_path, [3, 6])
+    damage_truncate(tmp_path / "3")
+    damage_uncommit(tmp_path / "6")
+    with pytest.raises(UserError, match=r"checkpoint 6 is not whole .*checkpoint 3 is not whole .*none is whole"):
+        find(tmp_path, "auto", nothing_said)
+
+
+def test_what_resume_asks_for(tmp_path):
+    assert find(tmp_path / "absent", "auto", nothing_said) is None
+    with pytest.raises(UserError, match=r"resume: must, but .* holds no checkpoint"):
+        find(tmp_path / "absent", "must", nothing_said)
+    save_steps(tmp_path, [3, 6])
+    assert find(tmp_path, "never", nothing_said) is None
+    found = find(tmp_path, 3, nothing_said)
+    assert found is not None and found.step == 3
+    with pytest.raises(UserError, match=r"resume: 4: .* has no such checkpoint; it has 3, 6"):
+        find(tmp_path, 4, nothing_said)
+
+
+def test_unfinished_saves_and_other_files_are_no_checkpoints(tmp_path):
+    save_steps(tmp_path, [3])
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert saved_steps(tmp_path) == [3]
+
+
+def test_another_model_shape_is_an_error_that_names_the_leaf(tmp_path):
+    save_steps(tmp_path, [3])
+    found = find(tmp_path, "auto", nothing_said)
+    assert found is not None
+    with pytest.raises(UserError, match=r"params\.head\.weight has shape \(4, 6\) .* but \(5, 6\) in the model"):
+        restore_state(found, abstract(rows=5))
+
+
+def test_a_refused_save_is_raised_and_the_one_before_stands(tmp_path, monkeypatch):
+    save_steps(tmp_path, [3])
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path)
+    monkeypatch.setattr(arrays.PendingSave, "result", refuse)
+    checkpointer.save(create_state(params(6), OPTIMIZER), 6, DATA, {})
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.wait()
+    monkeypatch.undo()
+    found = find(tmp_path, 3, nothing_said)
+    assert found is not None and found.step == 3
+
+
+def refuse(self):
+    self._response.result()
+    raise OSError(28, "No space left on device")
+
+
+def test_other_data_are_refused_unless_asked_for(tmp_path):
+    save_steps(tmp_path, [3])
+    found = find(tmp_path, "auto", nothing_said)
+    assert found is not None
+    assert check_same_data(found, "abc", restart=False) == 40
+    assert check_same_data(found, "other", restart=True) == 0
+    with pytest.raises(UserError, match=r"fingerprint abc, but the data now have other.*data\.restart=true"):
+        check_same_data(found, "other", restart=False)
+
+
+def test_differences_are_listed_by_their_dotted_path():
+    before = {"steps": 10, "optimizer": {"learning_rate": 1e-3, "b1": 0.9}}
+    now = {"steps": 20, "optimizer": {"learning_rate": 5e-4, "b1": 0.9}}
+    assert config_differences(before, now) == ["steps: 10 -> 20", "optimizer.learning_rate: 0.001 -> 0.0005"]
+    assert config_differences(now, now) == []
+
+
+def test_weights_alone_start_a_new_run(tmp_path):
+    save_steps(tmp_path, [3])
+    state = start_from(read_weights(str(tmp_path / "3"), abstract().params), OPTIMIZER, abstract())
+    assert int(state.step) == 0
+    np.testing.assert_array_equal(state.params["head"]["weight"], np.full((4, 6), 3.0))
+    arrays.save(tmp_path / "model" / "params", params(7.0))
+    loaded = read_weights(str(tmp_path / "model"), abstract().params)
+    np.testing.assert_array_equal(loaded["head"]["weight"], np.full((4, 6), 7.0))
+    with pytest.raises(UserError, match="is no checkpoint"):
+        read_weights(str(tmp_path / "nothing"), abstract().params)
+    with pytest.raises(UserError, match=r"init_from: head\.weight has shape \(4, 6\)"):
+        read_weights(str(tmp_path / "model"), abstract(rows=5).params)
+
+
+def test_fresh_state_lies_where_its_parameters_lie():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+    spec = jax.sharding.PartitionSpec
+    shardings = {
+        "head": {"weight": jax.sharding.NamedSharding(mesh, spec("tensor", "fsdp"))},
+        "norm": {"scale": jax.sharding.NamedSharding(mesh, spec())},
+    }
+    shapes = jax.eval_shape(params)
+    where = abstract_state(shapes, OPTIMIZER, shardings)
+    state = init_state(params, OPTIMIZER, where)
+    assert state.params["head"]["weight"].sharding.spec == spec("tensor", "fsdp")
+    assert state.optimizer.moments[0].mu["head"]["weight"].sharding.spec == spec("tensor", "fsdp")
+    assert state.optimizer.moments[0].nu["norm"]["scale"].sharding.spec == spec()
+    assert state.step.sharding.spec == spec()

@@ -1,0 +1,109 @@
+"""generate and eval through the command line, on a run made here."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtral_jax import launch
+from mixtral_jax.convert import load, save_hf
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.generation.generate import generate
+from mixtral_jax.train.commands.use import grow
+from tests.tiny import metrics_of, write_run_file
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file of a finished run; the run lies in runs/run beside it."""
+    file = write_run_file(tmp_path_factory.mktemp("trained"), steps=3)
+    assert launch.main(["pretrain", str(file)]) == 0
+    return file
+
+
+def test_generate_prints_prompt_and_continuation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.parent / "runs" / "run"
+    arguments = ["generate", str(run), "--prompt", "the router", "--max-new-tokens", "6", "--temperature", "0"]
+    assert launch.main(arguments) == 0
+    tokenizer = load_tokenizer(trained.parent / "tokenizer.json")
+    ids = [tokenizer.bos_id, *tokenizer.encode("the router")]
+    new = generate(load(run / "checkpoints" / "3"), [ids], max_new_tokens=6, eos_id=tokenizer.eos_id)[0]
+    shown = [token for token in new if token != tokenizer.eos_id]
+    assert capsys.readouterr().out == tokenizer.decode(ids[1:] + shown) + "\n"
+
+
+def test_every_kind_of_checkpoint_says_the_same(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained.parent / "runs" / "run"
+    save_hf(load(run / "checkpoints" / "3"), tmp_path / "hf")
+    load_tokenizer(trained.parent / "tokenizer.json").save(tmp_path / "hf")
+    said = []
+    for place in (run, run / "checkpoints" / "3", tmp_path / "hf"):
+        assert launch.main(["generate", str(place), "--prompt", "its", "--max-new-tokens", "5", "--seed", "7"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+
+
+def test_several_prompts_and_standard_input(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [str(trained.parent / "runs" / "run"), "--max-new-tokens", "4", "--temperature", "0"]
+    assert launch.main(["generate", *options, "--prompt", "to", "--prompt", "each token"]) == 0
+    both = capsys.readouterr().out
+    assert both.startswith("--- 1 ---\nto") and "\n--- 2 ---\neach token" in both
+    monkeypatch.setattr("sys.stdin", io.StringIO("each token\n"))
+    assert launch.main(["generate", *options]) == 0
+    assert both.endswith(capsys.readouterr().out)
+
+
+def test_chat_shows_the_answer_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(trained.parent / "runs" / "run")
+    assert launch.main(["generate", run, "--chat", "--prompt", "hello", "--max-new-tokens", "4"]) == 0
+    assert "hello" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_tokenizer(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_hf(load(trained.parent / "runs" / "run" / "checkpoints" / "3"), tmp_path / "hf")
+    assert launch.main(["generate", str(tmp_path / "hf"), "--prompt", "x"]) == 2
+    assert "holds no tokenizer: name one with --tokenizer" in capsys.readouterr().err
+
+
+def test_eval_measures_what_training_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.parent / "runs" / "run"
+    assert launch.main(["eval", str(run), str(trained), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    logged = next(line for line in reversed(metrics_of(run)) if "eval/loss" in line)
+    for name in ("eval/loss", "eval/perplexity", "eval/words/loss", "eval/words/bits_per_byte"):
+        np.testing.assert_allclose(measured[name], logged[name], rtol=1e-5)
+    assert launch.main(["eval", str(run), str(trained)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["source", "loss", "perplexity", "bits/byte", "accuracy"]
+    assert [line.split()[0] for line in table[1:]] == ["words", "all"]
+    assert f"{measured['eval/words/loss']:.4f}" in table[1]
+
+
+def test_eval_asks_a_mesh_for_its_own_rows_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["mesh.data=1", "mesh.fsdp=8", "global_batch_size=4"]  # training would want a multiple of 8
+    command = ["eval", str(trained.parent / "runs" / "run"), str(trained), *shape]
+    assert launch.main([*command, "eval.batch_size=8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/loss"] > 0
+    assert launch.main(command) == 2
+    assert "micro_batch_size (4) is not a multiple of the 8 batch shards" in capsys.readouterr().err
+
+
+def test_eval_refuses_a_file_without_validation(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(trained.parent / "runs" / "run")
+    assert launch.main(["eval", run, str(trained), "data.validation=[]"]) == 2
+    assert "data.validation is empty" in capsys.readouterr().err
+
+
+def test_a_character_of_several_tokens_comes_whole(trained: Path) -> None:
+    tokenizer = load_tokenizer(trained.parent / "tokenizer.json")
+    text = "aé€b"
+    parts = list(grow(tokenizer, (), iter(tokenizer.encode(text))))
+    assert parts == ["a", "é", "€", "b"]
+    cut = tokenizer.encode("a€")[:-1]
+    assert "".join(grow(tokenizer, (), iter(cut))) == tokenizer.decode(cut)

@@ -1,0 +1,149 @@
+"""AdamW against its definition, schedules at their corners, and the guard around the update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.train.optimizer import (
+    SPIKE_WARMUP,
+    OptimizerConfig,
+    apply_gradients,
+    decay_mask,
+    init_optimizer,
+    make_optimizer,
+    make_schedule,
+)
+from tests.oracles.adamw import adamw
+
+SHAPES = {"layers": {"moe": {"w2": (2, 3, 4, 5)}, "norm": {"scale": (2, 5)}}, "head": {"weight": (5, 7)}}
+
+
+def random_tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: (scale * rng.standard_normal(shape)).astype(np.float32),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def updates(config, steps, gradients, losses=None):
+    """Parameters, states and reports after each of the gradients."""
+    optimizer = make_optimizer(config, steps)
+    params = jax.tree.map(jnp.asarray, random_tree(0))
+    state = init_optimizer(optimizer, params)
+    step = jax.jit(lambda p, s, g, loss, n: apply_gradients(optimizer, p, s, g, loss, n))
+    history = []
+    for i, g in enumerate(gradients):
+        loss = jnp.float32(1.0 if losses is None else losses[i])
+        applied = step(params, state, g, loss, jnp.int32(i + 1))
+        params, state = applied.params, applied.state
+        history.append(applied)
+    return history
+
+
+def test_five_updates_are_those_of_the_definition():
+    config = OptimizerConfig(
+        learning_rate=0.03, schedule="constant", weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-6, max_grad_norm=5.0
+    )
+    gradients = [random_tree(i, scale=i) for i in range(1, 6)]
+    got = updates(config, 10, gradients)[-1].params
+    expected = jax.tree.map(np.float64, random_tree(0))
+    m = v = jax.tree.map(np.zeros_like, expected)
+    for t, g in enumerate(gradients, 1):
+        norm = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in jax.tree.leaves(g)))
+        g = jax.tree.map(lambda x, norm=norm: np.float64(x) * min(1.0, 5.0 / norm), g)
+        triples = jax.tree_util.tree_map_with_path(
+            lambda path, p, m, v, g, t=t: adamw(
+                p, m, v, g, t, lr=0.03, b1=0.8, b2=0.9, eps=1e-6, decay=0.0 if path[-1].key == "scale" else 0.2
+            ),
+            expected,
+            m,
+            v,
+            g,
+        )
+        expected, m, v = jax.tree.transpose(jax.tree.structure(g), jax.tree.structure((0, 0, 0)), triples)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_matrices_decay_and_norm_scales_do_not():
+    assert decay_mask(random_tree(0)) == {
+        "layers": {"moe": {"w2": True}, "norm": {"scale": False}},
+        "head": {"weight": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # update n = 1, 5 (half of the warm-up), 10 (its end), 60 (half of the rest), 110 (the last)
+        ("constant", {1: 0.1, 5: 0.5, 10: 1, 60: 1, 110: 1}),
+        ("linear", {1: 0.1, 5: 0.5, 10: 1, 60: 0.6, 85: 0.4, 110: 0.2}),
+        ("cosine", {1: 0.1, 5: 0.5, 10: 1, 60: 0.6, 85: 0.2 + 0.8 * 0.5 * (1 + np.cos(0.75 * np.pi)), 110: 0.2}),
+        ("wsd", {1: 0.1, 10: 1, 60: 1, 90: 1, 100: 0.6, 110: 0.2}),
+    ],
+)
+def test_schedules(schedule, expected):
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule=schedule, warmup_steps=10, final_learning_rate_fraction=0.2,
+        decay_steps=20 if schedule == "wsd" else None,
+    )  # fmt: skip
+    rate = make_schedule(config, 110)
+    for n, fraction in expected.items():
+        assert float(rate(jnp.int32(n))) == pytest.approx(2.0 * fraction, rel=1e-6), n
+
+
+def test_warmup_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_steps \(11\) is larger than steps \(10\)"):
+        make_schedule(OptimizerConfig(warmup_steps=11), 10)
+    with pytest.raises(ValueError, match=r"warmup_steps \(5\) \+ optimizer\.decay_steps \(6\) is larger than steps"):
+        make_schedule(OptimizerConfig(schedule="wsd", warmup_steps=5, decay_steps=6), 10)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_changes_at_or_after_a_step_that_is_not_finite(bad, value):
+    gradients = [random_tree(i) for i in (1, 2, 3)]
+    losses = [1.0, value if bad == "loss" else 1.0, 1.0]
+    if bad == "gradient":
+        gradients[1]["head"]["weight"][0, 0] = value
+    good, broken, after = updates(OptimizerConfig(), 10, gradients, losses)
+    assert bool(good.state.healthy)
+    assert not bool(broken.state.healthy) and not bool(after.state.healthy)
+    for later in (broken, after):
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), good.params, later.params)
+        assert all(jax.tree.leaves(same))
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), good.state.moments, later.state.moments)
+        assert all(jax.tree.leaves(same))
+
+
+def test_a_spike_is_skipped_and_the_run_goes_on():
+    gradients = [random_tree(i) for i in range(SPIKE_WARMUP + 2)]
+    gradients[SPIKE_WARMUP] = random_tree(99, scale=10.0)
+    config = OptimizerConfig(skip_spikes=3.0, max_grad_norm=None)
+    history = updates(config, 100, gradients)
+    assert [i for i, applied in enumerate(history) if bool(applied.skipped)] == [SPIKE_WARMUP]
+    before, spike, after = history[-3:]
+    np.testing.assert_array_equal(before.params["head"]["weight"], spike.params["head"]["weight"])
+    assert bool(after.state.healthy)
+    assert float(jnp.max(jnp.abs(after.params["head"]["weight"] - spike.params["head"]["weight"]))) > 0
+    without = updates(config.model_copy(update={"skip_spikes": None}), 100, gradients)
+    assert not any(bool(applied.skipped) for applied in without)
+
+
+def test_the_update_works_in_place():
+    """Donated parameters and moments are updated where they lie: the compiled update holds no copy of them."""
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    params = {"w": {"weight": jnp.ones((512, 1024))}, "n": {"scale": jnp.ones(1024)}}
+    state = init_optimizer(optimizer, params)
+
+    def update(params, state, grads):
+        applied = apply_gradients(optimizer, params, state, grads, jnp.float32(1), jnp.int32(1))
+        return applied.params, applied.state
+
+    memory = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
+    size = 512 * 1024 * 4
+    assert memory.alias_size_in_bytes >= 3 * size
+    assert memory.temp_size_in_bytes < 0.1 * size

@@ -1,0 +1,211 @@
+"""Whole runs of a tiny model: what they write, how they end, what they refuse. On one device unless said."""
+
+import json
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.errors import UserError
+from tests.tiny import TINY, metrics_of, write_run_file
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda config: None)
+
+
+@pytest.fixture
+def start(one_device, tmp_path, capsys):
+    """Runs the tiny run with changes; returns (exit code, what it printed)."""
+
+    def start(force=False, overrides=(), **changes):
+        config, provenance = load_config(write_run_file(tmp_path, **changes), overrides)
+        capsys.readouterr()
+        code = loop.run(config, provenance, force=force)
+        return code, capsys.readouterr().out
+
+    return start
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "runs" / "run"
+
+
+def status(place):
+    return json.loads((place / "STATUS").read_text())
+
+
+def test_a_run_learns_and_leaves_what_it_promises(start, place):
+    sample = {"every": 8, "prompts": ["the router", ""], "max_new_tokens": 8, "temperature": 2.0}
+    code, out = start(eval={"every": 4}, sample=sample)
+    assert code == 0
+    assert status(place) == {
+        "state": "done", "step": 8, "exit_code": 0, "reason": f"8 steps are done; everything is in {place}"
+    }  # fmt: skip
+    assert out.strip().splitlines()[-1] == f"exit 0: 8 steps are done; everything is in {place}"
+    for title in ("versions", "devices", "mesh", "kernels", "model", "batch", "data", "router"):
+        assert f"{title}  " in out
+    for name in ("config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs/process_0.log"):
+        assert (place / name).stat().st_size > 0, name
+    lines = metrics_of(place)
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8]
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
+    assert training[-1]["train/tokens"] == pytest.approx(8 * 8 * 32, rel=0.1)
+    assert {"perf/tokens_per_second", "perf/mfu", "perf/data_wait_seconds", "moe/balance", "train/param_norm"} <= set(
+        training[0]
+    )
+    assert training[0]["perf/mfu"] is None  # no peak is known for a CPU
+    evals = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evals] == [4, 8]
+    assert evals[0]["eval/loss"] > evals[1]["eval/loss"]
+    assert {"eval/words/bits_per_byte", "eval/words/perplexity"} <= set(evals[0])
+    assert [line["step"] for line in lines if "checkpoint/seconds" in line] == [3, 6, 8]
+    assert sorted(p.name for p in (place / "checkpoints").iterdir()) == ["6", "8"]
+    counts = [json.loads(line) for line in (place / "moe.jsonl").read_text().splitlines()]
+    assert np.array(counts[-1]["counts"]).shape == (TINY["num_hidden_layers"], TINY["num_local_experts"])
+    samples = [json.loads(line) for line in (place / "samples" / "8.jsonl").read_text().splitlines()]
+    assert [s["prompt"] for s in samples] == sample["prompts"]
+    assert load_config(place / "config.yaml").config.steps == 8
+
+
+def test_nothing_left_to_do_force_and_never(start, place):
+    assert start()[0] == 0
+    before = (place / "metrics.jsonl").read_text()
+    code, out = start()
+    assert code == 0 and "nothing left to do: 8 of 8 steps are done" in out
+    assert (place / "metrics.jsonl").read_text() == before
+    with pytest.raises(UserError, match=r"resume: never, but .* holds checkpoint 8"):
+        start(resume="never")
+    assert status(place)["exit_code"] == 2
+    with pytest.raises(UserError, match=r"resume: 6, but .* holds newer checkpoints \(8\)"):
+        start(resume=6)
+    code, out = start(force=True)
+    assert code == 0 and "step 1 done" in out
+    assert [line["step"] for line in metrics_of(place) if "train/loss" in line] == [2, 4, 6, 8]
+
+
+def test_more_steps_and_another_rate_go_on_and_say_so(start, place):
+    start()
+    code, out = start(steps=10, optimizer={"learning_rate": 0.005})
+    assert code == 0
+    assert "resuming from checkpoint 8 at row 64" in out
+    assert "changed steps: 8 -> 10" in out and "changed optimizer.learning_rate: 0.01 -> 0.005" in out
+    assert [line["step"] for line in metrics_of(place) if "train/loss" in line] == [2, 4, 6, 8, 10]
+
+
+def test_another_shape_and_other_data_are_refused(start):
+    more = {"steps": 10, "optimizer": {"learning_rate": 0.005}}
+    start()
+    with pytest.raises(UserError, match=r"params\.layers\.moe\.w13 has shape .* \(2, 4, 16, 2, 32\) in the model"):
+        start(**more, model={"intermediate_size": 32})
+    with pytest.raises(UserError, match=r"Set data\.restart=true"):
+        start(**more, data={"packing": "best_fit"})
+    code, out = start(**more, data={"packing": "best_fit", "restart": True})
+    assert code == 0 and "from checkpoint 8 at row 0" in out
+
+
+def test_divergence_ends_with_3_and_the_last_good_checkpoint(start, place):
+    code, out = start(optimizer={"learning_rate": 1e30, "warmup_steps": 0}, checkpoint={"every": 1})
+    assert code == 3
+    ended = status(place)
+    assert ended["state"] == "diverged" and ended["exit_code"] == 3
+    bad = ended["step"] + 1
+    assert f"step {bad} has loss" in ended["reason"] and f"checkpoint {ended['step']} stands" in ended["reason"]
+    assert out.strip().splitlines()[-1] == f"exit 3: {ended['reason']}"
+    last = [line for line in metrics_of(place) if "train/loss" in line][-1]
+    assert last["step"] == bad and not (np.isfinite(last["train/loss"]) and np.isfinite(last["train/grad_norm"]))
+
+
+def test_the_step_compiles_once_and_nothing_compiles_after_warm_up(start, monkeypatch):
+    """From the second interval on no jax function is compiled, though evaluation and checkpoints go on."""
+    compiled = []
+    steps = []
+
+    def listen(event, duration, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(steps))
+
+    original = loop.Log.run
+    monkeypatch.setattr(loop.Log, "run", lambda self, moment: (steps.append(moment.step), original(self, moment)))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        start(eval={"every": 4}, checkpoint={"every": 4})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert steps == [2, 4, 6, 8]
+    assert compiled and max(compiled) <= 2  # by the log after step 4 all had been compiled
+
+
+def test_a_failing_tracker_does_not_stop_the_run(start, monkeypatch):
+    from mixtral_jax.train.hooks import sinks as metrics
+
+    def fail(self, step, values):
+        raise RuntimeError("no room in the event file")
+
+    monkeypatch.setattr(metrics.TensorBoard, "write", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out = start(log={"tensorboard": True})
+    assert code == 0
+    assert out.count("TensorBoard failed (no room in the event file); training goes on without it") == 1
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(start, place, monkeypatch):
+    from mixtral_jax.checkpoint import trees as checkpoint
+
+    original = checkpoint.PendingSave.result
+
+    def result(self):
+        written = original(self)
+        if self._path.name == "6":
+            self._path.rmtree()  # what a file system that is full leaves: nothing under the final name
+            raise OSError(28, "No space left on device")
+        return written
+
+    monkeypatch.setattr(checkpoint.PendingSave, "result", result)
+    with pytest.raises(UserError, match=r"could not be written to .*: No space left on device; checkpoint 3 stands"):
+        start()
+    assert status(place)["exit_code"] == 2
+    monkeypatch.undo()
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(start, tmp_path):
+    (tmp_path / "runs").write_text("a file where a directory should be")
+    with pytest.raises(UserError, match=r"output_dir: .* is not writable"):
+        start()
+
+
+def test_accumulation_does_not_change_the_run(start, place):
+    """NUMERICS D1 through the whole loop; the router terms are off, since they are means of each micro-batch."""
+    router = {"router_aux_loss_coef": 0, "router_z_loss_coef": 0}
+    start(router=router, log={"every": 1})
+    whole = [line["train/loss"] for line in metrics_of(place) if "train/loss" in line]
+    start(force=True, router=router, log={"every": 1}, micro_batch_size=2)
+    parts = [line["train/loss"] for line in metrics_of(place) if "train/loss" in line]
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)  # eight updates apart
+
+
+def test_a_run_of_one_device_goes_on_on_eight(tmp_path, one_device, monkeypatch):
+    """NUMERICS G3: on another mesh the same data order, and the losses within 1e-5 of themselves."""
+    changes = {"log": {"every": 1}, "checkpoint": {"every": 6}}
+    config, _ = load_config(write_run_file(tmp_path, **changes), ["run_name=one"])
+    assert loop.run(config) == 0
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "runs/one/checkpoints/6", tmp_path / "runs/eight/checkpoints/6")
+    mesh = ["mesh={data: 2, fsdp: 2, expert: 2}", "run_name=eight"]
+    config, _ = load_config(write_run_file(tmp_path, **changes), mesh)
+    assert loop.run(config) == 0
+    one, eight = (
+        {line["step"]: line["train/loss"] for line in metrics_of(tmp_path / "runs" / name) if "train/loss" in line}
+        for name in ("one", "eight")
+    )
+    assert sorted(eight) == [7, 8]
+    for step, loss in eight.items():
+        assert loss == pytest.approx(one[step], rel=1e-5)

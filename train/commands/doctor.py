@@ -1,0 +1,125 @@
+"""Is this machine fit to train? Versions, devices, kernels, known-bad pairs, disk."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "array-record", "numpy",
+    "sentencepiece", "tokenizers", "pydantic", "ruamel.yaml", "libtpu", "tokamax", "tensorflow-datasets", "wandb",
+)  # fmt: skip
+OPTIONAL = ("libtpu", "tokamax")
+SMALLEST_FREE_GIB = 5
+
+
+def examine(directory: str | Path = ".") -> int:
+    """Print the findings; 0 where a run can start, 2 where something stands in its way."""
+    console = Console(highlight=False, soft_wrap=True)
+    versions = installed()
+    problems = [*known_bad(versions), *disk_problems(Path(directory))]
+    console.print(f"[bold]python[/] {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    console.print(
+        "[bold]packages[/] " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    )
+    problems += [f"{name} is not installed" for name, v in versions.items() if v is None and name not in OPTIONAL]
+    lines, device_problems = devices()
+    problems += device_problems
+    for line in lines:
+        console.print(f"[bold]devices[/] {line}")
+    for name, finding in kernels().items():
+        console.print(f"[bold]kernel[/] {name}: {finding}")
+    console.print(
+        f"[bold]disk[/] {shutil.disk_usage(directory).free / 2**30:.1f} GiB free in {Path(directory).resolve()}"
+    )
+    for problem in problems:
+        console.print(f"[red]problem[/] {problem}", markup=True)
+    console.print("doctor: a run can start" if not problems else f"doctor: {len(problems)} problems, named above")
+    return 2 if problems else 0
+
+
+def installed() -> dict[str, str | None]:
+    """Version of every package that matters; None where it is absent."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def known_bad(versions: Mapping[str, str | None]) -> list[str]:
+    """Combinations that are known to fail, each with its remedy."""
+    jax, flax, jaxlib, libtpu = (parsed(versions.get(name)) for name in ("jax", "flax", "jaxlib", "libtpu"))
+    orbax = parsed(versions.get("orbax-checkpoint"))
+    found = []
+    if jax and jaxlib and jax[:2] != jaxlib[:2]:
+        found.append(f"jax {versions['jax']} with jaxlib {versions['jaxlib']}: install one release of both")
+    if jax >= (0, 11) and flax and flax <= (0, 12, 9):
+        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'jax<0.11'")
+    if jax and jax < (0, 10, 1):
+        found.append(f"jax {versions['jax']} is older than 0.10.1, the first that this project runs on")
+    if orbax and orbax < (0, 12, 8):
+        found.append(f"orbax-checkpoint {versions['orbax-checkpoint']} has another v1 interface: install '>=0.12.8'")
+    if libtpu and jax[:2] == (0, 10) and libtpu[:3] != (0, 0, 42):
+        found.append(f"libtpu {versions['libtpu']} is not the one that jax {versions['jax']} names: install 0.0.42.1")
+    return found
+
+
+def parsed(version: str | None) -> tuple[int, ...]:
+    """`0.12.8` -> (0, 12, 8); what is no number ends it; () where absent."""
+    numbers: list[int] = []
+    for part in (version or "").split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def devices() -> tuple[list[str], list[str]]:
+    """What jax sees, and a first computation on it; (lines, problems)."""
+    try:
+        import jax
+        import jax.numpy as jnp
+
+        answer = float(jnp.ones((8, 8)).sum())
+    except Exception as error:  # whatever a broken driver raises is what the user came to see
+        return [], [f"jax cannot compute: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
+    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    lines = [f"{jax.device_count()} x {jax.default_backend()} ({kinds})"]
+    return lines, [] if answer == 64.0 else [f"the sum of 64 ones came out as {answer} on {kinds}"]
+
+
+def kernels() -> dict[str, str]:
+    """Which back-ends can run where jax runs now."""
+    import jax
+
+    backend = jax.default_backend()
+    tokamax = importlib.util.find_spec("tokamax") is not None
+    return {
+        "grouped matmul blocked, ragged_dot, dense": "everywhere",
+        "grouped matmul megablox": "available" if backend == "tpu" else f"TPU only (this is {backend})",
+        "grouped matmul tokamax": "available"
+        if tokamax and backend == "gpu"
+        else f"GPU with the extra `cuda` only (this is {backend}, tokamax {'is' if tokamax else 'is not'} installed)",
+        "attention reference, chunked, dot_product": "everywhere (dot_product uses cuDNN on GPU)",
+        "attention splash": "available" if backend == "tpu" else f"TPU only (this is {backend})",
+        "plan for TPU slices": "available" if importlib.util.find_spec("libtpu") else "needs the extra `aot`",
+    }
+
+
+def disk_problems(directory: Path) -> list[str]:
+    """Too little room, or a directory that cannot be written."""
+    found = []
+    free = shutil.disk_usage(directory).free / 2**30
+    if free < SMALLEST_FREE_GIB:
+        found.append(f"only {free:.1f} GiB free in {directory.resolve()}: a run wants {SMALLEST_FREE_GIB}")
+    if not os.access(directory, os.W_OK):
+        found.append(f"{directory.resolve()} is not writable: choose another working directory or output_dir")
+    return found

@@ -1,0 +1,105 @@
+"""The end of `make quickstart`: what the model learned, measured against gzip, and what it writes.
+
+python -m mixtral_jax.train.commands.quickstart runs/quickstart
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_jax.convert import load
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.records.sources import read_lumps, source_files
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.generation.generate import generate
+from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.config.schema import RunConfig
+
+LANGUAGES = {
+    "en": "The following example shows how to",
+    "fr": "Dans la boîte de dialogue, vous pouvez",
+    "de": "Wählen Sie die Option, um",
+    "es": "Haga clic en el botón para",
+    "it": "Per impostazione predefinita, il",
+    "code": "def __init__(self",
+}
+
+
+def main(run_dir: str) -> int:
+    """Print the comparison, samples, and where to go from here; 1 where gzip compresses a language better."""
+    config = load_config(Path(run_dir) / "config.yaml").config
+    console = Console(highlight=False, soft_wrap=True)
+    metrics = last_evaluation(Path(run_dir) / "metrics.jsonl")
+    beaten = compare(config, metrics, console)
+    write_samples(config, run_dir, console)
+    console.print(_NEXT.format(run=run_dir))
+    if not beaten:
+        print("exit 1: gzip compresses a language better than the model does", file=sys.stderr)
+    return 0 if beaten else 1
+
+
+def last_evaluation(metrics: Path) -> dict[str, Any]:
+    """The newest line of metrics.jsonl that holds an evaluation."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return next(row for row in reversed(rows) if "eval/loss" in row)
+
+
+def texts(source: SourceConfig) -> list[str]:
+    """All documents of a source."""
+    problems, key = Problems(skip=False), source.text_key
+    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (key,), problems))
+    return [record[key] for lump in lumps for _, record in lump.parse(problems)]
+
+
+def gzip_bits_per_byte(texts: list[str]) -> float:
+    """Bits per byte of `gzip -9` of the texts joined by a blank line (NUMERICS D7)."""
+    joined = "\n\n".join(texts).encode()
+    return 8 * len(gzip.compress(joined, compresslevel=9, mtime=0)) / len(joined)
+
+
+def compare(config: RunConfig, metrics: dict[str, Any], console: Console) -> bool:
+    """Print bits per byte beside gzip's; whether the model wins in every natural language."""
+    table = Table(title="Bits per byte of text that the model has not seen (smaller is better)")
+    for name in ("text", "this model", "gzip -9", ""):
+        table.add_column(name, justify="left" if name in ("text", "") else "right")
+    won = True
+    for source in config.data.validation:
+        ours = metrics[f"eval/{source.name}/bits_per_byte"]
+        theirs = gzip_bits_per_byte(texts(source))
+        verdict = f"{100 * (1 - ours / theirs):.0f} % smaller" if ours < theirs else "gzip wins"
+        table.add_row(source.name, f"{ours:.3f}", f"{theirs:.3f}", verdict)
+        won &= ours < theirs or source.name == "code"
+    console.print(table)
+    return won
+
+
+def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
+    """A few lines in each language."""
+    tokenizer, model = load_tokenizer(config.data.tokenizer), load(run_dir)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in LANGUAGES.values()]
+    answers = generate(model, prompts, max_new_tokens=48, temperature=0.5, top_p=0.95, seed=1)
+    console.print("\nWhat it writes (temperature 0.5), three minutes after knowing nothing:")
+    for language, prompt, answer in zip(LANGUAGES, prompts, answers, strict=True):
+        text = tokenizer.decode([*prompt[1:], *(t for t in answer if t != tokenizer.eos_id)])
+        console.print(f"  [bold]{language:4}[/bold] {' '.join(text.split())}")
+
+
+_NEXT = """
+Everything is in {run}: metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
+
+What to try next
+  .venv/bin/python launch.py generate {run} --prompt "Debian is" --temperature 0.7
+  .venv/bin/python launch.py convert orbax2hf {run} quickstart-hf     # load it with transformers
+  .venv/bin/python launch.py pretrain configs/pretrain/quickstart.yaml run_name=longer steps=5000
+  .venv/bin/python launch.py config show configs/pretrain/quickstart.yaml
+  make test                                                          # why it can be trusted
+"""
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""The model that a checkpoint stands for: whole weights of any format, or a run's adapters on the base under them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from mixtral_jax.checkpoint import trees as arrays
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.convert import load
+from mixtral_jax.lora import is_adapter
+from mixtral_jax.model import Mixtral
+from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.weights import abstract_params, base_weights, is_trained, join, keep, make_merge, newest_step
+
+
+def read_model(
+    checkpoint: str, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, compute: ComputeConfig
+) -> Mixtral:
+    """The model at `checkpoint`: an Orbax or Hugging Face directory, a run, or one of its steps.
+
+    Args:
+        mesh: where the parameters are placed.
+        dtype: of whole weights in memory; None: as on disk. A base under adapters is held as its run says.
+
+    Raises:
+        UserError: it is a run of adapters, and their base is not where the run says.
+        ValueError: the checkpoint is not whole, or of no known kind.
+    """
+    run, path = run_config(checkpoint), newest_step(checkpoint)
+    if run is None or run.adapters is None or not _holds_adapters(path):
+        return load(path, mesh, dtype=dtype, compute=compute)
+    if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():
+        raise UserError(
+            f"{checkpoint} holds the adapters of a LoRA run, and their base, init_from {run.init_from}, is not there: "
+            "run this from the directory in which it was trained, or bring the base to that place"
+        )
+    run = run.model_copy(update={"compute": compute})
+    weights, trained = abstract_params(run, mesh), is_trained(run)
+    own = arrays.restore(path, {"params": keep(weights, trained)}, partial=True)["params"]
+    base = keep(base_weights(run, weights), lambda name: not trained(name))
+    return make_merge(run)(join(own, base), None)
+
+
+def run_config(checkpoint: str) -> RunConfig | None:
+    """The configuration of the run that a checkpoint belongs to; None for a model directory."""
+    path = Path(checkpoint).absolute()
+    inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
+    for place in (path, *(path.parents[:2] if inside else ())):
+        if (place / "config.yaml").is_file():
+            return load_config(place / "config.yaml").config
+    return None
+
+
+def _holds_adapters(path: str) -> bool:
+    return (epath.Path(path) / arrays.STATE).exists() and any(is_adapter(name) for name in arrays.tree_shapes(path))

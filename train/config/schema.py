@@ -1,0 +1,358 @@
+"""What a run file may say, stage by stage, checked across fields before any device is touched."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mixtral_jax.config import PRESETS, ComputeConfig, FrozenConfig, MixtralConfig
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.lora import LoraConfig
+from mixtral_jax.parallel.mesh import MeshConfig
+from mixtral_jax.train.checkpoints.best import EarlyStoppingConfig, watching_problems
+from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig
+from mixtral_jax.train.hooks.evaluate import EvalConfig
+from mixtral_jax.train.hooks.log import LogConfig
+from mixtral_jax.train.hooks.sample import SampleConfig
+from mixtral_jax.train.objective import RouterConfig
+from mixtral_jax.train.optimizer import OptimizerConfig
+from mixtral_jax.train.preference.config import DpoConfig, Reference
+
+
+def from_preset(value: Any) -> Any:
+    """`{preset: name, ...}` -> every field of that preset, then the other keys."""
+    if not isinstance(value, dict) or "preset" not in value:
+        return value
+    overrides = {key: item for key, item in value.items() if key != "preset"}
+    if value["preset"] is None:
+        return overrides
+    if value["preset"] not in PRESETS:
+        raise ValueError(f"preset {value['preset']!r} is unknown: known are {', '.join(PRESETS)}")
+    return {**PRESETS[value["preset"]], **overrides}
+
+
+class RunConfig(FrozenConfig):
+    """What every stage has."""
+
+    stage: str
+    run_name: str = Field(pattern=r"^[\w.+=@-]+$", description="the run's directory below output_dir")
+    output_dir: str = Field("runs", description="where run directories are made")
+    seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
+    steps: int = Field(
+        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0: by data.epochs"
+    )
+    seq_len: int = Field(gt=0, description="positions per row")
+    global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over the whole mesh")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="sequences per micro-batch over the whole mesh; null: global_batch_size"
+    )
+    resume: Literal["auto", "never", "must"] | int = Field(
+        "auto", description="from the newest whole checkpoint if there is one, never, it must exist, or a step"
+    )
+    init_from: str | None = Field(
+        None, description="an Orbax or Hugging Face directory whose weights, and nothing else, start the run"
+    )
+    model: Annotated[MixtralConfig, BeforeValidator(from_preset)] = Field(
+        description="a preset with changes, or every field"
+    )
+    data: DataConfig
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    router: RouterConfig = RouterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="keep the best checkpoint, and end a run that no longer gets better; null: neither"
+    )
+    sample: SampleConfig = SampleConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """micro_batch_size, resolved."""
+        return self.micro_batch_size or self.global_batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.global_batch_size // self.rows_per_micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions per optimizer step, padding included."""
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained in place of the weights, if any."""
+        return None
+
+    @property
+    def router_factor(self) -> float:
+        """On the learning rate of the router; 0: it stays as it is."""
+        return 1.0
+
+    @property
+    def neftune(self) -> float:
+        """Alpha of the noise on the embeddings."""
+        return 0.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a training step draws random numbers."""
+        return False
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes."""
+        return Path(self.output_dir) / self.run_name
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        problems = [
+            *_batch_problems(self, training=False), *_schedule_problems(self), *_mesh_problems(self),
+            *_watching_problems(self),
+        ]  # fmt: skip
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def check_sizes(config: RunConfig, sizes: Mapping[str, int], *, training: bool = True) -> None:
+    """The file's own checks of its mesh once more, now that the devices say how large an axis of -1 is.
+
+    Args:
+        sizes: of every axis, over fast and slow network together. training: false where rows are evaluated only.
+
+    Raises:
+        ValueError: an axis does not divide what it shares out.
+    """
+    mesh = config.mesh.model_copy(update={**sizes, "dcn_data": 1, "dcn_fsdp": 1})
+    resolved = config.model_copy(update={"mesh": mesh})
+    problems = [*_batch_problems(resolved, training=training), *_mesh_problems(resolved)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _batch_problems(config: RunConfig, *, training: bool = True) -> Iterator[str]:
+    rows, micro = config.global_batch_size, config.rows_per_micro_batch
+    if rows % micro:
+        yield (
+            f"global_batch_size ({rows}) is not a multiple of micro_batch_size ({micro}): "
+            f"{micro * max(1, round(rows / micro))} would be"
+        )
+    mesh = config.mesh
+    shards = _known(mesh.data, mesh.fsdp, mesh.expert, mesh.dcn_data, mesh.dcn_fsdp)
+    shared = {"eval.batch_size": config.eval.batch_size or shards}
+    if training or config.eval.batch_size is None:
+        shared["micro_batch_size"] = micro
+    for key, size in shared.items():
+        if size % shards:
+            yield (
+                f"{key} ({size}) is not a multiple of the {shards} batch shards of "
+                f"mesh.data x mesh.fsdp x mesh.expert: {shards * max(1, round(size / shards))} would be"
+            )
+    if config.seq_len > config.model.max_position_embeddings:
+        yield (
+            f"seq_len ({config.seq_len}) is larger than model.max_position_embeddings "
+            f"({config.model.max_position_embeddings})"
+        )
+
+
+def _schedule_problems(config: RunConfig) -> Iterator[str]:
+    optimizer, epochs = config.optimizer, config.data.epochs
+    if config.steps and epochs:
+        yield f"steps ({config.steps}) and data.epochs ({epochs:g}) both say how long the run is: remove one"
+    if not config.steps:
+        if not epochs:
+            yield "neither steps nor data.epochs says how long the run is: set one"
+        return  # the rest is checked once the steps are known
+    if optimizer.warmup_steps >= config.steps:
+        yield f"optimizer.warmup_steps ({optimizer.warmup_steps}) is not smaller than steps ({config.steps})"
+    elif optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > config.steps:
+        yield (
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) and optimizer.decay_steps ({optimizer.decay_steps}) "
+            f"are together longer than steps ({config.steps})"
+        )
+    if isinstance(config.resume, int) and not 0 <= config.resume <= config.steps:
+        yield f"resume ({config.resume}) is no step between 0 and steps ({config.steps})"
+
+
+def _watching_problems(config: RunConfig) -> Iterator[str]:
+    if config.early_stopping is not None:
+        sources = [source.name for source in config.data.validation]
+        yield from watching_problems(config.early_stopping, config.data.examples, sources, config.eval.every)
+
+
+def _mesh_problems(config: RunConfig) -> Iterator[str]:
+    """What each axis must divide; the sharding itself checks the rest, leaf by leaf."""
+    model, mesh = config.model, config.mesh
+    rules = [
+        ("mesh.expert", mesh.expert, "model.num_local_experts", model.num_local_experts),
+        (
+            "mesh.fsdp x mesh.expert",
+            _known(mesh.fsdp, mesh.dcn_fsdp, mesh.expert),
+            "model.hidden_size",
+            model.hidden_size,
+        ),
+        ("mesh.tensor", mesh.tensor, "model.num_attention_heads", model.num_attention_heads),
+        ("mesh.tensor", mesh.tensor, "model.num_key_value_heads", model.num_key_value_heads),
+        ("mesh.tensor", mesh.tensor, "model.intermediate_size", model.intermediate_size),
+    ]
+    for axes, size, key, value in rules:
+        if size > 1 and value % size:
+            divisors = [str(d) for d in range(1, value + 1) if value % d == 0 and d <= 2 * size]
+            yield f"{axes} ({size}) does not divide {key} ({value}): {', '.join(divisors)} would"
+    pieces, length = 2 * mesh.context, config.seq_len
+    if mesh.context > 1 and length % pieces:
+        fitting = [str(n) for n in (length // pieces * pieces, -(-length // pieces) * pieces) if n]
+        yield (
+            f"mesh.context ({mesh.context}) cuts each row in {pieces} pieces, but seq_len ({length}) is not a multiple "
+            f"of {pieces}: {' or '.join(fitting)} would be"
+        )
+
+
+def _known(*sizes: int) -> int:
+    """Product of the sizes of mesh axes; -1 is not known before the devices are."""
+    return math.prod(size for size in sizes if size > 0)
+
+
+class PretrainConfig(RunConfig):
+    """Next-token prediction over documents."""
+
+    stage: Literal["pretrain"]
+
+    @model_validator(mode="after")
+    def _reads_documents(self) -> Self:
+        if self.data.examples == "preference":
+            raise ValueError("data.examples is preference: that is for stage dpo")
+        return self
+
+
+class TunedRouterConfig(RouterConfig):
+    """The router of a model that is already trained."""
+
+    balance_loss: Literal["per_layer", "hf_pooled"] = Field(
+        "hf_pooled", description="the released checkpoints' own definition, or per_layer, that of pretraining here"
+    )
+    router_aux_loss_coef: float = Field(
+        0.02, ge=0, description="not set: model.router_aux_loss_coef, the checkpoint's own, or 0 with a frozen router"
+    )
+    router_z_loss_coef: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
+    update: Literal["train", "frozen"] | float = Field(
+        "train", description="train, frozen (not set: so under lora), or a factor on the router's learning rate"
+    )
+
+    @model_validator(mode="after")
+    def _factor_is_positive(self) -> Self:
+        if isinstance(self.update, float | int) and self.update <= 0:
+            raise ValueError(f"update is {self.update}: a factor must be above 0; to keep the router, say frozen")
+        return self
+
+    @property
+    def factor(self) -> float:
+        """On the learning rate of the router; 0: it stays as it is."""
+        return {"train": 1.0, "frozen": 0.0}[self.update] if isinstance(self.update, str) else float(self.update)
+
+
+class TuningConfig(RunConfig):
+    """What SFT and DPO share: a model that is already trained goes on learning, whole or through adapters."""
+
+    router: TunedRouterConfig = TunedRouterConfig()
+    lora: LoraConfig | None = Field(None, description="train adapters of this size only; null: train all weights")
+    neftune_noise_alpha: float = Field(0.0, ge=0, description="NEFTune's noise on the embeddings; 0: none")
+    allow_any_mask: bool = Field(False, description="train although every token of a source is learned")
+
+    @model_validator(mode="after")
+    def _base_stays_small(self) -> Self:
+        if self.lora is not None and self.lora.quantizes and self.compute.remat == "none":
+            raise ValueError(
+                f"lora.base_dtype is {self.lora.base_dtype}, but compute.remat is none, which would keep every layer "
+                "dequantised for the backward pass: set compute.remat to minimal or full"
+            )
+        return self
+
+    @property
+    def router_factor(self) -> float:
+        return self.router.factor
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        return self.lora
+
+    @property
+    def neftune(self) -> float:
+        return self.neftune_noise_alpha
+
+    @property
+    def noisy(self) -> bool:
+        return self.neftune_noise_alpha > 0 or (self.lora is not None and self.lora.dropout > 0)
+
+
+def settle(values: Any, examples: str) -> Any:
+    """Fill in what depends on other fields: the kind of examples, and the router's part in training."""
+    if not isinstance(values, Mapping):
+        return values
+    values = dict(values)
+    data, router, model = values.get("data"), values.get("router", {}), values.get("model")
+    if isinstance(data, Mapping):
+        values["data"] = {"examples": examples, **data}
+    if isinstance(router, Mapping):
+        router = {key: value for key, value in router.items() if value is not None}
+        router.setdefault("update", "frozen" if values.get("lora") else "train")
+        own = MixtralConfig.model_fields["router_aux_loss_coef"].default
+        if isinstance(model, Mapping):
+            own = model.get("router_aux_loss_coef", own)
+        router.setdefault("router_aux_loss_coef", 0.0 if router["update"] == "frozen" else own)
+        values["router"] = router
+    return values
+
+
+class SftConfig(TuningConfig):
+    """Supervised fine-tuning on chats or prompt-completion pairs."""
+
+    stage: Literal["sft"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, values: Any) -> Any:
+        return settle(values, "chat")
+
+    @model_validator(mode="after")
+    def _reads_chats(self) -> Self:
+        if self.data.examples != "chat":
+            raise ValueError(f"data.examples is {self.data.examples}: stage sft reads chat")
+        return self
+
+
+class DpoStageConfig(TuningConfig):
+    """Direct preference optimisation and its relatives, on pairs of answers."""
+
+    stage: Literal["dpo"]
+    dpo: DpoConfig = DpoConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, values: Any) -> Any:
+        return settle(values, "preference")
+
+    @model_validator(mode="after")
+    def _pairs_and_reference(self) -> Self:
+        if self.data.examples != "preference":
+            raise ValueError(f"data.examples is {self.data.examples}: stage dpo reads preference")
+        if self.reference == "lora_base" and self.router_factor:
+            raise ValueError(
+                "dpo.reference is lora_base, but router.update trains the router of that base: "
+                "set router.update: frozen, or reference: frozen"
+            )
+        self.dpo.check_accumulation(self.accumulation)
+        return self
+
+    @property
+    def reference(self) -> Reference:
+        """The kind of reference, resolved."""
+        kind = self.dpo.resolve_reference(lora=self.lora is not None)
+        return "frozen" if kind == "lora_base" and self.dpo.reference == "auto" and self.router_factor else kind

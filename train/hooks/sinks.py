@@ -1,0 +1,119 @@
+"""Where metrics go: metrics.jsonl always; TensorBoard and W&B as asked.
+
+MFU here = useful FLOPs / (seconds * peak FLOPs of the chips), where useful = forward + backward of the active
+parameters, plus attention over the pairs that the causal mask lets through (MixtralConfig.flops_per_token, "causal");
+recomputation does not count, padding does. Peaks are dense bf16. On a CPU, which has no agreed peak, mfu is null.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = Mapping[str, float | None]
+
+
+class Sink(Protocol):
+    """Where metrics go."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object a line, `step` first. NaN and infinities are written as NaN, Infinity, -Infinity."""
+
+    def __init__(self, path: Path, start_step: int = 0):
+        _keep_lines_until(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Events in a directory."""
+
+    def __init__(self, directory: Path, start_step: int = 0):
+        from tensorboardX import SummaryWriter  # 0.3 s to import, and off by default
+
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], run_name: str, config: Mapping[str, Any]):
+        import wandb  # 1 s to import, and off by default
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(dir=str(directory), name=run_name, config=dict(config), **settings)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._run.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Writer:
+    """metrics.jsonl, which must work (None: not on this process), and trackers; one that fails is dropped."""
+
+    def __init__(self, jsonl: JsonLines | None, trackers: Iterable[Sink] = ()):
+        self._jsonl, self._trackers = jsonl, list(trackers)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """One line in metrics.jsonl, and the same values to every tracker."""
+        if self._jsonl is not None:
+            self._jsonl.write(step, metrics)
+        for tracker in list(self._trackers):
+            self._attempt(tracker, lambda t: t.write(step, metrics))
+
+    def close(self) -> None:
+        for tracker in list(self._trackers):
+            self._attempt(tracker, lambda t: t.close())
+        if self._jsonl is not None:
+            self._jsonl.close()
+
+    def _attempt(self, tracker: Sink, action: Any) -> None:
+        try:
+            action(tracker)
+        except Exception as error:
+            self._trackers.remove(tracker)
+            warn_tracker(type(tracker).__name__, error)
+
+
+def warn_tracker(name: str, error: Exception) -> None:
+    """A tracker failed; training goes on."""
+    warnings.warn(f"{name} failed ({error}); training goes on without it", stacklevel=2)
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint that is resumed from, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

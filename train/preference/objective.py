@@ -1,0 +1,99 @@
+"""The objective of DPO and its relatives: log-probabilities of both answers, the loss of train/preference/losses.py."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.model import Mixtral, Noise
+from mixtral_jax.moe.balance import RouterStats
+from mixtral_jax.train.objective import Objective, Report, RouterConfig, router_terms, with_router_health
+from mixtral_jax.train.preference.config import DpoConfig
+from mixtral_jax.train.preference.logps import PairLogps, pair_logps
+from mixtral_jax.train.preference.losses import Pairs, dpo_loss, dpo_metrics
+
+
+class PairDivisor(NamedTuple):
+    """Counted once over the whole global batch of a step, before any forward pass."""
+
+    pairs: Float[Array, ""]
+    chosen_tokens: Float[Array, ""]
+    tokens: Float[Array, ""]  # tokens that are not padding
+
+
+class PreferenceParts(NamedTuple):
+    """Shares of the step's metrics from one micro-batch; they add up."""
+
+    pair_loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    learned_tokens: Float[Array, ""]
+    pairs: Float[Array, ""]
+    rewards: dict[str, Float[Array, ""]]  # rewards/* and logps/*, TRL's names
+    stats: RouterStats
+
+
+class PairSums(NamedTuple):
+    """Sums over the pairs of a batch, additive over batches."""
+
+    loss: Float[Array, ""]
+    pairs: Float[Array, ""]
+    accuracies: Float[Array, ""]
+    margins: Float[Array, ""]
+
+
+def preference(config: DpoConfig, router: RouterConfig, model: MixtralConfig, neftune: float = 0.0) -> Objective:
+    """A preference loss over the pairs of a whole optimizer step, plus router terms (DPO: 2305.18290, equation 7).
+
+    Reference log-probabilities are numbers in the batch, whatever the reference is.
+    """
+
+    def loss(
+        model_: Mixtral, rows: Any, divisor: PairDivisor, key: jax.Array | None = None
+    ) -> tuple[Float[Array, ""], PreferenceParts]:
+        logps, stats = pair_logps(model_, rows, config.ld_alpha, None if key is None else Noise(key, neftune))
+        pairs = pairs_of(rows, logps)
+        pair_loss = dpo_loss(config, pairs, num_pairs=divisor.pairs, num_chosen_tokens=divisor.chosen_tokens)
+        share = jnp.sum(rows.segment_ids > 0) / divisor.tokens
+        aux, z = router_terms(router, model, stats, share)
+        learned = jnp.sum(rows.completion > 0).astype(jnp.float32)
+        metrics = dpo_metrics(config, pairs, num_pairs=divisor.pairs)
+        parts = PreferenceParts(pair_loss, aux, z, share * divisor.tokens, learned, jnp.sum(rows.mask), metrics, stats)
+        return pair_loss + aux + z, jax.lax.stop_gradient(parts)
+
+    def report(parts: PreferenceParts) -> Report:
+        scalars = {f"train/{name}": getattr(parts, name) for name in PreferenceParts._fields[:-2]}
+        return with_router_health(scalars | parts.rewards, parts.stats, model)
+
+    def evaluate(model_: Mixtral, rows: Any) -> PairSums:
+        pairs = pairs_of(rows, pair_logps(model_, rows, config.ld_alpha)[0])
+        count = jnp.sum(rows.mask)
+        metrics = dpo_metrics(config, pairs, num_pairs=1.0)
+        # The losses of chosen tokens have a divisor of their own: their mean over this batch stands for each pair.
+        mean = dpo_loss(config, pairs, num_pairs=jnp.maximum(count, 1.0))
+        return PairSums(mean * count, count, metrics["rewards/accuracies"], metrics["rewards/margins"])
+
+    return Objective(pair_divisor, loss, report, evaluate)
+
+
+def pair_divisor(batch: Any) -> PairDivisor:
+    """Of a whole step. All are at least 1, so that a batch of padding only gives a loss of 0."""
+    chosen = jnp.sum(batch.lengths[..., 0] * (batch.mask > 0))
+    tokens = jnp.sum(batch.segment_ids > 0)
+    counts = (jnp.sum(batch.mask), chosen, tokens)
+    return PairDivisor(*(jnp.maximum(x.astype(jnp.float32), 1.0) for x in counts))
+
+
+def pairs_of(rows: Any, logps: PairLogps) -> Pairs:
+    """The pairs of rows of (b, K), as P = b K pairs in a line."""
+
+    def line(values_bK2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return values_bK2[..., 0].reshape(-1), values_bK2[..., 1].reshape(-1)
+
+    return Pairs(
+        *line(logps.weighted), *line(rows.ref_logps), *line(rows.lengths),
+        chosen_nll=-line(logps.plain)[0], mask=rows.mask.reshape(-1),
+    )  # fmt: skip

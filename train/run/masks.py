@@ -1,0 +1,44 @@
+"""What of the data is learned, said before a run starts: a mask that is all or nothing is nearly always a mistake."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mixtral_jax.data.loader import Rows
+from mixtral_jax.data.prepare.cache import PreparedSource
+from mixtral_jax.data.text.template import load_template
+from mixtral_jax.data.text.tokenizer import Tokenizer
+from mixtral_jax.train.config.schema import TuningConfig
+from mixtral_jax.train.errors import UserError
+
+LOOKED_AT = 8  # rows of each source
+
+
+def mask_lines(config: TuningConfig, sources: Sequence[PreparedSource], tokenizer: Tokenizer) -> Iterator[str]:
+    """One line for each source: the share of its tokens that is learned, and whether the end of an answer is.
+
+    Raises:
+        UserError: all targets of a source are learned, or none, and allow_any_mask is not set.
+    """
+    for source in sources:
+        targets = source.tokens - source.documents
+        share = source.targets / max(targets, 1)
+        if not 0 < share < 1 and not config.allow_any_mask:
+            raise UserError(
+                f"source {source.name!r}: {source.targets:,} of {targets:,} tokens ({100 * share:.0f} %) are learned, "
+                "prompts included or answers left out: mend the data, or set allow_any_mask: true"
+            )
+        ends = "is learned" if _end_is_learned(config, source, tokenizer) else "IS NOT learned: it may never stop"
+        yield f"{source.name}: {100 * share:.1f} % of {targets:,} tokens are learned; the end of an answer {ends}"
+
+
+def _end_is_learned(config: TuningConfig, source: PreparedSource, tokenizer: Tokenizer) -> bool:
+    """Whether the first rows have an end-of-answer token with a weight."""
+    template = load_template(config.data.template, tokenizer)
+    ends = [tokenizer.eos_id, *template.assistant.close]
+    reader = Rows((source,))
+    try:
+        rows = reader.read([(0, r) for r in range(min(LOOKED_AT, source.rows))])
+    finally:
+        reader.close()
+    return any(bool(np.any(np.isin(row.targets, ends) & (row.weights > 0))) for row in rows)

@@ -1,0 +1,112 @@
+"""Where a run begins: anew, or from a checkpoint of the same data and shape."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from mixtral_jax.lora import LoraConfig
+from mixtral_jax.train.checkpoints import checkpointer as checkpoint
+from mixtral_jax.train.checkpoints.checkpointer import Found, Say
+from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run.directory import RunDirectory
+from mixtral_jax.train.run.peers import agree, meet
+
+
+def where_to_start(
+    config: RunConfig, directory: epath.PathLike, force: bool, place: RunDirectory, say: Say
+) -> Found | None:
+    """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
+    existing = checkpoint.saved_steps(directory)
+    agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
+    _together(lambda: checkpoint.discard_unfinished(directory))
+    newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
+    if force and not isinstance(config.resume, int):
+        _together(lambda: _begin_anew(directory, existing, place))
+        return None
+    if config.resume == "never" and existing:
+        raise UserError(
+            f"resume: never, but {directory} holds checkpoint {existing[-1]}: choose another run_name, or --force to "
+            "replace it"
+        )
+    if newer and not force:
+        raise UserError(
+            f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
+            "another run_name, or --force to delete them"
+        )
+    found = checkpoint.find(directory, config.resume, say)
+    # One meeting whatever was found, so that processes that found different checkpoints reach the comparison in build
+    _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoint.discard(directory, newer))
+    return found
+
+
+def _begin_anew(directory: epath.PathLike, steps: list[int], place: RunDirectory) -> None:
+    checkpoint.discard(directory, steps)
+    place.forget_results()
+
+
+def _together(action: Callable[[], Any]) -> None:
+    """Process 0 changes the shared directory while the others wait."""
+    if jax.process_index() == 0:
+        action()
+    meet("run directory")
+
+
+def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
+    """The global row to go on from.
+
+    Raises:
+        UserError: the data are others than those of the checkpoint, and data.restart is not set.
+    """
+    before = found.dataset["fingerprint"]
+    if before == fingerprint:
+        return int(found.dataset["next_row"])
+    if restart:
+        return 0
+    raise UserError(
+        f"checkpoint {found.step} was made from data with fingerprint {before}, but the data now have {fingerprint}: "
+        "a position in one means nothing in the other. Set data.restart=true to begin at the first row of the new data"
+    )
+
+
+def check_same_base(found: Found, config: RunConfig) -> None:
+    """A checkpoint of adapters means nothing beside another base, or at another scale.
+
+    Raises:
+        UserError: init_from is not the one that the adapters were trained on, or `lora` says something else of them.
+    """
+    then, now = found.meta["config"], config.model_dump(mode="json")
+    old, new = then.get("lora"), now.get("lora")
+    if old is None or new is None:
+        if old != new:
+            kinds = ("the whole model", "adapters") if old is None else ("adapters", "the whole model")
+            raise UserError(
+                f"checkpoint {found.step} is of a run that trained {kinds[0]}, and lora now asks for {kinds[1]}: "
+                "set it back, or choose another run_name"
+            )
+        return
+    keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
+    pairs = {"init_from": (then.get("init_from"), config.init_from)}
+    then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
+    pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
+    for key, (before, after) in pairs.items():
+        if before != after:
+            raise UserError(
+                f"the adapters of checkpoint {found.step} were trained on {key} {before}, which is now {after}: "
+                "set it back, or choose another run_name"
+            )
+
+
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`a.b: old -> new` for every leaf that differs."""
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += config_differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
+    return lines
