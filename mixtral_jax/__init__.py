@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mixtral_jax.convert.load import load, save_hf
     from mixtral_jax.generation.generate import generate
     from mixtral_jax.model import Mixtral, abstract_model
+    from mixtral_jax.train.trainer import Trainer
 
 # Where each public name lives. Imported when first asked for: mixtral_jax.data must load without jax.
 _PLACES = {
@@ -15,12 +16,13 @@ _PLACES = {
     "Mixtral": "model",
     "MixtralConfig": "config",
     "MoeConfig": "config",
+    "Trainer": "train.trainer",
     "abstract_model": "model",
     "generate": "generation.generate",
     "load": "convert.load",
     "save_hf": "convert.load",
 }
-__all__ = ["ComputeConfig", "Mixtral", "MixtralConfig", "MoeConfig", "abstract_model", "generate", "load", "save_hf"]
+__all__ = ["ComputeConfig", "Mixtral", "MixtralConfig", "MoeConfig", "Trainer", "abstract_model", "generate", "load", "save_hf"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,159 +1,183 @@
 """Everything that the steps of a run need, made from its configuration."""
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from mixtral_jax.data.loader import Loader, References, open_loader
+from mixtral_jax.data import progress
+from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare.cache import digest
+from mixtral_jax.data.prepare.prepare import PreparedData, prepare
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
+from mixtral_jax.train.base import base_warnings, base_weights
 from mixtral_jax.train.checkpoints.checkpointer import Found, Say, restore_state
 from mixtral_jax.train.config.load import check_vocabulary
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes
+from mixtral_jax.train.config.validate import rebuilt
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.objective import Objective, next_token
-from mixtral_jax.train.optimizer import Optimizer, make_optimizer
+from mixtral_jax.train.objectives import OBJECTIVES
+from mixtral_jax.train.optimizer import Params, make_optimizer
 from mixtral_jax.train.plan.placement import placement_warnings
-from mixtral_jax.train.preference.objective import preference
-from mixtral_jax.train.preference.references import live, precomputed
+from mixtral_jax.train.preference.objective import make_sequence_logps
+from mixtral_jax.train.preference.references import Put, live, precomputed, weights_digest
 from mixtral_jax.train.run.first_screen import first_screen
 from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import agree
 from mixtral_jax.train.run.resume import check_same_base, check_same_data, config_differences
-from mixtral_jax.train.state import TrainState, abstract_state, init_state, start_from
+from mixtral_jax.train.state import TrainState, abstract_state, start_from
 from mixtral_jax.train.step import make_eval_step, make_train_step
 from mixtral_jax.train.weights import (
     abstract_params,
-    base_warnings,
-    base_weights,
-    fresh_adapters,
-    fresh_weights,
     is_trained,
     join,
     keep,
     leaves,
+    make_base_merge,
     make_merge,
+    random_weights,
     trainable_table,
 )
-
-# The objective of each stage.
-OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
-    "pretrain": lambda config: next_token(config.router, config.model),
-    "sft": lambda config: next_token(config.router, config.model, config.neftune, entropy=True, skip_masked=True),
-    "dpo": lambda config: preference(config.dpo, config.router, config.model, config.neftune),
-}
 
 
 class Parts(NamedTuple):
     """What the steps of a run need."""
 
-    mesh: jax.sharding.Mesh | None
     train_step: Any  # jitted: (state, frozen, batch) -> (state, report)
-    eval_step: Callable[[Any, Any], Any]  # (params, batch)
-    merge: Callable[[Any, Any], Mixtral]
-    state: TrainState
-    frozen: Any
-    put: Callable[[Any], Any]  # a host batch onto the devices, with what the reference says of it
-    references: References | None  # precomputed, by source
-    share: tuple[int, int]  # of the rows of a micro-batch
-    loader: Loader
+    eval_step: Callable[[Params, Any], Any]  # (params, batch) -> sums
+    merge: Callable[[Params], Mixtral]  # trained parameters -> the whole model
+    frozen: Any  # the base under adapters, else None
+    put: Put  # a host batch onto the devices, with what the reference says of it
+    open_loader: Callable[[int], Loader]  # batches from a global row on
+    held_out: Mapping[str, EvalSource]
     tokenizer: Tokenizer
-    start: int  # updates done
+    fingerprint: str  # of the data
     first_row: int  # of the data, for the next update
     tokens: int  # seen so far
 
 
-def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> Parts:
-    """Data, model, state, and the compiled step."""
-    data = config.data
+def prepare_data(config: RunConfig) -> PreparedData:
+    """All that the run reads, as rows on disk; what was made just now is said."""
+    speak = jax.process_index() == 0
+    prepared = prepare(config.data, config.seq_len, config.seed, progress=speak)
+    if prepared.fresh and speak:
+        progress.say(prepared.summary())
+    return prepared
+
+
+def settle_steps(config: RunConfig) -> RunConfig:
+    """The config with `steps` instead of `data.epochs`: the last step reaches the last row of the last epoch."""
+    epochs = config.data.epochs
+    if config.steps or epochs is None:
+        return config
+    rows = sum(source.rows for source in prepare_data(config).train)
+    steps = math.ceil(epochs * rows / config.global_batch_size)
+    return rebuilt(config, {"steps": steps, "data": config.data.model_copy(update={"epochs": None})})
+
+
+def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> tuple[Parts, TrainState]:
+    """Data, then weights, programs and the state to begin with; what a person should know is said on the way."""
     if mesh is not None:
         check_sizes(config, mesh.shape)
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
-    share = batch_share(mesh, config.rows_per_micro_batch)
-    first_row = 0 if found is None else int(found.dataset["next_row"])
-    loader = _open(config, data, share, first_row)
-    agree(
-        configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),  # paths may differ
-        data=loader.fingerprint,
-        checkpoint=-1 if found is None else found.step,
-    )
-    if found is not None:
-        row = check_same_data(found, loader.fingerprint, data.restart)
-        if row != first_row:
-            loader.close()
-            first_row, loader = row, _open(config, data, share, row)
-        check_same_base(found, config)
-        say(f"resuming from checkpoint {found.step} at row {first_row}")
-        for line in config_differences(found.meta["config"], config.model_dump(mode="json")):
-            say(f"  changed {line}")
-    first_screen(config, mesh, loader, say)
+    prepared = prepare_data(config)
+    first_row = _first_row(config, found, prepared.fingerprint, say)
+    first_screen(config, mesh, prepared, say)
+    weights, trained = abstract_params(config, mesh), is_trained(config)
+    for title, lines in {
+        "trained": trainable_table(config, weights),
+        "warning": [*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))],
+        "learned": mask_lines(config, prepared.train, tokenizer) if isinstance(config, TuningConfig) else [],
+    }.items():
+        for line in lines:
+            say(f"{title:>8}  {line}")
 
-    optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
-    weights = abstract_params(config, mesh)
-    for line in trainable_table(config, weights):
-        say(f"{'trained':>8}  {line}")
-    for line in (*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))):
-        say(f"{'warning':>8}  {line}")
-    if isinstance(config, TuningConfig):
-        for line in mask_lines(config, loader.sources, tokenizer):
-            say(f"{'learned':>8}  {line}")
+    frozen = base = None
+    if found is None or config.adapters is not None:
+        base = base_weights(config, weights)
+    if config.adapters is not None:
+        frozen = keep(base, lambda path: not trained(path))
+    share = batch_share(mesh, config.rows_per_micro_batch)
     put, references = make_put(mesh, share), None
     if isinstance(config, DpoStageConfig):
         say(f"{'reference':>8}  {config.reference}")
-        if config.reference == "precomputed":
-            references = precomputed(config, base_weights(config, weights), put, share, say)
-            loader.use_references(references)
-    state, frozen = _start(config, mesh, weights, optimizer, found)
-    merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
-    shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
-    train_step = make_train_step(objective, optimizer, merge, shardings, config.seed if config.noisy else None)
-    eval_step = make_eval_step(objective, merge)
-    return Parts(
-        mesh, train_step, lambda params, batch: eval_step(params, frozen, batch), merge, state, frozen,
-        _asking(config, weights, frozen, put), references, share, loader, tokenizer,
-        0 if found is None else found.step, first_row, 0 if found is None else int(found.dataset["tokens"]),
+        put, references = reference_of(config, weights, frozen, prepared, put, share, say)
+    layout = partial(
+        Loader, prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,
+        shard=share, references=references,
     )  # fmt: skip
+    rows = config.eval.batch_size or config.rows_per_micro_batch
+    held_out = eval_sources(prepared, batch_size=rows, shard=share, references=references)
+    agree(validation=" ".join(source.fingerprint for source in held_out.values()))
 
-
-def _start(
-    config: RunConfig, mesh: jax.sharding.Mesh | None, weights: Any, optimizer: Optimizer, found: Found | None
-) -> tuple[TrainState, Any]:
-    """(state, frozen): from a checkpoint, from init_from, or from random numbers; the base under LoRA is frozen."""
-    trained = is_trained(config)
-    shapes = keep(weights, trained)
-    abstract = abstract_state(shapes, optimizer, None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes))
-    if config.adapters is None:
-        if found is not None:
-            return restore_state(found, abstract), None
-        if config.init_from is None:
-            return init_state(lambda: fresh_weights(config), optimizer, abstract), None
-        return start_from(base_weights(config, weights), optimizer, abstract), None
-    base = base_weights(config, weights)
-    frozen = keep(base, lambda path: not trained(path))
+    optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
+    abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
-        return restore_state(found, abstract), frozen
-    params = join(fresh_adapters(config, weights), keep(base, trained))
-    return start_from(params, optimizer, abstract), frozen
+        state = restore_state(found, abstract)
+    else:
+        fresh = random_weights(config, keep(weights, is_adapter)) if config.adapters is not None else None
+        state = start_from(join(keep(base, trained), fresh), optimizer, abstract)
+    merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
+    shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
+    eval_step = make_eval_step(objective, merge)
+    parts = Parts(
+        train_step=make_train_step(objective, optimizer, merge, shardings, config.seed if config.noisy else None),
+        eval_step=lambda params, batch: eval_step(params, frozen, batch),
+        merge=lambda params: merge(params, frozen),
+        frozen=frozen, put=put, open_loader=lambda row: layout(start_row=row), held_out=held_out,
+        tokenizer=tokenizer, fingerprint=prepared.fingerprint, first_row=first_row,
+        tokens=0 if found is None else int(found.dataset["tokens"]),
+    )  # fmt: skip
+    return parts, state
 
 
-def _asking(config: RunConfig, weights: Any, frozen: Any, put: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`put`, and of a live reference the numbers of every batch. Where all of the base is frozen, it needs no copy."""
-    if not isinstance(config, DpoStageConfig) or config.reference not in ("frozen", "lora_base"):
-        return put
-    whole = config.adapters is not None and not config.router_factor
-    return live(config, frozen if whole else base_weights(config, weights), put)
-
-
-def _open(config: RunConfig, data: Any, share: tuple[int, int], first_row: int) -> Loader:
-    return open_loader(
-        data,
-        seq_len=config.seq_len,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.rows_per_micro_batch,
-        seed=config.seed,
-        shard=share,
-        start_row=first_row,
+def _first_row(config: RunConfig, found: Found | None, fingerprint: str, say: Say) -> int:
+    """The global row that the next step begins with; the processes and the checkpoint must mean the same run."""
+    agree(
+        configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),  # paths may differ
+        data=fingerprint,
+        checkpoint=-1 if found is None else found.step,
     )
+    if found is None:
+        return 0
+    row = check_same_data(found, fingerprint, config.data.restart)
+    check_same_base(found, config)
+    say(f"resuming from checkpoint {found.step} at row {row}")
+    for line in config_differences(found.meta["config"], config.model_dump(mode="json")):
+        say(f"  changed {line}")
+    return row
+
+
+def reference_of(
+    config: DpoStageConfig,
+    weights: Any,
+    frozen: Any,
+    prepared: PreparedData,
+    put: Put,
+    share: tuple[int, int],
+    say: Say,
+) -> tuple[Put, dict[str, np.ndarray] | None]:
+    """`put`, which asks a live reference of every batch; or the numbers of all rows, which the loader then adds."""
+    if config.reference == "none":
+        return put, None
+    sequence_logps = make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
+    whole = config.reference != "precomputed" and frozen is not None and not config.router_factor
+    model = frozen if whole else base_weights(config, weights)  # a copy where the base is trained on
+    ask = live(sequence_logps, model, put)
+    if config.reference != "precomputed":
+        return ask, None
+    made_of = {
+        "weights": weights_digest(model),
+        "model": config.model.model_dump(mode="json"),
+        "compute": config.compute.model_dump(mode="json"),
+        "ld_alpha": config.dpo.ld_alpha,
+        "micro_batch": config.rows_per_micro_batch,
+    }
+    sources, cache = (*prepared.train, *prepared.validation), config.data.cache_dir
+    return put, precomputed(sources, ask, made_of, cache, config.rows_per_micro_batch, share, say)

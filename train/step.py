@@ -23,6 +23,10 @@ class StepReport(NamedTuple):
     counts_LE: Float[Array, "L E"] | None  # choices per layer and expert over the whole step
     healthy: Bool[Array, ""]  # loss and gradient norm were finite in this step and all before it
 
+    def metrics(self) -> dict[str, Any]:
+        """The scalars as numbers, in one transfer off the device; waits for the step."""
+        return {name: float(value) for name, value in jax.device_get(self.scalars).items()}
+
 
 TrainStep = Callable[[TrainState, Frozen, Any], tuple[TrainState, StepReport]]
 

@@ -1,45 +1,43 @@
 """A run from its configuration to its exit code: set up; for each step: batch, step, hooks."""
 
 import contextlib
-import math
+import json
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import jax
+from etils import epath
 
 from mixtral_jax.data import progress
-from mixtral_jax.data.loader import eval_batches
-from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.data.text.chat import encode_prompt
+from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.data.text.template import load_template
-from mixtral_jax.generation.generate import generate
+from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import make_mesh
-from mixtral_jax.train.build import Parts, build
+from mixtral_jax.train.build import Parts, build, settle_steps
 from mixtral_jax.train.checkpoints.best import Best
 from mixtral_jax.train.checkpoints.checkpointer import Checkpointer, saved_steps
 from mixtral_jax.train.config.load import Provenance
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.config.validate import rebuilt
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks.checkpoint import Checkpoint
 from mixtral_jax.train.hooks.evaluate import PAIRS, TOKENS, Evaluate
+from mixtral_jax.train.hooks.ledger import Diverged, Ledger
 from mixtral_jax.train.hooks.log import Log
-from mixtral_jax.train.hooks.moment import Hook, Moment, to_floats
+from mixtral_jax.train.hooks.moment import Hook, Moment
 from mixtral_jax.train.hooks.profile import Profile
-from mixtral_jax.train.hooks.sample import Sample
-from mixtral_jax.train.hooks.sinks import Writer
+from mixtral_jax.train.hooks.sample import Sample, continuations
+from mixtral_jax.train.hooks.sinks import JsonLines, TensorBoard, Wandb, Writer, open_trackers
 from mixtral_jax.train.hooks.throughput import Throughput
-from mixtral_jax.train.hooks.watchdog import Watchdog
+from mixtral_jax.train.hooks.watchdog import EXIT_WATCHDOG, Watchdog
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.first_screen import compiled_line
-from mixtral_jax.train.run.memory import drop_freed_memory, pause
-from mixtral_jax.train.run.peers import agree, failures_reported, meet
+from mixtral_jax.train.run.memory import drop_freed_memory
+from mixtral_jax.train.run.peers import failures_reported, meet
 from mixtral_jax.train.run.resume import where_to_start
 from mixtral_jax.train.run.signals import EXIT_PREEMPTED, Interrupts
-from mixtral_jax.train.run.trackers import Writers
-from mixtral_jax.train.step import StepReport
 
 EXIT_DONE, EXIT_DIVERGED = 0, 3
 
@@ -47,280 +45,286 @@ EXIT_DONE, EXIT_DIVERGED = 0, 3
 class Outcome(NamedTuple):
     """How a run ended."""
 
-    exit_code: int
     state: str
     step: int
     reason: str
-
-
-class Diverged(Exception):
-    """Loss or gradient norm of `step` is not finite; the state is that before its update."""
-
-    def __init__(self, step: int, loss: float, grad_norm: float):
-        super().__init__(f"step {step} has loss {loss} and gradient norm {grad_norm}")
-        self.step = step
-
-
-class Run(NamedTuple):
-    """What lives as long as a run."""
-
-    config: RunConfig
-    place: RunDirectory
-    console: Console
-    interrupts: Interrupts
-    began: float
-
-    @property
-    def checkpoints(self) -> Any:
-        """Where checkpoints go."""
-        return self.config.checkpoint.directory or self.place.checkpoints
+    exit_code: int
 
 
 def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
-    """Train; the exit code is that of INTERFACE: 0 done, 3 diverged, 75 preempted.
+    """Train from the command line; the exit code is that of INTERFACE: 0 done, 3 diverged, 75 preempted.
 
     Raises:
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
-    began = time.perf_counter()
     if jax.process_index() > 0:
         progress.silence()
-    place = RunDirectory(config.run_dir)
-    with failures_reported(place):
-        config = settle_steps(config)
-        place.create()
-        console = Console(place.log, speak=jax.process_index() == 0, progress=config.log.progress)
-        with contextlib.closing(console), Interrupts() as interrupts:
-            outcome = _run(Run(config, place, console, interrupts, began), provenance, force)
-            place.write_status(outcome.state, outcome.step, outcome.reason, outcome.exit_code)
-            console.say(f"exit {outcome.exit_code}: {outcome.reason}")
-        return outcome.exit_code
+    with (
+        failures_reported(RunDirectory(config.run_dir)),
+        Interrupts() as interrupts,
+        Trainer(config, provenance, force=force, interrupted=interrupts.requested) as trainer,
+    ):
+        for _ in trainer.steps():
+            pass
+        assert trainer.outcome is not None
+        return trainer.outcome.exit_code
 
 
-def _run(run: Run, provenance: Provenance | None, force: bool) -> Outcome:
-    config = run.config
-    found = where_to_start(config, run.checkpoints, force, run.place, run.console.say)
-    if found is not None and found.step >= config.steps:
-        reason = f"nothing left to do: {found.step} of {config.steps} steps are done (--force starts again)"
-        return Outcome(EXIT_DONE, "done", found.step, reason)
-    best = Best(config.early_stopping, None if found is None else found.meta.get("best"))
-    if found is not None and best.exhausted:
-        reason = f"nothing left to do: {best.why_stopped} (a larger early_stopping.patience goes on)"
-        return Outcome(EXIT_DONE, "done", found.step, reason)
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        parts = build(config, mesh, found, run.console.say)
-        with contextlib.closing(parts.loader), contextlib.closing(Writers(config, run.place, parts.start)) as writers:
-            run.place.describe(config, provenance, mesh)
-            run.place.write_status("running", parts.start, "", None)
-            return _train(run, parts, writers, best)
+class Trainer:
+    """One run: made from its configuration, or resumed from its newest checkpoint.
 
+    ```
+    with Trainer(config) as trainer:
+        for moment in trainer.steps():
+            print(moment.step, moment.metrics["train/loss"])
+        print(trainer.evaluate()["eval/loss"], trainer.history[-1])
+    ```
 
-def _train(run: Run, parts: Parts, writers: Writers, best: Best) -> Outcome:
-    """Compile, make the hooks, run the steps, and say how it ended."""
-    config = run.config
-    feed = Feed(parts.loader, parts.put)
-    batch = next(feed)
-    began = time.perf_counter()
-    train_step = parts.train_step.lower(parts.state, parts.frozen, batch).compile()  # exactly one, here
-    seconds = time.perf_counter() - began
-    drop_freed_memory()
-    writers.metrics.write(parts.start, {"perf/compile_seconds": seconds})
-    run.console.say(f"compiled  {compiled_line(train_step, seconds)}")
-    meet("compiled")
-    throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
-    ledger = _Ledger(parts.tokens, writers.metrics, throughput)
-    checkpointer, items = Checkpointer(config.checkpoint, run.checkpoints), _items(config, parts, best)
-    checkpoint = Checkpoint(checkpointer, writers.metrics, run.console, items, best)
-    log = Log(config.log, writers.metrics, writers.moe, throughput, lambda: feed.waited, run.console, config.steps)
-    # A checkpoint holds what the evaluation of its step said.
-    hooks: list[Hook] = [log, *_evaluation(run, parts, writers.metrics, best), checkpoint, *_other_hooks(run, parts)]
-    watchdog = _watchdog(run)
-    run.console.start(config.steps, parts.start)
-    try:
-        with contextlib.closing(watchdog):
-            outcome = _steps(run, parts, train_step, feed, batch, ledger, hooks, checkpoint, watchdog, best)
-        checkpoint.finish(outcome.step)
-        return outcome
-    except Diverged as error:
-        checkpoint.finish(error.step)
-        steps = saved_steps(run.checkpoints)
-        stands = f"checkpoint {steps[-1]} stands" if steps else "there is no checkpoint"
-        return Outcome(EXIT_DIVERGED, "diverged", error.step - 1, f"{error}; no update was made, {stands}")
-
-
-def _steps(
-    run: Run, parts: Parts, train_step: Any, feed: Feed, batch: Any, ledger: "_Ledger", hooks: list[Hook],
-    checkpoint: Checkpoint, watchdog: Watchdog, best: Best,
-) -> Outcome:  # fmt: skip
-    state, steps = parts.state, run.config.steps
-    ledger.throughput.restart()
-    for step in range(parts.start + 1, steps + 1):
-        state, report = train_step(state, parts.frozen, batch)
-        first, last = step == parts.start + 1, step == steps
-        if not last:
-            batch = next(feed)  # while the step runs
-        ledger.enter(step, report)
-        signal = run.interrupts.requested(step)
-        if first or signal or any(hook.due(step, last) for hook in hooks):
-            ledger.settle()
-        if first:
-            run.console.say(f"step {step} done {time.perf_counter() - run.began:.1f} s after the start")
-        moment = Moment(step, state, report, ledger.tokens, last)
-        for hook in hooks:
-            if not hook.due(step, last):  # asked again: an evaluation can make a checkpoint due
-                continue
-            with ledger.pause(counted=isinstance(hook, Log)):
-                hook.run(moment)
-        run.console.advance(step)
-        watchdog.beat()
-        if last or not (signal or best.exhausted):
-            continue
-        checkpoint.run(moment)
-        checkpoint.finish(step)
-        if best.exhausted:
-            return Outcome(EXIT_DONE, "done", step, f"stopped after step {step} of {steps}: {best.why_stopped}")
-        reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
-        return Outcome(EXIT_PREEMPTED, "preempted", step, reason)
-    reason = f"{steps} steps are done; everything is in {run.place.path}"
-    return Outcome(EXIT_DONE, "done", steps, f"{reason}; {best}" if str(best) else reason)
-
-
-class _Ledger:
-    """The flag of each step, read one step late so that the device never waits for the host.
-
-    A CPU is both: nothing is gained there, and the temporaries of two steps would be held at once.
+    It writes the run directory that the command line writes, and resumes as that does. Where `mesh` is not None, the
+    model is to be called under `jax.set_mesh(trainer.mesh)`.
     """
 
-    def __init__(self, tokens: int, writer: Writer, throughput: Throughput):
-        self.tokens, self.throughput = tokens, throughput
-        self._writer, self._late = writer, jax.default_backend() != "cpu"
-        self._open: tuple[int, StepReport] | None = None
+    def __init__(
+        self, config: RunConfig, provenance: Provenance | None = None, *, force: bool = False, quiet: bool = False,
+        interrupted: Callable[[int], str | None] = lambda step: None,
+    ):  # fmt: skip
+        """Find the checkpoint to go on from, prepare the data, make or read the weights.
 
-    def enter(self, step: int, report: StepReport) -> None:
-        """Check the step before, remember this one."""
-        self.settle()
-        self._open = (step, report)
-        if not self._late:
-            began = time.perf_counter()
-            self.settle()
-            pause(time.perf_counter() - began)
-
-    def settle(self) -> None:
-        """Wait for the newest step.
+        Args:
+            provenance: which file and overrides the configuration came from, for config.input.yaml.
+            force: begin anew where the run has checkpoints already.
+            quiet: lines go to the run's log only.
+            interrupted: asked after each step whether a signal wants the run to save and stop, and for its name.
 
         Raises:
-            Diverged: its loss or gradient norm was not finite. Its metrics are written, NaN and all.
+            UserError, ValueError: what the user can mend.
         """
-        if self._open is None:
+        self._began, self._provenance, self._interrupted = time.perf_counter(), provenance, interrupted
+        self.outcome: Outcome | None = None  # how the run ended; None: steps are left
+        self.config, self.run = settle_steps(config), RunDirectory(config.run_dir)
+        self._parts: Parts | None = None
+        self._program: Any = None
+        self.run.create()
+        with contextlib.ExitStack() as opened:
+            speak = jax.process_index() == 0 and not quiet
+            self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
+            opened.enter_context(contextlib.closing(self._console))
+            self._opened = opened
+            self._checkpoints = self.config.checkpoint.directory or self.run.checkpoints
+            self._found = where_to_start(self.config, self._checkpoints, force, self.run, self.say)
+            self.step = self._start = 0 if self._found is None else self._found.step
+            self._best = Best(self.config.early_stopping, self._found and self._found.meta.get("best"))
+            if nothing_left := self._nothing_left():
+                self._end("done", f"nothing left to do: {nothing_left}", EXIT_DONE)
+            else:
+                self._ready()
+            self._opened = opened.pop_all()
+
+    def _nothing_left(self) -> str:
+        if self._found is None:
+            return ""
+        if self.step >= self.config.steps:
+            return f"{self.step} of {self.config.steps} steps are done (--force starts again)"
+        return f"{self._best.why_stopped} (a larger early_stopping.patience goes on)" if self._best.exhausted else ""
+
+    def _ready(self) -> Parts:
+        """What the steps need and what happens between them; made once. A finished run needs it only where asked."""
+        if self._parts is not None:
+            return self._parts
+        config = self.config
+        self.mesh = make_mesh(config.mesh)
+        with self._on_mesh():
+            parts, self._state = build(config, self.mesh, self._found, self.say)
+        self._parts = parts
+        loader = self._opened.enter_context(contextlib.closing(parts.open_loader(parts.first_row)))
+        self._feed = Feed(loader, parts.put)
+        self._batch: Any = None
+        metrics, counts = self._open_files()
+        self._metrics = metrics
+        throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
+        self._ledger = Ledger(parts.tokens, metrics, throughput)
+        log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
+        checkpointer = Checkpointer(config.checkpoint, self._checkpoints)
+        self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
+        self._evaluate = Evaluate(
+            config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console,
+            measure=PAIRS if config.stage == "dpo" else TOKENS, best=self._best,
+        )  # fmt: skip
+        # A checkpoint holds what the evaluation of its step said.
+        self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint]
+        if config.sample.every is not None and config.sample.prompts:
+            chat = None if config.data.examples == "text" else load_template(config.data.template, parts.tokenizer)
+            write = continuations(config.sample, parts.tokenizer, chat, config.seed, parts.merge)
+            self._hooks.append(Sample(config.sample, write, self.run.samples, self._console))
+        if config.log.profile is not None:
+            self._hooks.append(Profile(config.log.profile, self.run.profile, self._console))
+        return self._parts
+
+    def _open_files(self) -> tuple[Writer, JsonLines | None]:
+        """metrics.jsonl with the trackers that were asked for, and moe.jsonl; process 0 alone writes."""
+        config, run, start = self.config, self.run, self._start
+        if jax.process_index() > 0:
+            return Writer(None), None
+        makers: list[Callable[[], Any]] = []
+        if config.log.tensorboard:
+            makers.append(lambda: TensorBoard(run.tensorboard, start))
+        if (wandb := config.log.wandb) is not None:
+            described = config.model_dump(mode="json")
+            makers.append(lambda: Wandb(run.path, wandb.model_dump(), config.run_name, described))
+        metrics = Writer(JsonLines(run.metrics, start), open_trackers(makers))
+        counts = None if config.model.is_dense else JsonLines(run.moe, start)
+        for file in (metrics, counts) if counts is not None else (metrics,):
+            self._opened.enter_context(contextlib.closing(file))
+        return metrics, counts
+
+    def steps(self) -> Iterator[Moment]:
+        """Train; after each step and what happens behind it, yields what the hooks saw. `outcome` says how it ended.
+
+        A loop that was left goes on with the next step when this is called again.
+
+        Raises:
+            UserError: a checkpoint could not be written; those before stand.
+        """
+        if self.outcome is not None:
             return
-        (step, report), self._open = self._open, None
-        flags = (report.healthy, report.scalars["train/tokens"], report.scalars["train/skipped"])
-        healthy, tokens, skipped = jax.device_get(flags)
-        if not healthy or skipped:  # said at once, whatever the interval of the log
-            scalars = to_floats(report.scalars) | {"train/tokens": self.tokens}
-            self._writer.write(step, scalars)
-        if not healthy:
-            raise Diverged(step, scalars["train/loss"], scalars["train/grad_norm"])
-        self.tokens += int(tokens)
-        self.throughput.add(int(tokens))
+        self._compile()
+        bite = partial(self.run.write_status, "watchdog", -1, exit_code=EXIT_WATCHDOG)
+        with contextlib.closing(Watchdog(self.config.log.watchdog_seconds, bite)) as watchdog:
+            self._ledger.throughput.restart()
+            while self.outcome is None:
+                watchdog.beat()
+                try:
+                    with self._on_mesh():
+                        moment = self._one_step()
+                except Diverged as error:
+                    self._diverged(error)
+                    return
+                watchdog.rest()
+                with self._ledger.pause(counted=False):
+                    yield moment
 
-    @contextlib.contextmanager
-    def pause(self, *, counted: bool) -> Any:
-        """Time spent in here is no training time, unless it is `counted`."""
-        began = time.perf_counter()
-        yield
-        if not counted:
-            self.throughput.exclude(time.perf_counter() - began)
+    def _compile(self) -> None:
+        """The first batch, and exactly one program for it."""
+        parts = self._ready()
+        if self._program is not None:
+            return
+        self.run.describe(self.config, self._provenance, self.mesh)
+        self.run.write_status("running", self.step, "", None)
+        with self._on_mesh():
+            self._batch = next(self._feed)
+            began = time.perf_counter()
+            self._program = parts.train_step.lower(self._state, parts.frozen, self._batch).compile()
+        seconds = time.perf_counter() - began
+        drop_freed_memory()
+        self._metrics.write(self.step, {"perf/compile_seconds": seconds})
+        self.say(f"compiled  {compiled_line(self._program, seconds)}")
+        meet("compiled")
+        self._console.start(self.config.steps, self.step)
 
+    def _one_step(self) -> Moment:
+        """Step, next batch, hooks; the last step of the run ends it."""
+        parts, step, steps = self._ready(), self.step + 1, self.config.steps
+        first, last = step == self._start + 1, step == steps
+        self._state, report = self._program(self._state, parts.frozen, self._batch)
+        if not last:
+            self._batch = next(self._feed)  # while the step runs
+        self._ledger.enter(step, report)
+        signal = self._interrupted(step)
+        if first or signal or any(hook.due(step, last) for hook in self._hooks):
+            self._ledger.settle()
+        self.step = step
+        if first:
+            self.say(f"step {step} done {time.perf_counter() - self._began:.1f} s after the start")
+        moment = Moment(step, self._state, report, self._ledger.tokens, last)
+        for hook in self._hooks:
+            if hook.due(step, last):  # asked again: an evaluation can make a checkpoint due
+                with self._ledger.pause(counted=isinstance(hook, Log)):
+                    hook.run(moment)
+        self._console.advance(step)
+        if last:
+            self._checkpoint.finish(step)
+            best = f"; {self._best}" if str(self._best) else ""
+            self._end("done", f"{steps} steps are done; everything is in {self.run.path}{best}", EXIT_DONE)
+        elif signal or self._best.exhausted:
+            self._checkpoint.run(moment)
+            self._checkpoint.finish(step)
+            if self._best.exhausted:
+                self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", EXIT_DONE)
+            else:
+                reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
+                self._end("preempted", reason, EXIT_PREEMPTED)
+        return moment
 
-def _items(config: RunConfig, parts: Parts, best: Best) -> Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]]:
-    """What a checkpoint holds beside the state: the position in the data, and what made it."""
-    resolved = config.model_dump(mode="json")
+    def _diverged(self, error: Diverged) -> None:
+        self.step = error.step - 1
+        self._checkpoint.finish(error.step)
+        saved = saved_steps(self._checkpoints)
+        stands = f"checkpoint {saved[-1]} stands" if saved else "there is no checkpoint"
+        self._end("diverged", f"{error}; no update was made, {stands}", EXIT_DIVERGED)
 
-    def items(moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
-        row = parts.first_row + (moment.step - parts.start) * config.global_batch_size
-        dataset = {"next_row": row, "fingerprint": parts.loader.fingerprint, "tokens": moment.tokens}
-        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": best.record}
+    @property
+    def model(self) -> Mixtral:
+        """The model as it is now. The next step takes its arrays over."""
+        return self._ready().merge(self._state.params)
 
-    return items
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: `step`, and train/*, eval/*, perf/*, moe/* where they were measured."""
+        return [json.loads(line) for line in self.run.metrics.read_text(encoding="utf-8").splitlines()]
 
+    @property
+    def batches(self) -> Iterator[Batch | PairBatch]:
+        """Host batches of this process from the next step's on, in numpy; looking at them takes none from the steps."""
+        parts = self._ready()
+        row = parts.first_row + (self.step - self._start) * self.config.global_batch_size
+        with contextlib.closing(parts.open_loader(row)) as loader:
+            yield from loader
 
-def _evaluation(run: Run, parts: Parts, writer: Writer, best: Best) -> list[Hook]:
-    config = run.config
-    sources = (
-        {}
-        if not config.data.validation
-        else eval_batches(
-            config.data,
-            seq_len=config.seq_len,
-            batch_size=config.eval.batch_size or config.rows_per_micro_batch,
-            shard=parts.share,
-            seed=config.seed,
-            references=parts.references,
-        )
-    )
-    agree(validation=" ".join(source.fingerprint for source in sources.values()))
-    if not sources:
-        return []
-    measure = PAIRS if config.stage == "dpo" else TOKENS
-    evaluate = Evaluate(
-        config.eval, sources, parts.eval_step, parts.put, writer, run.console, measure=measure, best=best
-    )
-    return [evaluate]
+    def evaluate(self) -> dict[str, float]:
+        """eval/* of the model as it is now, over data.validation as the `eval` section says."""
+        self._ready()
+        with self._on_mesh():
+            return self._evaluate.measure(self._state.params)
 
+    def save(self) -> epath.Path:
+        """Save a checkpoint of the step that was done last, and wait until it is whole.
 
-def _other_hooks(run: Run, parts: Parts) -> list[Hook]:
-    config = run.config
-    hooks: list[Hook] = []
-    if config.sample.every is not None and config.sample.prompts:
-        hooks.append(Sample(config.sample, _continuation(config, parts), run.place.samples, run.console))
-    if config.log.profile is not None:
-        hooks.append(Profile(config.log.profile, run.place.profile, run.console))
-    return hooks
+        Raises:
+            UserError: it could not be written; those before stand.
+        """
+        self._ready()
+        with self._on_mesh():
+            self._ledger.settle()
+            self._checkpoint.run(Moment(self.step, self._state, None, self._ledger.tokens, False))
+            self._checkpoint.finish(self.step)
+        return epath.Path(self._checkpoints) / str(self.step)
 
+    def say(self, line: str) -> None:
+        """A line to the console and to the run's log."""
+        self._console.say(line)
 
-def _continuation(config: RunConfig, parts: Parts) -> Callable[[Any], list[str]]:
-    """A function from parameters to what the model makes of each prompt."""
-    sample, tokenizer = config.sample, parts.tokenizer
-    if config.data.examples == "text":
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in sample.prompts]
-    else:  # a user's message
-        template = load_template(config.data.template, tokenizer)
-        chats = [[{"role": "user", "content": prompt}] for prompt in sample.prompts]
-        prompts = [encode_prompt(chat, tokenizer, template) for chat in chats]
+    def close(self) -> None:
+        """End the readers and close the files; a save under way goes on to its end."""
+        self._opened.close()
 
-    def continue_prompts(params: Any) -> list[str]:
-        rows = generate(
-            parts.merge(params, parts.frozen),
-            prompts,
-            max_new_tokens=sample.max_new_tokens,
-            temperature=sample.temperature,
-            seed=config.seed,
-            eos_id=tokenizer.eos_id,
-        )
-        # the model may have more rows than the tokenizer has pieces, and an untrained one draws from them too
-        known = [[t for t in row if t < tokenizer.vocab_size and t != tokenizer.eos_id] for row in rows]
-        return [tokenizer.decode(row) for row in known]
+    def __enter__(self) -> Self:
+        return self
 
-    return continue_prompts
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-def _watchdog(run: Run) -> Watchdog:
-    return Watchdog(run.config.log.watchdog_seconds, lambda reason: run.place.write_status("watchdog", -1, reason, 124))
+    def _end(self, state: str, reason: str, exit_code: int) -> None:
+        self.outcome = Outcome(state, self.step, reason, exit_code)
+        self.run.write_status(state, self.step, reason, exit_code)
+        self.say(f"exit {exit_code}: {reason}")
 
-
-def settle_steps(config: RunConfig) -> RunConfig:
-    """The same run with `steps` instead of data.epochs: epochs * rows / global_batch_size, rounded up.
-
-    Prepares the data where that was not done yet, since only then the number of rows is known.
-
-    Raises:
-        UserError: with the steps known, other fields do not fit (a warm-up that is longer than the run, say).
-    """
-    if config.data.epochs is None:
-        return config
-    prepared = prepare(config.data, config.seq_len, config.seed)
-    rows = sum(source.rows for source in prepared.train)
-    steps = math.ceil(config.data.epochs * rows / config.global_batch_size)
-    return rebuilt(config, {"steps": steps, "data": {"epochs": None}})
+    def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds beside the state: the position in the data, and what made it."""
+        parts, config = self._ready(), self.config
+        row = parts.first_row + (moment.step - self._start) * config.global_batch_size
+        dataset = {"next_row": row, "fingerprint": parts.fingerprint, "tokens": moment.tokens}
+        resolved = config.model_dump(mode="json")
+        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}

@@ -1,70 +1,40 @@
-"""What is trained and what is kept: the split of the parameters, and where they come from at the start.
+"""What is trained and what is kept: the split of the parameters, and the model that they make together.
 
 Under LoRA the adapters are trained (and the router, where asked for); the base is `frozen`: outside the donated state
 and outside checkpoints, read again from init_from when a run resumes. A frozen router without LoRA stays among the
 parameters, so that checkpoints hold a whole model: its gradient is cut and its learning rate is 0.
 """
 
-import functools
 import re
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils import epath
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mixtral_jax.checkpoint.trees import STATE, read_item, tree_shapes
-from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.files import is_remote
-from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
-from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel.sharding import param_shardings
-from mixtral_jax.train.checkpoints.checkpointer import find
-from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.held_base import read_quantized
-from mixtral_jax.train.state import read_weights
 
 Tree = Any  # nested dict with a leaf for each parameter
 ROUTER = "layers.moe.router"
 
 
-def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, leaf), in the order of the paths' parts."""
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from leaves(tree[key], f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", tree[key]
+def leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """(dotted path, leaf), in the order of the paths."""
+    return sorted(flatten_dict(tree, sep=".").items())
 
 
-def keep(tree: Tree, wanted: Callable[[str], bool], prefix: str = "") -> Tree:
+def keep(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
     """The part of a tree whose dotted paths are wanted, without empty branches."""
-    kept = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            branch = keep(value, wanted, f"{prefix}{key}.")
-            if branch:
-                kept[key] = branch
-        elif wanted(f"{prefix}{key}"):
-            kept[key] = value
-    return kept
+    return unflatten_dict({path: leaf for path, leaf in leaves(tree) if wanted(path)}, sep=".")
 
 
 def join(first: Tree, second: Tree | None) -> Tree:
     """Both trees in one; no leaf may be in both."""
-    if second is None:
-        return first
-    joint = dict(first)
-    for key, value in second.items():
-        joint[key] = join(joint[key], value) if key in joint else value
-    return joint
+    return first if second is None else unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
 
 
 def is_trained(config: RunConfig) -> Callable[[str], bool]:
@@ -106,87 +76,17 @@ def abstract_params(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Tree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def base_weights(config: RunConfig, abstract: Tree) -> Tree:
-    """The weights that the run starts from, without adapters: init_from's, or random ones by the seed.
-
-    Raises:
-        UserError: init_from holds no whole model, or one of another shape.
-    """
-    base = keep(abstract, lambda path: not is_adapter(path))
-    if config.init_from is None:
-        return _fresh(config, base)
-    path = newest_step(config.init_from)
-    if (epath.Path(path) / STATE).exists() and any(is_adapter(name) for name in tree_shapes(path)):
-        raise UserError(
-            f"init_from: {path} holds adapters only: fold them into their base first with "
-            f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
-        )
-    if config.adapters is None or not config.adapters.quantizes:
-        return read_weights(path, base)
-    model = abstract_model(config.model, config.compute, lora=config.adapters)
-    return read_quantized(path, model, dict(leaves(base)))
-
-
-def base_warnings(config: RunConfig) -> list[str]:
-    """What the model of init_from computes otherwise than this run's, although its weights fit."""
-    if config.init_from is None:
-        return []
-    path = newest_step(config.init_from)
-    try:
-        if (epath.Path(path) / STATE).exists():  # a step of a run, which may be remote
-            theirs = MixtralConfig(**read_item(path, "meta")["config"]["model"])
-        else:
-            theirs = open_source(path).config
-    except (OSError, KeyError, ValueError):
-        # What is wrong with it is said where the weights are read; a remote Orbax model directory is read there only.
-        return []
-    return [
-        f"model.{key} is {ours}, but the weights of init_from were made with {made}"
-        for key, (ours, made) in config.model.differences(theirs).items()
-    ]
-
-
-def fresh_adapters(config: RunConfig, abstract: Tree) -> Tree:
-    """Adapters that change nothing yet."""
-    return _fresh(config, keep(abstract, is_adapter))
-
-
 def fresh_weights(config: RunConfig) -> Tree:
     """Random parameters by the seed, adapters included; for use under jit, where what is dropped is never computed."""
     model = Mixtral(config.model, config.compute, key=jax.random.key(config.seed), lora=config.adapters)
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def _fresh(config: RunConfig, abstract: Tree) -> Tree:
-    """Random parameters, made where they lie."""
+def random_weights(config: RunConfig, abstract: Tree) -> Tree:
+    """Random parameters by the seed with the paths and placement of `abstract`, made where they lie."""
     paths = {path for path, _ in leaves(abstract)}
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: keep(fresh_weights(config), paths.__contains__), out_shardings=shardings)()
-
-
-def newest_step(path: str) -> str:
-    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is.
-
-    Raises:
-        UserError: it is a run, and none of its checkpoints is whole.
-    """
-    if is_remote(path):
-        return path
-    place, file = Path(path), Path(path) / "config.yaml"
-    if not file.is_file() or (place / "config.json").exists():  # a model directory may hold a config.yaml of others
-        newest = newest_whole_step(place)
-        return path if newest == place else str(newest)
-    kept = load_config(file).config.checkpoint.directory or place / "checkpoints"
-    try:
-        found = find(kept, "must", _say_once)
-    except UserError as error:
-        raise UserError(f"{path} is a run, but none of its checkpoints in {kept} is whole") from error
-    return path if found is None else str(found.path)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:

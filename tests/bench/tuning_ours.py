@@ -21,8 +21,7 @@ from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.preference.config import DpoConfig
-from mixtral_jax.train.preference.logps import make_sequence_logps
-from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.preference.objective import make_sequence_logps, preference
 from mixtral_jax.train.run.memory import drop_freed_memory, pause
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step

@@ -9,8 +9,7 @@ from mixtral_jax.data.rows.pairs import pair_row
 from mixtral_jax.train.objective import RouterConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.preference.config import DpoConfig
-from mixtral_jax.train.preference.logps import make_sequence_logps
-from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.preference.objective import make_sequence_logps, preference
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import loss_and_gradients, make_train_step
 from tests.parity.hf_models import build, gradients, ours

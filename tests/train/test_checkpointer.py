@@ -1,6 +1,7 @@
 """Which checkpoint is kept, found, refused; what a failed save leaves."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint import trees as arrays
+from mixtral_jax.train.base import read_weights
 from mixtral_jax.train.checkpoints.checkpointer import (
     CheckpointConfig,
     Checkpointer,
@@ -20,7 +22,7 @@ from mixtral_jax.train.checkpoints.checkpointer import (
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.run.resume import check_same_data, config_differences
-from mixtral_jax.train.state import abstract_state, create_state, init_state, read_weights, start_from
+from mixtral_jax.train.state import abstract_state, create_state, start_from
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 DATA = {"next_row": 40, "fingerprint": "abc", "tokens": 100}
@@ -31,8 +33,9 @@ def params(value=1.0):
 
 
 def abstract(rows=4):
-    shapes = {"head": {"weight": jax.ShapeDtypeStruct((rows, 6), jnp.float32)}}
-    return abstract_state({**shapes, "norm": {"scale": jax.ShapeDtypeStruct((6,), jnp.float32)}}, OPTIMIZER)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=here)
+    return abstract_state({"head": {"weight": shape((rows, 6))}, "norm": {"scale": shape((6,))}}, OPTIMIZER)
 
 
 def save_steps(directory, steps, **config):
@@ -197,9 +200,8 @@ def test_fresh_state_lies_where_its_parameters_lie():
         "head": {"weight": jax.sharding.NamedSharding(mesh, spec("tensor", "fsdp"))},
         "norm": {"scale": jax.sharding.NamedSharding(mesh, spec())},
     }
-    shapes = jax.eval_shape(params)
-    where = abstract_state(shapes, OPTIMIZER, shardings)
-    state = init_state(params, OPTIMIZER, where)
+    placed = jax.device_put(params(), shardings)
+    state = start_from(placed, OPTIMIZER, abstract_state(placed, OPTIMIZER))
     assert state.params["head"]["weight"].sharding.spec == spec("tensor", "fsdp")
     assert state.optimizer.moments[0].mu["head"]["weight"].sharding.spec == spec("tensor", "fsdp")
     assert state.optimizer.moments[0].nu["norm"]["scale"].sharding.spec == spec()

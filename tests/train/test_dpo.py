@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.loader import open_loader
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import PairBatch
 from mixtral_jax.moe.balance import balance_loss
+from mixtral_jax.train import build
 from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.base import base_weights
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.feed import make_put
 from mixtral_jax.train.objective import RouterConfig, token_sums
 from mixtral_jax.train.preference import losses as preference
 from mixtral_jax.train.preference import references
-from mixtral_jax.train.preference.logps import make_sequence_logps
+from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.preference.objective import preference as preference_objective
 from mixtral_jax.train.step import loss_and_gradients, make_eval_step
-from mixtral_jax.train.weights import abstract_params, base_weights
+from mixtral_jax.train.weights import abstract_params
 from tests.tiny import largest_relative_difference, metrics_of, split, tiny_config, tiny_model
 from tests.tuning import write_tuning_file
 
@@ -212,15 +215,15 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
     assert len(asked) == 2  # training and validation
     config = load_config(tmp_path / "run.yaml").config
     abstract = abstract_params(config, None)
-    weights, put = base_weights(config, abstract), make_put(None, (0, 1))
-    again = references.precomputed(config, weights, put, (0, 1), print)
+    weights, prepared = base_weights(config, abstract), prepare(config.data, config.seq_len, config.seed)
+    again = build.reference_of(config, abstract, None, prepared, make_put(None, (0, 1)), (0, 1), print)[1]
     assert len(asked) == 2 and len(again) == 2
     other = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), weights)
     assert references.weights_digest(other) != references.weights_digest(weights)
     for meta in (tmp_path / "cache" / "references").glob("*/meta.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "others"}))
     with pytest.raises(UserError, match="reference numbers of another weights"):
-        references.precomputed(config, weights, put, (0, 1), print)
+        build.reference_of(config, abstract, None, prepared, make_put(None, (0, 1)), (0, 1), print)
 
 
 def test_the_base_under_adapters_is_the_reference_that_a_frozen_copy_is(start):

@@ -8,19 +8,10 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.convert import load
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.base import base_warnings, base_weights, newest_step
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.weights import (
-    abstract_params,
-    base_warnings,
-    base_weights,
-    is_trained,
-    join,
-    keep,
-    leaves,
-    newest_step,
-    trainable_table,
-)
+from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
 from tests.tiny import TINY, write_run_file
 from tests.tuning import write_tuning_file
 

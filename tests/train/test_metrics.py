@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 
-from mixtral_jax.train.hooks import sinks as m
+from mixtral_jax.train.hooks import sinks, throughput
+from mixtral_jax.train.hooks.evaluate import bits_per_byte, perplexity
 
 
 def test_nan_and_infinity_are_written_visibly(tmp_path):
-    sink = m.JsonLines(tmp_path / "metrics.jsonl")
+    sink = sinks.JsonLines(tmp_path / "metrics.jsonl")
     sink.write(3, {"train/loss": math.nan, "train/grad_norm": math.inf, "perf/mfu": None})
     sink.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -22,7 +23,7 @@ def test_a_resumed_run_drops_what_a_killed_one_logged_later(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}, "x": 1}}\n' for step in (1, 2, 3, 4)]
     file.write_text("".join(lines) + '{"step": 5, "tr')  # killed while it wrote
-    sink = m.JsonLines(file, start_step=2)
+    sink = sinks.JsonLines(file, start_step=2)
     sink.write(3, {"x": 2})
     sink.close()
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
@@ -45,7 +46,7 @@ class Tracker:
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
     good, bad = Tracker(), Tracker(fails_at=2)
-    writer = m.Writer(m.JsonLines(tmp_path / "metrics.jsonl"), [bad, good])
+    writer = sinks.Writer(sinks.JsonLines(tmp_path / "metrics.jsonl"), [bad, good])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in (1, 2, 3):
@@ -60,7 +61,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboardX.proto import event_pb2
 
-    sink = m.TensorBoard(tmp_path)
+    sink = sinks.TensorBoard(tmp_path)
     sink.write(7, {"train/loss": 1.5, "perf/mfu": None})
     sink.close()
     data = next(tmp_path.iterdir()).read_bytes()
@@ -77,7 +78,7 @@ def test_wandb_runs_offline_and_writes_below_the_run(tmp_path):
     settings = {"project": "test", "entity": None, "mode": "offline"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what wandb warns of is its own
-        sink = m.Wandb(tmp_path, settings, "name", {"steps": 3})
+        sink = sinks.Wandb(tmp_path, settings, "name", {"steps": 3})
         sink.write(1, {"train/loss": 2.0})
         sink.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -92,32 +93,32 @@ def test_wandb_runs_offline_and_writes_below_the_run(tmp_path):
     ],
 )  # fmt: skip
 def test_peaks_by_the_names_that_jax_gives(kind, peak):
-    assert m.peak_flops(kind) == peak
+    assert throughput.peak_flops(kind) == peak
 
 
 def test_throughput_counts_steps_tokens_and_leaves_out_pauses(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(m.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(m.jax, "device_count", lambda: 4)
-    throughput = m.Throughput(flops_per_token=1e9)
-    throughput._peak = 1e12
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(throughput.jax, "device_count", lambda: 4)
+    meter = throughput.Throughput(flops_per_token=1e9)
+    meter._peak = 1e12
     for _ in range(5):
         now[0] += 2.0
-        throughput.add(400)
+        meter.add(400)
     now[0] += 30.0
-    throughput.exclude(30.0)
-    read = throughput.read(data_wait=1.0)
+    meter.exclude(30.0)
+    read = meter.read(data_wait=1.0)
     assert read == {
         "perf/step_seconds": 2.0, "perf/tokens_per_second": 200.0, "perf/tokens_per_second_per_device": 50.0,
         "perf/tflops_per_device": pytest.approx(0.05), "perf/mfu": pytest.approx(0.05), "perf/data_wait_seconds": 0.2,
     }  # fmt: skip
     now[0] += 1.0
-    throughput.add(400)
-    assert throughput.read(data_wait=1.5)["perf/data_wait_seconds"] == 0.5
+    meter.add(400)
+    assert meter.read(data_wait=1.5)["perf/data_wait_seconds"] == 0.5
 
 
 def test_bits_per_byte_and_perplexity():
     # 3 tokens, each of probability 1/4, over 2 bytes: 6 bits / 2
-    assert m.bits_per_byte(3 * math.log(4), 2) == pytest.approx(3.0)
-    assert m.perplexity(math.log(5)) == pytest.approx(5.0)
-    assert m.perplexity(1e4) == math.inf
+    assert bits_per_byte(3 * math.log(4), 2) == pytest.approx(3.0)
+    assert perplexity(math.log(5)) == pytest.approx(5.0)
+    assert perplexity(1e4) == math.inf

@@ -9,10 +9,10 @@ import pytest
 from mixtral_jax.data.loader import open_loader
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.build import OBJECTIVES
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.objective import RouterConfig, next_token, token_sums
+from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import loss_and_gradients, make_train_step

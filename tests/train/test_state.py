@@ -9,8 +9,8 @@ from flax import nnx
 import mixtral_jax as mj
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
+from mixtral_jax.train.base import read_weights
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.state import read_weights
 
 CONFIG = mj.MixtralConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

@@ -21,12 +21,13 @@ from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.generation.generate import generate
+from mixtral_jax.train.base import base_weights
 from mixtral_jax.train.commands.use import measure
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.feed import make_put
-from mixtral_jax.train.preference.logps import make_sequence_logps
-from mixtral_jax.train.weights import abstract_params, base_weights, make_base_merge
+from mixtral_jax.train.preference.objective import make_sequence_logps
+from mixtral_jax.train.weights import abstract_params, make_base_merge
 
 PROMPTS = (
     "Translate to French: Select the text.",

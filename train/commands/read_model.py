@@ -11,10 +11,11 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
+from mixtral_jax.train.base import base_weights, newest_step
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.weights import abstract_params, base_weights, is_trained, join, keep, make_merge, newest_step
+from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, make_merge
 
 
 def read_model(

@@ -49,14 +49,21 @@ class Evaluate:
         return bool(self._sources) and (last or (self._config.every is not None and step % self._config.every == 0))
 
     def run(self, moment: Moment) -> None:
+        metrics = self.measure(moment.state.params)
+        self._writer.write(moment.step, metrics)
+        self._measure.show(moment.step, metrics, list(self._sources), self._console.say)
+        self._best.judge(moment.step, metrics)
+
+    def measure(self, params: Params) -> dict[str, float]:
+        """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""
+        if not self._sources:
+            return {}
+
         def ask(batch: Any) -> Any:
-            return self._eval_step(moment.state.params, self._put(batch))
+            return self._eval_step(params, self._put(batch))
 
         sums = {name: add_up(ask, source, self._config.batches) for name, source in self._sources.items()}
-        metrics = self._measure.metrics(sums, self._sources)
-        self._writer.write(moment.step, metrics)
-        self._measure.show(moment.step, metrics, list(sums), self._console.say)
-        self._best.judge(moment.step, metrics)
+        return self._measure.metrics(sums, self._sources)
 
 
 def add_up(ask: Callable[[Any], Any], source: EvalSource, batches: int | None) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.console import Console, train_line
-from mixtral_jax.train.hooks.moment import Moment, to_floats
+from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.profile import ProfileConfig
 from mixtral_jax.train.hooks.sinks import JsonLines, Writer
 from mixtral_jax.train.hooks.throughput import Throughput
@@ -51,7 +51,7 @@ class Log:
         return last or step % self._every == 0
 
     def run(self, moment: Moment) -> None:
-        metrics = to_floats(moment.report.scalars)
+        metrics = moment.metrics
         learned = metrics.get("train/learned_tokens", 0.0) / max(metrics.get("train/tokens", 0.0), 1.0)  # this step's
         metrics["train/tokens"] = moment.tokens
         metrics["train/param_norm"] = float(self._param_norm(moment.state.params))
@@ -59,7 +59,7 @@ class Log:
         speed = metrics["perf/tokens_per_second"]
         metrics["perf/trainable_tokens_per_second"] = None if speed is None else learned * speed
         self._writer.write(moment.step, metrics)
-        if self._moe_lines is not None and moment.report.counts_LE is not None:
+        if self._moe_lines is not None and moment.report and moment.report.counts_LE is not None:
             counts = np.asarray(moment.report.counts_LE).astype(int).tolist()
             self._moe_lines.write(moment.step, {"counts": counts})
         left = (self._steps - moment.step) * (metrics["perf/step_seconds"] or 0.0)

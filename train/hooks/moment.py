@@ -1,9 +1,6 @@
 """What a hook is, and what it sees after a step."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
-
-import jax
 
 from mixtral_jax.train.state import TrainState
 from mixtral_jax.train.step import StepReport
@@ -14,9 +11,15 @@ class Moment(NamedTuple):
 
     step: int  # updates done
     state: TrainState
-    report: StepReport
+    report: StepReport | None  # None where a checkpoint was asked for between steps
     tokens: int  # not padding, since the run began
     last: bool  # no step follows
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the step reports, as numbers; waits for the step."""
+        assert self.report is not None
+        return self.report.metrics()
 
 
 class Hook(Protocol):
@@ -29,8 +32,3 @@ class Hook(Protocol):
     def run(self, moment: Moment) -> None:
         """Do it."""
         ...
-
-
-def to_floats(scalars: Mapping[str, Any]) -> dict[str, Any]:
-    """One transfer off the device."""
-    return {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}

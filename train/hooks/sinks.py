@@ -8,7 +8,7 @@ recomputation does not count, padding does. Peaks are dense bf16. On a CPU, whic
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,12 +95,19 @@ class Writer:
             action(tracker)
         except Exception as error:
             self._trackers.remove(tracker)
-            warn_tracker(type(tracker).__name__, error)
+            name = type(tracker).__name__
+            warnings.warn(f"{name} failed ({error}); training goes on without it", stacklevel=2)
 
 
-def warn_tracker(name: str, error: Exception) -> None:
-    """A tracker failed; training goes on."""
-    warnings.warn(f"{name} failed ({error}); training goes on without it", stacklevel=2)
+def open_trackers(makers: Iterable[Callable[[], Sink]]) -> list[Sink]:
+    """Those that can be opened; of the others a warning."""
+    trackers = []
+    for make in makers:
+        try:
+            trackers.append(make())
+        except Exception as error:
+            warnings.warn(f"a tracker failed ({error}); training goes on without it", stacklevel=2)
+    return trackers
 
 
 def _keep_lines_until(path: Path, step: int) -> None:

@@ -27,6 +27,10 @@ class Watchdog:
         """Something moved."""
         self._last = time.monotonic()
 
+    def rest(self) -> None:
+        """Nothing needs to move until the next beat."""
+        self._last = math.inf
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join()

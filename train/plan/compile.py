@@ -18,13 +18,13 @@ from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.parallel.sharding import batch_sharding
-from mixtral_jax.train.build import OBJECTIVES
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.plan.chips import Topology
 from mixtral_jax.train.plan.closed_form import parts_of
-from mixtral_jax.train.preference.logps import make_sequence_logps
+from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge
@@ -138,8 +138,7 @@ def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> _Step:
     """What train/build.py makes for a run, of shapes."""
     weights, trained = abstract_params(config, mesh), is_trained(config)
     optimizer, shapes = make_optimizer(config.optimizer, config.steps, config.router_factor), keep(weights, trained)
-    placed = None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
-    state = abstract_state(shapes, optimizer, placed)
+    state = abstract_state(shapes, optimizer)
     frozen = None if config.adapters is None else keep(weights, lambda path: not trained(path))
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
     seed = config.seed if config.noisy else None

@@ -7,31 +7,26 @@ everything that changes them, and then needs no second model. All three are the 
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
 from mixtral_jax.data.prepare.cache import PreparedSource, digest, write_atomically, write_bytes_atomically
-from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.train.checkpoints.checkpointer import Say
-from mixtral_jax.train.config.schema import DpoStageConfig
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.preference.logps import make_sequence_logps
-from mixtral_jax.train.weights import leaves, make_base_merge
 
 PART_BATCHES = 64  # micro-batches in a file: what a killed job computes again at most
 Put = Callable[[Any], Any]
 
 
-def live(config: DpoStageConfig, weights: Any, put: Put) -> Put:
+def live(sequence_logps: Callable[[Any, Any], jax.Array], weights: Any, put: Put) -> Put:
     """A put that also asks a reference with these weights."""
-    sequence_logps = make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
 
     def with_reference(host_batch: Any) -> Any:
         batch = put(host_batch)
@@ -41,28 +36,31 @@ def live(config: DpoStageConfig, weights: Any, put: Put) -> Put:
 
 
 def precomputed(
-    config: DpoStageConfig, weights: Any, put: Put, share: tuple[int, int], say: Say
+    sources: Iterable[PreparedSource],
+    ask: Put,
+    made_of: Mapping[str, Any],
+    cache_dir: str,
+    rows: int,
+    share: tuple[int, int],
+    say: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     """Fingerprint of each prepared source -> (rows, K, 2) log-probabilities, from the cache or computed now.
+
+    Args:
+        ask: `live` with the reference's weights.
+        made_of: all that changes the numbers beside the rows: the weights' digest, the model and how it computes.
+        rows: of a micro-batch.
+        share: (i, n), this process's part of each micro-batch.
 
     Raises:
         UserError: the cache holds numbers that were made of something else.
     """
-    prepared = prepare(config.data, config.seq_len, config.seed)
-    ask, identity = live(config, weights, put), weights_digest(weights)
     result: dict[str, np.ndarray] = {}
-    for source in (*prepared.train, *prepared.validation):
+    for source in sources:
         if source.fingerprint not in result:
-            key = {
-                "weights": identity,
-                "rows": source.fingerprint,  # of content, tokenizer, template, seq_len and packing
-                "model": config.model.model_dump(mode="json"),
-                "compute": config.compute.model_dump(mode="json"),
-                "ld_alpha": config.dpo.ld_alpha,
-                "micro_batch": config.rows_per_micro_batch,
-            }
-            directory = Path(config.data.cache_dir) / "references" / digest(key)[:24]
-            result[source.fingerprint] = _numbers(directory, key, source, ask, config.rows_per_micro_batch, share, say)
+            key = {**made_of, "rows": source.fingerprint}  # of content, tokenizer, template, seq_len and packing
+            directory = Path(cache_dir) / "references" / digest(key)[:24]
+            result[source.fingerprint] = _numbers(directory, key, source, ask, rows, share, say)
     return result
 
 
@@ -76,11 +74,22 @@ def weights_digest(weights: Any) -> str:
         mixed = (bits ^ (bits >> 15)) * (2 * place + 1) + bits * jnp.uint32(0x9E3779B1)
         return jnp.stack([jnp.sum(mixed), jnp.sum((mixed ^ (mixed >> 13)) * jnp.uint32(0x85EBCA77))])
 
-    return digest([[path, [int(v) for v in jax.device_get(checksum(x))]] for path, x in leaves(weights)])
+    return digest(
+        [
+            [path, [int(v) for v in jax.device_get(checksum(x))]]
+            for path, x in sorted(flatten_dict(weights, sep=".").items())
+        ]
+    )
 
 
 def _numbers(
-    directory: Path, key: dict[str, Any], source: PreparedSource, ask: Put, rows: int, share: tuple[int, int], say: Say
+    directory: Path,
+    key: dict[str, Any],
+    source: PreparedSource,
+    ask: Put,
+    rows: int,
+    share: tuple[int, int],
+    say: Callable[[str], None],
 ) -> np.ndarray:
     """The numbers of one source; a job that was stopped goes on where it was."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-import time
 from typing import Any
 
 # parameters of glibc's mallopt(3)
@@ -31,15 +30,6 @@ def drop_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
-
-
-def pause(seconds: float) -> None:
-    """Sleep for a moment, a hundredth of the `seconds` that a step was waited for, at most 2 ms.
-
-    XLA's CPU client frees a step's temporaries within half a millisecond behind its results: a step begun at once would
-    take as much memory again (0.7 GB at shape S).
-    """
-    time.sleep(min(0.002, seconds / 100))
 
 
 def _glibc() -> Any:

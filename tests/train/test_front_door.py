@@ -1,0 +1,117 @@
+"""The trainer as notebooks use it: steps, history, evaluation, saving, looking at batches and at the model."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mixtral_jax as mj
+from mixtral_jax.train import trainer as training
+from mixtral_jax.train.config.load import load_config
+from tests.tiny import write_run_file
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A trainer of the tiny run on one device; closed at the end."""
+    monkeypatch.setattr(training, "make_mesh", lambda config: None)
+    made = []
+
+    def make(*overrides, **changes):
+        changes = {"log": {"every": 1}, "checkpoint": {"every": None}, **changes}
+        config = load_config(write_run_file(tmp_path, **changes), overrides).config
+        made.append(mj.Trainer(config, quiet=True))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.close()
+
+
+def losses(trainer):
+    return [line["train/loss"] for line in trainer.history if "train/loss" in line]
+
+
+def test_steps_are_counted_and_remembered(make, capsys):
+    with make() as trainer:
+        seen = [(moment.step, moment.metrics["train/loss"]) for moment in trainer.steps()]
+    assert [step for step, _ in seen] == list(range(1, 9)) and trainer.step == 8
+    assert [loss for _, loss in seen] == losses(trainer)
+    assert trainer.outcome.state == "done" and trainer.outcome.exit_code == 0
+    assert list(trainer.steps()) == []
+    assert capsys.readouterr().out == ""  # quiet
+
+
+def test_a_loop_that_was_left_goes_on_where_it_was(make):
+    whole = make("run_name=whole")
+    list(whole.steps())
+    parts = make("run_name=parts")
+    for moment in parts.steps():
+        if moment.step == 3:
+            break
+    evaluated = parts.evaluate()
+    assert np.isfinite(evaluated["eval/loss"]) and parts.outcome is None
+    assert [moment.step for moment in parts.steps()] == [4, 5, 6, 7, 8]
+    assert losses(parts) == losses(whole)
+
+
+def test_a_saved_step_is_resumed_bit_for_bit(make):
+    whole = make("run_name=whole")
+    list(whole.steps())
+    first = make()
+    list(itertools.islice(first.steps(), 3))
+    path = first.save()
+    assert path.name == "3" and json.loads((path / "meta" / "data.json").read_text())["step"] == 3
+    first.close()
+    second = make()
+    assert second.step == 3
+    list(second.steps())
+    assert losses(second) == losses(whole)
+
+
+def test_batches_are_those_of_the_next_steps_and_looking_takes_none(make):
+    trainer = make()
+    first = next(trainer.batches)
+    assert first.tokens.shape == (1, 8, 32) and isinstance(first.tokens, np.ndarray)
+    np.testing.assert_array_equal(next(trainer.batches).tokens, first.tokens)
+    upcoming = [batch.tokens for batch in itertools.islice(trainer.batches, 3)]
+    list(itertools.islice(trainer.steps(), 2))
+    np.testing.assert_array_equal(next(trainer.batches).tokens, upcoming[2])
+    whole = make("run_name=whole")
+    list(whole.steps())
+    list(trainer.steps())
+    assert losses(trainer) == losses(whole)
+
+
+def test_the_model_is_the_one_that_the_last_step_left(make):
+    trainer = make()
+    tokens = jnp.asarray(next(trainer.batches).tokens[0, :2])
+    before = trainer.model(tokens)
+    list(itertools.islice(trainer.steps(), 2))
+    after = trainer.model(tokens)
+    assert before.shape == after.shape and not np.allclose(before, after)
+    saved = mj.load(trainer.save())
+    np.testing.assert_array_equal(saved(tokens), after)
+
+
+def test_a_finished_run_can_be_asked_but_has_no_steps_left(make):
+    done = make()
+    list(done.steps())
+    wanted = done.evaluate()
+    again = make()
+    assert again.outcome.reason.startswith("nothing left to do: 8 of 8 steps are done")
+    assert list(again.steps()) == [] and again.evaluate() == wanted
+    assert json.loads((again.run.path / "STATUS").read_text())["state"] == "done"
+
+
+def test_a_run_on_a_mesh(make, monkeypatch):
+    monkeypatch.undo()
+    trainer = make("mesh={data: 2, fsdp: 2, expert: 2}")
+    moments = list(itertools.islice(trainer.steps(), 2))
+    assert trainer.mesh.shape["expert"] == 2 and moments[-1].step == 2
+    assert jax.sharding.get_abstract_mesh().empty  # the loop's body runs outside of it
+    with jax.set_mesh(trainer.mesh):
+        assert trainer.model(jnp.zeros((8, 32), jnp.int32)).shape == (8, 32, 320)

@@ -1,0 +1,207 @@
+"""The weights that a run starts from: what init_from names, straight onto the devices in the form they are held in.
+
+That form is fp32 masters, bfloat16, or int8 and nf4 in blocks for the frozen base under adapters. A quantised matrix
+is read, quantised on the device and put in its place one layer and one expert at a time, so the base is never in
+memory as a whole in a wider form, neither on the host nor on the devices.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.convert.files import is_remote
+from mixtral_jax.convert.load import place_leaf, read_leaf
+from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
+from mixtral_jax.convert.pipeline import open_source
+from mixtral_jax.convert.stream import Source
+from mixtral_jax.convert.table import Leaf
+from mixtral_jax.convert.table import leaves as stored_leaves
+from mixtral_jax.lora import is_adapter
+from mixtral_jax.model import abstract_model
+from mixtral_jax.quantize import QuantizedWeight, quantize
+from mixtral_jax.train.checkpoints.checkpointer import find
+from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.weights import Tree, keep, leaves, random_weights
+
+
+def base_weights(config: RunConfig, abstract: Tree) -> Tree:
+    """The weights that the run starts from, without adapters: init_from's, or random ones by the seed.
+
+    Raises:
+        UserError: init_from holds no whole model, or one of another shape.
+    """
+    base = keep(abstract, lambda path: not is_adapter(path))
+    if config.init_from is None:
+        return random_weights(config, base)
+    path = newest_step(config.init_from)
+    if (epath.Path(path) / checkpoint.STATE).exists() and any(map(is_adapter, checkpoint.tree_shapes(path))):
+        raise UserError(
+            f"init_from: {path} holds adapters only: fold them into their base first with "
+            f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
+        )
+    if config.adapters is None or not config.adapters.quantizes:
+        return read_weights(path, base)
+    model = abstract_model(config.model, config.compute, lora=config.adapters)
+    held = {".".join(map(str, p)): m for p, m in nnx.iter_modules(model) if isinstance(m, QuantizedWeight)}
+    shapes = {leaf.path: leaf.shape for leaf in stored_leaves(config.model)}
+    try:
+        return _read_leaves(path, shapes, dict(leaves(base)), held)
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from error
+
+
+def base_warnings(config: RunConfig) -> list[str]:
+    """What the model of init_from computes otherwise than this run's, although its weights fit."""
+    if config.init_from is None:
+        return []
+    path = newest_step(config.init_from)
+    try:
+        if (epath.Path(path) / checkpoint.STATE).exists():  # a step of a run, which may be remote
+            theirs = MixtralConfig(**checkpoint.read_item(path, "meta")["config"]["model"])
+        else:
+            theirs = open_source(path).config
+    except (OSError, KeyError, ValueError):
+        # What is wrong with it is said where the weights are read; a remote Orbax model directory is read there only.
+        return []
+    return [
+        f"model.{key} is {ours}, but the weights of init_from were made with {made}"
+        for key, (ours, made) in config.model.differences(theirs).items()
+    ]
+
+
+def newest_step(path: str) -> str:
+    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is.
+
+    Raises:
+        UserError: it is a run, and none of its checkpoints is whole.
+    """
+    if is_remote(path):
+        return path
+    place, file = Path(path), Path(path) / "config.yaml"
+    if not file.is_file() or (place / "config.json").exists():  # a model directory may hold a config.yaml of others
+        newest = newest_whole_step(place)
+        return path if newest == place else str(newest)
+    kept = load_config(file).config.checkpoint.directory or place / "checkpoints"
+    try:
+        found = find(kept, "must", _say_once)
+    except UserError as error:
+        raise UserError(f"{path} is a run, but none of its checkpoints in {kept} is whole") from error
+    return path if found is None else str(found.path)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def read_weights(path: str, abstract: Tree) -> Tree:
+    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face directory, in the dtypes asked for.
+
+    Raises:
+        UserError: the directory is none of the three, or a leaf has another shape than the model (it is named).
+    """
+    root = epath.Path(path)
+    try:
+        if (root / checkpoint.STATE).exists():  # a step of a run
+            return checkpoint.restore(root, {"params": abstract}, partial=True)["params"]
+        if (root / "params").exists():
+            return checkpoint.restore(root / "params", abstract)
+        if (root / "config.json").exists():
+            wanted = dict(leaves(abstract))
+            return _read_leaves(path, {name: leaf.shape for name, leaf in wanted.items()}, wanted)
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from error
+    raise UserError(
+        f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
+        "a Hugging Face directory config.json"
+    )
+
+
+def _read_leaves(
+    path: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Any],
+    held: Mapping[str, QuantizedWeight] | None = None,
+) -> Tree:
+    """A checkpoint of any format onto the devices; each process reads only the parts of its own devices.
+
+    Args:
+        shapes: of the model's parameters by dotted path, as a checkpoint has them.
+        wanted: a placed ShapeDtypeStruct for each leaf of the result; a quantised matrix has two, codes and scales.
+        held: the matrices that are quantised.
+
+    Raises:
+        ValueError: the checkpoint has other parameters; the first difference is named.
+    """
+    source, held = open_source(path), held or {}
+    found = {leaf.path: leaf for leaf in stored_leaves(source.config)}
+    for name in sorted(shapes.keys() | found.keys()):
+        if name not in shapes:
+            raise ValueError(f"{path} has {name}, which the model does not have")
+        if name not in found or found[name].shape != shapes[name]:
+            has = f"has shape {found[name].shape}" if name in found else "is missing"
+            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {shapes[name]}")
+    placed: dict[str, jax.Array] = {}
+    for name, leaf in found.items():
+        if name in held:
+            names = (f"{name}.codes", f"{name}.scales")
+            values = _place_blocks(source, leaf, held[name], *(wanted[n] for n in names))
+            placed |= dict(zip(names, values, strict=True))
+        else:
+            placed[name] = place_leaf(source, leaf, wanted[name].sharding, np.dtype(wanted[name].dtype))
+    return unflatten_dict(placed, sep=".")
+
+
+def _place_blocks(
+    source: Source, leaf: Leaf, held: QuantizedWeight, codes: Any, scales: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of one stacked matrix, each device's part made from that part of the weights alone."""
+    axis = len(leaf.shape) + held.from_end
+    size = leaf.shape[axis] // scales.shape[axis]
+    run = jax.jit(partial(quantize, axis=axis, block=size, bits=held.bits))
+    made: dict[Any, list[np.ndarray]] = {}
+    parts: list[list[jax.Array]] = [[], []]
+    for device, index in codes.sharding.addressable_devices_indices_map(codes.shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, codes.shape, strict=True))
+        if key not in made:
+            ranges = [*key[: axis + 1], *key[axis + 2 :]]  # of the weights: whole blocks
+            ranges[axis] = (ranges[axis][0] * size, ranges[axis][1] * size)
+            made[key] = _quantized_part(source, leaf, ranges, run)
+        for own, value in zip(parts, made[key], strict=True):
+            own.append(jax.device_put(value, device))
+    first, second = (
+        jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, own)
+        for whole, own in zip((codes, scales), parts, strict=True)
+    )
+    return first, second
+
+
+def _quantized_part(source: Source, leaf: Leaf, ranges: list[tuple[int, int]], run: Any) -> list[np.ndarray]:
+    """Codes and scales of a box of the weights, one layer and one expert at a time."""
+    stacked = 2 if leaf.path.startswith("layers.moe") else 1
+    inner = tuple(slice(*edge) for edge in ranges[stacked:])
+    lengths = [stop - start for start, stop in ranges[:stacked]]
+    parts: list[np.ndarray] | None = None
+    for place in itertools.product(*(range(n) for n in lengths)):
+        at = tuple(slice(start + i, start + i + 1) for i, (start, _) in zip(place, ranges, strict=False))
+        values = [np.asarray(value) for value in run(read_leaf(source, leaf, (*at, *inner), np.float32))]
+        if parts is None:
+            parts = [np.empty((*lengths, *value.shape[stacked:]), value.dtype) for value in values]
+        for part, value in zip(parts, values, strict=True):
+            part[place] = value.reshape(part.shape[stacked:])
+    assert parts is not None
+    return parts
