@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixtral_jax.data.loader import Loader, References, open_loader
+from mixtral_jax.data import progress
+from mixtral_jax.data.loader import Loader, References
 from mixtral_jax.data.prepare.cache import digest
+from mixtral_jax.data.prepare.prepare import PreparedData, prepare
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.checkpoints.checkpointer import Found, Say, restore_state
@@ -58,6 +60,7 @@ class Parts(NamedTuple):
     put: Callable[[Any], Any]  # a host batch onto the devices, with what the reference says of it
     references: References | None  # precomputed, by source
     share: tuple[int, int]  # of the rows of a micro-batch
+    prepared: PreparedData
     loader: Loader
     tokenizer: Tokenizer
     start: int  # updates done
@@ -73,23 +76,23 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     tokenizer = load_tokenizer(data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     share = batch_share(mesh, config.rows_per_micro_batch)
-    first_row = 0 if found is None else int(found.dataset["next_row"])
-    loader = _open(config, data, share, first_row)
+    speaks = jax.process_index() == 0
+    prepared = prepare(data, config.seq_len, config.seed, progress=speaks)
+    if prepared.fresh and speaks:
+        progress.say(prepared.summary())
     agree(
         configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),  # paths may differ
-        data=loader.fingerprint,
+        data=prepared.fingerprint,
         checkpoint=-1 if found is None else found.step,
     )
+    first_row = 0
     if found is not None:
-        row = check_same_data(found, loader.fingerprint, data.restart)
-        if row != first_row:
-            loader.close()
-            first_row, loader = row, _open(config, data, share, row)
+        first_row = check_same_data(found, prepared.fingerprint, data.restart)
         check_same_base(found, config)
         say(f"resuming from checkpoint {found.step} at row {first_row}")
         for line in config_differences(found.meta["config"], config.model_dump(mode="json")):
             say(f"  changed {line}")
-    first_screen(config, mesh, loader, say)
+    first_screen(config, mesh, prepared, say)
 
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     weights = abstract_params(config, mesh)
@@ -98,22 +101,25 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     for line in (*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))):
         say(f"{'warning':>8}  {line}")
     if isinstance(config, TuningConfig):
-        for line in mask_lines(config, loader.sources, tokenizer):
+        for line in mask_lines(config, prepared.train, tokenizer):
             say(f"{'learned':>8}  {line}")
     put, references = make_put(mesh, share), None
     if isinstance(config, DpoStageConfig):
         say(f"{'reference':>8}  {config.reference}")
         if config.reference == "precomputed":
-            references = precomputed(config, base_weights(config, weights), put, share, say)
-            loader.use_references(references)
+            references = precomputed(config, prepared, base_weights(config, weights), put, share, say)
     state, frozen = _start(config, mesh, weights, optimizer, found)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
     train_step = make_train_step(objective, optimizer, merge, shardings, config.seed if config.noisy else None)
     eval_step = make_eval_step(objective, merge)
+    loader = Loader(
+        prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,
+        shard=share, start_row=first_row, references=references,
+    )  # fmt: skip
     return Parts(
         mesh, train_step, lambda params, batch: eval_step(params, frozen, batch), merge, state, frozen,
-        _asking(config, weights, frozen, put), references, share, loader, tokenizer,
+        _asking(config, weights, frozen, put), references, share, prepared, loader, tokenizer,
         0 if found is None else found.step, first_row, 0 if found is None else int(found.dataset["tokens"]),
     )  # fmt: skip
 
@@ -145,15 +151,3 @@ def _asking(config: RunConfig, weights: Any, frozen: Any, put: Callable[[Any], A
         return put
     whole = config.adapters is not None and not config.router_factor
     return live(config, frozen if whole else base_weights(config, weights), put)
-
-
-def _open(config: RunConfig, data: Any, share: tuple[int, int], first_row: int) -> Loader:
-    return open_loader(
-        data,
-        seq_len=config.seq_len,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.rows_per_micro_batch,
-        seed=config.seed,
-        shard=share,
-        start_row=first_row,
-    )

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixtral_jax.data import progress
-from mixtral_jax.data.loader import eval_batches
+from mixtral_jax.data.loader import eval_sources
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import load_template
@@ -83,8 +82,6 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
     began = time.perf_counter()
-    if jax.process_index() > 0:
-        progress.silence()
     place = RunDirectory(config.run_dir)
     with failures_reported(place):
         config = settle_steps(config)
@@ -240,7 +237,7 @@ def _items(config: RunConfig, parts: Parts, best: Best) -> Callable[[Moment], tu
 
     def items(moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
         row = parts.first_row + (moment.step - parts.start) * config.global_batch_size
-        dataset = {"next_row": row, "fingerprint": parts.loader.fingerprint, "tokens": moment.tokens}
+        dataset = {"next_row": row, "fingerprint": parts.prepared.fingerprint, "tokens": moment.tokens}
         return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": best.record}
 
     return items
@@ -248,18 +245,8 @@ def _items(config: RunConfig, parts: Parts, best: Best) -> Callable[[Moment], tu
 
 def _evaluation(run: Run, parts: Parts, writer: Writer, best: Best) -> list[Hook]:
     config = run.config
-    sources = (
-        {}
-        if not config.data.validation
-        else eval_batches(
-            config.data,
-            seq_len=config.seq_len,
-            batch_size=config.eval.batch_size or config.rows_per_micro_batch,
-            shard=parts.share,
-            seed=config.seed,
-            references=parts.references,
-        )
-    )
+    batch_size = config.eval.batch_size or config.rows_per_micro_batch
+    sources = eval_sources(parts.prepared, batch_size=batch_size, shard=parts.share, references=parts.references)
     agree(validation=" ".join(source.fingerprint for source in sources.values()))
     if not sources:
         return []
@@ -320,7 +307,7 @@ def settle_steps(config: RunConfig) -> RunConfig:
     """
     if config.data.epochs is None:
         return config
-    prepared = prepare(config.data, config.seq_len, config.seed)
+    prepared = prepare(config.data, config.seq_len, config.seed, progress=jax.process_index() == 0)
     rows = sum(source.rows for source in prepared.train)
     steps = math.ceil(config.data.epochs * rows / config.global_batch_size)
     return rebuilt(config, {"steps": steps, "data": {"epochs": None}})

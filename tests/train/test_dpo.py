@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.data.loader import open_loader
+from mixtral_jax.data.loader import Loader
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import PairBatch
 from mixtral_jax.moe.balance import balance_loss
 from mixtral_jax.train import trainer as loop
@@ -34,7 +35,7 @@ def batch(tmp_path_factory) -> PairBatch:
     """Eight rows of up to two pairs, some of one, from files, with numbers of a reference."""
     file = write_tuning_file(tmp_path_factory.mktemp("pairs"), "dpo", data={"pairs_per_row": 2})
     data = load_config(file).config.data
-    loader = open_loader(data, seq_len=128, global_batch_size=8, seed=0)
+    loader = Loader(prepare(data, 128, 0), global_batch_size=8)
     made = next(loader)
     loader.close()
     mask = made.mask.copy()
@@ -213,14 +214,15 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
     config = load_config(tmp_path / "run.yaml").config
     abstract = abstract_params(config, None)
     weights, put = base_weights(config, abstract), make_put(None, (0, 1))
-    again = references.precomputed(config, weights, put, (0, 1), print)
+    prepared = prepare(config.data, config.seq_len, config.seed)
+    again = references.precomputed(config, prepared, weights, put, (0, 1), print)
     assert len(asked) == 2 and len(again) == 2
     other = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), weights)
     assert references.weights_digest(other) != references.weights_digest(weights)
     for meta in (tmp_path / "cache" / "references").glob("*/meta.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "others"}))
     with pytest.raises(UserError, match="reference numbers of another weights"):
-        references.precomputed(config, weights, put, (0, 1), print)
+        references.precomputed(config, prepared, weights, put, (0, 1), print)
 
 
 def test_the_base_under_adapters_is_the_reference_that_a_frozen_copy_is(start):

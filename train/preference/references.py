@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
 from mixtral_jax.data.prepare.cache import PreparedSource, digest, write_atomically, write_bytes_atomically
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepare import PreparedData
 from mixtral_jax.train.checkpoints.checkpointer import Say
 from mixtral_jax.train.config.schema import DpoStageConfig
 from mixtral_jax.train.errors import UserError
@@ -41,14 +41,13 @@ def live(config: DpoStageConfig, weights: Any, put: Put) -> Put:
 
 
 def precomputed(
-    config: DpoStageConfig, weights: Any, put: Put, share: tuple[int, int], say: Say
+    config: DpoStageConfig, prepared: PreparedData, weights: Any, put: Put, share: tuple[int, int], say: Say
 ) -> dict[str, np.ndarray]:
     """Fingerprint of each prepared source -> (rows, K, 2) log-probabilities, from the cache or computed now.
 
     Raises:
         UserError: the cache holds numbers that were made of something else.
     """
-    prepared = prepare(config.data, config.seq_len, config.seed)
     ask, identity = live(config, weights, put), weights_digest(weights)
     result: dict[str, np.ndarray] = {}
     for source in (*prepared.train, *prepared.validation):
