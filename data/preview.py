@@ -1,14 +1,14 @@
 """`data preview`: rows as the model will see them, and the arithmetic of the mixture."""
 
-from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 from rich.text import Text
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.loader import Rows
+from mixtral_jax.data.loader import RowReader
 from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.data.rows.order import GlobalOrder, shares
+from mixtral_jax.data.rows.order import GlobalOrder
 from mixtral_jax.data.rows.pairs import PairRow
 from mixtral_jax.data.rows.row import Row
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -22,27 +22,21 @@ def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list
     Learned tokens are green, others dim; `|` begins a document of a row and control tokens stand in angle brackets.
     """
     prepared = prepare(data, seq_len, seed)
-    sizes = [source.rows for source in prepared.train]
-    parts = shares(sizes, [s.weight for s in data.train], data.temperature)
     tokenizer = load_tokenizer(data.tokenizer)
-    order = GlobalOrder(sizes, parts, seed)
-    reader = Rows(prepared.train)
-    texts = [Text(prepared.summary()), Text(""), *map(Text, mixture_lines(data, sizes, parts))]
-    try:
-        places = [order[r] for r in range(rows)]
-        for r, (place, row) in enumerate(zip(places, reader.read(places), strict=True)):
-            name = prepared.train[place[0]].name
-            learned = int(np.count_nonzero(row.weights))
-            head = f"\nrow {r}: row {place[1]} of {name}, {learned} of {seq_len} targets are learned"
-            texts += [Text(head, style="bold"), colour(row, tokenizer)]
-    finally:
-        reader.close()
+    texts = [Text(prepared.summary()), Text(""), *map(Text, mixture_lines(data, prepared.order))]
+    places = [prepared.order[r] for r in range(rows)]
+    with closing(RowReader(prepared.train)) as reader:
+        found = reader.read(places)
+    for r, ((source, number), row) in enumerate(zip(places, found, strict=True)):
+        learned = int(np.count_nonzero(row.weights))
+        head = f"\nrow {r}: row {number} of {prepared.train[source].name}, {learned} of {seq_len} targets are learned"
+        texts += [Text(head, style="bold"), colour(row, tokenizer)]
     return texts
 
 
-def mixture_lines(data: DataConfig, sizes: Sequence[int], parts: Sequence[float] | None) -> list[str]:
+def mixture_lines(data: DataConfig, order: GlobalOrder) -> list[str]:
     """Each source's rows, its share of the run, and how often its rows come in one pass over the data."""
-    total = sum(sizes)
+    sizes, total, parts = order.rows, order.total, order.shares
     if parts is None:
         rule = "by size: every row once an epoch"
     elif data.temperature is None:

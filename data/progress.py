@@ -8,13 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _LINE_SECONDS = 10.0
-_silent = False
-
-
-def silence() -> None:
-    """From here on this process shows nothing: another one speaks for all."""
-    global _silent
-    _silent = True
 
 
 class Meter:
@@ -22,7 +15,6 @@ class Meter:
 
     def __init__(self, title: str, total: int, *, show: bool = True):
         self._title, self._total, self._done = title, max(1, total), 0
-        show = show and not _silent
         self._show, self._note = show, ""
         self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -53,5 +45,4 @@ class Meter:
 
 def say(message: str) -> None:
     """One line on stderr."""
-    if not _silent:
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Self
 import jax
 from etils import epath
 
-from mixtral_jax.data import progress
 from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.model import Mixtral
@@ -57,8 +56,6 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
     Raises:
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
-    if jax.process_index() > 0:
-        progress.silence()
     with (
         failures_reported(RunDirectory(config.run_dir)),
         Interrupts() as interrupts,

@@ -5,6 +5,7 @@ the documents into buckets. When all parts are there, each bucket is sorted, pac
 do not depend on the number of parts or workers.
 """
 
+import functools
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import Meter, say
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.sources import source_files, text_size_estimate
+from mixtral_jax.data.rows.order import GlobalOrder, shares
 from mixtral_jax.data.rows.row import RowFormat
 from mixtral_jax.data.text.examples import columns, token_dtype
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -30,10 +32,30 @@ _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes f
 class PreparedData:
     """All sources of a run as rows on disk."""
 
+    config: DataConfig
+    seed: int
     train: tuple[PreparedSource, ...]
     validation: tuple[PreparedSource, ...]
     missing_parts: tuple[str, ...] = ()  # with `part`: parts that other machines still have to make
     fresh: bool = False  # made just now, at least in part
+
+    @functools.cached_property
+    def order(self) -> GlobalOrder:
+        """Which row of which training source is row r of the run."""
+        rows = [source.rows for source in self.train]
+        parts = shares(rows, [source.weight for source in self.config.train], self.config.temperature)
+        return GlobalOrder(rows, parts, self.seed)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all that a position in the training data depends on."""
+        return digest(
+            {
+                "sources": [(s.name, s.fingerprint) for s in self.train],
+                "order": [self.order.rows, self.order.shares, self.order.seed],
+                "version": 1,
+            }
+        )
 
     @property
     def complete(self) -> bool:
@@ -76,8 +98,10 @@ def prepare(
     todo = {r.fingerprint: r for r in recipes + held_out if not load_prepared(cache, "", r.fingerprint)}
     missing = _make(cache, [todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
-        return PreparedData((), (), tuple(missing))
+        return PreparedData(config, seed, (), (), tuple(missing))
     return PreparedData(
+        config,
+        seed,
         train=tuple(_loaded(cache, r) for r in recipes),
         validation=tuple(_loaded(cache, r) for r in held_out),
         fresh=bool(todo),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.loader import Layout, Rows, eval_batches, open_loader
+from mixtral_jax.data.loader import BatchLayout, EvalSource, Loader, RowReader, eval_sources
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
@@ -36,9 +37,9 @@ def _config(cache: Path, weights: tuple[float | None, ...] = (None, None, None),
     return DataConfig(**{**values, "cache_dir": str(cache), **options})
 
 
-def _batches(config: DataConfig, steps: int, **options: Any) -> list[Batch]:
-    sizes = {"seq_len": SEQ_LEN, "global_batch_size": ROWS, "micro_batch_size": MICRO, "seed": 0}
-    loader = open_loader(config, **{**sizes, **options})
+def _batches(config: DataConfig, steps: int, seq_len: int = SEQ_LEN, **options: Any) -> list[Batch]:
+    sizes = {"global_batch_size": ROWS, "micro_batch_size": MICRO}
+    loader = Loader(prepare(config, seq_len, 0, progress=False), **{**sizes, **options})
     batches = [next(loader) for _ in range(steps)]
     loader.close()
     return batches
@@ -74,7 +75,7 @@ def test_a_loader_resumes_at_any_row(cache: Path, mixture: str) -> None:
     whole = _batches(config, 6)
     resumed = _batches(config, 2, start_row=4 * ROWS, shard=(0, 1))
     assert all(_equal(a, b) for a, b in zip(whole[4:], resumed, strict=True))
-    loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0, start_row=4 * ROWS)
+    loader = Loader(prepare(config, SEQ_LEN, 0), global_batch_size=ROWS, start_row=4 * ROWS)
     assert loader.next_row == 4 * ROWS
     next(loader)
     assert loader.next_row == 5 * ROWS  # what was prefetched does not count
@@ -91,20 +92,14 @@ def test_the_accumulation_only_reshapes_the_step(cache: Path) -> None:
 
 def test_the_batches_are_the_rows_in_the_global_order(cache: Path) -> None:
     config = _config(cache)
-    loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0)
-    reader = Rows(loader.sources)
-    rows_seen = []
+    prepared = prepare(config, SEQ_LEN, 0)
+    loader = Loader(prepared, global_batch_size=ROWS)
+    reader = RowReader(prepared.train)
     for step in range(3):
         batch = next(loader)
-        places = [loader.order[r] for r in range(step * ROWS, (step + 1) * ROWS)]
-        rows_seen += places
+        places = [prepared.order[r] for r in range(step * ROWS, (step + 1) * ROWS)]
         for b, row in enumerate(reader.read(places)):
             assert all(np.array_equal(x[0, b], y) for x, y in zip(batch, row, strict=True))
-    counts = Counter(loader.source_names[s] for s, _ in rows_seen)
-    assert {name: rows for name, (rows, _) in loader.drawn().items() if rows} == counts
-    assert loader.drawn(0) == dict.fromkeys(loader.source_names, (0, 0))
-    epoch = loader.drawn(loader.rows_per_epoch)
-    assert epoch == {s.name: (s.rows, s.tokens) for s in loader.sources}
     reader.close()
     loader.close()
 
@@ -124,9 +119,7 @@ def test_dtypes_and_the_weights_of_a_batch(cache: Path) -> None:
 
 def test_the_fingerprint_covers_what_the_position_depends_on(cache: Path) -> None:
     def fingerprint(config: DataConfig, seed: int = 0) -> str:
-        loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=seed)
-        loader.close()
-        return loader.fingerprint
+        return prepare(config, SEQ_LEN, seed).fingerprint
 
     base = fingerprint(_config(cache))
     others = [
@@ -141,22 +134,27 @@ def test_the_fingerprint_covers_what_the_position_depends_on(cache: Path) -> Non
 
 def test_sizes_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"global_batch_size \(10\) is not a multiple of micro_batch_size \(4\)"):
-        Layout(10, 4, (0, 1))
+        BatchLayout(10, 4, (0, 1))
     with pytest.raises(ValueError, match=r"micro_batch_size \(4\) is not a multiple of the 3 batch shards"):
-        Layout(8, 4, (0, 3))
+        BatchLayout(8, 4, (0, 3))
 
 
 def test_a_host_reads_a_contiguous_block_of_each_micro_batch() -> None:
-    assert Layout(16, 8, (1, 2)).rows(32) == [36, 37, 38, 39, 44, 45, 46, 47]
-    assert Layout(4, 4, (0, 1)).rows(8) == [8, 9, 10, 11]
+    assert BatchLayout(16, 8, (1, 2)).rows(32) == [36, 37, 38, 39, 44, 45, 46, 47]
+    assert BatchLayout(4, 4, (0, 1)).rows(8) == [8, 9, 10, 11]
 
 
 # --- evaluation ---
 
 
+def _evaluation(cache: Path, batch_size: int, **options: Any) -> dict[str, EvalSource]:
+    prepared = prepare(_config(cache), SEQ_LEN, 0, train=False)
+    return eval_sources(prepared, batch_size=batch_size, **options)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 16])
 def test_evaluation_counts_every_token_once(cache: Path, batch_size: int) -> None:
-    sources = eval_batches(_config(cache), seq_len=SEQ_LEN, batch_size=batch_size)
+    sources = _evaluation(cache, batch_size)
     assert list(sources) == ["fr", "it", "code"]
     for name, source in sources.items():
         lines = gzip.decompress((SAMPLES / f"{name}.val.jsonl.gz").read_bytes()).splitlines()
@@ -175,7 +173,7 @@ def test_evaluation_counts_every_token_once(cache: Path, batch_size: int) -> Non
 
 
 def test_evaluation_starts_each_document_at_its_own_bos(cache: Path) -> None:
-    source = eval_batches(_config(cache), seq_len=SEQ_LEN, batch_size=8)["fr"]
+    source = _evaluation(cache, 8)["fr"]
     longer = 0
     for batch in source:
         first = (batch.positions == 0) & (batch.segment_ids > 0)
@@ -192,9 +190,8 @@ def _texts(name: str) -> list[str]:
 
 
 def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
-    config = _config(cache)
-    whole = list(eval_batches(config, seq_len=SEQ_LEN, batch_size=6)["code"])
-    halves = [list(eval_batches(config, seq_len=SEQ_LEN, batch_size=6, shard=(i, 2))["code"]) for i in (0, 1)]
+    whole = list(_evaluation(cache, 6)["code"])
+    halves = [list(_evaluation(cache, 6, shard=(i, 2))["code"]) for i in (0, 1)]
     for batch, *parts in zip(whole, *halves, strict=True):
         assert _equal(_joined(parts), batch)
 
@@ -202,7 +199,8 @@ def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
 def test_preparing_imports_neither_jax_nor_grain() -> None:
     """A worker of the preparation starts in a fraction of a second."""
     program = (
-        "import sys, data.prepare, data.build; print([m for m in ('jax', 'grain', 'pyarrow') if m in sys.modules])"
+        "import sys, mixtral_jax.data.prepare.prepare\n"
+        "print([m for m in ('jax', 'grain', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

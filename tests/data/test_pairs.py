@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.loader import Rows, open_loader
+from mixtral_jax.data.loader import Loader, RowReader
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.pairs import fit, pair_row
 from mixtral_jax.data.text.examples import Example, Pair
@@ -69,7 +69,7 @@ def test_every_pair_comes_once_with_its_own_partner(data, most):
     source = prepare(config, 80, 0).train[0]
     assert source.documents == 2 * len(GOOD)
     assert source.rows == len(GOOD) if most == 1 else source.rows < len(GOOD)
-    rows = Rows((source,)).read([(0, r) for r in range(source.rows)])
+    rows = RowReader((source,)).read([(0, r) for r in range(source.rows)])
     found = []
     for row in rows:
         assert row.lengths.shape == (most, 2)
@@ -96,11 +96,11 @@ def test_bad_pairs_are_errors_with_file_and_line_or_counted(data):
 
 def test_reference_numbers_follow_their_rows(data):
     config = data(GOOD)
-    loader = open_loader(config, seq_len=80, global_batch_size=3, seed=0)
-    source = loader.sources[0]
+    prepared = prepare(config, 80, 0)
+    source = prepared.train[0]
     numbers = np.arange(source.rows * 2, dtype=np.float32).reshape(source.rows, 1, 2)
-    loader.use_references({source.fingerprint: numbers})
-    rows = Rows((source,)).read([(0, r) for r in range(source.rows)])
+    loader = Loader(prepared, global_batch_size=3, references={source.fingerprint: numbers})
+    rows = RowReader((source,)).read([(0, r) for r in range(source.rows)])
     for _ in range(3):
         batch = next(loader)
         for b in range(3):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.loader import open_loader
+from mixtral_jax.data.loader import Loader
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.preview import mixture_lines, preview
+from mixtral_jax.data.rows.order import GlobalOrder
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -31,12 +32,13 @@ def test_preview_shows_the_rows_and_the_arithmetic(cache: Path) -> None:
     config = _config(cache)
     texts = preview(config, seq_len=SEQ_LEN, seed=0, rows=2)
     plain = "\n".join(text.plain for text in texts)
-    sources = prepare(config, SEQ_LEN, 0).train
+    prepared = prepare(config, SEQ_LEN, 0)
+    sources = prepared.train
     total = sum(s.rows for s in sources)
     assert f"mixture by weight: share = weight / sum of weights; an epoch is {total:,} rows" in plain
     assert f"fr: {sources[0].rows:,} rows" in plain
     assert f"weight 6 -> 60.0 % of the run, {0.6 * total / sources[0].rows:.2f} times an epoch" in plain
-    loader = open_loader(config, seq_len=SEQ_LEN, global_batch_size=2, seed=0)
+    loader = Loader(prepared, global_batch_size=2)
     batch = next(loader)
     loader.close()
     for b in range(2):
@@ -64,9 +66,9 @@ def test_preview_colours_only_what_is_learned(cache: Path) -> None:
 def test_the_arithmetic_of_each_kind_of_mixture() -> None:
     train = [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]
     data = DataConfig(tokenizer="t", train=train)
-    lines = mixture_lines(data, [90, 10], None)
+    lines = mixture_lines(data, GlobalOrder([90, 10], None, 0))
     assert lines[0] == "mixture by size: every row once an epoch; an epoch is 100 rows"
     assert lines[1] == "  a: 90 rows (90.0 % of all) -> 90.0 % of the run, 1.00 times an epoch"
-    lines = mixture_lines(data.model_copy(update={"temperature": 2.0}), [90, 10], [0.75, 0.25])
+    lines = mixture_lines(data.model_copy(update={"temperature": 2.0}), GlobalOrder([90, 10], [0.75, 0.25], 0))
     assert lines[0].startswith("mixture by temperature 2: share ~ (weight * rows)^(1/2)")
     assert lines[2] == "  b: 10 rows (10.0 % of all) -> 25.0 % of the run, 2.50 times an epoch"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.data.loader import open_loader
+from mixtral_jax.data.loader import Loader
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import PairBatch
 from mixtral_jax.moe.balance import balance_loss
@@ -37,7 +37,7 @@ def batch(tmp_path_factory) -> PairBatch:
     """Eight rows of up to two pairs, some of one, from files, with numbers of a reference."""
     file = write_tuning_file(tmp_path_factory.mktemp("pairs"), "dpo", data={"pairs_per_row": 2})
     data = load_config(file).config.data
-    loader = open_loader(data, seq_len=128, global_batch_size=8, seed=0)
+    loader = Loader(prepare(data, 128, 0), global_batch_size=8)
     made = next(loader)
     loader.close()
     mask = made.mask.copy()

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.data.loader import open_loader
+from mixtral_jax.data.loader import Loader
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
@@ -38,7 +39,7 @@ def start(monkeypatch, tmp_path, capsys):
 
 def test_the_packed_loss_is_the_sum_of_the_unpacked_losses(tmp_path):
     data = load_config(write_tuning_file(tmp_path, "sft")).config.data
-    loader = open_loader(data, seq_len=64, global_batch_size=4, seed=0)
+    loader = Loader(prepare(data, 64, 0), global_batch_size=4)
     rows = Batch(*(x[0] for x in next(loader)))
     loader.close()
     assert rows.segment_ids.max() > 1
@@ -56,13 +57,14 @@ def test_the_packed_loss_is_the_sum_of_the_unpacked_losses(tmp_path):
 def test_only_answers_and_their_eos_have_a_weight(tmp_path):
     data = load_config(write_tuning_file(tmp_path, "sft")).config.data
     records = [json.loads(line) for line in (tmp_path / "sft-train.jsonl").read_text().splitlines()]
-    loader = open_loader(data, seq_len=64, global_batch_size=4, seed=0)
-    batches = [next(loader) for _ in range(-(-loader.rows_per_epoch // 4))]
+    prepared = prepare(data, 64, 0)
+    loader = Loader(prepared, global_batch_size=4)
+    batches = [next(loader) for _ in range(-(-prepared.order.total // 4))]
     loader.close()
     learned = sum(int((b.weights > 0).sum()) for b in batches)
     rows = sum(b.tokens.shape[1] for b in batches)
     answers = sum(len(r["completion"]) + 1 for r in records)  # a byte is a token; EOS is one more
-    assert learned >= answers and (rows > loader.rows_per_epoch or learned == answers)
+    assert learned >= answers and (rows > prepared.order.total or learned == answers)
 
 
 def test_noise_differs_from_step_to_step_and_not_from_run_to_run():

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.loader import eval_batches
+from mixtral_jax.data.loader import eval_sources
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -74,7 +75,7 @@ def pair_logps(config: RunConfig, run: str) -> dict[str, np.ndarray]:
     sequence_logps = make_sequence_logps(make_base_merge(config), None)
     weights, put = base_weights(config, abstract_params(config, None)), make_put(None, (0, 1))
     rows = config.eval.batch_size or config.rows_per_micro_batch
-    sources = eval_batches(config.data, seq_len=config.seq_len, batch_size=rows, shard=(0, 1), seed=config.seed)
+    sources = eval_sources(prepare(config.data, config.seq_len, config.seed, train=False), batch_size=rows)
     found = {}
     for name, source in sources.items():
         batches = [put(batch) for batch in itertools.islice(source, config.eval.batches)]

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.data.loader import eval_batches
+from mixtral_jax.data.loader import eval_sources
+from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import Template, load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -190,11 +191,9 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             )
         if mesh is not None:
             check_sizes(config, mesh.shape, training=False)
-        share = batch_share(mesh, config.eval.batch_size or config.rows_per_micro_batch)
-        sources = eval_batches(
-            data, seq_len=config.seq_len, batch_size=config.eval.batch_size or config.rows_per_micro_batch,
-            shard=share, seed=config.seed,
-        )  # fmt: skip
+        rows = config.eval.batch_size or config.rows_per_micro_batch
+        share = batch_share(mesh, rows)
+        sources = eval_sources(prepare(data, config.seq_len, config.seed, train=False), batch_size=rows, shard=share)
         put = make_put(mesh, share)
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
 

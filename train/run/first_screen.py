@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.data.loader import Loader
+from mixtral_jax.data.prepare.prepare import PreparedData
 from mixtral_jax.kernels.attention import AttentionShape, resolve_attention
 from mixtral_jax.kernels.grouped_matmul import resolve_matmul
 from mixtral_jax.model import compute_dtype
@@ -19,7 +19,7 @@ from mixtral_jax.train.plan.dry_run import batch_line, human_bytes, memory_line,
 from mixtral_jax.train.plan.placement import axis_lines, passing_line
 
 
-def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Loader, say: Say) -> None:
+def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: PreparedData, say: Say) -> None:
     """Versions, devices, mesh, kernels, size, batch, data, router coefficients."""
     devices = jax.devices()
     sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
@@ -37,7 +37,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, loader: Load
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
         "besides": passing_line(config, sizes),
-        "data": f"{loader.fingerprint}: {', '.join(loader.source_names)}; {loader.rows_per_epoch:,} rows",
+        "data": f"{prepared.fingerprint}: {', '.join(s.name for s in prepared.train)}; {prepared.order.total:,} rows",
         "router": router_line(config),
     }
     for title, text in rows.items():

@@ -1,10 +1,11 @@
 """What of the data is learned, said before a run starts: a mask that is all or nothing is nearly always a mistake."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
-from mixtral_jax.data.loader import Rows
+from mixtral_jax.data.loader import RowReader
 from mixtral_jax.data.prepare.cache import PreparedSource
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer
@@ -36,9 +37,6 @@ def _end_is_learned(config: TuningConfig, source: PreparedSource, tokenizer: Tok
     """Whether the first rows have an end-of-answer token with a weight."""
     template = load_template(config.data.template, tokenizer)
     ends = [tokenizer.eos_id, *template.assistant.close]
-    reader = Rows((source,))
-    try:
+    with closing(RowReader((source,))) as reader:
         rows = reader.read([(0, r) for r in range(min(LOOKED_AT, source.rows))])
-    finally:
-        reader.close()
     return any(bool(np.any(np.isin(row.targets, ends) & (row.weights > 0))) for row in rows)
