@@ -22,7 +22,17 @@ _PLACES = {
     "load": "convert.load",
     "save_hf": "convert.load",
 }
-__all__ = list(_PLACES)
+__all__ = [
+    "ComputeConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "MoeConfig",
+    "Trainer",
+    "abstract_model",
+    "generate",
+    "load",
+    "save_hf",
+]
 
 
 def __getattr__(name: str) -> Any:
