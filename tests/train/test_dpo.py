@@ -25,6 +25,7 @@ from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.preference.objective import preference as preference_objective
 from mixtral_jax.train.step import loss_and_gradients, make_eval_step
 from mixtral_jax.train.weights import abstract_params
+from tests.documented import undocumented
 from tests.tiny import largest_relative_difference, metrics_of, split, tiny_config, tiny_model
 from tests.tuning import write_tuning_file
 
@@ -204,7 +205,7 @@ def numbers(lines):
 
 def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixed_up(start, tmp_path, monkeypatch):
     live = start("live")
-    assert live[-1].keys() >= {"checkpoint/seconds"}
+    assert live[-1].keys() >= {"checkpoint/seconds"} and undocumented(live) == set()
     asked = []
     compute = references._compute
     monkeypatch.setattr(references, "_compute", lambda *a: (asked.append(a), compute(*a)))

@@ -11,6 +11,7 @@ import pytest
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
+from tests.documented import undocumented
 from tests.tiny import TINY, metrics_of, write_run_file
 
 
@@ -54,6 +55,7 @@ def test_a_run_learns_and_leaves_what_it_promises(start, place):
     for name in ("config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs/process_0.log"):
         assert (place / name).stat().st_size > 0, name
     lines = metrics_of(place)
+    assert undocumented(lines) == set()
     training = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8]
     assert training[-1]["train/loss"] < training[0]["train/loss"]
