@@ -11,4 +11,6 @@ def undocumented(lines: list[dict]) -> set[str]:
     cells = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
     known = {name for cell in cells for name in re.findall(r"`([\w/]+)`", cell)} | {"step"}
     # eval/<source>/loss is eval/loss of one source
-    return {name for line in lines for name in line if re.sub(r"^eval/words/|^eval/answers/", "eval/", name) not in known}
+    return {
+        name for line in lines for name in line if re.sub(r"^eval/words/|^eval/answers/", "eval/", name) not in known
+    }

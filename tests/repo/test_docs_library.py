@@ -1,4 +1,4 @@
-"""docs/library.md runs from its first block to its last, in one session."""
+"""The blocks of docs/library.md and README.md run from the first to the last, each document in one session."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,27 @@ from pathlib import Path
 from tests.sources import ROOT
 
 
-def test_the_blocks_run_in_order(tmp_path: Path, monkeypatch) -> None:
+def run_blocks(document: str, directory: Path, monkeypatch) -> dict:
+    """What the session knows at the end."""
     for name in ("configs", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
+        (directory / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(directory)
     monkeypatch.setattr("mixtral_jax.train.trainer.make_mesh", lambda config: None)  # eight devices are for other tests
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     session: dict = {}
     for block in blocks:
-        exec(compile(block, "library.md", "exec"), session)
+        exec(compile(block, document, "exec"), session)
+    session["trainer"].close()
+    return session
+
+
+def test_the_library_page(tmp_path: Path, monkeypatch) -> None:
+    session = run_blocks("docs/library.md", tmp_path, monkeypatch)
     assert session["trainer"].step == 10 and len(session["trainer"].history) > 1
     assert session["logits"].shape == (1, 4, session["tiny"].vocab_size)
     assert session["again"].config == session["model"].config
+
+
+def test_the_readme(tmp_path: Path, monkeypatch) -> None:
+    session = run_blocks("README.md", tmp_path, monkeypatch)
+    assert session["trainer"].step == 10 and (tmp_path / "notebook-hf" / "config.json").exists()
