@@ -12,9 +12,10 @@ from flax import nnx
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.model import Mixtral, abstract_model
+from mixtral_jax.train.hooks.ledger import pause_for_memory
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
-from mixtral_jax.train.run.memory import drop_freed_memory, pause
+from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
@@ -64,7 +65,7 @@ def prepare(shape: Shape, capacity: float | None) -> tuple[Callable[[int], float
         began = time.perf_counter()
         state, report = compiled(state, None, jax.device_put(batch_of(shape, index)))
         known["loss"] = float(report.scalars["train/loss"])
-        pause(time.perf_counter() - began)
+        pause_for_memory(time.perf_counter() - began)
         if index == SETTLED:
             known["settled_bytes"] = resident_bytes()
         return known["loss"]

@@ -18,11 +18,12 @@ from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.data.rows.pairs import pair_row
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
+from mixtral_jax.train.hooks.ledger import pause_for_memory
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.preference.config import DpoConfig
 from mixtral_jax.train.preference.objective import make_sequence_logps, preference
-from mixtral_jax.train.run.memory import drop_freed_memory, pause
+from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import join, keep
@@ -84,7 +85,7 @@ def prepare(shape: Shape, kind: str, prompt: float) -> Callable[[int], float]:
             batch = batch._replace(ref_logps=ask(reference, batch))
         state, report = train_step(state, frozen, batch)
         loss = float(report.scalars["train/loss"])
-        pause(time.perf_counter() - began)
+        pause_for_memory(time.perf_counter() - began)
         if not index:
             drop_freed_memory()
         return loss

@@ -37,7 +37,7 @@ class Ledger:
         if not self._late:
             began = time.perf_counter()
             self.settle()
-            _pause_after(time.perf_counter() - began)
+            pause_for_memory(time.perf_counter() - began)
 
     def settle(self) -> None:
         """Wait for the newest step.
@@ -67,7 +67,7 @@ class Ledger:
             self.throughput.exclude(time.perf_counter() - began)
 
 
-def _pause_after(seconds: float) -> None:
+def pause_for_memory(seconds: float) -> None:
     """Sleep for a moment, a hundredth of the `seconds` that a step was waited for, at most 2 ms.
 
     XLA's CPU client frees a step's temporaries within half a millisecond behind its results: a step begun at once would
