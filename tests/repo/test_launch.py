@@ -135,8 +135,8 @@ def test_config_problems_are_lines_and_exit_2(file: str, capsys: pytest.CaptureF
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "error: seq_len = no (override): must be a whole number, not text",
-        "error: step = 3 (override): unknown key; the nearest key is steps",
         "error: optimizer.b1 = 2 (override): must be less than 1",
+        "error: step = 3 (override): unknown key; the nearest key is steps",
         "exit 2: 3 problems, named above",
     ]
 

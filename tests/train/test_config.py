@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.train.config.load import STAGES, SYNONYMS, check_vocabulary, json_schema, load_config, resolved_yaml
+from mixtral_jax.train.config.load import (
+    STAGES,
+    SYNONYMS,
+    check_vocabulary,
+    json_schema,
+    known_paths,
+    load_config,
+    resolved_yaml,
+)
 from mixtral_jax.train.config.tree import tree_from_text
-from mixtral_jax.train.config.validate import known_paths
 from mixtral_jax.train.errors import UserError
 
 TEXT = """\
@@ -167,7 +174,7 @@ def test_the_schema_knows_every_key_and_the_presets(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_synonyms_are_no_keys_of_ours_and_lead_to_some(stage: str) -> None:
-    known = known_paths(STAGES[stage])
+    known = list(known_paths(STAGES[stage]))
     for theirs, ours in SYNONYMS.items():
         assert theirs not in known
         assert ours.split(",")[0].split(":")[0].split(" ")[0] in known
