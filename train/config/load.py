@@ -114,7 +114,7 @@ def read_config(start: str | Path | RunConfig | None = None, /, **changes: Any) 
     plain = _PLAIN.dump_python(changes, mode="json", fallback=lambda x: getattr(x, "tolist", x.__repr__)())
     for path, value in plain.items():
         tree.merge(path, value, "argument")
-    return _checked(tree, "read_config()" if start is None else str(start), None)
+    return _checked(tree, "load_config(...)" if start is None else str(start), None)
 
 
 def validate(
