@@ -13,8 +13,9 @@ from rich.console import Console
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "array-record", "numpy",
     "sentencepiece", "tokenizers", "pydantic", "ruamel.yaml", "libtpu", "tokamax", "tensorflow-datasets", "wandb",
+    "jax-cuda12-plugin", "jax-cuda13-plugin",
 )  # fmt: skip
-OPTIONAL = ("libtpu", "tokamax")
+OPTIONAL = ("libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 SMALLEST_FREE_GIB = 5
 
 
@@ -61,8 +62,10 @@ def known_bad(versions: Mapping[str, str | None]) -> list[str]:
     found = []
     if jax and jaxlib and jax[:2] != jaxlib[:2]:
         found.append(f"jax {versions['jax']} with jaxlib {versions['jaxlib']}: install one release of both")
-    if jax >= (0, 11) and flax and flax <= (0, 12, 9):
-        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'jax<0.11'")
+    if jax >= (0, 11, 2) and flax and flax <= (0, 12, 9):
+        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'flax>=0.12.12'")
+    if jax in ((0, 11, 0), (0, 11, 1)) and versions.get("jax-cuda13-plugin"):
+        found.append(f"jax {versions['jax']} gives wrong values on some GPUs with CUDA 13: install 'jax[cuda13]>=0.12'")
     if jax and jax < (0, 10, 1):
         found.append(f"jax {versions['jax']} is older than 0.10.1, the first that this project runs on")
     if orbax and orbax < (0, 12, 8):
