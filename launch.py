@@ -54,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
-    parser = _Parser(prog="mixtral-jax", description="Pretrain, fine-tune, convert and plan Mixtral models in JAX.")
+    """All commands with their options; no abbreviations, as an override must not pass for an option."""
+    text = "Pretrain, fine-tune, convert and plan Mixtral models in JAX."
+    parser = argparse.ArgumentParser(prog="mixtral-jax", description=text, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     places = {"": parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")}
     epilog = "Overrides follow the file: a.b=c, --a.b c or --a.b=c, typed as YAML (steps=1e6 x=null xs=[1,2])."
@@ -64,28 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         if group not in places:
             above = places[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             places[group] = above.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
-        child = places[group].add_parser(
-            word, help=command.text, description=command.text, epilog=epilog if command.takes_overrides else None
-        )
+        child = places[group].add_parser(word, help=command.text, description=command.text, allow_abbrev=False)
+        child.epilog = epilog if command.takes_overrides else None
         child.set_defaults(does=command)
         child.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
         for argument, told in command.arguments:
             child.add_argument(argument, **told)
     return parser
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where there is one to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class _Parser(argparse.ArgumentParser):
-    """No abbreviations: an override must not pass for an option."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Help, **kwargs})
 
 
 def _environment() -> None:
@@ -185,9 +171,11 @@ def _not_built(args: Parsed) -> int:
 
 
 def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
-    """An argument, and what argparse is told of it; the type is that of the default."""
-    kind = {"type": type(told["default"])} if "default" in told else {}
-    return argument, {"help": text, **kind, **told}
+    """An argument, and what argparse is told of it; a default is shown, and its type is the argument's."""
+    if "default" in told:
+        told |= {"type": type(told["default"])}
+        text += " (default: %(default)s)"
+    return argument, {"help": text, **told}
 
 
 def _flag(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:

@@ -42,7 +42,8 @@ def reads(path: Path, skip: set[str]) -> set[str]:
         if isinstance(node, ast.ClassDef) and node.name in skip:
             node.body = [part for part in node.body if isinstance(part, ast.FunctionDef) and not is_validator(part)]
     loads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    whole = {f"{n.value.attr}.*" for n in loads if n.attr == "model_dump" and isinstance(n.value, ast.Attribute)}
+    dumped = [n.value for n in loads if n.attr == "model_dump"]  # `config.log.wandb.model_dump()`, `wandb.model_dump()`
+    whole = {f"{getattr(n, 'attr', getattr(n, 'id', ''))}.*" for n in dumped}
     return {node.attr for node in loads} | whole
 
 

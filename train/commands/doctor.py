@@ -1,6 +1,7 @@
 """Is this machine fit to train? Versions, devices, kernels, known-bad pairs, disk."""
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -77,12 +78,8 @@ def known_bad(versions: Mapping[str, str | None]) -> list[str]:
 
 def parsed(version: str | None) -> tuple[int, ...]:
     """`0.12.8` -> (0, 12, 8); what is no number ends it; () where absent."""
-    numbers: list[int] = []
-    for part in (version or "").split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    parts = (version or "").split("+")[0].split(".")
+    return tuple(int(part) for part in itertools.takewhile(str.isdigit, parts))
 
 
 def devices() -> tuple[list[str], list[str]]:

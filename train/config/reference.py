@@ -14,8 +14,8 @@ HEAD = """\
 
 A run file is YAML 1.2, says its `stage` (`pretrain`, `sft` or `dpo`), and may leave out what has a default.
 `config show FILE` prints the resolved file, each value with the place that set it; `config schema STAGE` is a JSON
-Schema for editors. A section that may be `null` is off until it is written. `model: {preset: NAME, ...}` stands for the fields
-of a preset, then what differs.
+Schema for editors. A section that may be `null` is off until it is written. `model: {preset: NAME, ...}` stands for
+the fields of a preset, then what differs.
 
 This page is made by `python -m mixtral_jax.train.config.reference > docs/config.md`, and a test compares.
 """
