@@ -7,35 +7,42 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 Parsed = argparse.Namespace
 OK, UNEXPECTED, USAGE = 0, 1, 2
-STAGES = {
-    "pretrain": "train on documents: next-token prediction",
-    "sft": "fine-tune on chats or prompt-completion pairs; only the answers are learned",
-    "dpo": "learn from pairs of a preferred and a rejected answer",
-}
-# Attributes of a parsed command line that are no arguments of the function it calls.
-_OUR_OWN = {"run", "takes_overrides", "traceback", "command", "subcommand", "overrides"}
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
-RESERVED = {"routing": "look into the router", "submit": "start a run on a cluster"}
+
+
+class Command:
+    """What is called with what was parsed, `module:function` of mixtral_jax or one of ours, and how it is explained."""
+
+    def __init__(self, calls: str | Callable[[Parsed], int], text: str, *arguments: tuple[str, dict[str, Any]]):
+        self.calls, self.text, self.arguments = calls, text, arguments
+        self.takes_overrides = any(name == "config" for name, _ in arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (INTERFACE: 0, 1, 2, 3, 4, 75, 124); the last line says why."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if "run" not in args:
+    if args.version:
+        print(f"mixtral-jax {_version()}")
+        return OK
+    if "does" not in args:
         parser.print_help()
         return USAGE
-    if rest and not args.takes_overrides:
+    if rest and not args.does.takes_overrides:
         parser.error(f"unrecognised arguments of {args.command}: {' '.join(rest)}")
     args.overrides = rest
     _environment()
     try:
-        return args.run(args) or OK
+        importlib.import_module("mixtral_jax")
+    except ImportError as error:  # a copy without its links, which says so
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        return _run(args) or OK
     except BrokenPipeError:  # `... | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -43,193 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("exit 1: interrupted", file=sys.stderr)
         return UNEXPECTED
     except Exception as error:
-        from mixtral_jax.train.errors import is_for_the_user
-
-        mistake = is_for_the_user(error)
-        if args.traceback or not mistake:
-            traceback.print_exc()
-        if not mistake:
-            print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-            return UNEXPECTED
-        problems = str(error).splitlines() or [type(error).__name__]
-        print(*(f"error: {line}" for line in problems), sep="\n", file=sys.stderr)
-        if len(problems) > 1:
-            print(f"exit 2: {len(problems)} problems, named above", file=sys.stderr)
-        return USAGE
+        return _explain(error, args.traceback)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
-    parser = _Parser(prog="mixtral-jax", description="Pretrain, fine-tune, convert and plan Mixtral models in JAX.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_Parser)
-    for stage, text in STAGES.items():
-        _add_training(commands, stage, text)
-    _add_convert(commands)
-    _add_data(commands)
-    _add_plan(commands)
-    _add_use(commands)
-    _add_config(commands)
-    _command(commands, "doctor", "versions, devices, kernels, known-bad pairs", "train.commands.doctor:examine")
-    for name, text in RESERVED.items():
-        _command(commands, name, f"{text} (not built yet)", _not_built, overrides=True)
-    return parser
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where there is one to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class _Parser(argparse.ArgumentParser):
-    """No abbreviations: an override must not pass for an option."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Help, **kwargs})
-
-
-def _command(
-    commands: Any, name: str, text: str, calls: str | Callable[[Parsed], int | None], *, overrides: bool = False
-) -> argparse.ArgumentParser:
-    """A command that `calls` a function here, or `module:function` of mixtral_jax with its options as keywords."""
+    """All commands with their options; no abbreviations, as an override must not pass for an option."""
+    text = "Pretrain, fine-tune, convert and plan Mixtral models in JAX."
+    parser = argparse.ArgumentParser(prog="mixtral-jax", description=text, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    places = {"": parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")}
     epilog = "Overrides follow the file: a.b=c, --a.b c or --a.b=c, typed as YAML (steps=1e6 x=null xs=[1,2])."
-    parser = commands.add_parser(name, help=text, description=text, epilog=epilog if overrides else None)
-    run = partial(_forward, calls) if isinstance(calls, str) else calls
-    parser.set_defaults(run=run, takes_overrides=overrides)
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    for name, command in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in places:
+            above = places[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            places[group] = above.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
+        child = places[group].add_parser(word, help=command.text, description=command.text, allow_abbrev=False)
+        child.epilog = epilog if command.takes_overrides else None
+        child.set_defaults(does=command)
+        child.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+        for argument, told in command.arguments:
+            child.add_argument(argument, **told)
     return parser
-
-
-def _group(commands: Any, name: str, text: str) -> Any:
-    parser = commands.add_parser(name, help=text, description=text)
-    return parser.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
-
-
-def _add_training(commands: Any, stage: str, text: str) -> None:
-    parser = _command(commands, stage, text, _train, overrides=True)
-    parser.add_argument("config", metavar="CFG", help=f"YAML file that says `stage: {stage}`")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, on what, and exit")
-    parser.add_argument("--force", action="store_true", help="start a finished run again from the beginning")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a run of several processes")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes of the run")
-    parser.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
-
-
-def _add_convert(commands: Any) -> None:
-    group = _group(commands, "convert", "checkpoints and adapters between formats")
-    for name, text in (
-        ("hf2orbax", "stream a Hugging Face directory into an Orbax model directory"),
-        ("orbax2hf", "stream an Orbax model directory into a Hugging Face one"),
-    ):
-        parser = _source_and_target(group, name, text)
-        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast; default: as stored")
-        if name == "orbax2hf":
-            parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
-    parser = _command(group, "verify", "compare two checkpoints: tensors and logits", "train.commands.tools:verify")
-    parser.add_argument("a", metavar="A", help="a checkpoint directory of any format")
-    parser.add_argument("b", metavar="B", help="another")
-    parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line, instead of the built-in ones")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print the report as one JSON object")
-    parser = _source_and_target(group, "upcycle", "dense Mistral or Llama to Mixtral, with the same outputs at step 0")
-    parser.add_argument("--experts", type=int, default=8, help="experts per layer, each a copy of the dense one")
-    parser.add_argument("--top-k", type=int, default=2, help="experts per token")
-    parser.add_argument("--noise", type=float, default=0.0, help="relative noise on the copies; 0 keeps outputs equal")
-    parser = _source_and_target(group, "resize-vocab", "add rows to embedding and head, each the mean of the old ones")
-    parser.add_argument("--vocab-size", type=int, required=True, help="rows afterwards")
-    parser = _source_and_target(group, "peft2lora", "a PEFT adapter into ours")
-    parser.add_argument("--base", metavar="DIR", help="its base model; default: what adapter_config.json names")
-    _source_and_target(group, "lora2peft", "our adapter into one that PEFT loads")
-    parser = _source_and_target(group, "merge-lora", "a checkpoint with an adapter folded into its weights")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter to fold in")
-
-
-def _source_and_target(group: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = _command(group, name, text, f"convert:{name.replace('-', '_')}")
-    parser.add_argument("src", metavar="SRC", help="directory to read")
-    parser.add_argument("dst", metavar="DST", help="directory to make; it must not exist yet")
-    parser.add_argument("--force", action="store_true", help="replace DST, in one step at the very end")
-    return parser
-
-
-def _add_data(commands: Any) -> None:
-    group = _group(commands, "data", "tokenise, pack and look at data")
-    parser = _command(
-        group,
-        "prepare",
-        "tokenise and pack everything that a run reads",
-        "train.commands.tools:prepare",
-        overrides=True,
-    )
-    parser.add_argument("config", metavar="CFG", help="the run's YAML file")
-    parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts, to spread the work over machines")
-    parser = _command(
-        group,
-        "train-tokenizer",
-        "train a SentencePiece BPE model with byte fallback",
-        "train.commands.tools:train_tokenizer",
-    )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text, jsonl or parquet files to learn from")
-    parser.add_argument("--output", required=True, metavar="MODEL", help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="number of pieces")
-    parser.add_argument("--text-key", default="text", help="column that holds the text")
-    parser.add_argument("--force", action="store_true", help="replace MODEL if it exists")
-    parser = _command(
-        group,
-        "preview",
-        "samples with the learned tokens coloured, and the mixture",
-        "train.commands.tools:preview",
-        overrides=True,
-    )
-    parser.add_argument("config", metavar="CFG", help="the run's YAML file")
-    parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
-
-
-def _add_plan(commands: Any) -> None:
-    parser = _command(commands, "plan", "compile a run for a machine without having it", _plan, overrides=True)
-    parser.add_argument("config", metavar="CFG", help="the run's YAML file")
-    parser.add_argument("--topology", help="TPU slice such as v5p-64, v5e-256 or 2xv5e-256")
-    parser.add_argument("--devices", type=int, metavar="N", help="plan for N local CPU devices instead")
-    parser.add_argument("--search", action="store_true", help="try meshes, micro-batches and rematerialisation")
-    parser.add_argument("--tokens", type=float, help="length of the training, for days and chip-hours")
-    parser.add_argument("--json", metavar="FILE", help="write the result there too; - for stdout")
-
-
-def _add_use(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "eval",
-        "loss, perplexity and bits per byte of each source",
-        "train.commands.use:evaluate",
-        overrides=True,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
-    parser.add_argument("config", metavar="CFG", help="YAML file whose data.validation is read")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
-    parser = _command(commands, "generate", "continue a prompt or answer in a chat", "train.commands.use:generate")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an Orbax or Hugging Face directory, or a run's step")
-    parser.add_argument(
-        "--prompt", action="append", dest="prompts", metavar="TEXT", help="text to continue; may be repeated"
-    )
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    parser.add_argument(
-        "--template", choices=("v1", "v3", "chatml"), help="chat format; default: the run's, or by the tokenizer"
-    )
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer, if the checkpoint directory has none")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total mass")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
-
-
-def _add_config(commands: Any) -> None:
-    group = _group(commands, "config", "look at run files")
-    parser = _command(group, "show", "the resolved file, each value with the place that set it", _show, overrides=True)
-    parser.add_argument("config", metavar="CFG", help="YAML file")
-    parser = _command(group, "schema", "JSON Schema of a stage's file", "train.commands.tools:schema")
-    parser.add_argument("stage", choices=tuple(STAGES), help="the stage")
 
 
 def _environment() -> None:
@@ -242,34 +84,65 @@ def _environment() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def _run(args: Parsed) -> int | None:
+    calls = args.does.calls
+    return _forward(calls, args) if isinstance(calls, str) else calls(args)
+
+
+def _forward(calls: str, args: Parsed) -> int:
+    """Call `module:function` with the positional arguments, a CFG among them read, and the options as keywords."""
+    positional, options = [], {}
+    for argument, told in args.does.arguments:
+        key = told.get("dest", argument.strip("-").replace("-", "_"))
+        if argument == "config":
+            positional.append(_load(args).config)
+        elif argument == key:
+            positional.append(getattr(args, key))
+        else:
+            options[key] = getattr(args, key)
+    result = _function(*calls.split(":"))(*positional, **options)
+    return result if isinstance(result, int) else OK
+
+
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of ours, imported now; `module` is counted from mixtral_jax."""
     return getattr(importlib.import_module(f"mixtral_jax.{module}"), name)
 
 
-def _forward(calls: str, args: Parsed) -> int:
-    """Call `module:function` with the positional arguments, a CFG among them read, and the options as keywords."""
-    values = {key: value for key, value in vars(args).items() if key not in _OUR_OWN}
-    positional = [values.pop(key) for key in ("checkpoint", "src", "dst", "a", "b", "files", "stage") if key in values]
-    if "config" in values:
-        positional.append(_load(values.pop("config"), args.overrides).config)
-    module, name = calls.split(":")
-    result = _function(module, name)(*positional, **values)
-    return result if isinstance(result, int) else OK
+def _load(args: Parsed, command: str | None = None) -> Any:
+    return _function("train.config.load", "load_config")(args.config, args.overrides, command=command)
 
 
-def _load(path: str, overrides: list[str], command: str | None = None) -> Any:
-    return _function("train.config.load", "load_config")(path, overrides, command=command)
+def _explain(error: Exception, with_traceback: bool) -> int:
+    """One or a few lines for the user's mistakes, a traceback for ours."""
+    from mixtral_jax.train.errors import is_for_the_user
+
+    mistake = is_for_the_user(error)
+    if with_traceback or not mistake:
+        traceback.print_exception(error)
+    if not mistake:
+        print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return UNEXPECTED
+    problems = str(error).splitlines() or [type(error).__name__]
+    print(*(f"error: {line}" for line in problems), sep="\n", file=sys.stderr)
+    if len(problems) > 1:
+        print(f"exit 2: {len(problems)} problems, named above", file=sys.stderr)
+    return USAGE
 
 
-def _not_built(args: Parsed) -> int:
-    raise ValueError(f"{args.command} is not built yet")
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("mixtral-jax")
+    except metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def _train(args: Parsed) -> int:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         _function("train.run.memory", "keep_freed_memory")()
-    config, provenance = _load(args.config, args.overrides, args.command)
+    config, provenance = _load(args, args.command)
     if args.dry_run:
         return _function("train.plan.dry_run", "dry_run")(config, provenance)
     _function("train.run.processes", "initialize")(
@@ -281,18 +154,129 @@ def _train(args: Parsed) -> int:
 def _plan(args: Parsed) -> int:
     """Compiling for a slice that is not there: on the CPU, with as many of its devices as asked for."""
     if args.devices:
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
-        )
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return _forward("train.plan.plan:run", args)
 
 
 def _show(args: Parsed) -> int:
-    config, provenance = _load(args.config, args.overrides)
+    config, provenance = _load(args)
     print(_function("train.config.load", "resolved_yaml")(config, provenance), end="")
     return OK
 
+
+def _not_built(args: Parsed) -> int:
+    raise ValueError(f"{args.command} is not built yet")
+
+
+def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
+    """An argument, and what argparse is told of it; a default is shown, and its type is the argument's."""
+    if "default" in told:
+        told |= {"type": type(told["default"])}
+        text += " (default: %(default)s)"
+    return argument, {"help": text, **told}
+
+
+def _flag(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
+    return _told(argument, text, action="store_true", **told)
+
+
+_CFG = _told("config", "the run's YAML file", metavar="CFG")
+_CHECKPOINT = _told("checkpoint", "an Orbax or Hugging Face directory, a run, or a run's step", metavar="CHECKPOINT")
+_JSON = _flag("--json", "print one JSON object", dest="as_json")
+_DTYPE = _told("--dtype", "cast; default: as stored", choices=("float32", "bfloat16", "float16"))
+_ANYTHING = _told("rest", "anything", nargs=argparse.REMAINDER)
+_TRAINING = (
+    _CFG,
+    _flag("--dry-run", "print what would be trained, on what, and exit"),
+    _flag("--force", "start a finished run again from the beginning"),
+    _told("--coordinator", "address of process 0 of a run of several processes", metavar="HOST:PORT"),
+    _told("--num-processes", "number of processes of the run", type=int, metavar="N"),
+    _told("--process-id", "number of this process, from 0", type=int, metavar="I"),
+)
+_SRC_DST = (
+    _told("src", "directory to read", metavar="SRC"),
+    _told("dst", "directory to make; it must not exist yet", metavar="DST"),
+    _flag("--force", "replace DST, in one step at the very end"),
+)
+
+GROUPS = {
+    "convert": "checkpoints and adapters between formats",
+    "data": "tokenise, pack and look at data",
+    "config": "look at run files",
+}
+COMMANDS = {
+    "pretrain": Command(_train, "train on documents: next-token prediction", *_TRAINING),
+    "sft": Command(_train, "fine-tune on chats or prompt-completion pairs; only the answers are learned", *_TRAINING),
+    "dpo": Command(_train, "learn from pairs of a preferred and a rejected answer", *_TRAINING),
+    "convert hf2orbax": Command(
+        "convert:hf2orbax", "stream a Hugging Face directory into an Orbax model directory", *_SRC_DST, _DTYPE),
+    "convert orbax2hf": Command(
+        "convert:orbax2hf", "stream an Orbax model directory into a Hugging Face one", *_SRC_DST, _DTYPE,
+        _told("--max-shard-size", "largest safetensors file", default="5GB")),
+    "convert verify": Command(
+        "train.commands.tools:verify", "compare two checkpoints: tensors and logits",
+        _told("a", "a checkpoint directory of any format", metavar="A"), _told("b", "another", metavar="B"), _JSON,
+        _told("--prompts", "text file, one prompt a line, instead of the built-in ones", metavar="FILE")),
+    "convert upcycle": Command(
+        "convert:upcycle", "dense Mistral or Llama to Mixtral, with the same outputs at step 0", *_SRC_DST,
+        _told("--experts", "experts per layer, each a copy of the dense one", default=8),
+        _told("--top-k", "experts per token", default=2),
+        _told("--noise", "relative noise on the copies; 0 keeps outputs equal", default=0.0)),
+    "convert resize-vocab": Command(
+        "convert:resize_vocab", "add rows to embedding and head, each the mean of the old ones", *_SRC_DST,
+        _told("--vocab-size", "rows afterwards", type=int, required=True)),
+    "convert peft2lora": Command(
+        "convert:peft2lora", "a PEFT adapter into ours", *_SRC_DST,
+        _told("--base", "its base model; default: what adapter_config.json names", metavar="DIR")),
+    "convert lora2peft": Command("convert:lora2peft", "our adapter into one that PEFT loads", *_SRC_DST),
+    "convert merge-lora": Command(
+        "convert:merge_lora", "a checkpoint with an adapter folded into its weights", *_SRC_DST,
+        _told("--adapter", "the adapter to fold in", required=True, metavar="DIR")),
+    "data prepare": Command(
+        "train.commands.tools:prepare", "tokenise and pack everything that a run reads", _CFG,
+        _told("--part", "only the I-th of N parts, to spread the work over machines", metavar="I/N")),
+    "data train-tokenizer": Command(
+        "train.commands.tools:train_tokenizer", "train a SentencePiece BPE model with byte fallback",
+        _told("files", "text, jsonl or parquet files to learn from", nargs="+", metavar="FILE"),
+        _told("--output", "the .model file to write", required=True, metavar="MODEL"),
+        _told("--vocab-size", "number of pieces", default=32000),
+        _told("--text-key", "column that holds the text", default="text"),
+        _flag("--force", "replace MODEL if it exists")),
+    "data preview": Command(
+        "train.commands.tools:preview", "samples with the learned tokens coloured, and the mixture", _CFG,
+        _told("--rows", "how many rows to show", default=3)),
+    "plan": Command(
+        _plan, "compile a run for a machine without having it", _CFG,
+        _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256"),
+        _told("--devices", "plan for N local CPU devices instead", type=int, metavar="N"),
+        _flag("--search", "try meshes, micro-batches and rematerialisation"),
+        _told("--tokens", "length of the training, for days and chip-hours", type=float),
+        _told("--json", "write the result there too; - for stdout", metavar="FILE")),
+    "eval": Command(
+        "train.commands.evaluate:evaluate", "loss, perplexity and bits per byte of each source",
+        _CHECKPOINT, _CFG, _JSON),
+    "generate": Command(
+        "train.commands.generate:generate", "continue a prompt or answer in a chat", _CHECKPOINT,
+        _told("--prompt", "text to continue; may be repeated", action="append", dest="prompts", metavar="TEXT"),
+        _flag("--chat", "the prompt is a user's message"),
+        _told("--template", "chat format; default: the run's, or by the tokenizer", choices=("v1", "v3", "chatml")),
+        _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
+        _told("--max-new-tokens", "longest continuation", default=128),
+        _told("--temperature", "0 takes the likeliest token", default=0.8),
+        _told("--top-k", "sample from this many likeliest tokens; 0: from all", default=0),
+        _told("--top-p", "sample from the likeliest tokens of this total mass", default=1.0),
+        _told("--seed", "the same seed gives the same text", default=0),
+        _told("--dtype", "default: float32 on CPU, else bfloat16", choices=("float32", "bfloat16"))),
+    "config show": Command(_show, "the resolved file, each value with the place that set it", _CFG),
+    "config schema": Command(
+        "train.commands.tools:schema", "JSON Schema of a stage's file",
+        _told("stage", "the stage", choices=("pretrain", "sft", "dpo"))),
+    "doctor": Command("train.commands.doctor:examine", "versions, devices, kernels, known-bad pairs"),
+    "routing": Command(_not_built, "look into the router (not built yet)", _ANYTHING),
+    "submit": Command(_not_built, "start a run on a cluster (not built yet)", _ANYTHING),
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,8 +40,8 @@ class DataConfig(FrozenConfig):
     """The sources of a run and how they become rows."""
 
     tokenizer: str = Field(description="SentencePiece model, tokenizer.json, or a directory that holds one of them")
-    train: tuple[SourceConfig, ...] = Field(min_length=1)
-    validation: tuple[SourceConfig, ...] = ()
+    train: tuple[SourceConfig, ...] = Field(min_length=1, description="what is learned from")
+    validation: tuple[SourceConfig, ...] = Field((), description="what the loss is measured on")
     examples: Literal["text", "chat", "preference"] = Field(
         "text",
         description="text: documents, every token learned; chat: only answers are learned; preference: pairs of them",

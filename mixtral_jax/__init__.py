@@ -1,44 +1,50 @@
-"""Mixtral in JAX: the model, its parallelism, its kernels, and its checkpoints."""
+"""Mixtral in JAX: the model, its parallelism, its kernels, its checkpoints; and the front door of all the rooms."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
     from mixtral_jax.convert.load import load, save_hf
-    from mixtral_jax.generation.generate import generate
     from mixtral_jax.model import Mixtral, abstract_model
+    from mixtral_jax.train.commands.read_model import read_tokenizer as load_tokenizer
+    from mixtral_jax.train.config.load import read_config as load_config
+    from mixtral_jax.train.text import generate
     from mixtral_jax.train.trainer import Trainer
 
-# Where each public name lives. Imported when first asked for: mixtral_jax.data must load without jax.
+# Where each public name lives. Imported when first asked for: mixtral_jax.data must load without jax, and this table is
+# the one place where this room names others.
 _PLACES = {
-    "ComputeConfig": "config",
-    "Mixtral": "model",
-    "MixtralConfig": "config",
-    "MoeConfig": "config",
-    "Trainer": "train.trainer",
-    "abstract_model": "model",
-    "generate": "generation.generate",
-    "load": "convert.load",
-    "save_hf": "convert.load",
+    "ComputeConfig": "config:ComputeConfig",
+    "Mixtral": "model:Mixtral",
+    "MixtralConfig": "config:MixtralConfig",
+    "MoeConfig": "config:MoeConfig",
+    "Trainer": "train.trainer:Trainer",
+    "abstract_model": "model:abstract_model",
+    "generate": "train.text:generate",
+    "load": "convert.load:load",
+    "load_config": "train.config.load:read_config",
+    "load_tokenizer": "train.commands.read_model:read_tokenizer",
+    "save_hf": "convert.load:save_hf",
 }
 __all__ = [
-    "ComputeConfig",
-    "Mixtral",
-    "MixtralConfig",
-    "MoeConfig",
-    "Trainer",
-    "abstract_model",
-    "generate",
-    "load",
-    "save_hf",
-]
+    "ComputeConfig", "Mixtral", "MixtralConfig", "MoeConfig", "Trainer", "abstract_model", "generate", "load",
+    "load_config", "load_tokenizer", "save_hf",
+]  # fmt: skip
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):
+    raise ImportError(
+        "mixtral_jax/train is no folder, as in a zip unpacked without symbolic links: git clone -c core.symlinks=true "
+        "brings them; or copy train, data, configs and launch.py of the top level over their namesakes in mixtral_jax"
+    )
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    module, _, inner = _PLACES[name].partition(":")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), inner)
     return value
 
 

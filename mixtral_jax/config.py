@@ -24,21 +24,21 @@ class FrozenConfig(BaseModel):
 class MixtralConfig(FrozenConfig):
     """The shape of a Mixtral; with one expert it is a dense Mistral. Field names are those of Hugging Face."""
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, description="rows of embedding and head")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward size of one expert")
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, description="blocks of attention and experts")
+    num_attention_heads: int = Field(gt=0, description="query heads")
+    num_key_value_heads: int = Field(gt=0, description="key and value heads, each shared by a group of query heads")
     head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
-    num_local_experts: int = Field(8, gt=0)
-    num_experts_per_tok: int = Field(2, gt=0)
-    max_position_embeddings: int = Field(32768, gt=0)
-    rope_theta: float = Field(1e6, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
+    num_local_experts: int = Field(8, gt=0, description="experts per layer; 1: a dense Mistral")
+    num_experts_per_tok: int = Field(2, gt=0, description="experts that each token is sent to")
+    max_position_embeddings: int = Field(32768, gt=0, description="longest sequence")
+    rope_theta: float = Field(1e6, gt=0, description="base of the rotary frequencies")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square of a norm")
     sliding_window: int | None = Field(None, gt=0, description="a query at p sees keys p - w + 1 ... p")
-    tie_word_embeddings: bool = False
-    initializer_range: float = Field(0.02, ge=0)
+    tie_word_embeddings: bool = Field(False, description="the head is the embedding")
+    initializer_range: float = Field(0.02, ge=0, description="standard deviation of the initial matrices")
     router_aux_loss_coef: float = Field(0.02, ge=0, description="of the released checkpoint, for hf_pooled")
 
     @model_validator(mode="before")

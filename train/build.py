@@ -17,9 +17,8 @@ from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_warnings, base_weights
 from mixtral_jax.train.checkpoints.checkpointer import Found, Say, restore_state
-from mixtral_jax.train.config.load import check_vocabulary
+from mixtral_jax.train.config.load import check_vocabulary, read_config
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes
-from mixtral_jax.train.config.validate import rebuilt
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
@@ -77,7 +76,7 @@ def settle_steps(config: RunConfig) -> RunConfig:
         return config
     rows = sum(source.rows for source in prepare_data(config).train)
     steps = math.ceil(epochs * rows / config.global_batch_size)
-    return rebuilt(config, {"steps": steps, "data": config.data.model_copy(update={"epochs": None})})
+    return read_config(config, steps=steps, data={"epochs": None})
 
 
 def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> tuple[Parts, TrainState]:

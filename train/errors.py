@@ -1,6 +1,9 @@
 """Errors that are the user's to mend."""
 
+import difflib
 import traceback
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -16,3 +19,9 @@ def is_for_the_user(error: BaseException) -> bool:
     frames = list(traceback.walk_tb(error.__traceback__))
     room = frames[-1][0].f_globals.get("__name__", "").split(".")[0]
     return isinstance(error, ValueError) and room in ("launch", "train", "data", "mixtral_jax", "__main__")
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is unknown: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -40,7 +40,7 @@ def elsewhere(tmp_path, monkeypatch):
     for name in ("configs", "data"):
         os.symlink(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.use"):
+    for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.evaluate"):
         monkeypatch.setattr(f"{module}.make_mesh", lambda config: None)
     monkeypatch.setattr(
         "mixtral_jax.train.plan.plan.has_libtpu", lambda: False

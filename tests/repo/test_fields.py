@@ -2,12 +2,13 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from tests.sources import SOURCES
+from tests.sources import ROOT, SOURCES
 
 
 def config_classes() -> dict[str, type[BaseModel]]:
@@ -41,7 +42,8 @@ def reads(path: Path, skip: set[str]) -> set[str]:
         if isinstance(node, ast.ClassDef) and node.name in skip:
             node.body = [part for part in node.body if isinstance(part, ast.FunctionDef) and not is_validator(part)]
     loads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    whole = {f"{n.value.attr}.*" for n in loads if n.attr == "model_dump" and isinstance(n.value, ast.Attribute)}
+    dumped = [n.value for n in loads if n.attr == "model_dump"]  # `config.log.wandb.model_dump()`, `wandb.model_dump()`
+    whole = {f"{getattr(n, 'attr', getattr(n, 'id', ''))}.*" for n in dumped}
     return {node.attr for node in loads} | whole
 
 
@@ -68,14 +70,21 @@ def test_every_field_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_field_is_described_or_known_by_its_name(name: str) -> None:
-    known = {"name", "path", "weight", "model", "data", "stage", "moe"}
+def test_every_field_is_described_for_the_reference(name: str) -> None:
     fields = CLASSES[name].model_fields
     sections = {key for key, info in fields.items() if models(info.annotation)}
-    bare = {key for key, info in fields.items() if not info.description} - sections - known
-    if name == "MixtralConfig":  # the names of Hugging Face's config.json
-        bare = set()
+    bare = {key for key, info in fields.items() if not info.description} - sections - {"stage"}
     assert sorted(bare) == []
+    assert CLASSES[name].__doc__
+
+
+def test_the_reference_is_current() -> None:
+    from mixtral_jax.train.config.reference import reference
+
+    page = reference()
+    assert page == (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), "see the first lines of docs/config.md"
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^\| `([\w.]+)` \| ", page, re.M)}
+    assert set().union(*(c.model_fields for c in CLASSES.values())) - {"stage"} == shown
 
 
 def test_a_field_that_nothing_reads_would_be_found(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from mixtral_jax import launch
+from tests.sources import ROOT
 
 TEXT = """\
 stage: pretrain
@@ -129,14 +132,37 @@ def test_every_function_that_a_command_names_exists() -> None:
         assert callable(launch._function(module, name))
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--version"]) == 0
+    assert re.fullmatch(r"mixtral-jax \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_a_copy_without_links_says_so_in_one_line(tmp_path: Path) -> None:
+    """As a zip from Windows has them: a file that holds the link's target in place of each link."""
+    package = ROOT / "mixtral_jax"
+    (tmp_path / "mixtral_jax").mkdir()
+    shutil.copy(package / "__init__.py", tmp_path / "mixtral_jax")
+    shutil.copy(ROOT / "launch.py", tmp_path)
+    for name in ("train", "data", "configs", "launch.py"):
+        (tmp_path / "mixtral_jax" / name).write_text(os.readlink(package / name))
+    command = [sys.executable, "launch.py", "doctor"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: mixtral_jax/train is no folder, as in a zip unpacked without symbolic links")
+    assert len(done.stderr.splitlines()) == 1
+    command = [sys.executable, "-c", "import mixtral_jax"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: mixtral_jax/train is no folder")
+
+
 def test_config_problems_are_lines_and_exit_2(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["config", "show", file, "step=3", "--seq_len", "no", "--optimizer.b1=2"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "error: seq_len = no (override): must be a whole number, not text",
-        "error: step = 3 (override): unknown key; the nearest key is steps",
         "error: optimizer.b1 = 2 (override): must be less than 1",
+        "error: step = 3 (override): unknown key; the nearest key is steps",
         "exit 2: 3 problems, named above",
     ]
 

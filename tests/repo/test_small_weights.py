@@ -64,7 +64,7 @@ def test_sft_lowers_the_loss_of_each_source_and_dpo_prefers_held_out_answers(den
     (tmp_path / "runs").mkdir()
     os.symlink(dense, tmp_path / "runs" / "smollm2-hf")
     monkeypatch.chdir(tmp_path)
-    for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.use"):
+    for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.evaluate"):
         monkeypatch.setattr(f"{module}.make_mesh", lambda config: None)
     dry = subprocess.run(["make", "-n", "demo-small"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [line.split("launch.py ")[1] for line in dry.splitlines() if "launch.py " in line]

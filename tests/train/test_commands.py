@@ -4,15 +4,19 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import mixtral_jax as mj
 from mixtral_jax import launch
 from mixtral_jax.convert import load, save_hf
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.generation.generate import generate
-from mixtral_jax.train.commands.use import grow
-from tests.tiny import metrics_of, write_run_file
+from mixtral_jax.model import Mixtral
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.text import grow
+from tests.tiny import metrics_of, tiny_config, write_run_file
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,54 @@ def test_eval_refuses_a_file_without_validation(trained: Path, capsys: pytest.Ca
     run = str(trained.parent / "runs" / "run")
     assert launch.main(["eval", run, str(trained), "data.validation=[]"]) == 2
     assert "data.validation is empty" in capsys.readouterr().err
+
+
+def test_text_and_chats_as_a_library(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.parent / "runs" / "run"
+    model, tokenizer, options = mj.load(run), mj.load_tokenizer(run), {"max_new_tokens": 6}
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("the router", "its")]
+    new = generate(model, ids, eos_id=tokenizer.eos_id, **options)
+    texts = [tokenizer.decode([t for t in row if t != tokenizer.eos_id and t < tokenizer.vocab_size]) for row in new]
+    assert mj.generate(model, ids, eos_id=tokenizer.eos_id, **options) == new
+    np.testing.assert_array_equal(mj.generate(model, np.array(ids[0]), **options), generate(model, ids[0], **options))
+    assert mj.generate(model, "the router", tokenizer=tokenizer, **options) == texts[0]
+    assert mj.generate(model, ["the router", "its"], tokenizer=tokenizer, **options) == texts
+    assert mj.generate(model, [], tokenizer=tokenizer) == []
+    chat = [{"role": "user", "content": "hello"}]
+    answer = mj.generate(model, chat, tokenizer=tokenizer, **options)
+    assert mj.generate(model, chat, tokenizer=tokenizer, template="v1", **options) == answer
+    assert mj.generate(model, [chat, "its"], tokenizer=tokenizer, **options) == [answer, texts[1]]
+    arguments = ["--chat", "--prompt", "hello", "--max-new-tokens", "6", "--temperature", "0"]
+    assert launch.main(["generate", str(run), *arguments]) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+def test_text_without_a_tokenizer_is_a_sentence(trained: Path, tmp_path: Path) -> None:
+    model = mj.load(trained.parent / "runs" / "run")
+    for prompt in ("its", ["its"], [{"role": "user", "content": "its"}]):
+        with pytest.raises(UserError, match=r"text needs a tokenizer: generate\(\.\.\., tokenizer="):
+            mj.generate(model, prompt)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        mj.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        mj.load_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_tokenizer_is_found_by_file_directory_run_and_step(trained: Path) -> None:
+    run, file = trained.parent / "runs" / "run", trained.parent / "tokenizer.json"
+    places = (file, trained.parent, run, run / "checkpoints", run / "checkpoints" / "3")
+    assert {mj.load_tokenizer(place).fingerprint() for place in places} == {load_tokenizer(file).fingerprint()}
+
+
+def test_a_tokenizer_must_fit_the_model(trained: Path) -> None:
+    small = Mixtral(tiny_config(vocab_size=100), key=jax.random.key(0))
+    with pytest.raises(UserError, match="the tokenizer has 258 pieces, the model knows 100"):
+        mj.generate(small, "its", tokenizer=mj.load_tokenizer(trained.parent))
+
+
+def test_the_front_door_names_everything() -> None:
+    assert set(mj.__all__) == set(mj._PLACES) <= set(dir(mj))
+    assert all(callable(getattr(mj, name)) for name in mj.__all__)
 
 
 def test_a_character_of_several_tokens_comes_whole(trained: Path) -> None:

@@ -1,15 +1,26 @@
 """The run configuration: presets, cross-field rules, round trip, provenance, JSON Schema."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import mixtral_jax as mj
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.train.config.load import STAGES, SYNONYMS, check_vocabulary, json_schema, load_config, resolved_yaml
+from mixtral_jax.train.config.load import (
+    STAGES,
+    SYNONYMS,
+    check_vocabulary,
+    json_schema,
+    known_paths,
+    load_config,
+    resolved_yaml,
+)
 from mixtral_jax.train.config.tree import tree_from_text
-from mixtral_jax.train.config.validate import known_paths
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.optimizer import OptimizerConfig
 
 TEXT = """\
 stage: pretrain
@@ -167,7 +178,7 @@ def test_the_schema_knows_every_key_and_the_presets(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_synonyms_are_no_keys_of_ours_and_lead_to_some(stage: str) -> None:
-    known = known_paths(STAGES[stage])
+    known = list(known_paths(STAGES[stage]))
     for theirs, ours in SYNONYMS.items():
         assert theirs not in known
         assert ours.split(",")[0].split(":")[0].split(" ")[0] in known
@@ -175,3 +186,54 @@ def test_synonyms_are_no_keys_of_ours_and_lead_to_some(stage: str) -> None:
 
 def test_the_text_above_is_yaml_that_tests_may_rely_on() -> None:
     assert tree_from_text(TEXT).values["stage"] == "pretrain"
+
+
+# ---- from code
+
+
+def test_a_file_with_changes_from_code(file: Path) -> None:
+    config = mj.load_config(file, steps=20, optimizer={"b1": 0.8}, **{"data.train.0.weight": 2, "mesh.fsdp": 2})
+    overrides = ["steps=20", "optimizer.b1=0.8", "data.train.0.weight=2", "mesh.fsdp=2"]
+    assert config == load_config(file, overrides).config
+    assert config.optimizer.warmup_steps == 10  # a dict changes what it names
+    again = mj.load_config(config, steps=30, data={"epochs": None})
+    assert again == config.model_copy(update={"steps": 30})
+
+
+def test_a_preset_takes_the_place_of_the_whole_model(file: Path) -> None:
+    for model in ({"preset": "tiny"}, MixtralConfig.preset("tiny")):
+        assert mj.load_config(file, model=model).model == MixtralConfig.preset("tiny")
+    assert mj.load_config(file, model={"num_hidden_layers": 2}).model.vocab_size == 512
+
+
+def test_a_configuration_from_code_alone(file: Path) -> None:
+    data = {"tokenizer": Path("some/tokenizer.model"), "train": ({"name": "en", "path": "data/en.jsonl.gz"},)}
+    config = mj.load_config(
+        stage="pretrain", run_name="small", steps=np.int64(100), seq_len=64, global_batch_size=16, data=data,
+        model=MixtralConfig.preset("tiny", vocab_size=512),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+    )  # fmt: skip
+    assert config == load_config(file).config
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"step": 3}, "step = 3 (argument): unknown key; the nearest key is steps"),
+        ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat = 1 (argument): unknown key; the nearest key is "),
+        ({"steps": "10"}, 'steps = "10" (argument): must be a whole number, not text'),
+        ({"steps.x": 1}, "steps is 100, which has no parts"),
+        ({"stage": "sfd"}, "stage 'sfd' is unknown: known are pretrain, sft, dpo; did you mean sft?"),
+        ({"micro_batch_size": 5}, "is not a multiple of micro_batch_size (5): 15 would be ["),
+        ({"optimizer.max_grad_norm": math.inf}, "must be a finite number"),
+    ],
+)
+def test_mistakes_in_code_are_said_as_on_the_command_line(file: Path, changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        mj.load_config(file, **changes)
+    assert line in str(caught.value)
+
+
+def test_code_without_a_stage() -> None:
+    with pytest.raises(UserError, match=r"load_config\(\.\.\.\) names no stage: write `stage: pretrain`"):
+        mj.load_config(steps=3)

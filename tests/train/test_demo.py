@@ -33,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
         os.symlink(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "make_mesh", lambda config: None)
-    monkeypatch.setattr("mixtral_jax.train.commands.use.make_mesh", lambda config: None)
+    monkeypatch.setattr("mixtral_jax.train.commands.evaluate.make_mesh", lambda config: None)
     return tmp_path
 
 

@@ -22,6 +22,10 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
     ("change", "message"),
     [
         ({"jax": "0.11.2", "jaxlib": "0.11.2", "flax": "0.12.9", "libtpu": None}, "flax 0.12.9 fails to import on jax"),
+        (
+            {"jax": "0.11.1", "jaxlib": "0.11.1", "libtpu": None, "jax-cuda13-plugin": "0.11.1"},
+            "jax 0.11.1 gives wrong values on some GPUs with CUDA 13: install 'jax[cuda13]>=0.12'",
+        ),
         ({"jaxlib": "0.9.1"}, "jax 0.10.2 with jaxlib 0.9.1: install one release of both"),
         ({"jax": "0.9.0", "jaxlib": "0.9.0", "libtpu": None}, "older than 0.10.1"),
         ({"orbax-checkpoint": "0.11.5"}, "orbax-checkpoint 0.11.5 has another v1 interface"),
@@ -37,6 +41,10 @@ def test_good_and_absent_versions_are_no_problem() -> None:
     assert doctor.known_bad(GOOD) == []
     assert doctor.known_bad({**GOOD, "libtpu": None}) == []
     assert doctor.known_bad(dict.fromkeys(GOOD)) == []
+    newer = {**GOOD, "libtpu": None, "jax": "0.12.0.1", "jaxlib": "0.12.0.1", "flax": "0.12.12"}
+    assert doctor.known_bad({**newer, "jax-cuda13-plugin": "0.12.0.1"}) == []
+    cuda12 = {"jax": "0.11.1", "jaxlib": "0.11.1", "jax-cuda12-plugin": "0.11.1"}
+    assert doctor.known_bad({**GOOD, "libtpu": None, **cuda12}) == []
 
 
 @pytest.mark.parametrize(

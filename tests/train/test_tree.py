@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.train.config.tree import (
-    closest,
-    parse_value,
-    read_tree,
-    split_overrides,
-    to_yaml,
-    tree_from_text,
-    walk,
-)
+from mixtral_jax.train.config.load import closest
+from mixtral_jax.train.config.tree import parse_value, paths, read_tree, split_overrides, to_yaml, tree_from_text
 from mixtral_jax.train.errors import UserError
 
 
@@ -91,10 +84,11 @@ def test_overrides_are_typed_and_remembered(tmp_path: Path) -> None:
         "empty": {"new": {"deep": "no"}},
         "top": {"x": 1},
     }
-    assert tree.origin("a.b") == tree.origin("a.c.1.d") == tree.origin("top.x") == "override"
-    assert tree.origin("a.c") == f"{file}:1"
-    assert tree.origin("empty") == f"{file}:2"
-    assert tree.origin("nothing") is None
+    origins = tree.origins
+    assert origins["a.b"] == origins["a.c.1.d"] == origins["a.c.0.1"] == origins["top.x"] == "override"
+    assert origins["a.c"] == f"{file}:1"
+    assert origins["empty"] == f"{file}:2"
+    assert "nothing" not in origins
 
 
 @pytest.mark.parametrize(
@@ -141,7 +135,7 @@ def test_what_is_written_reads_back_the_same() -> None:
 
     for _ in range(300):
         tree = mapping(3)
-        text = to_yaml(tree, {path: "a note" for path, _ in walk(tree)})
+        text = to_yaml(tree, dict.fromkeys(paths(tree), "a note"))
         assert tree_from_text(text).values == tree
         assert to_yaml(tree_from_text(text).values) == to_yaml(tree)
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mixtral_jax.train.config.load import known_paths, origins, validate
 from mixtral_jax.train.config.tree import Tree, tree_from_text
-from mixtral_jax.train.config.validate import known_paths, origins, validate
 from mixtral_jax.train.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten() -> None:
         ("leaf: {kind: cosin}", "leaf.kind = cosin (f:2): must be 'cosine' or 'linear'; did you mean cosine?"),
         ("leaf: 3", "leaf = 3 (f:2): must be a section of `key: value` lines"),
         ("resume: soon", "resume = soon (f:2): must be 'auto' or 'never' or a whole number"),
-        ("resume: true", "resume = true (f:2): must be a whole number"),
+        ("resume: true", "resume = true (f:2): must be 'auto' or 'never' or a whole number"),
         ("path: [1]", "path.0 = 1 (f:2): must be text"),
         ("path: 3", "path = 3 (f:2): must be text or a list"),
         ("maybe: {size: true}", "maybe.size = true (f:2): must be a whole number"),
@@ -94,17 +94,51 @@ def test_all_problems_come_at_once() -> None:
     found = lines("leaf: {size: x, rat: 1}\nmaybe: {kind: z}\nresume: never\nextra: 1", problems={"before": "is wrong"})
     assert [line.split(" ")[0] for line in found] == [
         "before:",
-        "leaf.size",
         "name:",
+        "leaf.size",
         "leaf.rat",
-        "extra",
         "maybe.kind",
+        "extra",
     ]
-    assert found[2] == "name: missing: this key has no default"
+    assert found[1] == "name: missing: this key has no default"
 
 
 def test_problems_across_fields_keep_their_own_lines() -> None:
     assert lines("name: cross") == ["first problem", "second problem"]
+
+
+def test_every_value_that_a_sentence_names_has_its_place() -> None:
+    text = "name: cross\nleaf: {size: 3,\n  rate: 2}\n"
+    tree = tree_from_text(text, "f")
+    tree.set("leaf.on", True, "override")
+
+    class Crossed(Run):
+        @model_validator(mode="after")
+        def _agree(self) -> "Crossed":
+            raise ValueError("leaf.size (3) and leaf.rate (2) and leaf.on and resume do not agree\nnothing named")
+
+        @model_validator(mode="after")
+        def _several(self) -> "Crossed":
+            return self
+
+    with pytest.raises(UserError) as caught:
+        validate(Crossed, tree)
+    assert str(caught.value).splitlines() == [
+        "leaf.size (3) and leaf.rate (2) and leaf.on and resume do not agree [f:2, f:3, override]",
+        "nothing named",
+    ]
+
+
+def test_what_is_missing_has_the_place_of_its_section() -> None:
+    class Section(Strict):
+        needed: int
+
+    class Holder(Strict):
+        section: Section
+
+    with pytest.raises(UserError) as caught:
+        validate(Holder, tree_from_text("\nsection: {}", "f"))
+    assert str(caught.value) == "section.needed: missing: this key has no default [f:2]"
 
 
 def test_a_list_of_wrong_elements_is_not_called_too_short() -> None:
@@ -117,8 +151,8 @@ def test_a_list_of_wrong_elements_is_not_called_too_short() -> None:
 
 
 def test_known_paths_reach_into_lists_and_optional_sections() -> None:
-    paths = known_paths(Run)
-    assert {"name", "leaf", "leaf.size", "maybe.size", "leaves", "leaves.*.kind", "resume"} <= set(paths)
+    paths = set(known_paths(Run))
+    assert {"name", "leaf", "leaf.size", "maybe.size", "leaves", "leaves.*.kind", "resume"} <= paths
 
 
 def test_origins_name_a_line_the_override_or_the_default() -> None:

@@ -23,7 +23,7 @@ from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.generation.generate import generate
 from mixtral_jax.train.base import base_weights
-from mixtral_jax.train.commands.use import measure
+from mixtral_jax.train.commands.evaluate import measure
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.feed import make_put

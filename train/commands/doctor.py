@@ -1,6 +1,7 @@
 """Is this machine fit to train? Versions, devices, kernels, known-bad pairs, disk."""
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -13,8 +14,9 @@ from rich.console import Console
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "array-record", "numpy",
     "sentencepiece", "tokenizers", "pydantic", "ruamel.yaml", "libtpu", "tokamax", "tensorflow-datasets", "wandb",
+    "jax-cuda12-plugin", "jax-cuda13-plugin",
 )  # fmt: skip
-OPTIONAL = ("libtpu", "tokamax")
+OPTIONAL = ("libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 SMALLEST_FREE_GIB = 5
 
 
@@ -61,8 +63,10 @@ def known_bad(versions: Mapping[str, str | None]) -> list[str]:
     found = []
     if jax and jaxlib and jax[:2] != jaxlib[:2]:
         found.append(f"jax {versions['jax']} with jaxlib {versions['jaxlib']}: install one release of both")
-    if jax >= (0, 11) and flax and flax <= (0, 12, 9):
-        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'jax<0.11'")
+    if jax >= (0, 11, 2) and flax and flax <= (0, 12, 9):
+        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'flax>=0.12.12'")
+    if jax in ((0, 11, 0), (0, 11, 1)) and versions.get("jax-cuda13-plugin"):
+        found.append(f"jax {versions['jax']} gives wrong values on some GPUs with CUDA 13: install 'jax[cuda13]>=0.12'")
     if jax and jax < (0, 10, 1):
         found.append(f"jax {versions['jax']} is older than 0.10.1, the first that this project runs on")
     if orbax and orbax < (0, 12, 8):
@@ -74,12 +78,8 @@ def known_bad(versions: Mapping[str, str | None]) -> list[str]:
 
 def parsed(version: str | None) -> tuple[int, ...]:
     """`0.12.8` -> (0, 12, 8); what is no number ends it; () where absent."""
-    numbers: list[int] = []
-    for part in (version or "").split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    parts = (version or "").split("+")[0].split(".")
+    return tuple(int(part) for part in itertools.takewhile(str.isdigit, parts))
 
 
 def devices() -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""The model that a checkpoint stands for: whole weights of any format, or a run's adapters on the base under them."""
+"""What a checkpoint stands for: its model (a run's adapters on the base under them, too), its tokenizer, its run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from etils import epath
 from mixtral_jax.checkpoint import trees as arrays
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
+from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, newest_step
@@ -44,6 +45,23 @@ def read_model(
     own = arrays.restore(path, {"params": keep(weights, trained)}, partial=True)["params"]
     base = keep(base_weights(run, weights), lambda name: not trained(name))
     return make_merge(run)(join(own, base), None)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer from its file, from a checkpoint directory that holds one, or that of the run that a path belongs to.
+
+    Raises:
+        UserError: no tokenizer is there.
+        ValueError: no such file, or one that is no tokenizer.
+    """
+    place = Path(path)
+    is_file = not place.is_dir() and "://" not in str(path)
+    if is_file or any(next(place.glob(pattern), None) for pattern in ("*.model*", "tokenizer.json")):
+        return load_tokenizer(path)
+    run = run_config(str(path))
+    if run is None:
+        raise UserError(f"{path} holds no tokenizer: name one with --tokenizer")
+    return load_tokenizer(run.data.tokenizer)
 
 
 def run_config(checkpoint: str) -> RunConfig | None:

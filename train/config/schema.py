@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from mixtral_jax.config import PRESETS, ComputeConfig, FrozenConfig, MixtralConfig
+from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.parallel.mesh import MeshConfig
@@ -19,18 +19,6 @@ from mixtral_jax.train.hooks.sample import SampleConfig
 from mixtral_jax.train.objective import RouterConfig
 from mixtral_jax.train.optimizer import OptimizerConfig
 from mixtral_jax.train.preference.config import DpoConfig, Reference
-
-
-def from_preset(value: Any) -> Any:
-    """`{preset: name, ...}` -> every field of that preset, then the other keys."""
-    if not isinstance(value, dict) or "preset" not in value:
-        return value
-    overrides = {key: item for key, item in value.items() if key != "preset"}
-    if value["preset"] is None:
-        return overrides
-    if value["preset"] not in PRESETS:
-        raise ValueError(f"preset {value['preset']!r} is unknown: known are {', '.join(PRESETS)}")
-    return {**PRESETS[value["preset"]], **overrides}
 
 
 class RunConfig(FrozenConfig):
@@ -54,9 +42,7 @@ class RunConfig(FrozenConfig):
     init_from: str | None = Field(
         None, description="an Orbax or Hugging Face directory whose weights, and nothing else, start the run"
     )
-    model: Annotated[MixtralConfig, BeforeValidator(from_preset)] = Field(
-        description="a preset with changes, or every field"
-    )
+    model: MixtralConfig = Field(description="a preset with changes, or every field")
     data: DataConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -103,19 +89,24 @@ class RunConfig(FrozenConfig):
     @property
     def noisy(self) -> bool:
         """Whether a training step draws random numbers."""
-        return False
+        return self.neftune > 0 or (self.adapters is not None and self.adapters.dropout > 0)
 
     @property
     def run_dir(self) -> Path:
         """Where this run writes."""
         return Path(self.output_dir) / self.run_name
 
+    @classmethod
+    def settle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a file with what depends on others filled in: the kind of examples, the router's part."""
+        return dict(values)
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        problems = [
-            *_batch_problems(self, training=False), *_schedule_problems(self), *_mesh_problems(self),
-            *_watching_problems(self),
-        ]  # fmt: skip
+        problems = [*_batch_problems(self, training=False), *_schedule_problems(self), *_mesh_problems(self)]
+        if self.early_stopping is not None:
+            sources = [source.name for source in self.data.validation]
+            problems += watching_problems(self.early_stopping, self.data.examples, sources, self.eval.every)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -181,31 +172,21 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         yield f"resume ({config.resume}) is no step between 0 and steps ({config.steps})"
 
 
-def _watching_problems(config: RunConfig) -> Iterator[str]:
-    if config.early_stopping is not None:
-        sources = [source.name for source in config.data.validation]
-        yield from watching_problems(config.early_stopping, config.data.examples, sources, config.eval.every)
-
-
 def _mesh_problems(config: RunConfig) -> Iterator[str]:
     """What each axis must divide; the sharding itself checks the rest, leaf by leaf."""
     model, mesh = config.model, config.mesh
     rules = [
-        ("mesh.expert", mesh.expert, "model.num_local_experts", model.num_local_experts),
-        (
-            "mesh.fsdp x mesh.expert",
-            _known(mesh.fsdp, mesh.dcn_fsdp, mesh.expert),
-            "model.hidden_size",
-            model.hidden_size,
-        ),
-        ("mesh.tensor", mesh.tensor, "model.num_attention_heads", model.num_attention_heads),
-        ("mesh.tensor", mesh.tensor, "model.num_key_value_heads", model.num_key_value_heads),
-        ("mesh.tensor", mesh.tensor, "model.intermediate_size", model.intermediate_size),
+        ("mesh.expert", mesh.expert, "num_local_experts"),
+        ("mesh.fsdp x mesh.expert", _known(mesh.fsdp, mesh.dcn_fsdp, mesh.expert), "hidden_size"),
+        ("mesh.tensor", mesh.tensor, "num_attention_heads"),
+        ("mesh.tensor", mesh.tensor, "num_key_value_heads"),
+        ("mesh.tensor", mesh.tensor, "intermediate_size"),
     ]
-    for axes, size, key, value in rules:
+    for axes, size, key in rules:
+        value = getattr(model, key)
         if size > 1 and value % size:
             divisors = [str(d) for d in range(1, value + 1) if value % d == 0 and d <= 2 * size]
-            yield f"{axes} ({size}) does not divide {key} ({value}): {', '.join(divisors)} would"
+            yield f"{axes} ({size}) does not divide model.{key} ({value}): {', '.join(divisors)} would"
     pieces, length = 2 * mesh.context, config.seq_len
     if mesh.context > 1 and length % pieces:
         fitting = [str(n) for n in (length // pieces * pieces, -(-length // pieces) * pieces) if n]
@@ -261,13 +242,33 @@ class TunedRouterConfig(RouterConfig):
 class TuningConfig(RunConfig):
     """What SFT and DPO share: a model that is already trained goes on learning, whole or through adapters."""
 
+    EXAMPLES: ClassVar[str]  # the kind that the stage reads
+
     router: TunedRouterConfig = TunedRouterConfig()
     lora: LoraConfig | None = Field(None, description="train adapters of this size only; null: train all weights")
     neftune_noise_alpha: float = Field(0.0, ge=0, description="NEFTune's noise on the embeddings; 0: none")
     allow_any_mask: bool = Field(False, description="train although every token of a source is learned")
 
+    @classmethod
+    def settle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        data, router, model = values.get("data"), values.get("router", {}), values.get("model")
+        settled = dict(values)
+        if isinstance(data, Mapping):
+            settled["data"] = {"examples": cls.EXAMPLES, **data}
+        if isinstance(router, Mapping):
+            router = {key: value for key, value in router.items() if value is not None}
+            router.setdefault("update", "frozen" if values.get("lora") else "train")
+            own = MixtralConfig.model_fields["router_aux_loss_coef"].default
+            if isinstance(model, Mapping):
+                own = model.get("router_aux_loss_coef", own)
+            router.setdefault("router_aux_loss_coef", 0.0 if router["update"] == "frozen" else own)
+            settled["router"] = router
+        return settled
+
     @model_validator(mode="after")
-    def _base_stays_small(self) -> Self:
+    def _fits_the_stage(self) -> Self:
+        if self.data.examples != self.EXAMPLES:
+            raise ValueError(f"data.examples is {self.data.examples}: stage {self.stage} reads {self.EXAMPLES}")
         if self.lora is not None and self.lora.quantizes and self.compute.remat == "none":
             raise ValueError(
                 f"lora.base_dtype is {self.lora.base_dtype}, but compute.remat is none, which would keep every layer "
@@ -287,62 +288,25 @@ class TuningConfig(RunConfig):
     def neftune(self) -> float:
         return self.neftune_noise_alpha
 
-    @property
-    def noisy(self) -> bool:
-        return self.neftune_noise_alpha > 0 or (self.lora is not None and self.lora.dropout > 0)
-
-
-def settle(values: Any, examples: str) -> Any:
-    """Fill in what depends on other fields: the kind of examples, and the router's part in training."""
-    if not isinstance(values, Mapping):
-        return values
-    values = dict(values)
-    data, router, model = values.get("data"), values.get("router", {}), values.get("model")
-    if isinstance(data, Mapping):
-        values["data"] = {"examples": examples, **data}
-    if isinstance(router, Mapping):
-        router = {key: value for key, value in router.items() if value is not None}
-        router.setdefault("update", "frozen" if values.get("lora") else "train")
-        own = MixtralConfig.model_fields["router_aux_loss_coef"].default
-        if isinstance(model, Mapping):
-            own = model.get("router_aux_loss_coef", own)
-        router.setdefault("router_aux_loss_coef", 0.0 if router["update"] == "frozen" else own)
-        values["router"] = router
-    return values
-
 
 class SftConfig(TuningConfig):
     """Supervised fine-tuning on chats or prompt-completion pairs."""
 
+    EXAMPLES = "chat"
+
     stage: Literal["sft"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settle(cls, values: Any) -> Any:
-        return settle(values, "chat")
-
-    @model_validator(mode="after")
-    def _reads_chats(self) -> Self:
-        if self.data.examples != "chat":
-            raise ValueError(f"data.examples is {self.data.examples}: stage sft reads chat")
-        return self
 
 
 class DpoStageConfig(TuningConfig):
     """Direct preference optimisation and its relatives, on pairs of answers."""
 
+    EXAMPLES = "preference"
+
     stage: Literal["dpo"]
     dpo: DpoConfig = DpoConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _settle(cls, values: Any) -> Any:
-        return settle(values, "preference")
-
     @model_validator(mode="after")
-    def _pairs_and_reference(self) -> Self:
-        if self.data.examples != "preference":
-            raise ValueError(f"data.examples is {self.data.examples}: stage dpo reads preference")
+    def _fits_the_reference(self) -> Self:
         if self.reference == "lora_base" and self.router_factor:
             raise ValueError(
                 "dpo.reference is lora_base, but router.update trains the router of that base: "

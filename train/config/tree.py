@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from mixtral_jax.train.errors import UserError
 
@@ -30,17 +32,47 @@ class Tree:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
-    def origin(self, path: str) -> str | None:
-        """Where the value at `path`, or the nearest enclosing section, was set; None where nothing set it."""
-        while path:
-            if path in self.origins:
-                return self.origins[path]
-            path = path.rpartition(".")[0]
-        return None
+    def find(self, path: str) -> tuple[bool, Any]:
+        """Whether something stands at `path`, and what."""
+        place: Any = self.values
+        for part in path.split("."):
+            if isinstance(place, dict) and part in place:
+                place = place[part]
+            elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
+                place = place[int(part)]
+            else:
+                return False, None
+        return True, place
+
+    def set(self, path: str, value: Any, origin: str) -> None:
+        """Put a value in place of what stands at `path`; sections that are absent are made.
+
+        Raises:
+            UserError: the path leads through a value that has no parts, or beyond the end of a list.
+        """
+        place: Any = self.values
+        *above, last = path.split(".")
+        here = ""
+        for part in above:
+            slot = _slot(place, part, here)
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place, here = place[slot], _join(here, part)
+        place[_slot(place, last, here)] = value
+        self.origins = {p: o for p, o in self.origins.items() if not p.startswith(f"{path}.")}
+        self.origins |= dict.fromkeys([path, *paths(value, path)], origin)
+
+    def merge(self, path: str, value: Any, origin: str) -> None:
+        """Set the keys of a dict one by one where a section stands; `{preset: ...}` and all else as `set` does."""
+        if isinstance(value, dict) and value and "preset" not in value and isinstance(self.find(path)[1], dict):
+            for key, child in value.items():
+                self.merge(f"{path}.{key}", child, origin)
+        else:
+            self.set(path, value, origin)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
-    """The content of a YAML file with overrides applied.
+    """The content of a YAML file with overrides applied in order.
 
     Raises:
         FileNotFoundError: no such file.
@@ -54,26 +86,33 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    tree = tree_from_text(text, str(path))
-    return apply_overrides(tree, overrides)
+    tree, problems = tree_from_text(text, str(path)), []
+    for key, value in split_overrides(overrides):
+        try:
+            tree.set(key, parse_value(value), OVERRIDE)
+        except UserError as error:
+            problems.append(f"override {key}={value}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return tree
 
 
 def tree_from_text(text: str, name: str = "text") -> Tree:
     """Parse YAML; `name` is what errors and origins call the text."""
-    tree = Tree()
-    node = _compose(text, name)
+    reader = _Reader(name)
+    node = reader.compose(text)
     if node is None:
         raise UserError(f"{name} is empty")
     if not isinstance(node, MappingNode):
         raise UserError(f"{name} must hold `key: value` lines at its top level")
-    tree.values = _construct(node, (), name, tree.origins)
-    return tree
+    return Tree(reader.value(node), reader.origins)
 
 
 def parse_value(text: str) -> Any:
     """One YAML value, as overrides write it: `1e-4` a number, `null`, `[1, 2]`, `no` a string."""
-    node = _compose(text, repr(text))
-    return None if node is None else _construct(node, (), repr(text), {})
+    reader = _Reader(repr(text))
+    node = reader.compose(text)
+    return None if node is None else reader.value(node)
 
 
 def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -101,187 +140,124 @@ def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def apply_overrides(tree: Tree, arguments: Sequence[str]) -> Tree:
-    """Set each override's path, in order; sections that are absent are made."""
-    problems = []
-    for key, text in split_overrides(arguments):
-        try:
-            value = parse_value(text)
-            _set(tree, key.split("."), value)
-        except UserError as error:
-            problems.append(f"override {key}={text}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return tree
-
-
-def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted path, leaf); an empty dict or list counts as a leaf."""
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """The dotted path of everything inside a value, sections and lists before their parts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not isinstance(value, dict | list) or not value:
-        yield path, value
     for key, child in items:
-        yield from walk(child, f"{path}.{key}" if path else str(key))
+        yield _join(path, key)
+        yield from paths(child, _join(path, key))
 
 
 def to_yaml(values: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> str:
     """YAML 1.2 that `tree_from_text` reads back as the same tree; `notes` become comments, by dotted path."""
-    notes = notes or {}
-    lines = [(line, notes.get(path, "")) for line, path in _emit(values, "", 0)]
-    width = min(60, max((len(line) for line, note in lines if note), default=0))
-    return "".join(f"{line:<{width}}  # {note}\n" if note else f"{line}\n" for line, note in lines)
-
-
-def closest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The known dotted path whose last part is most similar, or None; among equals the nearest as a whole."""
-
-    def similarity(candidate: str) -> tuple[float, float]:
-        leaf = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return leaf, difflib.SequenceMatcher(None, word, candidate).ratio()
-
-    def score(candidate: str) -> float:
-        leaf, whole = similarity(candidate)
-        return leaf + 0.3 * whole
-
-    best = max(known, key=score, default=None)
-    return best if best is not None and similarity(best)[0] >= cutoff else None
+    yaml, stream = YAML(), io.StringIO()
+    yaml.width = 2**31  # no line is broken
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    yaml.dump(_commented(dict(values), "", notes or {}), stream)
+    return stream.getvalue()
 
 
 def show(value: Any) -> str:
     """A value as one would write it in YAML, cut to one readable line."""
-    text = _flow(value)
+    text = value if isinstance(value, str) and _is_plain(value) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _compose(text: str, name: str) -> Node | None:
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        return yaml.compose(io.StringIO(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{where}: not valid YAML: {error.problem or error.context}") from None
-    except YAMLError as error:
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+class _Reader:
+    """Reads one text; keeps the line of each dotted path."""
+
+    def __init__(self, name: str):
+        self.name, self.origins = name, dict[str, str]()
+        self._yaml = YAML(typ="safe", pure=True)
+
+    def compose(self, text: str) -> Node | None:
+        """The nodes of the text, which know their lines."""
+        try:
+            return self._yaml.compose(io.StringIO(text))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f", line {mark.line + 1}" if mark else ""
+            raise UserError(f"{self.name}{where}: not valid YAML: {error.problem or error.context}") from None
+        except YAMLError as error:
+            raise UserError(f"{self.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+    def value(self, node: Node, path: str = "") -> Any:
+        """What a node stands for."""
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode):
+            for i, child in enumerate(node.value):
+                self.origins[_join(path, i)] = f"{self.name}:{_line(child)}"
+            return [self.value(child, _join(path, i)) for i, child in enumerate(node.value)]
+        if str(node.tag).rpartition(":")[2] in ("str", "timestamp", "value"):  # a date and `=` are text here
+            return node.value
+        try:
+            return self._yaml.constructor.construct_object(node)
+        except (ConstructorError, ValueError):
+            where = f"{self.name}, line {_line(node)}"
+            raise UserError(f"{where}: the tag {node.tag} is not supported for {node.value!r}") from None
+
+    def _mapping(self, node: MappingNode, path: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = key_node.value, _line(key_node)
+            if not isinstance(key, str) or key == "<<":
+                raise UserError(f"{self.name}, line {line}: a key must be a plain word")
+            here = _join(path, key)
+            if key in result:
+                raise UserError(f"{self.name}, line {line}: {here} was set in line {lines[key]} already")
+            lines[key], self.origins[here] = line, f"{self.name}:{line}"
+            result[key] = self.value(value_node, here)
+        return result
 
 
-def _construct(node: Node, path: tuple[str, ...], name: str, origins: dict[str, str]) -> Any:
-    if path:
-        origins[".".join(path)] = f"{name}:{node.start_mark.line + 1}"
-    if isinstance(node, MappingNode):
-        return _construct_mapping(node, path, name, origins)
-    if isinstance(node, SequenceNode):
-        return [_construct(child, (*path, str(i)), name, origins) for i, child in enumerate(node.value)]
-    assert isinstance(node, ScalarNode)
-    return _scalar(node, name)
+def _line(node: Node) -> int:
+    return node.start_mark.line + 1
 
 
-def _construct_mapping(node: MappingNode, path: tuple[str, ...], name: str, origins: dict[str, str]) -> dict:
-    result: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key, str) or key == "<<":
-            raise UserError(f"{name}, line {line}: a key must be a plain word")
-        if key in result:
-            raise UserError(f"{name}, line {line}: {'.'.join((*path, key))} was set in line {lines[key]} already")
-        lines[key] = line
-        result[key] = _construct(value_node, (*path, key), name, origins)
-        origins[".".join((*path, key))] = f"{name}:{line}"
+def _join(path: str, key: str | int) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _slot(place: Any, part: str, here: str) -> str | int:
+    """What stands for `part` in the section or list `place`, which is at the path `here`."""
+    if isinstance(place, list):
+        if not part.isdigit() or int(part) >= len(place):
+            raise UserError(f"{here} is a list of {len(place)}: its elements are {here}.0 to {here}.{len(place) - 1}")
+        return int(part)
+    if not isinstance(place, dict):
+        raise UserError(f"{here} is {show(place)}, which has no parts")
+    return part
+
+
+def _commented(value: Any, path: str, notes: Mapping[str, str]) -> Any:
+    """The value as ruamel.yaml writes it: block style with a comment for each leaf, lists of leaves in flow style."""
+    if not isinstance(value, dict | list):
+        return value
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    made = {key: _commented(child, _join(path, key), notes) for key, child in parts}
+    result = CommentedMap(made) if isinstance(value, dict) else CommentedSeq(made.values())
+    if not value or (isinstance(value, list) and not any(_is_block(child) for child in value)):
+        result.fa.set_flow_style()
+    for key in made if isinstance(value, dict) else ():
+        if not _is_block(value[key]) and (note := notes.get(_join(path, key))):
+            result.yaml_add_eol_comment(note, key, column=44)
     return result
 
 
-def _scalar(node: ScalarNode, name: str) -> Any:
-    text, kind = node.value, (node.tag or "").removeprefix("tag:yaml.org,2002:")
-    plain = text.replace("_", "")
-    match kind:
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int" if re.match(r"[-+]?0[xob]", plain):
-            return int(plain, 0)
-        case "int":
-            return int(plain)
-        case "float":
-            return float(re.sub(r"\.(inf|nan)$", r"\1", plain, flags=re.IGNORECASE))
-        case "str" | "timestamp" | "value":
-            return text
-    raise UserError(f"{name}, line {node.start_mark.line + 1}: the tag {node.tag} is not supported")
-
-
-def _set(tree: Tree, parts: list[str], value: Any) -> None:
-    place: Any = tree.values
-    for i, part in enumerate(parts):
-        here, last = ".".join(parts[:i]), i == len(parts) - 1
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise UserError(
-                    f"{here} is a list of {len(place)}: its elements are {here}.0 to {here}.{len(place) - 1}"
-                )
-            slot: Any = int(part)
-        elif isinstance(place, dict):
-            slot = part
-            if not last and place.get(slot) is None:
-                place[slot] = {}
-        else:
-            raise UserError(f"{here} is {show(place)}, which has no parts")
-        if last:
-            place[slot] = value
-        else:
-            place = place[slot]
-    path = ".".join(parts)
-    for stale in [p for p in tree.origins if p.startswith(path + ".")]:
-        del tree.origins[stale]
-    tree.origins[path] = OVERRIDE
-
-
-def _emit(value: Any, path: str, indent: int) -> Iterator[tuple[str, str]]:
-    """(line, dotted path of the leaf on it) in block style; lists of leaves in flow style."""
-    pad = " " * indent
-    for key, child in value.items():
-        here = f"{path}.{key}" if path else str(key)
-        name = _flow(str(key))
-        if isinstance(child, dict) and child:
-            yield f"{pad}{name}:", ""
-            yield from _emit(child, here, indent + 2)
-        elif isinstance(child, list) and any(isinstance(item, dict) and item for item in child):
-            yield f"{pad}{name}:", ""
-            for i, item in enumerate(child):
-                if isinstance(item, dict) and item:
-                    lines = list(_emit(item, f"{here}.{i}", indent + 4))
-                    yield f"{pad}  - {lines[0][0].lstrip()}", lines[0][1]
-                    yield from lines[1:]
-                else:
-                    yield f"{pad}  - {_flow(item)}", f"{here}.{i}"
-        else:
-            yield f"{pad}{name}: {_flow(child)}", here
-
-
-def _flow(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_flow(str(k))}: {_flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_flow(v) for v in value) + "]"
-    if isinstance(value, str):
-        return value if _is_plain(value) else _quoted(value)
-    if isinstance(value, float):
-        return repr(value).replace("inf", ".inf").replace("nan", ".nan")
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
+def _is_block(value: Any) -> bool:
+    return bool(value) and (isinstance(value, dict) or (isinstance(value, list) and any(map(_is_block, value))))
 
 
 def _is_plain(text: str) -> bool:
-    """May this string stand without quotes, in flow style too? Words and paths that do not read as a number."""
+    """May this string stand without quotes? Words and paths that do not read as a number."""
     if not re.fullmatch(r"[A-Za-z_/.][\w./+@ -]*", text, flags=re.ASCII) or text != text.strip():
         return False
     return parse_value(text) == text
-
-
-def _quoted(text: str) -> str:
-    escaped = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
 
 
 def _similar_file(path: Path) -> str:

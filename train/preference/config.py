@@ -59,7 +59,7 @@ class DpoConfig(FrozenConfig):
     @field_validator("loss_type", mode="before", json_schema_input_type=LossType | tuple[LossType, ...])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,0 +1,91 @@
+"""`eval`: loss, perplexity, bits per byte and accuracy of a checkpoint, source by source."""
+
+import contextlib
+import functools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mixtral_jax.data.loader import eval_sources
+from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.model import Mixtral
+from mixtral_jax.parallel.mesh import make_mesh
+from mixtral_jax.train.commands.read_model import read_model
+from mixtral_jax.train.config.schema import RunConfig, check_sizes
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.feed import batch_share, make_put
+from mixtral_jax.train.hooks.evaluate import add_up, token_metrics
+from mixtral_jax.train.objective import token_sums
+from mixtral_jax.train.run.peers import agree
+
+EXIT_DONE, EXIT_NOT_FINITE = 0, 3
+
+
+def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> int:
+    """Print loss, perplexity, bits per byte and accuracy of each validation source; 3 where a loss is not finite.
+
+    Raises:
+        UserError: as `measure`.
+    """
+    metrics = measure(checkpoint, config)
+    if jax.process_index() == 0:
+        names = [source.name for source in config.data.validation]
+        print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, names))
+    if not math.isfinite(metrics["eval/loss"]):
+        print("exit 3: the loss is not finite", file=sys.stderr)
+        return EXIT_NOT_FINITE
+    return EXIT_DONE
+
+
+def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
+    """eval/{loss,perplexity,bits_per_byte,accuracy} over the validation sources of a run file, and eval/<source>/*.
+
+    Raises:
+        UserError: the file is one for preferences, has no validation sources, or its tokenizer does not fit the model.
+    """
+    data = config.data
+    if config.stage == "dpo":
+        raise UserError("eval reads files with stage pretrain or sft: a preference file has pairs, not documents")
+    if not data.validation:
+        raise UserError("data.validation is empty: there is nothing to evaluate")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        model = read_model(checkpoint, mesh=mesh, compute=config.compute)
+        pieces = load_tokenizer(data.tokenizer).vocab_size
+        if pieces > model.config.vocab_size:
+            raise UserError(
+                f"data.tokenizer has {pieces} pieces, the model of {checkpoint} knows {model.config.vocab_size}"
+            )
+        if mesh is not None:
+            check_sizes(config, mesh.shape, training=False)
+        rows = config.eval.batch_size or config.rows_per_micro_batch
+        share = batch_share(mesh, rows)
+        sources = eval_sources(prepare(data, config.seq_len, config.seed, train=False), batch_size=rows, shard=share)
+        put = make_put(mesh, share)
+        agree(validation=" ".join(source.fingerprint for source in sources.values()))
+
+        def ask(batch: Any) -> Any:
+            return _sums(model, put(batch), skip_masked=config.stage == "sft")
+
+        sums = {name: add_up(ask, source, config.eval.batches) for name, source in sources.items()}
+    return token_metrics(sums, sources)
+
+
+@functools.partial(jax.jit, static_argnames="skip_masked")
+def _sums(model: Mixtral, batch: Any, skip_masked: bool) -> Any:
+    return token_sums(model, jax.tree.map(lambda x: x[0], batch), skip_masked=skip_masked)[0]
+
+
+def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
+    names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    width = max(len("source"), *map(len, sources), len("all"))
+    lines = [f"{'source':{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'accuracy':>8}"]
+    for label, prefix in [*((name, f"eval/{name}/") for name in sources), ("all", "eval/")]:
+        loss, perplexity, bits, accuracy = (metrics.get(prefix + name, math.nan) for name in names)
+        lines.append(f"{label:{width}}  {loss:8.4f}  {perplexity:10.3f}  {bits:9.4f}  {accuracy:8.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Text in, text out: texts and chats through a tokenizer to a model, and its tokens back to text."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mixtral_jax.data.text.chat import encode_prompt
+from mixtral_jax.data.text.template import load_template
+from mixtral_jax.data.text.tokenizer import Tokenizer
+from mixtral_jax.generation.generate import Prompts
+from mixtral_jax.generation.generate import generate as generate_tokens
+from mixtral_jax.generation.generate import stream as stream_tokens
+from mixtral_jax.model import Mixtral
+from mixtral_jax.train.errors import UserError
+
+Chat = Sequence[Mapping[str, Any]]  # {"role", "content"} each
+
+
+def generate(
+    model: Mixtral,
+    prompt: Prompts | str | Chat | Sequence[str | Chat],
+    *,
+    tokenizer: Tokenizer | None = None,
+    template: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Continue token ids or text, or answer a chat.
+
+    Args:
+        prompt: token ids (a prompt, a list of prompts, an array), a text, a chat, or a list of texts or chats.
+        tokenizer: of texts and chats; `load_tokenizer` reads one.
+        template: format of chats: v1, v3, chatml or a description; None: by the tokenizer's control tokens.
+        options: of `mixtral_jax.generation.generate.generate`: max_new_tokens, temperature, top_k, top_p, seed.
+
+    Returns:
+        For token ids the new ones, as that function does. What follows a text, the answer to a chat; a list for a list.
+
+    Raises:
+        UserError: text without a tokenizer, or one with more pieces than the model knows.
+        ValueError: the chat breaks a rule of its template, or an option is out of range.
+    """
+    single = isinstance(prompt, str) or _is_chat(prompt)
+    prompts: Any = [prompt] if single else prompt
+    if not isinstance(prompts, list | tuple) or not any(isinstance(p, str) or _is_chat(p) for p in prompts):
+        return generate_tokens(model, prompts, **options)
+    codec = _Codec(model, tokenizer, template, prompts)
+    ids = [codec.encode(p) for p in prompts]
+    answers = generate_tokens(model, ids, eos_id=codec.ends, **options)
+    texts = ["".join(codec.decode(*each)) for each in zip(prompts, ids, answers, strict=True)]
+    return texts[0] if single else texts
+
+
+def stream(
+    model: Mixtral,
+    prompt: str | Chat,
+    *,
+    tokenizer: Tokenizer,
+    template: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The text of `generate` for one prompt, piece by piece as it grows."""
+    codec = _Codec(model, tokenizer, template, [prompt])
+    ids = codec.encode(prompt)
+    rows = stream_tokens(model, [ids], eos_id=codec.ends, **options)
+    yield from codec.decode(prompt, ids, (row[0] for row in rows if row[0] is not None))
+
+
+def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Text behind that of `lead`, token by token; a character of several tokens comes when it is complete."""
+    ids = list(lead)
+    shown = len(tokenizer.decode(ids))
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]
+
+
+class _Codec:
+    """Prompts to token ids and back: a tokenizer, and the template where a prompt is a chat."""
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, template: Any, prompts: Sequence[str | Chat]):
+        if tokenizer is None:
+            raise UserError("text needs a tokenizer: generate(..., tokenizer=load_tokenizer(path)), or give token ids")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows {model.config.vocab_size}"
+            )
+        self._tokenizer, self._template = tokenizer, None
+        self.ends = [tokenizer.eos_id]
+        if any(map(_is_chat, prompts)):
+            self._template = load_template(template or _usual_template(tokenizer), tokenizer)
+            close = self._template.assistant.close
+            self.ends += [token for token in close if len(close) == 1 and token != tokenizer.eos_id]
+
+    def encode(self, prompt: str | Chat) -> list[int]:
+        """BOS and the text, or the chat up to the header of its answer."""
+        if isinstance(prompt, str):
+            return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
+        assert self._template is not None
+        return encode_prompt(prompt, self._tokenizer, self._template)
+
+    def decode(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> Iterator[str]:
+        """The new tokens as text: without those that end it, and those that the tokenizer has no piece for."""
+        lead = ids[1:] if isinstance(prompt, str) else ()  # a piece's leading space shows only after others
+        known = (token for token in new if token not in self.ends and token < self._tokenizer.vocab_size)
+        return grow(self._tokenizer, lead, known)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _usual_template(tokenizer: Tokenizer) -> str:
+    if tokenizer.id_of("<|im_start|>") is not None:
+        return "chatml"
+    return "v1" if tokenizer.id_of("[INST]") is None else "v3"
