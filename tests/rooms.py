@@ -76,12 +76,14 @@ def draw() -> str:
         parts.append(f'<rect class="{kind}" x="{x:.0f}" y="{y}" width="{width:.0f}" height="{BOX}" rx="5"/>')
         parts.append(f'<text x="{x + width / 2:.0f}" y="{y + 20}" text-anchor="middle">{name}</text>')
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"'
+        ' font-size="13">\n'
         "<style>.panel{fill:#f6f7f9;stroke:#c8ccd4}.folder{fill:#dbe7f6;stroke:#6b8fbf}.file{fill:#fff;stroke:#9aa3b2}"
         "path{stroke:#9aa3b2;fill:none}text{fill:#1c2330}.room{font-size:17px;font-weight:bold}"
         ".arrow{stroke:#1c2330;stroke-width:2}</style>\n"
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>\n'
-        '<text class="room" x="16" y="28">launch.py → train/ → mixtral_jax/ and data/, which know nothing of each other</text>'
+        '<text class="room" x="16" y="28">launch.py → train/ → mixtral_jax/ and data/, which know nothing of each'
+        " other</text>"
     )
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 

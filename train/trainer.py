@@ -11,7 +11,6 @@ import jax
 from etils import epath
 
 from mixtral_jax.data.rows.batch import Batch, PairBatch
-from mixtral_jax.data.text.template import load_template
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.train.build import Parts, build, settle_steps
@@ -27,16 +26,18 @@ from mixtral_jax.train.hooks.ledger import Diverged, Ledger
 from mixtral_jax.train.hooks.log import Log
 from mixtral_jax.train.hooks.moment import Hook, Moment
 from mixtral_jax.train.hooks.profile import Profile
-from mixtral_jax.train.hooks.sample import Sample, continuations
+from mixtral_jax.train.hooks.sample import Sample
 from mixtral_jax.train.hooks.sinks import JsonLines, TensorBoard, Wandb, Writer, open_trackers
 from mixtral_jax.train.hooks.throughput import Throughput
 from mixtral_jax.train.hooks.watchdog import EXIT_WATCHDOG, Watchdog
+from mixtral_jax.train.optimizer import Params
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.first_screen import compiled_line
 from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.run.peers import failures_reported, meet
 from mixtral_jax.train.run.resume import where_to_start
 from mixtral_jax.train.run.signals import EXIT_PREEMPTED, Interrupts
+from mixtral_jax.train.text import generate
 
 EXIT_DONE, EXIT_DIVERGED = 0, 3
 
@@ -150,9 +151,8 @@ class Trainer:
         # A checkpoint holds what the evaluation of its step said.
         self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint]
         if config.sample.every is not None and config.sample.prompts:
-            chat = None if config.data.examples == "text" else load_template(config.data.template, parts.tokenizer)
-            write = continuations(config.sample, parts.tokenizer, chat, config.seed, parts.merge)
-            self._hooks.append(Sample(config.sample, write, self.run.samples, self._console))
+            chat = config.data.examples != "text"
+            self._hooks.append(Sample(config.sample, self._continue, chat, self.run.samples, self._console))
         if config.log.profile is not None:
             self._hooks.append(Profile(config.log.profile, self.run.profile, self._console))
         return self._parts
@@ -325,3 +325,11 @@ class Trainer:
         dataset = {"next_row": row, "fingerprint": parts.fingerprint, "tokens": moment.tokens}
         resolved = config.model_dump(mode="json")
         return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
+
+    def _continue(self, params: Params, prompts: list[Any]) -> list[str]:
+        """What the model with these parameters makes of texts or chats."""
+        config, parts = self.config, self._ready()
+        return generate(
+            parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
+            max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
+        )  # fmt: skip

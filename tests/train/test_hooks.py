@@ -119,9 +119,9 @@ def test_sources_together_are_weighted_by_tokens():
 
 def test_samples_are_written_and_shown(tmp_path, console):
     config = SampleConfig(every=6, prompts=("Once", "Two\n"))
-    hook = Sample(config, lambda params: [" upon a\ntime", " eggs"], tmp_path / "samples", console)
+    hook = Sample(config, lambda params, prompts: [" upon a\ntime", " eggs"], False, tmp_path / "samples", console)
     assert due_steps(hook) == [6, 12]
-    assert due_steps(Sample(SampleConfig(prompts=("x",)), lambda p: [""], tmp_path, console)) == []
+    assert due_steps(Sample(SampleConfig(prompts=("x",)), lambda *_: [""], False, tmp_path, console)) == []
     hook.run(moment(6))
     written = lines(tmp_path / "samples" / "6.jsonl")
     assert written[0] == {"step": 6, "prompt": "Once", "text": " upon a\ntime"}
