@@ -1,9 +1,23 @@
-"""Errors that are the user's to mend."""
+"""Errors that are the user's to mend, and what a process says with its exit code."""
 
 import difflib
 import traceback
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Any
+
+
+class ExitCode(IntEnum):
+    """Supervisors read these: 2, 3 and 4 are final; 75 and 124 mean that the same command goes on (docs/runs.md)."""
+
+    DONE = 0  # or nothing left to do
+    UNEXPECTED = 1
+    USAGE = 2  # usage, configuration, or the format of data
+    NOT_FINITE = 3  # loss or gradient; the last good checkpoint stands
+    DIFFERENT = 4  # `convert verify` found a difference
+    STOPPED = 75  # on request, and saved
+    WATCHDOG = 124
+    AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
 
 
 class UserError(ValueError):

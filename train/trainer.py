@@ -19,6 +19,7 @@ from mixtral_jax.train.checkpoints.checkpointer import Checkpointer, saved_steps
 from mixtral_jax.train.config.load import Provenance
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.console import Console
+from mixtral_jax.train.errors import ExitCode
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks.checkpoint import Checkpoint
 from mixtral_jax.train.hooks.evaluate import PAIRS, TOKENS, Evaluate
@@ -29,17 +30,15 @@ from mixtral_jax.train.hooks.profile import Profile
 from mixtral_jax.train.hooks.sample import Sample
 from mixtral_jax.train.hooks.sinks import JsonLines, TensorBoard, Wandb, Writer, open_trackers
 from mixtral_jax.train.hooks.throughput import Throughput
-from mixtral_jax.train.hooks.watchdog import EXIT_WATCHDOG, Watchdog
+from mixtral_jax.train.hooks.watchdog import Watchdog
 from mixtral_jax.train.optimizer import Params
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.first_screen import compiled_line
 from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.run.peers import failures_reported, meet
 from mixtral_jax.train.run.resume import where_to_start
-from mixtral_jax.train.run.signals import EXIT_PREEMPTED, Interrupts
+from mixtral_jax.train.run.signals import Interrupts
 from mixtral_jax.train.text import generate
-
-EXIT_DONE, EXIT_DIVERGED = 0, 3
 
 
 class Outcome(NamedTuple):
@@ -48,7 +47,7 @@ class Outcome(NamedTuple):
     state: str
     step: int
     reason: str
-    exit_code: int
+    exit_code: ExitCode
 
 
 def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -113,7 +112,7 @@ class Trainer:
             self.step = self._start = 0 if self._found is None else self._found.step
             self._best = Best(self.config.early_stopping, self._found and self._found.meta.get("best"))
             if nothing_left := self._nothing_left():
-                self._end("done", f"nothing left to do: {nothing_left}", EXIT_DONE)
+                self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
             else:
                 self._ready()
             self._opened = opened.pop_all()
@@ -185,7 +184,7 @@ class Trainer:
         if self.outcome is not None:
             return
         self._compile()
-        bite = partial(self.run.write_status, "watchdog", -1, exit_code=EXIT_WATCHDOG)
+        bite = partial(self.run.write_status, "watchdog", -1, exit_code=ExitCode.WATCHDOG)
         with contextlib.closing(Watchdog(self.config.log.watchdog_seconds, bite)) as watchdog:
             self._ledger.throughput.restart()
             while self.outcome is None:
@@ -241,15 +240,15 @@ class Trainer:
         if last:
             self._checkpoint.finish(step)
             best = f"; {self._best}" if str(self._best) else ""
-            self._end("done", f"{steps} steps are done; everything is in {self.run.path}{best}", EXIT_DONE)
+            self._end("done", f"{steps} steps are done; everything is in {self.run.path}{best}", ExitCode.DONE)
         elif signal or self._best.exhausted:
             self._checkpoint.run(moment)
             self._checkpoint.finish(step)
             if self._best.exhausted:
-                self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", EXIT_DONE)
+                self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", ExitCode.DONE)
             else:
                 reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
-                self._end("preempted", reason, EXIT_PREEMPTED)
+                self._end("preempted", reason, ExitCode.STOPPED)
         return moment
 
     def _diverged(self, error: Diverged) -> None:
@@ -257,7 +256,7 @@ class Trainer:
         self._checkpoint.finish(error.step)
         saved = saved_steps(self._checkpoints)
         stands = f"checkpoint {saved[-1]} stands" if saved else "there is no checkpoint"
-        self._end("diverged", f"{error}; no update was made, {stands}", EXIT_DIVERGED)
+        self._end("diverged", f"{error}; no update was made, {stands}", ExitCode.NOT_FINITE)
 
     @property
     def model(self) -> Mixtral:
@@ -313,7 +312,7 @@ class Trainer:
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _end(self, state: str, reason: str, exit_code: int) -> None:
+    def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
         self.run.write_status(state, self.step, reason, exit_code)
         self.say(f"exit {exit_code}: {reason}")

@@ -17,13 +17,11 @@ from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.train.commands.read_model import read_model
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks.evaluate import add_up, token_metrics
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.run.peers import agree
-
-EXIT_DONE, EXIT_NOT_FINITE = 0, 3
 
 
 def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> int:
@@ -38,8 +36,8 @@ def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> in
         print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, names))
     if not math.isfinite(metrics["eval/loss"]):
         print("exit 3: the loss is not finite", file=sys.stderr)
-        return EXIT_NOT_FINITE
-    return EXIT_DONE
+        return ExitCode.NOT_FINITE
+    return ExitCode.DONE
 
 
 def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:

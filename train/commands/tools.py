@@ -12,16 +12,14 @@ from mixtral_jax.data import train_tokenizer as tokenizing
 from mixtral_jax.data.prepare import prepare as preparing
 from mixtral_jax.train.config.load import json_schema
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.errors import UserError
-
-EXIT_DIFFERENT = 4
+from mixtral_jax.train.errors import ExitCode, UserError
 
 
 def verify(a: str, b: str, *, prompts: str | None = None, as_json: bool = False) -> int:
     """Compare two checkpoints; 0 where they are the same, 4 where not."""
     report = convert.verify(a, b, prompts=prompts)
     print(json.dumps(report.to_json()) if as_json else "\n".join(report.lines()))
-    return 0 if report.identical else EXIT_DIFFERENT
+    return ExitCode.DONE if report.identical else ExitCode.DIFFERENT
 
 
 def prepare(config: RunConfig, *, part: str | None = None) -> int:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-EXIT_WATCHDOG = 124
+from mixtral_jax.train.errors import ExitCode
 
 
 class Watchdog:
@@ -40,4 +40,4 @@ class Watchdog:
             if time.monotonic() - self._last > self._seconds:
                 faulthandler.dump_traceback(all_threads=True)
                 self._on_bite(f"no step finished for {self._seconds:g} s (log.watchdog_seconds)")
-                os._exit(EXIT_WATCHDOG)
+                os._exit(ExitCode.WATCHDOG)

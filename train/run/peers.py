@@ -21,10 +21,9 @@ import numpy as np
 from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
 from jax.experimental import multihost_utils
 
-from mixtral_jax.train.errors import UserError, is_for_the_user
+from mixtral_jax.train.errors import ExitCode, UserError, is_for_the_user
 from mixtral_jax.train.run.directory import RunDirectory
 
-EXIT_UNEXPECTED, EXIT_USAGE = 1, 2
 _KEY = "mixtral_jax/failed"
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
 _meetings = itertools.count()  # a barrier opens once
@@ -69,7 +68,7 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
         failure = _read() if isinstance(error, jax.errors.JaxRuntimeError) else None
         if failure is not None:  # a collective broke off since its partner is gone
             _end_with(failure, place)
-        code = EXIT_USAGE if is_for_the_user(error) else EXIT_UNEXPECTED
+        code = ExitCode.USAGE if is_for_the_user(error) else ExitCode.UNEXPECTED
         reason = f"{type(error).__name__}: {error}"
         with suppress(OSError):  # there may be no run directory
             place.write_status("failed", -1, reason, code)

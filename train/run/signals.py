@@ -9,8 +9,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_PREEMPTED = 75
-EXIT_AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
+from mixtral_jax.train.errors import ExitCode
 
 
 class Interrupts:
@@ -40,7 +39,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._name is not None and number == signal.SIGINT:
-            os._exit(EXIT_AT_ONCE)
+            os._exit(ExitCode.AT_ONCE)
         self._name = signal.Signals(number).name
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)  # jax's own handler tells the other processes
