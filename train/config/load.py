@@ -99,7 +99,7 @@ def read_config(start: str | Path | RunConfig | None = None, /, **changes: Any) 
     `read_config("run.yaml", steps=10, optimizer={"b1": 0.8}, **{"data.train.0.weight": 2.0})`
 
     Args:
-        start: a YAML file, or a configuration; None: `changes` say all, `stage` among them.
+        start: a YAML file, or a configuration, in which what was filled in stays as it is; None: `changes` say all.
         changes: by dotted path, or as dicts, which change the keys that they name (`model={"preset": ...}` takes the
             place of the whole model). Sections may be configuration objects too: `model=MixtralConfig.preset("tiny")`.
 
