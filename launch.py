@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     try:
-        return _run(args) or OK
+        calls = args.does.calls
+        return _forward(calls, args) if isinstance(calls, str) else calls(args)
     except BrokenPipeError:  # `... | head` closed our stdout: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -82,11 +83,6 @@ def _environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
     if not any(map(glob.glob, _ACCELERATORS)):  # libtpu, there for `plan`, would look for a TPU, in vain and aloud
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _run(args: Parsed) -> int | None:
-    calls = args.does.calls
-    return _forward(calls, args) if isinstance(calls, str) else calls(args)
 
 
 def _forward(calls: str, args: Parsed) -> int:
