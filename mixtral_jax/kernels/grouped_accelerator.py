@@ -90,16 +90,20 @@ def _tokamax(
     groups: tuple[list[int], list[int]],
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """tokamax's kernels by name: its own choice may fall back on XLA's dense product, E times the work."""
+    """tokamax's kernels by name: its own choice may fall back on XLA's dense product, E times the work.
+
+    0.0.17 has Triton's only beside jax-triton (the extra `cuda`), and refuses a name that it does not have.
+    """
     import tokamax
+    from tokamax._src.ops.ragged_dot.api import IMPLEMENTATIONS
+
+    names = tuple(name for name in ("mosaic", "triton") if name == "mosaic" or name in IMPLEMENTATIONS)
 
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contract, ((), ())), lhs_ragged_dimensions=groups[0], rhs_group_dimensions=groups[1]
     )
 
     def run(x: jax.Array, y: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        return tokamax.ragged_dot_general(
-            x, y, sizes_E, numbers, preferred_element_type=dtype, implementation=("mosaic", "triton")
-        )
+        return tokamax.ragged_dot_general(x, y, sizes_E, numbers, preferred_element_type=dtype, implementation=names)
 
     return unchecked(run, x, y, sizes_E)

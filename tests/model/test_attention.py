@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.attention import Attention, Rows
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.layers import rope_angles
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 THETA = 1e4

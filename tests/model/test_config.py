@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 from pydantic import ValidationError
-from transformers import AutoConfig
 
 from mixtral_jax.config import PRESETS, MixtralConfig
+from tests.optional import transformers
 
 # The released config.json of mistralai/Mixtral-8x7B-v0.1, as transformers 4 wrote it (Apache-2.0).
 RELEASED_8X7B: dict[str, Any] = {
@@ -34,7 +34,7 @@ FIELDS = tuple(f for f in MixtralConfig.model_fields if f != "rope_theta")
 
 def through_transformers(config: dict[str, Any], directory: Path) -> Any:
     (directory / "config.json").write_text(json.dumps(config))
-    return AutoConfig.from_pretrained(directory)
+    return transformers.AutoConfig.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(

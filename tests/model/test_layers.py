@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from mixtral_jax.layers import Embedding, Head, RMSNorm, rms_norm
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.losses import linear_cross_entropy, linear_logps
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 M, D, V = 13, 6, 37

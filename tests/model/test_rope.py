@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.layers import apply_rope, rope_angles
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.moe.balance import RouterStats, balance_loss, expert_counts, load_metrics, router_stats, z_loss
 from mixtral_jax.moe.router import route
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 L, M, E = 3, 30, 6

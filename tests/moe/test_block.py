@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.kernels import grouped_matmul as kernel
 from mixtral_jax.moe.block import SparseMoe
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 B, T, D, F, E, K = 2, 12, 8, 10, 5, 2

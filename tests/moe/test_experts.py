@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.kernels import grouped_matmul as kernel
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, swiglu
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 R, D, F, E = 21, 6, 10, 4

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mixtral_jax.moe.router import route
+from tests.optional import torch
 from tests.oracles import mixtral as oracle
 
 ROUTE = jax.jit(route, static_argnums=(2, 3))

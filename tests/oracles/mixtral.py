@@ -4,16 +4,14 @@ Written from the papers' formulas, not from the code under test; torch's autogra
 the native parameter tree.
 """
 
-import torch
-
-F64 = torch.float64
+from tests.optional import torch
 
 
 def tensors(tree, grad=True):
     """A tree of arrays as float64 tensors that collect gradients."""
     if isinstance(tree, dict):
         return {k: tensors(v, grad) for k, v in tree.items()}
-    return torch.tensor(tree, dtype=F64).requires_grad_(grad)
+    return torch.tensor(tree, dtype=torch.float64).requires_grad_(grad)
 
 
 def grads(tree):
@@ -32,7 +30,7 @@ def rotate(x_H, position, theta):
     H = len(x_H)
     out = [None] * H
     for i in range(H // 2):
-        angle = torch.tensor(position * theta ** (-2 * i / H), dtype=F64)
+        angle = torch.tensor(position * theta ** (-2 * i / H), dtype=torch.float64)
         a, b = x_H[i], x_H[i + H // 2]
         out[i] = a * torch.cos(angle) - b * torch.sin(angle)
         out[i + H // 2] = b * torch.cos(angle) + a * torch.sin(angle)
@@ -55,7 +53,7 @@ def attention(x_TD, weights, positions, segments, theta, window):
         heads = []
         for n in range(N):
             if not seen:
-                heads.append(torch.zeros(H, dtype=F64))
+                heads.append(torch.zeros(H, dtype=torch.float64))
                 continue
             scores = torch.stack([q[t, n] @ k[s, n // group] / H**0.5 for s in seen])
             p = torch.softmax(scores, 0)
@@ -78,8 +76,8 @@ def choose(probs_E, k):
 def moe(x_MD, weights, k, valid, capacity=None):
     """(output, statistics of the layer); an expert takes at most `capacity` choices, the first in token order."""
     E = weights["router"].shape[1]
-    counts, taken = torch.zeros(E, dtype=F64), [0] * E
-    probs_sum, z, entropy, dropped = torch.zeros(E, dtype=F64), 0.0, 0.0, 0
+    counts, taken = torch.zeros(E, dtype=torch.float64), [0] * E
+    probs_sum, z, entropy, dropped = torch.zeros(E, dtype=torch.float64), 0.0, 0.0, 0
     rows = []
     for x_D, is_token in zip(x_MD, valid, strict=True):
         row = torch.zeros_like(x_D)

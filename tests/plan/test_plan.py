@@ -74,6 +74,23 @@ def test_a_program_is_counted_with_its_loops():
     assert reduced == Collective("all-reduce", 512, 5, ((0, 1, 2, 3), (4, 5, 6, 7)), False, ((16, 8),))
 
 
+@pytest.mark.parametrize(
+    ("named", "listed"),
+    [
+        ("mesh['fsdp'=4,'expert'=2] {'fsdp'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("mesh['fsdp'=4,'expert'=2] {'expert'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ("mesh['a'=2,'b'=4] {'a','b'}", (tuple(range(8)),)),
+    ],
+)
+def test_groups_are_read_by_the_names_of_their_axes(named, listed):
+    """As jax 0.12 writes them."""
+    (gathered,) = (
+        c for c in read_program(PROGRAM.replace("{{0,2,4,6},{1,3,5,7}}", named)).collectives if c.kind == "all-gather"
+    )
+    assert gathered.groups == listed
+
+
 def test_products_in_loops_of_unknown_length_are_not_guessed():
     program = read_program(PROGRAM.replace("constant(5)", "parameter(1)"))
     assert program.unknown_loops == 1 and program.dot_flops == 0

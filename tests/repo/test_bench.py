@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import ours, rounds, step, tuning_ours, tuning_theirs
+from tests.bench import ours, rounds, step, tuning_ours
 from tests.bench.run import write_section
 from tests.bench.shapes import SHAPES, parse
 
@@ -58,6 +58,9 @@ def test_processes_step_in_turn_and_a_dead_one_is_named(tmp_path, monkeypatch):
 
 
 def test_a_trainer_takes_one_step_when_it_is_told_to():
+    pytest.importorskip("trl", reason="the other side of the benchmark needs trl (extra: parity)")
+    from tests.bench import tuning_theirs
+
     gate, seen = tuning_theirs.Gate(), []
 
     def train():

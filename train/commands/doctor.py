@@ -1,9 +1,9 @@
 """Is this machine fit to train? Versions, devices, kernels, known-bad pairs, disk."""
 
 import importlib.util
-import itertools
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
@@ -11,12 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "array-record", "numpy",
-    "sentencepiece", "tokenizers", "pydantic", "ruamel.yaml", "libtpu", "tokamax", "tensorflow-datasets", "wandb",
-    "jax-cuda12-plugin", "jax-cuda13-plugin",
-)  # fmt: skip
-OPTIONAL = ("libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+from mixtral_jax.train.run.environment import OPTIONAL, installed
+
 SMALLEST_FREE_GIB = 5
 
 
@@ -24,7 +20,7 @@ def examine(directory: str | Path = ".") -> int:
     """Print the findings; 0 where a run can start, 2 where something stands in its way."""
     console = Console(highlight=False, soft_wrap=True)
     versions = installed()
-    problems = [*known_bad(versions), *disk_problems(Path(directory))]
+    problems = [*known_bad(versions, libtpu_of_jax()), *disk_problems(Path(directory))]
     console.print(f"[bold]python[/] {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     console.print(
         "[bold]packages[/] " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
@@ -45,18 +41,16 @@ def examine(directory: str | Path = ".") -> int:
     return 2 if problems else 0
 
 
-def installed() -> dict[str, str | None]:
-    """Version of every package that matters; None where it is absent."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+def libtpu_of_jax() -> str | None:
+    """The libtpu that the installed jax's own extra names, `0.0.50` of `libtpu==0.0.50.*`; None without jax."""
+    try:
+        named = re.search(r"libtpu==([\d.]+)\.\*", " ".join(metadata.requires("jax") or ()))
+    except metadata.PackageNotFoundError:
+        return None
+    return named and named[1]
 
 
-def known_bad(versions: Mapping[str, str | None]) -> list[str]:
+def known_bad(versions: Mapping[str, str | None], named_libtpu: str | None = None) -> list[str]:
     """Combinations that are known to fail, each with its remedy."""
     jax, flax, jaxlib, libtpu = (parsed(versions.get(name)) for name in ("jax", "flax", "jaxlib", "libtpu"))
     orbax = parsed(versions.get("orbax-checkpoint"))
@@ -64,22 +58,28 @@ def known_bad(versions: Mapping[str, str | None]) -> list[str]:
     if jax and jaxlib and jax[:2] != jaxlib[:2]:
         found.append(f"jax {versions['jax']} with jaxlib {versions['jaxlib']}: install one release of both")
     if jax >= (0, 11, 2) and flax and flax <= (0, 12, 9):
-        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'flax>=0.12.12'")
+        found.append(f"flax {versions['flax']} fails to import on jax {versions['jax']}: install 'flax>=0.12.10'")
     if jax in ((0, 11, 0), (0, 11, 1)) and versions.get("jax-cuda13-plugin"):
-        found.append(f"jax {versions['jax']} gives wrong values on some GPUs with CUDA 13: install 'jax[cuda13]>=0.12'")
-    if jax and jax < (0, 10, 1):
-        found.append(f"jax {versions['jax']} is older than 0.10.1, the first that this project runs on")
+        found.append(f"jax {versions['jax']} gives wrong values on some GPUs with CUDA 13: install 'jax>=0.11.2'")
+    if jax and jax < (0, 10, 2):
+        found.append(f"jax {versions['jax']} is older than 0.10.2, the first that this project runs on")
     if orbax and orbax < (0, 12, 8):
         found.append(f"orbax-checkpoint {versions['orbax-checkpoint']} has another v1 interface: install '>=0.12.8'")
-    if libtpu and jax[:2] == (0, 10) and libtpu[:3] != (0, 0, 42):
-        found.append(f"libtpu {versions['libtpu']} is not the one that jax {versions['jax']} names: install 0.0.42.1")
+    if libtpu and jax and named_libtpu and libtpu[:3] != parsed(named_libtpu):
+        found.append(
+            f"libtpu {versions['libtpu']} is not the one that jax {versions['jax']} names: install {named_libtpu}.*"
+        )
     return found
 
 
 def parsed(version: str | None) -> tuple[int, ...]:
     """`0.12.8` -> (0, 12, 8); what is no number ends it; () where absent."""
-    parts = (version or "").split("+")[0].split(".")
-    return tuple(int(part) for part in itertools.takewhile(str.isdigit, parts))
+    numbers: list[int] = []
+    for part in (version or "").split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
 
 
 def devices() -> tuple[list[str], list[str]]:

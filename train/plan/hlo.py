@@ -212,15 +212,29 @@ def _bytes(arrays: list[tuple[str, tuple[int, ...]]]) -> int:
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """replica_groups as lists, in either of the two ways that XLA writes them."""
+    """replica_groups as lists, in any of the three ways that XLA writes them."""
     if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
         return tuple(tuple(int(n) for n in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed.group(1)))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota is None:
-        return ()
+        return _groups_of_axes(text)
     import numpy as np
 
     rows, columns, dims, order = iota.groups()
     ids = np.arange(int(rows) * int(columns)).reshape([int(n) for n in dims.split(",")])
     ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
     return tuple(tuple(int(x) for x in row) for row in ids.reshape(int(rows), int(columns)))
+
+
+def _groups_of_axes(text: str) -> tuple[tuple[int, ...], ...]:
+    """`mesh['fsdp'=4,'expert'=2] {'fsdp'}`, as XLA writes since jax 0.12: the devices that differ along these axes."""
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if found is None:
+        return ()
+    import numpy as np
+
+    sizes = {name: int(size) for name, size in (axis.split("=") for axis in found[1].split(","))}
+    chosen = [list(sizes).index(name) for name in found[2].split(",")]
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    ids = np.moveaxis(ids, chosen, range(-len(chosen), 0))
+    return tuple(map(tuple, ids.reshape(-1, math.prod(ids.shape[-len(chosen) :])).tolist()))

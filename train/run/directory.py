@@ -1,19 +1,14 @@
 """The run directory: config.yaml, config.input.yaml, env.json, STATUS, and where everything else lies in it."""
 
 import json
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from mixtral_jax.train.commands.doctor import installed
 from mixtral_jax.train.config.load import Provenance, resolved_yaml
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run.environment import environment
 
 
 class RunDirectory:
@@ -66,32 +61,6 @@ class RunDirectory:
         for directory in (self.samples, self.tensorboard):
             for file in directory.glob("*"):
                 file.unlink()
-
-
-def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-    """Versions, git commit, flags, devices and mesh: what one needs to explain a number later."""
-    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-    return {
-        "versions": {"python": platform.python_version(), **installed()},
-        "git": git_commit(),
-        "command": sys.argv,
-        "flags": {k: v for k, v in os.environ.items() if k in flags or k.startswith(("JAX_", "NCCL_"))},
-        "platform": platform.platform(),
-        "processes": jax.process_count(),
-        "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
-        "mesh": None if mesh is None else dict(mesh.shape),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, with + where it was changed; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else None
 
 
 def replace_text(path: Path, text: str) -> None:
