@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixtral_jax.train.commands import doctor
+from mixtral_jax.train.run import environment
 
 GOOD = {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "orbax-checkpoint": "0.12.8", "libtpu": "0.0.42.1"}
 
@@ -15,7 +16,7 @@ def test_this_machine_can_start_a_run(capsys: pytest.CaptureFixture[str], tmp_pa
     out = capsys.readouterr().out
     assert "devices 8 x cpu" in out
     assert out.splitlines()[-1] == "doctor: a run can start"
-    assert all(doctor.installed()[name] for name in doctor.PACKAGES if name not in doctor.OPTIONAL)
+    assert all(doctor.installed()[name] for name in environment.PACKAGES if name not in doctor.OPTIONAL)
 
 
 @pytest.mark.parametrize(
