@@ -53,3 +53,23 @@ def import_graph() -> dict[str, set[str]]:
         # `from package import module` is an import of the module, not of the package's door
         graph[name] = {m for m in found if not any(other.startswith(f"{m}.") for other in found)} - {name}
     return graph
+
+
+def folder_of(module: str, names: dict[str, Path]) -> str:
+    """The package that a module stands in; a package stands in itself."""
+    return module if names[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def past_doors() -> list[str]:
+    """Imports from inside a folder that has a door, past that door. The three rooms themselves have none."""
+    names = {module_name(path): path for path in SOURCES}
+    rooms = {"mixtral_jax", "mixtral_jax.train", "mixtral_jax.data"}
+    found = []
+    for name, path in names.items():
+        for module in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if module not in names or names[module].name == "__init__.py":
+                continue
+            folder = folder_of(module, names)
+            if folder not in rooms and folder != folder_of(name, names):
+                found.append(f"{relative(path)} imports {module}: through {folder} instead")
+    return found

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sources import ROOT, SOURCES, import_graph, imports, relative, room_of
+from tests.rooms import boxes
+from tests.sources import ROOT, SOURCES, import_graph, imports, past_doors, relative, room_of
 
 # Room -> rooms that it may import.
 ALLOWED = {
@@ -102,6 +103,16 @@ def canonical(requirement: str) -> str:
 def test_no_two_files_import_each_other() -> None:
     """Not even through others: the imports of ours, those inside functions too, have an order."""
     TopologicalSorter(import_graph()).prepare()
+
+
+def test_a_folder_is_entered_by_its_door() -> None:
+    """Its `__init__` imports what others may use, and from outside nothing else is imported."""
+    assert past_doors() == []
+
+
+def test_no_two_folders_use_each_other() -> None:
+    """Files beside folders count each for itself: a room's own files may stand above and below its folders."""
+    TopologicalSorter(boxes()).prepare()
 
 
 def test_the_data_room_loads_without_jax() -> None:
