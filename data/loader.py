@@ -7,13 +7,11 @@ from typing import Self
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.prepare.cache import PreparedSource
 from mixtral_jax.data.prepare.prepare import PreparedData
 from mixtral_jax.data.rows.batch import Batch, PairBatch
-from mixtral_jax.data.rows.pairs import PairRow
-from mixtral_jax.data.rows.row import Row
 
 _THREADS = 2
 _AHEAD = 4  # batches
@@ -25,42 +23,27 @@ References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2)
 class RowReader:
     """Random access to the rows of prepared sources; pairs with their reference log-probabilities where known."""
 
-    def __init__(self, sources: tuple[PreparedSource, ...], references: References | None = None):
-        self.sources, self.references = sources, references or {}
-        self._readers: dict[tuple[int, int], ArrayRecordReader] = {}  # opened when first asked for
-        self._starts = [np.cumsum([0, *(rows for _, rows, _ in s.shards)]) for s in sources]
+    def __init__(self, sources: Sequence[PreparedSource], references: References | None = None):
+        self._sources, self._references = sources, references or {}
+        self._records = [  # with the numbers of rows no file is opened before one of its rows is asked for
+            ArrayRecordDataSource(
+                [f"{path}[0:{rows}]" for path, (_, rows, _) in zip(source.paths, source.shards, strict=True)]
+            )
+            for source in sources
+        ]
 
-    def read(self, places: list[tuple[int, int]]) -> list[Row | PairRow]:
-        """Rows at (source, row)."""
-        rows: list[Row | PairRow] = [self.sources[0].format.padding()] * len(places)
-        by_shard: dict[tuple[int, int], list[int]] = {}
-        for i, (source, row) in enumerate(places):
-            shard = int(np.searchsorted(self._starts[source], row, side="right")) - 1
-            by_shard.setdefault((source, shard), []).append(i)
-        for (source, shard), wanted in by_shard.items():
-            inside = [places[i][1] - int(self._starts[source][shard]) for i in wanted]
-            records = self._reader(source, shard).read(inside)
-            for i, record in zip(wanted, records, strict=True):
-                rows[i] = self._with_reference(self.sources[source].format.decode(record), places[i])
-        return rows
-
-    def _with_reference(self, row: Row | PairRow, place: tuple[int, int]) -> Row | PairRow:
-        known = self.references.get(self.sources[place[0]].fingerprint)
-        if known is None or isinstance(row, Row):
-            return row
-        return row._replace(ref_logps=known[place[1]])
-
-    def _reader(self, source: int, shard: int) -> ArrayRecordReader:
-        if (source, shard) not in self._readers:
-            # No read-ahead: rows are read in random order.
-            opened = ArrayRecordReader(self.sources[source].paths[shard], "readahead_buffer_size:0")
-            self._readers.setdefault((source, shard), opened)  # another thread may have been first
-        return self._readers[source, shard]
+    def read(self, source: int, row: int) -> Batch | PairBatch:
+        """One row."""
+        found = self._sources[source].format.decode(self._records[source][row])
+        known = self._references.get(self._sources[source].fingerprint)
+        if known is None or isinstance(found, Batch):
+            return found
+        return found._replace(ref_logps=known[row])
 
     def close(self) -> None:
         """Closes the files."""
-        for reader in self._readers.values():
-            reader.close()
+        for records in self._records:
+            records.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -97,10 +80,10 @@ class BatchLayout:
         return [first + j for first in firsts for j in range(local)]
 
 
-def stack(rows: Sequence[Row | PairRow], accumulation: int) -> Batch | PairBatch:
+def stack(rows: Sequence[Batch | PairBatch], accumulation: int) -> Batch | PairBatch:
     """Rows into a Batch of `accumulation` micro-batches."""
     fields = (np.stack(field) for field in zip(*rows, strict=True))
-    kind = PairBatch if isinstance(rows[0], PairRow) else Batch
+    kind = PairBatch if isinstance(rows[0], PairBatch) else Batch
     return kind(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
 
 
@@ -131,7 +114,7 @@ class Loader:
 
         def batch(step: int) -> Batch | PairBatch:
             wanted = layout.rows(start_row + step * global_batch_size)
-            return stack(reader.read([order[r] for r in wanted]), layout.accumulation)
+            return stack([reader.read(*order[r]) for r in wanted], layout.accumulation)
 
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._batches = iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(options))
@@ -178,7 +161,7 @@ class EvalSource:
         """One batch by its number; rows behind the last are padding."""
         wanted = self._layout.rows(step * self._layout.global_batch_size)
         with closing(RowReader((self._source,), self._references)) as reader:
-            rows = reader.read([(0, r) for r in wanted if r < self._source.rows])
+            rows = [reader.read(0, r) for r in wanted if r < self._source.rows]
         return stack(rows + [self._source.format.padding()] * (len(wanted) - len(rows)), 1)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.prepare.cache import write_bytes_atomically
-from mixtral_jax.data.progress import Meter
-from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.prepare.cache import write_atomically
+from mixtral_jax.data.progress import meter
+from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
@@ -39,7 +39,7 @@ def train_tokenizer(
         _texts(inputs, text_key, max_bytes // len(inputs), progress), vocab_size, max_bytes=max_bytes
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(path, model)
+    write_atomically(path, model)
     return SentencePieceTokenizer(path)
 
 
@@ -47,17 +47,17 @@ def _texts(inputs: Sequence[str], key: str, share: int, progress: bool) -> Itera
     """The first `share` bytes of text of each input."""
     sources = [SourceConfig(name=f"input{i}", path=path, text_key=key) for i, path in enumerate(inputs)]
     files = [source_files(source) for source in sources]
-    problems = Problems(skip=False)
-    with Meter("Reading", sum(map(text_size_estimate, files)), show=progress) as meter:
+    census = Census(skip=False)
+    with meter("Reading", sum(map(text_size_estimate, files)), show=progress) as advance:
         for source, names in zip(sources, files, strict=True):
             left = share
-            for lump in (lump for file in names for lump in read_lumps(source, file, (key,), problems)):
+            for lump in (lump for file in names for lump in read_lumps(source, file, (key,), census)):
                 if left <= 0:
                     break
-                for number, record in lump.parse(problems):
+                for number, record in lump.parse(census):
                     text = record.get(key)
                     if not isinstance(text, str):
                         raise ValueError(f"{lump.where(number)}: no text under {key!r}")
                     left -= len(text)
                     yield text
-                meter.advance(lump.size)
+                advance(lump.size, "")

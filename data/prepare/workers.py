@@ -5,7 +5,6 @@ JAX runs its threads, and no second run of a user's script, as `multiprocessing`
 A worker whose parent is gone reads the end of its input and ends too.
 """
 
-import functools
 import os
 import pickle
 import signal
@@ -17,8 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
-
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -118,9 +115,3 @@ def serve() -> None:
             results.flush()
         except BrokenPipeError:
             os._exit(1)  # the parent is gone; nothing is left to say to it
-
-
-@functools.lru_cache(maxsize=2)
-def process_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of this process, loaded once."""
-    return load_tokenizer(path)
