@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Self
 
 import grain
@@ -46,75 +45,50 @@ class RowReader:
             records.__exit__(None, None, None)
 
 
-@dataclass(frozen=True)
-class BatchLayout:
-    """How rows are laid out in batches: global sizes, and which share of each micro-batch is ours."""
+def shard_rows(global_batch_size: int, micro_batch_size: int, shard: tuple[int, int]) -> np.ndarray:
+    """(A, b) places in a step of the rows of `shard` (i, n): of each micro-batch the i-th contiguous n-th.
 
-    global_batch_size: int
-    micro_batch_size: int
-    shard: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        index, count = self.shard
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) is not a multiple of "
-                f"micro_batch_size ({self.micro_batch_size})"
-            )
-        if self.micro_batch_size % count:
-            raise ValueError(
-                f"micro_batch_size ({self.micro_batch_size}) is not a multiple of the {count} batch shards"
-            )
-        assert 0 <= index < count
-
-    @property
-    def accumulation(self) -> int:
-        """A, the number of micro-batches."""
-        return self.global_batch_size // self.micro_batch_size
-
-    def rows(self, start: int) -> list[int]:
-        """Global rows of this shard in the step that begins at row `start`: of each micro-batch a contiguous block."""
-        index, count = self.shard
-        local = self.micro_batch_size // count
-        firsts = range(start + index * local, start + self.global_batch_size, self.micro_batch_size)
-        return [first + j for first in firsts for j in range(local)]
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+    index, count = shard
+    assert 0 <= index < count
+    if global_batch_size % micro_batch_size:
+        raise ValueError(
+            f"global_batch_size ({global_batch_size}) is not a multiple of micro_batch_size ({micro_batch_size})"
+        )
+    if micro_batch_size % count:
+        raise ValueError(f"micro_batch_size ({micro_batch_size}) is not a multiple of the {count} batch shards")
+    return np.arange(global_batch_size).reshape(-1, count, micro_batch_size // count)[:, index]
 
 
 def stack(rows: Sequence[Batch | PairBatch], accumulation: int) -> Batch | PairBatch:
-    """Rows into a Batch of `accumulation` micro-batches."""
+    """Rows into a batch of `accumulation` micro-batches."""
     fields = (np.stack(field) for field in zip(*rows, strict=True))
-    kind = PairBatch if isinstance(rows[0], PairBatch) else Batch
-    return kind(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
+    return type(rows[0])(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
 
 
 class Loader:
     """Endless batches of the training sources. `next_row` is the whole state: the first global row not handed out yet.
 
     Row r of the global order belongs to step r // global_batch_size; inside a step micro-batch a has rows
-    a * micro_batch_size and on, of which `shard` (i, n) takes the i-th contiguous n-th.
+    a * micro_batch_size and on, of which this process reads its shard.
 
     Raises:
         ValueError: sizes that do not divide.
     """
 
     def __init__(
-        self,
-        prepared: PreparedData,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int | None = None,
-        shard: tuple[int, int] = (0, 1),
-        start_row: int = 0,
-        references: References | None = None,
-    ):
-        self.next_row = start_row
-        self._layout = layout = BatchLayout(global_batch_size, micro_batch_size or global_batch_size, shard)
+        self, prepared: PreparedData, *, global_batch_size: int, micro_batch_size: int | None = None,
+        shard: tuple[int, int] = (0, 1), start_row: int = 0, references: References | None = None,
+    ):  # fmt: skip
+        self.next_row, self._rows_a_step = start_row, global_batch_size
         self._reader = reader = RowReader(prepared.train, references)
-        order = prepared.order
+        order, places = prepared.order, shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
 
         def batch(step: int) -> Batch | PairBatch:
-            wanted = layout.rows(start_row + step * global_batch_size)
-            return stack([reader.read(*order[r]) for r in wanted], layout.accumulation)
+            wanted = (start_row + step * global_batch_size + places).flatten().tolist()
+            return stack([reader.read(*order[r]) for r in wanted], len(places))
 
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._batches = iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(options))
@@ -124,7 +98,7 @@ class Loader:
 
     def __next__(self) -> Batch | PairBatch:
         batch = next(self._batches)
-        self.next_row += self._layout.global_batch_size
+        self.next_row += self._rows_a_step
         return batch
 
     def close(self) -> None:
@@ -140,37 +114,30 @@ class EvalSource:
     """
 
     def __init__(
-        self,
-        source: PreparedSource,
-        batch_size: int,
-        shard: tuple[int, int] = (0, 1),
+        self, source: PreparedSource, batch_size: int, shard: tuple[int, int] = (0, 1),
         references: References | None = None,
-    ):
+    ):  # fmt: skip
         self.targets, self.fingerprint = source.targets, source.fingerprint
         self.text_bytes = 0 if source.format.weighted else source.text_bytes
-        self._source, self._references = source, references
-        self._layout = BatchLayout(batch_size, batch_size, shard)
+        self._source, self._references, self._batch_size = source, references, batch_size
+        self._places = shard_rows(batch_size, batch_size, shard)[0]
 
     def __len__(self) -> int:
-        return -(-self._source.rows // self._layout.global_batch_size)
+        return -(-self._source.rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch | PairBatch]:
         return (self.batch(step) for step in range(len(self)))
 
     def batch(self, step: int) -> Batch | PairBatch:
         """One batch by its number; rows behind the last are padding."""
-        wanted = self._layout.rows(step * self._layout.global_batch_size)
-        with closing(RowReader((self._source,), self._references)) as reader:
+        wanted = (step * self._batch_size + self._places).tolist()
+        with closing(RowReader([self._source], self._references)) as reader:
             rows = [reader.read(0, r) for r in wanted if r < self._source.rows]
         return stack(rows + [self._source.format.padding()] * (len(wanted) - len(rows)), 1)
 
 
 def eval_sources(
-    prepared: PreparedData,
-    *,
-    batch_size: int,
-    shard: tuple[int, int] = (0, 1),
-    references: References | None = None,
+    prepared: PreparedData, *, batch_size: int, shard: tuple[int, int] = (0, 1), references: References | None = None
 ) -> dict[str, EvalSource]:
     """Each validation source by name. Every token but BOS is a target exactly once; the last batch is padded."""
     return {source.name: EvalSource(source, batch_size, shard, references) for source in prepared.validation}

@@ -50,6 +50,10 @@ class Recipe:
         """Directories of the documents, as each of `count` machines tokenises them."""
         return [self.place.with_name(f"{self.place.name}.parts-of-{count}") / f"part-{i + 1}" for i in range(count)]
 
+    def shard(self, bucket: int) -> str:
+        """Name of the file of the rows of a bucket."""
+        return f"rows-{bucket:05d}-of-{self.buckets:05d}.array_record"
+
     def load(self) -> PreparedSource | None:
         """The prepared source, where it is there."""
         return load_prepared(self.place.parent, self.source.name, self.fingerprint)
@@ -153,14 +157,6 @@ class _PackJob:
     directory: Path
 
 
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    rows: int
-    size: int
-    counts: Counter[str]
-
-
 def pack(recipes: list[Recipe], count: int, pool: Workers, advance: Advance) -> list[str]:
     """Packs each recipe whose parts are all there; returns the names of parts that are not."""
     missing: list[str] = []
@@ -178,22 +174,22 @@ def pack(recipes: list[Recipe], count: int, pool: Workers, advance: Advance) -> 
         directory = recipe.place.with_name(f"{recipe.place.name}.tmp-{os.getpid()}")
         directory.mkdir()
         jobs.extend(_PackJob(recipe, bucket, parts, directory) for bucket in range(recipe.buckets))
-    shards: list[_Shard] = []
-    for job, shard in pool.ordered(pack_bucket, iter(jobs)):
-        shards.append(shard)
-        advance(shard.counts["tokens"] * 4, job.recipe.source.name)
-        if len(shards) == job.recipe.buckets:  # results come in the order of the jobs
-            _finish(job, shards)
-            shards = []
+    packed: list[Counter[str]] = []
+    for job, counts in pool.ordered(pack_bucket, iter(jobs)):
+        packed.append(counts)
+        advance(counts["tokens"] * 4, job.recipe.source.name)
+        if len(packed) == job.recipe.buckets:  # results come in the order of the jobs
+            _finish(job, packed)
+            packed = []
     return missing
 
 
-def pack_bucket(job: _PackJob) -> _Shard:
-    """Packs one bucket into one shard; runs in a worker."""
+def pack_bucket(job: _PackJob) -> Counter[str]:
+    """Packs one bucket into one shard, and counts what is in it; runs in a worker."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     recipe, row_format = job.recipe, job.recipe.format
-    path = job.directory / f"rows-{job.bucket:05d}-of-{recipe.buckets:05d}.array_record"
+    path = job.directory / recipe.shard(job.bucket)
     directories = [part / f"{job.bucket:06d}" for part in job.parts]
     documents = spill.read_bucket(directories, row_format.token_dtype, row_format.weighted)
     if row_format.pairs:
@@ -201,26 +197,29 @@ def pack_bucket(job: _PackJob) -> _Shard:
     else:
         pieces = PACKINGS[recipe.packing](documents.lengths, row_format.seq_len)
     if not pieces.rows:
-        return _Shard(path.name, 0, 0, Counter())
+        return Counter()
     bounds = np.searchsorted(pieces.row, np.arange(pieces.rows + 1)).tolist()
     writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
     for row in range(pieces.rows):
         of_row = slice(bounds[row], bounds[row + 1])
         writer.write(row_format.encode(*documents.slices(pieces.start[of_row], pieces.length[of_row])))
     writer.close()
-    counts = Counter(documents=len(documents.lengths), tokens=int(pieces.length.sum()), split=pieces.split)
-    return _Shard(path.name, pieces.rows, path.stat().st_size, counts)
+    return Counter(
+        rows=pieces.rows,
+        bytes=path.stat().st_size,
+        documents=len(documents.lengths),
+        tokens=int(pieces.length.sum()),
+        split=pieces.split,
+    )
 
 
-def _finish(job: _PackJob, shards: list[_Shard]) -> None:
-    """Writes meta.json and gives the directory of a recipe its final name."""
+def _finish(job: _PackJob, packed: list[Counter[str]]) -> None:
+    """Writes meta.json and gives the directory of a recipe its final name; `packed` is of all buckets."""
     recipe, parts = job.recipe, job.parts[0].parent
-    census, packed = recipe.census(), Counter[str]()
+    census, total = recipe.census(), sum(packed, Counter[str]())
     for part in job.parts:
         census.add(_read_counts(part))
-    for shard in shards:
-        packed.update(shard.counts)
-    found, expected = packed["documents"], census.counts["documents"]
+    found, expected = total["documents"], census.counts["documents"]
     if found != expected or not found:
         shutil.rmtree(job.directory)
         _remove(parts)
@@ -233,10 +232,12 @@ def _finish(job: _PackJob, shards: list[_Shard]) -> None:
         fingerprint=recipe.fingerprint,
         directory=str(recipe.place),
         format=recipe.format,
-        shards=tuple((shard.name, shard.rows, shard.size) for shard in shards if shard.rows),
+        shards=tuple((recipe.shard(i), n["rows"], n["bytes"]) for i, n in enumerate(packed) if n["rows"]),
+        tokens=total["tokens"],
+        split=total["split"],
         bad=census.bad,
         bad_examples=tuple(census.bad_examples),
-        **{**packed, **census.counts},
+        **census.counts,
     )
     prepared.save(job.directory)
     if recipe.place.exists():  # a damaged one, else it would have been used

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records import columnar
 from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump
 
 _READ_BYTES = 1 << 18
@@ -110,18 +111,15 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census
     kind = file_format(source, file)
     if kind == "jsonl":
         yield from _jsonl(file, census)
-    elif kind == "text":
-        yield from _text(file, source.text_key, census)
-    else:
-        from mixtral_jax.data.records import columnar  # heavy libraries, wanted for these formats only
-
-        readers = {
-            "parquet": columnar.parquet,
-            "array_record": columnar.array_record,
-            "tfds": columnar.tfds,
-            "datasets": columnar.hugging_face,
-        }
-        yield from columnar.lumps(file, readers[kind](source, file, columns, census), LUMP_BYTES)
+        return
+    readers = {
+        "text": _text,
+        "parquet": columnar.parquet,
+        "array_record": columnar.array_record,
+        "tfds": columnar.tfds,
+        "datasets": columnar.hugging_face,
+    }
+    yield from columnar.lumps(file, readers[kind](source, file, columns, census), LUMP_BYTES)
 
 
 class _CutOff(Exception):
@@ -155,28 +153,28 @@ def _jsonl(file: str, census: Census) -> Iterator[Lump]:
         yield Lump(file, number, lines)
 
 
-def _text(file: str, key: str, census: Census) -> Iterator[Lump]:
+def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, str]]:
     """A file is one document; one of more than 8 MB is cut at line ends."""
-    rest = b""
-    number = 1
-
-    def lump(data: bytes) -> Iterator[Lump]:
+    for number, piece in enumerate(_pieces(file, census), 1):
         try:
-            yield Lump(file, number, records=({key: data.decode("utf-8")},))
+            yield {source.text_key: piece.decode("utf-8")}
         except UnicodeDecodeError as error:
             census.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
 
+
+def _pieces(file: str, census: Census) -> Iterator[bytes]:
+    rest, number = b"", 1
     try:
         for block in _blocks(file):
             rest += block
             if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
-                yield from lump(rest[:end])
+                yield rest[:end]
                 rest, number = rest[end:], number + 1
     except _CutOff as error:
         rest = rest[: rest.rfind(b"\n") + 1]
         census.report(f"{file}, part {number}: {error}")
     if rest:
-        yield from lump(rest)
+        yield rest
 
 
 def _blocks(file: str) -> Iterator[bytes]:

@@ -9,32 +9,29 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from mixtral_jax.data.text.template import (
-    AVAILABLE_TOOLS,
-    CONTENT,
-    END_OF_TOOLS,
-    TOOL_CALLS,
-    Template,
-    TemplateFormat,
-    TurnFormat,
-)
+from mixtral_jax.data.text.template import CONTENT, TOOL_TOKENS, Template, TemplateFormat, TurnFormat
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 TrainOn = Literal["all", "last"]
+_TOOL_CALLS, _TOOLS, _END_OF_TOOLS = TOOL_TOKENS
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}\Z")
 
 
+class Example(NamedTuple):
+    """One sequence that begins with BOS, and for each of its tokens whether it is learned."""
+
+    tokens: list[int]
+    learned: list[bool]
+
+
 def encode_chat(
-    messages: Sequence[Message],
-    template: Template,
-    *,
-    train_on: TrainOn = "all",
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> tuple[list[int], list[bool]]:
-    """A whole conversation, which ends with an assistant's message, as (ids, trainable), BOS included.
+    messages: Sequence[Message], template: Template, *, train_on: TrainOn = "all", tools: Sequence[Tool] = ()
+) -> Example:
+    """A whole conversation, which ends with an assistant's message, BOS included.
 
     Args:
         messages: `{"role", "content"}` each; an assistant's may hold `tool_calls` instead of content, and `weight: 0`
@@ -43,7 +40,7 @@ def encode_chat(
         tools: definitions of functions, `{"type": "function", "function": {...}}`, for templates that know tools.
 
     Returns:
-        ids, and for each whether it is learned: an assistant's tokens and the token that ends them, nothing else.
+        What is learned are an assistant's tokens and the token that ends them, nothing else.
 
     Raises:
         ValueError: one sentence that names the message, when the conversation breaks a rule of the template.
@@ -58,12 +55,7 @@ def encode_chat(
     return _encode(messages, template, tools, learned)
 
 
-def encode_prompt(
-    messages: Sequence[Message],
-    template: Template,
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> list[int]:
+def encode_prompt(messages: Sequence[Message], template: Template, *, tools: Sequence[Tool] = ()) -> list[int]:
     """Ids from which the next answer is generated: BOS, the conversation, and the header of the answer if there is one.
 
     Raises:
@@ -75,13 +67,10 @@ def encode_prompt(
             f"messages[{len(messages) - 1}]: a prompt must end with the user (or a tool), "
             f"not with role {messages[-1]['role']!r}"
         )
-    ids, _ = _encode(messages, template, tools, set())
-    return ids + list(template.ids[template.format.assistant.open])
+    return _encode(messages, template, tools, set()).tokens + list(template.ids[template.format.assistant.open])
 
 
-def _encode(
-    messages: Sequence[Message], template: Template, tools: Sequence[Mapping[str, Any]], learned: set[int]
-) -> tuple[list[int], list[bool]]:
+def _encode(messages: Sequence[Message], template: Template, tools: Sequence[Tool], learned: set[int]) -> Example:
     fmt, out = template.format, _Turns(template)
     system = _system_prompt(messages, fmt)
     if isinstance(fmt.system, TurnFormat) and system:
@@ -104,7 +93,7 @@ def _encode(
                 out.add_tool_calls(i, message["tool_calls"], trainable, last=i == len(messages) - 1)
             else:
                 out.add_turn(fmt.assistant, content.rstrip(" ") if fmt.strip_answer else content, trainable)
-    return out.ids, out.trainable
+    return Example(out.ids, out.learned)
 
 
 class _Turns:
@@ -113,11 +102,11 @@ class _Turns:
     def __init__(self, template: Template):
         self._template, self._encode_text = template, template.tokenizer.encode
         self.ids = [template.tokenizer.bos_id] if template.format.bos else []
-        self.trainable = [False] * len(self.ids)
+        self.learned = [False] * len(self.ids)
 
     def _add(self, ids: Sequence[int], trainable: bool = False) -> None:
         self.ids.extend(ids)
-        self.trainable.extend([trainable] * len(ids))
+        self.learned.extend([trainable] * len(ids))
 
     def _add_between(self, turn: TurnFormat, ids: Sequence[int], trainable: bool) -> None:
         around = self._template.ids
@@ -131,8 +120,8 @@ class _Turns:
 
     # tools, in the JSON of Mistral's v3 (mistral-common, InstructTokenizerV3)
 
-    def add_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        if AVAILABLE_TOOLS not in self._template.ids:
+    def add_tools(self, tools: Sequence[Tool]) -> None:
+        if _TOOLS not in self._template.ids:
             raise ValueError(f"template {self._template.format.name} cannot tell the model of tools")
         definitions = []
         for i, tool in enumerate(tools):
@@ -143,25 +132,23 @@ class _Turns:
                 "parameters": function.get("parameters") or {},
             }
             definitions.append({"type": "function", "function": body})
-        self._add(self._template.ids[AVAILABLE_TOOLS])
+        self._add(self._template.ids[_TOOLS])
         self._add(self._encode_text(_json(definitions)))
-        self._add(self._template.ids[END_OF_TOOLS])
+        self._add(self._template.ids[_END_OF_TOOLS])
 
     def add_tool_calls(self, i: int, calls: Sequence[Mapping[str, Any]], trainable: bool, *, last: bool) -> None:
-        if TOOL_CALLS not in self._template.ids:
+        if _TOOL_CALLS not in self._template.ids:
             raise ValueError(f"messages[{i}]: template {self._template.format.name} has no tool calls")
         entries = []
         for call in calls:
             function = _function(call, f"messages[{i}]: a tool call")
             arguments = function.get("arguments") or {}
-            entry = {
-                "name": function["name"],
-                "arguments": _parsed(arguments) if isinstance(arguments, str) else arguments,
-            }
+            arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+            entry = {"name": function["name"], "arguments": arguments}
             if not (last and call.get("id") in (None, "null")):  # only calls that nothing answers may go without an id
                 entry["id"] = _call_id(i, call.get("id"))
             entries.append(entry)
-        ids = [*self._template.ids[TOOL_CALLS], *self._encode_text(_json(entries))]
+        ids = [*self._template.ids[_TOOL_CALLS], *self._encode_text(_json(entries))]
         self._add_between(self._template.format.assistant, ids, trainable)
 
     def add_tool_result(self, i: int, message: Message) -> None:

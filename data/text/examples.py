@@ -6,7 +6,7 @@ import numpy as np
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census, Lump
-from mixtral_jax.data.text.chat import TrainOn, encode_chat, utf8_size
+from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
 from mixtral_jax.data.text.template import Template
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
@@ -115,17 +115,6 @@ def _encode_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 # --- examples of chats and preferences ---
 
 
-class Example(NamedTuple):
-    """One sequence that begins with BOS, and the loss weight of each of its tokens."""
-
-    tokens: list[int]
-    weights: list[float]
-
-    def cut(self, size: int) -> "Example":
-        """Its first `size` tokens."""
-        return Example(self.tokens[:size], self.weights[:size])
-
-
 class Pair(NamedTuple):
     """A preferred and a rejected answer to the same prompt, each with its prompt before it."""
 
@@ -150,8 +139,8 @@ def tuning_documents(
                 lost = kept[0] == kept[1]
             else:
                 example = chat_example(record, source, template, train_on)
-                whole, kept = (example,), (example.cut(size),)
-                lost = not any(kept[0].weights[1:])
+                whole, kept = (example,), (_cut(example, 0, size),)
+                lost = not any(kept[0].learned[1:])
         except ValueError as error:
             census.report(f"{lump.where(number)}: {error}")
             continue
@@ -162,7 +151,7 @@ def tuning_documents(
         examples += kept
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
     tokens = np.array([t for e in examples for t in e.tokens], token_dtype(template.tokenizer.vocab_size))
-    weights = np.array([w for e in examples for w in e.weights], np.float16)
+    weights = np.array([learned for e in examples for learned in e.learned], np.float16)
     return Documents(lengths, tokens, weights)
 
 
@@ -181,8 +170,7 @@ def chat_example(
         messages = record[source.messages_key]
         if not isinstance(messages, list):
             raise ValueError(f"{source.messages_key!r} is not a list of messages")
-        ids, trainable = encode_chat(messages, template, train_on=train_on, tools=record.get("tools") or ())
-        return Example(ids, [float(t) for t in trainable])
+        return encode_chat(messages, template, train_on=train_on, tools=record.get("tools") or ())
     if source.prompt_key not in record or source.completion_key not in record:
         both = f"{source.prompt_key!r} with {source.completion_key!r}"
         raise ValueError(f"neither {source.messages_key!r} nor {both} (it has {_names(record)})")
@@ -223,7 +211,7 @@ def _answer(prompt: Any, answer: Any, template: Template, key: str) -> Example:
         utf8_size(prompt + " " + answer, f"the prompt or {key!r}")
         before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         after = [*tokenizer.encode(answer), tokenizer.eos_id]
-        return Example(before + after, [0.0] * len(before) + [1.0] * len(after))
+        return Example(before + after, [False] * len(before) + [True] * len(after))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
@@ -231,8 +219,7 @@ def _answer(prompt: Any, answer: Any, template: Template, key: str) -> Example:
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError(f"the prompt and {key!r} must be strings or lists of messages")
     unlearned = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
-    ids, trainable = encode_chat(unlearned + answer, template)
-    return Example(ids, [float(t) for t in trainable])
+    return encode_chat(unlearned + answer, template)
 
 
 def _common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -255,7 +242,7 @@ def fit(pair: Pair, size: int) -> Pair:
     Raises:
         ValueError: a sequence does not begin with a prompt, or a row is too short.
     """
-    prompt = min(_prompt_length(pair.chosen), _prompt_length(pair.rejected))
+    prompt = min(map(_prompt_length, pair))
     if not prompt:
         raise ValueError("there is no prompt before the answers")
     if sum(len(e.tokens) for e in pair) <= size:
@@ -266,14 +253,14 @@ def fit(pair: Pair, size: int) -> Pair:
     room = max(half - prompt, half // 2)
     longest = min(room, max(len(e.tokens) for e in pair) - prompt)
     kept = half - longest  # of the prompt
-    cut = prompt - kept if prompt > kept else 0
-    return Pair(*(_without(e.cut(prompt + room), cut) for e in pair))
+    return Pair(*(_cut(example, max(0, prompt - kept), prompt + room) for example in pair))
 
 
-def _without(example: Example, count: int) -> Example:
-    """The example without the `count` tokens after the first."""
-    return Example(example.tokens[:1] + example.tokens[1 + count :], example.weights[:1] + example.weights[1 + count :])
+def _cut(example: Example, count: int, end: int) -> Example:
+    """The first `end` tokens of an example, without the `count` after its first."""
+    tokens, learned = example
+    return Example(tokens[:1] + tokens[1 + count : end], learned[:1] + learned[1 + count : end])
 
 
 def _prompt_length(example: Example) -> int:
-    return next((i for i, w in enumerate(example.weights) if w), len(example.weights))
+    return example.learned.index(True) if True in example.learned else len(example.learned)

@@ -89,7 +89,7 @@ CHATML = TemplateFormat(
 BUILT_IN = {"v1": V1, "v3": V3, "chatml": CHATML}
 
 
-TOOL_CALLS, AVAILABLE_TOOLS, END_OF_TOOLS = "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"  # of v3
+TOOL_TOKENS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")  # of v3
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def load_template(template: str | Mapping[str, Any], tokenizer: Tokenizer) -> Te
         )
     ids: dict[str, tuple[int, ...]] = {}
     if fmt.tool_calls == "mistral-v3":
-        ids = {name: (_special_id(fmt, name, tokenizer),) for name in (TOOL_CALLS, AVAILABLE_TOOLS, END_OF_TOOLS)}
+        ids = {name: (_special_id(fmt, name, tokenizer),) for name in TOOL_TOKENS}
     for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system):
         if isinstance(turn, TurnFormat):
             ids |= {text: _resolve(fmt, text, tokenizer) for text in (turn.open, turn.close, turn.after)}

@@ -33,10 +33,6 @@ class Tokenizer(Protocol):
         """Hash of everything that changes the ids."""
         ...
 
-    def save(self, directory: str | Path) -> None:
-        """Writes the files that `load_tokenizer(directory)` reads."""
-        ...
-
 
 class SentencePieceTokenizer:
     """A SentencePiece model file, as the released Mistral and Mixtral checkpoints have."""
@@ -69,10 +65,6 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "tokenizer.model").write_bytes(self._model)
-
 
 class HuggingFaceTokenizer:
     """A tokenizer.json. BOS and EOS come from the files beside it, else from their usual names."""
@@ -82,10 +74,9 @@ class HuggingFaceTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
-        self._files = {"tokenizer.json": path.read_bytes()}
-        self._files |= {n: (path.parent / n).read_bytes() for n in _SIDE_FILES if (path.parent / n).exists()}
+        self._model = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._model)
         except Exception as error:  # the library raises bare Exception for any unreadable file
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True  # "</s>" inside a document is text, not the end of it
@@ -97,8 +88,8 @@ class HuggingFaceTokenizer:
 
     def _special(self, path: Path, key: str, usual: tuple[str, ...]) -> int:
         named: list[str] = []
-        for name in _SIDE_FILES:
-            value: Any = json.loads(self._files.get(name, b"{}")).get(key)
+        for file in (path.parent / name for name in _SIDE_FILES):
+            value: Any = json.loads(file.read_bytes()).get(key) if file.exists() else None
             value = value.get("content") if isinstance(value, dict) else value
             if value:
                 named.append(value)
@@ -122,13 +113,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.token_to_id(piece)
 
     def fingerprint(self) -> str:
-        content = self._files["tokenizer.json"] + f"{self.bos_id} {self.eos_id}".encode()
-        return hashlib.sha256(content).hexdigest()
-
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            (Path(directory) / name).write_bytes(content)
+        return hashlib.sha256(self._model + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

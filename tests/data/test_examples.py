@@ -10,7 +10,7 @@ import pytest
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.text import examples
-from mixtral_jax.data.text.chat import encode_chat
+from mixtral_jax.data.text.chat import Example, encode_chat
 from mixtral_jax.data.text.examples import chat_example, preference_pair, text_documents, tuning_documents
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
@@ -82,9 +82,9 @@ def test_chats_go_through_the_template_and_learn_the_answers() -> None:
     messages = [_user("Hello"), _assistant("Hi!"), _user("2+2?"), _assistant("4")]
     ids, trainable = encode_chat(messages, CHAT)
     example = chat_example({"messages": messages}, SOURCE, CHAT)
-    assert (example.tokens, example.weights) == (ids, [float(t) for t in trainable])
+    assert (example.tokens, example.learned) == (ids, trainable)
     last = chat_example({"messages": messages}, SOURCE, CHAT, train_on="last")
-    learned = [t for t, w in zip(last.tokens, last.weights, strict=True) if w]
+    learned = [t for t, w in zip(last.tokens, last.learned, strict=True) if w]
     assert learned == [*TOKENIZER.encode("4"), EOS]
 
 
@@ -92,7 +92,7 @@ def test_prompt_and_completion_are_encoded_apart_and_only_the_completion_is_lear
     example = chat_example({"prompt": "Say hi.", "completion": "Hi."}, SOURCE, CHAT)
     prompt, completion = [BOS, *TOKENIZER.encode("Say hi.")], [*TOKENIZER.encode("Hi."), EOS]
     assert example.tokens == prompt + completion
-    assert example.weights == [0.0] * len(prompt) + [1.0] * len(completion)
+    assert example.learned == [False] * len(prompt) + [True] * len(completion)
 
 
 def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer_is_learned() -> None:
@@ -100,7 +100,7 @@ def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer
     example = chat_example({"prompt": prompt, "completion": [_assistant("d")]}, SOURCE, CHAT)
     whole, _ = encode_chat([*prompt, _assistant("d")], CHAT)
     assert example.tokens == whole
-    assert [t for t, w in zip(example.tokens, example.weights, strict=True) if w] == [*TOKENIZER.encode("d"), EOS]
+    assert [t for t, w in zip(example.tokens, example.learned, strict=True) if w] == [*TOKENIZER.encode("d"), EOS]
 
 
 def test_columns_can_be_named() -> None:
@@ -138,11 +138,12 @@ def test_chats_are_cut_to_a_row_and_dropped_when_nothing_is_left_to_learn() -> N
     census = Census(skip=False)
     found = tuning_documents(_lump(short, long_answer, long_prompt), SOURCE, "chat", CHAT, "all", 17, census)
     assert census.counts == {"truncated": 1, "dropped": 1}
-    expected = [chat_example(r, SOURCE, CHAT).cut(17) for r in (short, long_answer)]
+    whole = [chat_example(r, SOURCE, CHAT) for r in (short, long_answer)]
+    expected = [Example(tokens[:17], learned[:17]) for tokens, learned in whole]
     assert found.lengths.tolist() == [len(e.tokens) for e in expected]
     assert found.tokens.tolist() == expected[0].tokens + expected[1].tokens
     assert found.weights is not None
-    assert found.weights.tolist() == expected[0].weights + expected[1].weights
+    assert found.weights.tolist() == expected[0].learned + expected[1].learned
 
 
 # --- preference ---
@@ -154,13 +155,13 @@ def test_the_sample_pairs_share_their_prompt(name: str) -> None:
     for line in lines:
         record = json.loads(line)
         pair = preference_pair(record, SOURCE, CHAT)
-        starts = [example.weights.index(1.0) for example in pair]
+        starts = [example.learned.index(True) for example in pair]
         assert starts[0] == starts[1]
         assert pair.chosen.tokens[: starts[0]] == pair.rejected.tokens[: starts[0]]
         for example, key in zip(pair, ("chosen", "rejected"), strict=True):
             answer = record[key] if isinstance(record[key], str) else record[key][0]["content"]
             assert example.tokens[starts[0] :] == [*TOKENIZER.encode(answer), EOS]
-            assert set(example.weights[starts[0] :]) == {1.0}
+            assert set(example.learned[starts[0] :]) == {True}
 
 
 def test_a_common_prefix_is_the_prompt() -> None:

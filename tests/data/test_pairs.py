@@ -10,13 +10,14 @@ from mixtral_jax.data.loader import Loader, RowReader
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.data.rows.row import pair_row
-from mixtral_jax.data.text.examples import Example, Pair, fit
+from mixtral_jax.data.text.chat import Example
+from mixtral_jax.data.text.examples import Pair, fit
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.tiny import write_byte_tokenizer
 
 
 def sequence(prompt, answer):
-    return Example([1, *range(10, 9 + prompt), *range(100, 100 + answer)], [0.0] * prompt + [1.0] * answer)
+    return Example([1, *range(10, 9 + prompt), *range(100, 100 + answer)], [False] * prompt + [True] * answer)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ def test_a_long_pair_is_cut_so_that_both_answers_stay_behind_one_prompt(prompt, 
     assert sum(len(e.tokens) for e in fitted) <= size
     if sum(len(e.tokens) for e in pair) <= size:
         assert fitted == pair
-    prompts = [[t for t, w in zip(e.tokens, e.weights, strict=True) if not w] for e in fitted]
-    answers = [[t for t, w in zip(e.tokens, e.weights, strict=True) if w] for e in fitted]
+    prompts = [[t for t, w in zip(e.tokens, e.learned, strict=True) if not w] for e in fitted]
+    answers = [[t for t, w in zip(e.tokens, e.learned, strict=True) if w] for e in fitted]
     assert prompts[0] == prompts[1] and prompts[0][0] == 1  # BOS
     assert prompts[0][1:] == list(range(10, 9 + prompt))[len(range(10, 9 + prompt)) - len(prompts[0]) + 1 :]
     for kept, count in zip(answers, (chosen, rejected), strict=True):
