@@ -26,23 +26,18 @@ class Workers:
 
     def __init__(self, count: int):
         self._count = count
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(count) if count > 1 else None
         self._local = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        if self._count > 1:
-            self._threads = ThreadPoolExecutor(self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
+            process.communicate()  # closes its input and waits for its end
 
     def ordered(self, function: Callable[[J], R], jobs: Iterator[J]) -> Iterator[tuple[J, R]]:
         """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded."""

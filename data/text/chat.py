@@ -175,7 +175,9 @@ def _weight(i: int, message: Message) -> bool:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    utf8_size(text, "the JSON of a tool")
+    return text
 
 
 def _parsed(text: str) -> Any:
