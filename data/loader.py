@@ -1,7 +1,6 @@
 """Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from typing import Self
 
 import grain
@@ -69,7 +68,7 @@ def stack(rows: Sequence[Batch | PairBatch], accumulation: int) -> Batch | PairB
 
 
 class Loader:
-    """Endless batches of the training sources. `next_row` is the whole state: the first global row not handed out yet.
+    """Endless batches of the training sources from a global row on, which is all that there is to save of a position.
 
     Row r of the global order belongs to step r // global_batch_size; inside a step micro-batch a has rows
     a * micro_batch_size and on, of which this process reads its shard.
@@ -82,7 +81,6 @@ class Loader:
         self, prepared: PreparedData, *, global_batch_size: int, micro_batch_size: int | None = None,
         shard: tuple[int, int] = (0, 1), start_row: int = 0, references: References | None = None,
     ):  # fmt: skip
-        self.next_row, self._rows_a_step = start_row, global_batch_size
         self._reader = reader = RowReader(prepared.train, references)
         order, places = prepared.order, shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
 
@@ -97,9 +95,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch | PairBatch:
-        batch = next(self._batches)
-        self.next_row += self._rows_a_step
-        return batch
+        return next(self._batches)
 
     def close(self) -> None:
         """Ends the reading threads and closes the files."""
@@ -119,11 +115,12 @@ class EvalSource:
     ):  # fmt: skip
         self.targets, self.fingerprint = source.targets, source.fingerprint
         self.text_bytes = 0 if source.format.weighted else source.text_bytes
-        self._source, self._references, self._batch_size = source, references, batch_size
+        self._rows, self._padding, self._batch_size = source.rows, source.format.padding(), batch_size
+        self._reader = RowReader([source], references)
         self._places = shard_rows(batch_size, batch_size, shard)[0]
 
     def __len__(self) -> int:
-        return -(-self._source.rows // self._batch_size)
+        return -(-self._rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch | PairBatch]:
         return (self.batch(step) for step in range(len(self)))
@@ -131,9 +128,7 @@ class EvalSource:
     def batch(self, step: int) -> Batch | PairBatch:
         """One batch by its number; rows behind the last are padding."""
         wanted = (step * self._batch_size + self._places).tolist()
-        with closing(RowReader([self._source], self._references)) as reader:
-            rows = [reader.read(0, r) for r in wanted if r < self._source.rows]
-        return stack(rows + [self._source.format.padding()] * (len(wanted) - len(rows)), 1)
+        return stack([self._reader.read(0, r) if r < self._rows else self._padding for r in wanted], 1)
 
 
 def eval_sources(

@@ -87,8 +87,6 @@ CHATML = TemplateFormat(
     assistant=TurnFormat(open="<|im_start|>assistant\n", close="<|im_end|>", after="\n"),
 )
 BUILT_IN = {"v1": V1, "v3": V3, "chatml": CHATML}
-
-
 TOOL_TOKENS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")  # of v3
 
 
