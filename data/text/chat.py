@@ -203,6 +203,13 @@ def _call_id(i: int, id_: Any) -> str:
 
 # ---- what a conversation must look like, in every template
 
+_FOLLOWERS = {
+    "system": ("system", "user"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("assistant", "user"),  # and another tool, while a call has no result yet
+}
+
 
 def _check_order(messages: Sequence[Message]) -> None:
     """Every message alone, then the order: system*, then user and assistant in turn, tool results after tool calls."""
@@ -212,7 +219,7 @@ def _check_order(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         _check_message(i, message)
         role = message["role"]
-        if role not in _followers(previous, waiting):
+        if role not in (("tool",) if waiting else _FOLLOWERS[previous]):
             raise ValueError(f"messages[{i}]: {_misplaced(role, previous, i, waiting)}")
         if role == "assistant":
             waiting = len(message.get("tool_calls") or ())
@@ -221,17 +228,6 @@ def _check_order(messages: Sequence[Message]) -> None:
         previous = role
     if previous == "system":
         raise ValueError("messages: the conversation has no user turn")
-
-
-def _followers(previous: str, waiting: int) -> tuple[str, ...]:
-    if waiting:
-        return ("tool",)
-    return {
-        "system": ("system", "user"),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "tool": ("assistant", "user"),
-    }[previous]
 
 
 def _misplaced(role: str, previous: str, i: int, waiting: int) -> str:

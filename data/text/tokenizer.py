@@ -1,10 +1,9 @@
 """Text to token ids and back: SentencePiece models and Hugging Face tokenizer.json behind one interface."""
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,47 +131,3 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 200_000_000) -> bytes:
-    """A BPE model with the settings of Mixtral's: byte fallback, single digits, no normalisation, unk 0, bos 1, eos 2.
-
-    Reads the first `max_bytes` of text. The same text gives the same bytes.
-
-    Raises:
-        ValueError: the text is empty or too small for `vocab_size`.
-    """
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_bytes),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            character_coverage=0.9999,
-            max_sentence_length=1 << 16,
-            num_threads=4,  # stored in the model: not the number of cores here
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"cannot train a tokenizer with vocab_size {vocab_size}: {error}") from None
-    return model.getvalue()
-
-
-def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            if line.strip():
-                max_bytes -= len(line)
-                yield line
-        if max_bytes <= 0:
-            return

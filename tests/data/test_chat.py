@@ -164,6 +164,8 @@ REFUSED = [
     ([U, CALL, {**RESULT, "tool_call_id": "x"}, A], "id of a tool call must be 9 letters or digits, got 'x'"),
     ([{"content": "q"}, A], r"messages\[0\]: a message is an object with role and content"),
     ([U, turn("assistant", "a\ud800")], r"messages\[1\]: the content holds half of a surrogate pair"),
+    ([U, CALL, {**RESULT, "content": "\ud800"}, A], r"messages\[2\]: the content holds half of a surrogate pair"),
+    ([U, {**CALL, "tool_calls": [{"function": {"name": "\ud800"}}]}], "JSON of a tool holds half of a surrogate pair"),
     (["q"], r"messages\[0\]: a message is an object with role and content"),
 ]
 

@@ -10,8 +10,8 @@ import pytest
 import sentencepiece as spm
 import tokenizers
 
-from mixtral_jax.data.text.tokenizer import load_tokenizer, train_sentencepiece
-from mixtral_jax.data.train_tokenizer import train_tokenizer
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.data.train_tokenizer import train_sentencepiece, train_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 MODEL = SAMPLES / "tokenizer.model"
