@@ -1,19 +1,15 @@
 """Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from typing import Self
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.prepare.cache import PreparedSource
 from mixtral_jax.data.prepare.prepare import PreparedData
 from mixtral_jax.data.rows.batch import Batch, PairBatch
-from mixtral_jax.data.rows.pairs import PairRow
-from mixtral_jax.data.rows.row import Row
 
 _THREADS = 2
 _AHEAD = 4  # batches
@@ -25,113 +21,72 @@ References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2)
 class RowReader:
     """Random access to the rows of prepared sources; pairs with their reference log-probabilities where known."""
 
-    def __init__(self, sources: tuple[PreparedSource, ...], references: References | None = None):
-        self.sources, self.references = sources, references or {}
-        self._readers: dict[tuple[int, int], ArrayRecordReader] = {}  # opened when first asked for
-        self._starts = [np.cumsum([0, *(rows for _, rows, _ in s.shards)]) for s in sources]
+    def __init__(self, sources: Sequence[PreparedSource], references: References | None = None):
+        self._sources, self._references = sources, references or {}
+        self._records = [  # with the numbers of rows no file is opened before one of its rows is asked for
+            ArrayRecordDataSource(
+                [f"{path}[0:{rows}]" for path, (_, rows, _) in zip(source.paths, source.shards, strict=True)]
+            )
+            for source in sources
+        ]
 
-    def read(self, places: list[tuple[int, int]]) -> list[Row | PairRow]:
-        """Rows at (source, row)."""
-        rows: list[Row | PairRow] = [self.sources[0].format.padding()] * len(places)
-        by_shard: dict[tuple[int, int], list[int]] = {}
-        for i, (source, row) in enumerate(places):
-            shard = int(np.searchsorted(self._starts[source], row, side="right")) - 1
-            by_shard.setdefault((source, shard), []).append(i)
-        for (source, shard), wanted in by_shard.items():
-            inside = [places[i][1] - int(self._starts[source][shard]) for i in wanted]
-            records = self._reader(source, shard).read(inside)
-            for i, record in zip(wanted, records, strict=True):
-                rows[i] = self._with_reference(self.sources[source].format.decode(record), places[i])
-        return rows
-
-    def _with_reference(self, row: Row | PairRow, place: tuple[int, int]) -> Row | PairRow:
-        known = self.references.get(self.sources[place[0]].fingerprint)
-        if known is None or isinstance(row, Row):
-            return row
-        return row._replace(ref_logps=known[place[1]])
-
-    def _reader(self, source: int, shard: int) -> ArrayRecordReader:
-        if (source, shard) not in self._readers:
-            # No read-ahead: rows are read in random order.
-            opened = ArrayRecordReader(self.sources[source].paths[shard], "readahead_buffer_size:0")
-            self._readers.setdefault((source, shard), opened)  # another thread may have been first
-        return self._readers[source, shard]
+    def read(self, source: int, row: int) -> Batch | PairBatch:
+        """One row."""
+        found = self._sources[source].format.decode(self._records[source][row])
+        known = self._references.get(self._sources[source].fingerprint)
+        if known is None or isinstance(found, Batch):
+            return found
+        return found._replace(ref_logps=known[row])
 
     def close(self) -> None:
         """Closes the files."""
-        for reader in self._readers.values():
-            reader.close()
+        for records in self._records:
+            records.__exit__(None, None, None)
 
 
-@dataclass(frozen=True)
-class BatchLayout:
-    """How rows are laid out in batches: global sizes, and which share of each micro-batch is ours."""
+def shard_rows(global_batch_size: int, micro_batch_size: int, shard: tuple[int, int]) -> np.ndarray:
+    """(A, b) places in a step of the rows of `shard` (i, n): of each micro-batch the i-th contiguous n-th.
 
-    global_batch_size: int
-    micro_batch_size: int
-    shard: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        index, count = self.shard
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) is not a multiple of "
-                f"micro_batch_size ({self.micro_batch_size})"
-            )
-        if self.micro_batch_size % count:
-            raise ValueError(
-                f"micro_batch_size ({self.micro_batch_size}) is not a multiple of the {count} batch shards"
-            )
-        assert 0 <= index < count
-
-    @property
-    def accumulation(self) -> int:
-        """A, the number of micro-batches."""
-        return self.global_batch_size // self.micro_batch_size
-
-    def rows(self, start: int) -> list[int]:
-        """Global rows of this shard in the step that begins at row `start`: of each micro-batch a contiguous block."""
-        index, count = self.shard
-        local = self.micro_batch_size // count
-        firsts = range(start + index * local, start + self.global_batch_size, self.micro_batch_size)
-        return [first + j for first in firsts for j in range(local)]
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+    index, count = shard
+    assert 0 <= index < count
+    if global_batch_size % micro_batch_size:
+        raise ValueError(
+            f"global_batch_size ({global_batch_size}) is not a multiple of micro_batch_size ({micro_batch_size})"
+        )
+    if micro_batch_size % count:
+        raise ValueError(f"micro_batch_size ({micro_batch_size}) is not a multiple of the {count} batch shards")
+    return np.arange(global_batch_size).reshape(-1, count, micro_batch_size // count)[:, index]
 
 
-def stack(rows: Sequence[Row | PairRow], accumulation: int) -> Batch | PairBatch:
-    """Rows into a Batch of `accumulation` micro-batches."""
+def stack(rows: Sequence[Batch | PairBatch], accumulation: int) -> Batch | PairBatch:
+    """Rows into a batch of `accumulation` micro-batches."""
     fields = (np.stack(field) for field in zip(*rows, strict=True))
-    kind = PairBatch if isinstance(rows[0], PairRow) else Batch
-    return kind(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
+    return type(rows[0])(*(x.reshape(accumulation, -1, *x.shape[1:]) for x in fields))
 
 
 class Loader:
-    """Endless batches of the training sources. `next_row` is the whole state: the first global row not handed out yet.
+    """Endless batches of the training sources from a global row on, which is all that there is to save of a position.
 
     Row r of the global order belongs to step r // global_batch_size; inside a step micro-batch a has rows
-    a * micro_batch_size and on, of which `shard` (i, n) takes the i-th contiguous n-th.
+    a * micro_batch_size and on, of which this process reads its shard.
 
     Raises:
         ValueError: sizes that do not divide.
     """
 
     def __init__(
-        self,
-        prepared: PreparedData,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int | None = None,
-        shard: tuple[int, int] = (0, 1),
-        start_row: int = 0,
-        references: References | None = None,
-    ):
-        self.next_row = start_row
-        self._layout = layout = BatchLayout(global_batch_size, micro_batch_size or global_batch_size, shard)
+        self, prepared: PreparedData, *, global_batch_size: int, micro_batch_size: int | None = None,
+        shard: tuple[int, int] = (0, 1), start_row: int = 0, references: References | None = None,
+    ):  # fmt: skip
         self._reader = reader = RowReader(prepared.train, references)
-        order = prepared.order
+        order, places = prepared.order, shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
 
         def batch(step: int) -> Batch | PairBatch:
-            wanted = layout.rows(start_row + step * global_batch_size)
-            return stack(reader.read([order[r] for r in wanted]), layout.accumulation)
+            wanted = (start_row + step * global_batch_size + places).flatten().tolist()
+            return stack([reader.read(*order[r]) for r in wanted], len(places))
 
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         self._batches = iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(options))
@@ -140,9 +95,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch | PairBatch:
-        batch = next(self._batches)
-        self.next_row += self._layout.global_batch_size
-        return batch
+        return next(self._batches)
 
     def close(self) -> None:
         """Ends the reading threads and closes the files."""
@@ -157,37 +110,29 @@ class EvalSource:
     """
 
     def __init__(
-        self,
-        source: PreparedSource,
-        batch_size: int,
-        shard: tuple[int, int] = (0, 1),
+        self, source: PreparedSource, batch_size: int, shard: tuple[int, int] = (0, 1),
         references: References | None = None,
-    ):
+    ):  # fmt: skip
         self.targets, self.fingerprint = source.targets, source.fingerprint
         self.text_bytes = 0 if source.format.weighted else source.text_bytes
-        self._source, self._references = source, references
-        self._layout = BatchLayout(batch_size, batch_size, shard)
+        self._rows, self._padding, self._batch_size = source.rows, source.format.padding(), batch_size
+        self._reader = RowReader([source], references)
+        self._places = shard_rows(batch_size, batch_size, shard)[0]
 
     def __len__(self) -> int:
-        return -(-self._source.rows // self._layout.global_batch_size)
+        return -(-self._rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch | PairBatch]:
         return (self.batch(step) for step in range(len(self)))
 
     def batch(self, step: int) -> Batch | PairBatch:
         """One batch by its number; rows behind the last are padding."""
-        wanted = self._layout.rows(step * self._layout.global_batch_size)
-        with closing(RowReader((self._source,), self._references)) as reader:
-            rows = reader.read([(0, r) for r in wanted if r < self._source.rows])
-        return stack(rows + [self._source.format.padding()] * (len(wanted) - len(rows)), 1)
+        wanted = (step * self._batch_size + self._places).tolist()
+        return stack([self._reader.read(0, r) if r < self._rows else self._padding for r in wanted], 1)
 
 
 def eval_sources(
-    prepared: PreparedData,
-    *,
-    batch_size: int,
-    shard: tuple[int, int] = (0, 1),
-    references: References | None = None,
+    prepared: PreparedData, *, batch_size: int, shard: tuple[int, int] = (0, 1), references: References | None = None
 ) -> dict[str, EvalSource]:
     """Each validation source by name. Every token but BOS is a target exactly once; the last batch is padded."""
     return {source.name: EvalSource(source, batch_size, shard, references) for source in prepared.validation}

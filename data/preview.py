@@ -8,9 +8,8 @@ from rich.text import Text
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import RowReader
 from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.data.rows.order import GlobalOrder
-from mixtral_jax.data.rows.pairs import PairRow
-from mixtral_jax.data.rows.row import Row
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
@@ -24,13 +23,13 @@ def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list
     prepared = prepare(data, seq_len, seed)
     tokenizer = load_tokenizer(data.tokenizer)
     texts = [Text(prepared.summary()), Text(""), *map(Text, mixture_lines(data, prepared.order))]
-    places = [prepared.order[r] for r in range(rows)]
     with closing(RowReader(prepared.train)) as reader:
-        found = reader.read(places)
-    for r, ((source, number), row) in enumerate(zip(places, found, strict=True)):
-        learned = int(np.count_nonzero(row.weights))
-        head = f"\nrow {r}: row {number} of {prepared.train[source].name}, {learned} of {seq_len} targets are learned"
-        texts += [Text(head, style="bold"), colour(row, tokenizer)]
+        for r in range(rows):
+            source, number = prepared.order[r]
+            row, name = reader.read(source, number), prepared.train[source].name
+            learned = int(np.count_nonzero(row.weights))
+            head = f"\nrow {r}: row {number} of {name}, {learned} of {seq_len} targets are learned"
+            texts += [Text(head, style="bold"), colour(row, tokenizer)]
     return texts
 
 
@@ -53,7 +52,7 @@ def mixture_lines(data: DataConfig, order: GlobalOrder) -> list[str]:
     return lines
 
 
-def colour(row: Row | PairRow, tokenizer: Tokenizer) -> Text:
+def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:
     """One row as text; consecutive tokens of one kind are decoded together, so that characters stay whole."""
     tokens = np.concatenate([row.tokens[:1], row.targets])
     learned = np.concatenate([[0.0], row.weights]) > 0

@@ -1,8 +1,9 @@
-"""A progress bar in a terminal, a plain line every few seconds elsewhere."""
+"""A progress bar in a terminal, a plain line every few seconds elsewhere; on stderr."""
 
 import sys
 import time
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -10,37 +11,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 _LINE_SECONDS = 10.0
 
 
-class Meter:
-    """Progress of one piece of work that is measured in bytes; writes to stderr."""
+@contextmanager
+def meter(title: str, total: int, *, show: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Gives a function that is told the bytes done since the last call, and of what."""
+    terminal, total, done, last = sys.stderr.isatty(), max(1, total), 0, time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    with Progress(*columns, note, console=Console(stderr=True), disable=not (show and terminal)) as bar:
+        task = bar.add_task(title, total=total, note="")
 
-    def __init__(self, title: str, total: int, *, show: bool = True):
-        self._title, self._total, self._done = title, max(1, total), 0
-        self._show, self._note = show, ""
-        self._last = time.monotonic()
-        self._bar: Progress | None = None
-        if show and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-            self._task = self._bar.add_task(title, total=self._total, note="")
+        def advance(size: int, note: str) -> None:
+            nonlocal done, last
+            # Sizes of compressed input are estimates: never show more than 99 % before the end.
+            done = min(done + size, int(0.99 * total))
+            bar.update(task, completed=done, note=note)
+            if show and not terminal and time.monotonic() - last > _LINE_SECONDS:
+                last = time.monotonic()
+                say(f"{title}: {100 * done / total:.0f} % {note}")
 
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self, size: int, note: str = "") -> None:
-        """Adds `size` to what is done."""
-        # Sizes of compressed input are estimates: never show more than 99 % before the end.
-        self._done = min(self._done + size, int(0.99 * self._total))
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, note=note)
-        elif self._show and time.monotonic() - self._last > _LINE_SECONDS:
-            self._last = time.monotonic()
-            say(f"{self._title}: {100 * self._done / self._total:.0f} % {note}")
+        yield advance
 
 
 def say(message: str) -> None:

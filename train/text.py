@@ -93,7 +93,7 @@ class _Codec:
         self.ends = [tokenizer.eos_id]
         if any(map(_is_chat, prompts)):
             self._template = load_template(template or _usual_template(tokenizer), tokenizer)
-            close = self._template.assistant.close
+            close = self._template.answer_end
             self.ends += [token for token in close if len(close) == 1 and token != tokenizer.eos_id]
 
     def encode(self, prompt: str | Chat) -> list[int]:
@@ -101,7 +101,7 @@ class _Codec:
         if isinstance(prompt, str):
             return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
         assert self._template is not None
-        return encode_prompt(prompt, self._tokenizer, self._template)
+        return encode_prompt(prompt, self._template)
 
     def decode(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> Iterator[str]:
         """The new tokens as text: without those that end it, and those that the tokenizer has no piece for."""

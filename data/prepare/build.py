@@ -1,157 +1,149 @@
 """The two passes of a preparation: lumps of records into buckets of documents, buckets into shards of rows."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import spill
 from mixtral_jax.data.prepare.cache import PreparedSource, load_prepared, write_atomically
-from mixtral_jax.data.prepare.workers import Workers, process_tokenizer
-from mixtral_jax.data.progress import Meter
-from mixtral_jax.data.records.lump import Lump, Problems
+from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.records.sources import read_lumps
 from mixtral_jax.data.rows.packing import PACKINGS, pair_pieces
-from mixtral_jax.data.rows.pairs import pair_documents
 from mixtral_jax.data.rows.row import WRITER_OPTIONS, RowFormat
-from mixtral_jax.data.text.chat import TrainOn
-from mixtral_jax.data.text.examples import ChatFormat, Documents, chat_documents, columns, text_documents
+from mixtral_jax.data.text.examples import columns, text_documents, tuning_documents
 from mixtral_jax.data.text.template import load_template
+from mixtral_jax.data.text.tokenizer import load_tokenizer
+
+Advance = Callable[[int, str], None]  # of a progress bar
+process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One source and all that decides its rows."""
+    """One source, all that decides its rows, and where they are made."""
 
+    config: DataConfig
     source: SourceConfig
     files: tuple[str, ...]
-    kind: str
-    template: str | dict[str, Any]
-    train_on: TrainOn
     packing: str
     seed: int
     buckets: int
     format: RowFormat
-    tokenizer: str
-    skip: bool
     fingerprint: str
 
+    @property
+    def place(self) -> Path:
+        """The directory of the rows; what is not finished lies beside it."""
+        return Path(self.config.cache_dir) / self.fingerprint[:24]
 
-@dataclass
-class Counts:
-    """What phase one counted."""
+    def parts(self, count: int) -> list[Path]:
+        """Directories of the documents, as each of `count` machines tokenises them."""
+        return [self.place.with_name(f"{self.place.name}.parts-of-{count}") / f"part-{i + 1}" for i in range(count)]
 
-    documents: int = 0
-    text_bytes: int = 0
-    targets: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    empty: int = 0
-    problems: Problems = field(default_factory=lambda: Problems(skip=True))
+    def shard(self, bucket: int) -> str:
+        """Name of the file of the rows of a bucket."""
+        return f"rows-{bucket:05d}-of-{self.buckets:05d}.array_record"
 
-    def add(self, other: "Counts") -> None:
-        """Adds the counts of another lump or part."""
-        for name in ("documents", "text_bytes", "targets", "truncated", "dropped", "empty"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.problems.merge(other.problems)
+    def load(self) -> PreparedSource | None:
+        """The prepared source, where it is there."""
+        return load_prepared(self.place.parent, self.source.name, self.fingerprint)
 
-
-def _parts(cache: Path, recipe: Recipe, count: int) -> Path:
-    return cache / f"{recipe.fingerprint[:24]}.parts-of-{count}"
+    def census(self) -> Census:
+        """Nothing counted yet."""
+        return Census(skip=self.config.on_error == "skip")
 
 
 # --- phase one: lumps -> buckets ---
 
 
 @dataclass(frozen=True)
-class _TokeniseJob:
+class _Part:
+    """This machine's share of a source, while it is tokenised."""
+
     recipe: Recipe
+    directory: Path
+    census: Census
+
+
+@dataclass(frozen=True)
+class _TokeniseJob:
+    part: _Part
     lump: Lump
     number: int
-    directory: Path
 
 
-def tokenise(cache: Path, recipes: list[Recipe], index: int, count: int, pool: Workers, meter: Meter) -> None:
+def tokenise(recipes: list[Recipe], index: int, count: int, pool: Workers, advance: Advance) -> None:
     """Makes part `index` of each recipe that lacks it."""
-    totals: dict[str, Counts] = {}
-    temporary: dict[str, Path] = {}
+    parts: list[_Part] = []
     for recipe in recipes:
-        parts = _parts(cache, recipe, count)
-        if (parts / f"part-{index}").exists() or load_prepared(cache, "", recipe.fingerprint):
+        final = recipe.parts(count)[index - 1]
+        if final.exists() or recipe.load():
             continue
-        for dead in parts.glob(
-            f"part-{index}.tmp-*"
-        ):  # we hold the lock: whoever wrote it is gone, or its workers soon are
+        for dead in final.parent.glob(f"{final.name}.tmp-*"):
+            # we hold the lock: whoever wrote it is gone, or its workers soon are
             shutil.rmtree(dead, ignore_errors=True)
-        temporary[recipe.fingerprint] = parts / f"part-{index}.tmp-{os.getpid()}"
-        temporary[recipe.fingerprint].mkdir(parents=True)
-        totals[recipe.fingerprint] = Counts(problems=Problems(recipe.skip))
-    active = [r for r in recipes if r.fingerprint in temporary]
+        parts.append(_Part(recipe, final.with_name(f"{final.name}.tmp-{os.getpid()}"), recipe.census()))
+        parts[-1].directory.mkdir(parents=True)
     try:
-        jobs = _jobs(active, temporary, index, count, totals)
-        for job, counts in pool.ordered(tokenise_lump, jobs):
-            total = totals[job.recipe.fingerprint]
-            total.add(counts)
-            meter.advance(job.lump.size, job.recipe.source.name)
-        for recipe in active:
-            directory = temporary[recipe.fingerprint]
-            write_atomically(directory / "counts.json", json.dumps(asdict(totals[recipe.fingerprint])))
-            os.rename(directory, directory.with_name(f"part-{index}"))
+        for job, census in pool.ordered(tokenise_lump, _jobs(parts, index, count)):
+            job.part.census.add(census)
+            advance(job.lump.size, job.part.recipe.source.name)
+        for part in parts:
+            _write_counts(part.directory, part.census)
+            os.rename(part.directory, part.directory.with_suffix(""))
     finally:
-        for directory in temporary.values():
-            shutil.rmtree(directory, ignore_errors=True)
+        for part in parts:
+            shutil.rmtree(part.directory, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty: there are parts in it
-                directory.parent.rmdir()
+                part.directory.parent.rmdir()
 
 
-def _jobs(
-    recipes: list[Recipe], directories: dict[str, Path], index: int, count: int, totals: dict[str, Counts]
-) -> Iterator[_TokeniseJob]:
-    for recipe in recipes:
-        number = 0
-        problems = totals[recipe.fingerprint].problems if index == 1 else Problems(recipe.skip)
-        for file in recipe.files:
-            for lump in read_lumps(recipe.source, file, columns(recipe.source, recipe.kind), problems):
-                if number % count == index - 1:
-                    yield _TokeniseJob(recipe, lump, number, directories[recipe.fingerprint])
-                number += 1
+def _jobs(parts: list[_Part], index: int, count: int) -> Iterator[_TokeniseJob]:
+    for part in parts:
+        recipe = part.recipe
+        census = part.census if index == 1 else recipe.census()  # every machine reads all; one counts what is bad
+        wanted = columns(recipe.source, recipe.config.examples)
+        lumps = (lump for file in recipe.files for lump in read_lumps(recipe.source, file, wanted, census))
+        for number, lump in enumerate(lumps):
+            if number % count == index - 1:
+                yield _TokeniseJob(part, lump, number)
 
 
-def tokenise_lump(job: _TokeniseJob) -> Counts:
+def tokenise_lump(job: _TokeniseJob) -> Census:
     """Tokenises one lump and spills its documents; runs in a worker."""
-    recipe, tokenizer = job.recipe, process_tokenizer(job.recipe.tokenizer)
-    problems = Problems(recipe.skip)
-    if recipe.kind == "text":
-        documents = text_documents(job.lump, recipe.source.text_key, tokenizer, problems)
+    recipe, config, source = job.part.recipe, job.part.recipe.config, job.part.recipe.source
+    tokenizer, census = process_tokenizer(config.tokenizer), recipe.census()
+    if config.examples == "text":
+        documents = text_documents(job.lump, source.text_key, tokenizer, census)
     else:
-        chat = ChatFormat(load_template(recipe.template, tokenizer), tokenizer, recipe.train_on)
-        read = pair_documents if recipe.kind == "preference" else chat_documents
-        documents = read(job.lump, recipe.source, chat, recipe.format.seq_len, problems)
-    together = 2 if recipe.kind == "preference" else 1  # both sequences of a pair have its key, and so stay neighbours
+        template, size = load_template(config.template, tokenizer), recipe.format.seq_len + 1
+        documents = tuning_documents(job.lump, source, config.examples, template, config.train_on, size, census)
+    together = 2 if recipe.format.pairs else 1  # both sequences of a pair have its key, and so stay neighbours
     keys = spill.document_keys(job.number, len(documents.lengths) // together, recipe.seed).repeat(together)
-    spill.append(job.directory, recipe.buckets, keys, documents.lengths, documents.tokens, documents.weights)
-    return Counts(
-        documents=len(documents.lengths),
-        text_bytes=documents.text_bytes,
-        targets=_targets(documents),
-        truncated=documents.truncated,
-        dropped=documents.dropped,
-        empty=documents.empty,
-        problems=problems,
-    )
+    spill.append(job.part.directory, recipe.buckets, keys, documents)
+    census.counts.update(documents=len(documents.lengths), targets=documents.targets)
+    return census
 
 
-def _targets(documents: Documents) -> int:
-    if documents.weights is None:
-        return len(documents.tokens) - len(documents.lengths)
-    return int(np.count_nonzero(documents.weights))
+def _write_counts(directory: Path, census: Census) -> None:
+    problems = {"count": census.bad, "first": census.bad_examples}
+    write_atomically(directory / "counts.json", json.dumps({**census.counts, "problems": problems}))
+
+
+def _read_counts(directory: Path) -> Census:
+    counts = json.loads((directory / "counts.json").read_text())
+    problems = counts.pop("problems")
+    return Census(True, problems["count"], problems["first"], Counter(counts))
 
 
 # --- phase two: buckets -> shards ---
@@ -161,128 +153,105 @@ def _targets(documents: Documents) -> int:
 class _PackJob:
     recipe: Recipe
     bucket: int
-    parts: tuple[Path, ...]
-    path: Path
+    parts: list[Path]
+    directory: Path
 
 
-def pack(cache: Path, recipes: list[Recipe], count: int, pool: Workers, meter: Meter) -> list[str]:
+def pack(recipes: list[Recipe], count: int, pool: Workers, advance: Advance) -> list[str]:
     """Packs each recipe whose parts are all there; returns the names of parts that are not."""
     missing: list[str] = []
     jobs: list[_PackJob] = []
-    packed: dict[str, list[Any]] = {}
     for recipe in recipes:
-        if load_prepared(cache, "", recipe.fingerprint):
+        if recipe.load():
             continue
-        parts = [_parts(cache, recipe, count) / f"part-{i}" for i in range(1, count + 1)]
-        lacking = [f"{recipe.source.name}: {p.name} of {count}" for p in parts if not p.exists()]
+        parts = recipe.parts(count)
+        lacking = [f"{recipe.source.name}: {part.name} of {count}" for part in parts if not part.exists()]
         missing.extend(lacking)
         if lacking:
             continue
-        for dead in cache.glob(f"{recipe.fingerprint[:24]}.*tmp-*"):  # we hold the lock
+        for dead in recipe.place.parent.glob(f"{recipe.place.name}.*tmp-*"):  # we hold the lock
             shutil.rmtree(dead, ignore_errors=True)
-        directory = cache / f"{recipe.fingerprint[:24]}.tmp-{os.getpid()}"
+        directory = recipe.place.with_name(f"{recipe.place.name}.tmp-{os.getpid()}")
         directory.mkdir()
-        packed[recipe.fingerprint] = []
-        for bucket in range(recipe.buckets):
-            name = f"rows-{bucket:05d}-of-{recipe.buckets:05d}.array_record"
-            jobs.append(_PackJob(recipe, bucket, tuple(parts), directory / name))
-    for job, result in pool.ordered(pack_bucket, iter(jobs)):
-        packed[job.recipe.fingerprint].append(result)
-        meter.advance(result.tokens * 4, job.recipe.source.name)
-    for recipe in recipes:
-        if recipe.fingerprint in packed:
-            _finish(cache, recipe, count, packed[recipe.fingerprint])
+        jobs.extend(_PackJob(recipe, bucket, parts, directory) for bucket in range(recipe.buckets))
+    packed: list[Counter[str]] = []
+    for job, counts in pool.ordered(pack_bucket, iter(jobs)):
+        packed.append(counts)
+        advance(counts["tokens"] * 4, job.recipe.source.name)
+        if len(packed) == job.recipe.buckets:  # results come in the order of the jobs
+            _finish(job, packed)
+            packed = []
     return missing
 
 
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    rows: int
-    size: int
-    documents: int
-    tokens: int
-    split: int
-
-
-def pack_bucket(job: _PackJob) -> _Shard:
-    """Packs one bucket into one shard; runs in a worker."""
+def pack_bucket(job: _PackJob) -> Counter[str]:
+    """Packs one bucket into one shard, and counts what is in it; runs in a worker."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    layout = job.recipe.format
+    recipe, row_format = job.recipe, job.recipe.format
+    path = job.directory / recipe.shard(job.bucket)
     directories = [part / f"{job.bucket:06d}" for part in job.parts]
-    lengths, tokens, weights = spill.read_bucket(directories, layout.token_dtype, layout.weighted)
-    if layout.pairs:
-        pieces = pair_pieces(lengths, layout.seq_len, layout.pairs)
+    documents = spill.read_bucket(directories, row_format.token_dtype, row_format.weighted)
+    if row_format.pairs:
+        pieces = pair_pieces(documents.lengths, row_format.seq_len, row_format.pairs)
     else:
-        pieces = PACKINGS[job.recipe.packing](lengths, layout.seq_len)
+        pieces = PACKINGS[recipe.packing](documents.lengths, row_format.seq_len)
     if not pieces.rows:
-        return _Shard(job.path.name, 0, 0, 0, 0, 0)
+        return Counter()
     bounds = np.searchsorted(pieces.row, np.arange(pieces.rows + 1)).tolist()
-    writer = ArrayRecordWriter(str(job.path), WRITER_OPTIONS)
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
     for row in range(pieces.rows):
         of_row = slice(bounds[row], bounds[row + 1])
-        starts, sizes = pieces.start[of_row], pieces.length[of_row]
-        row_weights = None if weights is None else spill.gather(weights, starts, sizes)
-        writer.write(layout.encode(sizes, spill.gather(tokens, starts, sizes), row_weights))
+        writer.write(row_format.encode(*documents.slices(pieces.start[of_row], pieces.length[of_row])))
     writer.close()
-    return _Shard(
-        name=job.path.name,
+    return Counter(
         rows=pieces.rows,
-        size=job.path.stat().st_size,
-        documents=len(lengths),
+        bytes=path.stat().st_size,
+        documents=len(documents.lengths),
         tokens=int(pieces.length.sum()),
         split=pieces.split,
     )
 
 
-def _finish(cache: Path, recipe: Recipe, count: int, results: list[_Shard]) -> None:
-    """Writes meta.json and gives the directory its final name."""
-    parts = _parts(cache, recipe, count)
-    counts = Counts()
-    for i in range(1, count + 1):
-        stored = json.loads((parts / f"part-{i}" / "counts.json").read_text())
-        counts.add(Counts(**{**stored, "problems": Problems(**stored["problems"])}))
-    directory, final = cache / f"{recipe.fingerprint[:24]}.tmp-{os.getpid()}", cache / recipe.fingerprint[:24]
-    found = sum(r.documents for r in results)
-    if found != counts.documents or not found:
-        shutil.rmtree(directory)
+def _finish(job: _PackJob, packed: list[Counter[str]]) -> None:
+    """Writes meta.json and gives the directory of a recipe its final name; `packed` is of all buckets."""
+    recipe, parts = job.recipe, job.parts[0].parent
+    census, total = recipe.census(), sum(packed, Counter[str]())
+    for part in job.parts:
+        census.add(_read_counts(part))
+    found, expected = total["documents"], census.counts["documents"]
+    if found != expected or not found:
+        shutil.rmtree(job.directory)
         _remove(parts)
-    if found != counts.documents:
-        raise ValueError(
-            f"{parts} held {found} of {counts.documents} documents: it was damaged and is removed now, run again"
-        )
+    if found != expected:
+        raise ValueError(f"{parts} held {found} of {expected} documents: it was damaged and is removed now, run again")
     if not found:
-        raise ValueError(_no_documents(recipe, counts))
+        raise ValueError(_no_documents(recipe, census))
     prepared = PreparedSource(
         name=recipe.source.name,
         fingerprint=recipe.fingerprint,
-        directory=str(final),
+        directory=str(recipe.place),
         format=recipe.format,
-        shards=tuple((r.name, r.rows, r.size) for r in results if r.rows),
-        documents=counts.documents,
-        tokens=sum(r.tokens for r in results),
-        targets=counts.targets,
-        text_bytes=counts.text_bytes,
-        split=sum(r.split for r in results),
-        truncated=counts.truncated,
-        dropped=counts.dropped,
-        empty=counts.empty,
-        bad=counts.problems.count,
-        bad_examples=tuple(counts.problems.first),
+        shards=tuple((recipe.shard(i), n["rows"], n["bytes"]) for i, n in enumerate(packed) if n["rows"]),
+        tokens=total["tokens"],
+        split=total["split"],
+        bad=census.bad,
+        bad_examples=tuple(census.bad_examples),
+        **census.counts,
     )
-    write_atomically(directory / "meta.json", json.dumps(prepared.to_meta(), indent=1))
-    if final.exists():  # a damaged one, else it would have been used
-        shutil.rmtree(final)
-    os.rename(directory, final)
+    prepared.save(job.directory)
+    if recipe.place.exists():  # a damaged one, else it would have been used
+        shutil.rmtree(recipe.place)
+    os.rename(job.directory, recipe.place)
     _remove(parts)
 
 
-def _no_documents(recipe: Recipe, counts: Counts) -> str:
-    seen = {"empty": counts.empty, "without an answer to learn": counts.dropped, "bad": counts.problems.count}
+def _no_documents(recipe: Recipe, census: Census) -> str:
+    counts = census.counts
+    seen = {"empty": counts["empty"], "without an answer to learn": counts["dropped"], "bad": census.bad}
     found = ", ".join(f"{count} {what}" for what, count in seen.items() if count)
     files = ", ".join(recipe.files[:3]) + (" ..." if len(recipe.files) > 3 else "")
-    first = "".join(f"; {message}" for message in counts.problems.first[:1])
+    first = "".join(f"; {message}" for message in census.bad_examples[:1])
     return f"source {recipe.source.name!r}: no documents to learn from in {files}, " + (
         f"which has {found} records{first}" if found else "which has no records"
     )

@@ -10,19 +10,18 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.data.config import FrozenConfig
 from mixtral_jax.data.records.sources import data_files
 from mixtral_jax.data.rows.row import RowFormat
 
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class PreparedSource:
+class PreparedSource(FrozenConfig):
     """A source as rows on disk, and what became of its records."""
 
     name: str
@@ -33,13 +32,13 @@ class PreparedSource:
     documents: int
     tokens: int  # in the rows, BOS and EOS included; the token that joins two pieces of a document counts twice
     targets: int  # tokens that are learned
-    text_bytes: int  # UTF-8 bytes of the text
+    text_bytes: int = 0  # UTF-8 bytes of the text of documents
     split: int = 0  # documents in more than one row
     truncated: int = 0  # examples cut to a row
     dropped: int = 0  # examples with nothing left to learn
     empty: int = 0  # records without text
     bad: int = 0  # bad records passed over (on_error: skip)
-    bad_examples: tuple[str, ...] = field(default=())
+    bad_examples: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -56,11 +55,10 @@ class PreparedSource:
         """The shard files, in order."""
         return [os.path.join(self.directory, name) for name, _, _ in self.shards]
 
-    def to_meta(self) -> dict[str, Any]:
-        """The content of meta.json: all but the name and the place."""
-        meta = asdict(self)
-        del meta["name"], meta["directory"]
-        return {"version": FORMAT_VERSION, **meta}
+    def save(self, directory: Path) -> None:
+        """Writes meta.json: all but the name and the place."""
+        meta = {"version": FORMAT_VERSION, **self.model_dump(exclude={"name", "directory"})}
+        write_atomically(directory / "meta.json", json.dumps(meta, indent=1))
 
 
 def digest(value: Any) -> str:
@@ -75,9 +73,6 @@ def load_prepared(cache_dir: Path, name: str, fingerprint: str) -> PreparedSourc
         meta = json.loads((directory / "meta.json").read_text())
         if meta.pop("version") != FORMAT_VERSION or meta["fingerprint"] != fingerprint:
             return None
-        meta["format"] = RowFormat(**meta["format"])
-        meta["shards"] = tuple((str(n), int(r), int(b)) for n, r, b in meta["shards"])
-        meta["bad_examples"] = tuple(meta["bad_examples"])
         prepared = PreparedSource(name=name, directory=str(directory), **meta)
         whole = all(os.path.getsize(directory / n) == size for n, _, size in prepared.shards)
     except (OSError, ValueError, KeyError, TypeError):
@@ -110,23 +105,18 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     return result
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a small file so that a reader sees all of it or none."""
-    write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """As `write_atomically`, for bytes."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
-        stream.write(content)
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: str, say: Any) -> Iterator[None]:
+def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds a lock file; the system drops the lock when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:

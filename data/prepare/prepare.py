@@ -7,17 +7,17 @@ do not depend on the number of parts or workers.
 
 import functools
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import spill
 from mixtral_jax.data.prepare.build import Recipe, pack, tokenise
-from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, load_prepared, locked
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, locked
 from mixtral_jax.data.prepare.workers import Workers
-from mixtral_jax.data.progress import Meter, say
+from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.sources import source_files, text_size_estimate
 from mixtral_jax.data.rows.order import GlobalOrder, shares
@@ -94,21 +94,20 @@ def prepare(
     learned = config.train if train else ()
     recipes = [_recipe(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
     held_out = [_recipe(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
-    cache = Path(config.cache_dir)
-    todo = {r.fingerprint: r for r in recipes + held_out if not load_prepared(cache, "", r.fingerprint)}
-    missing = _make(cache, [todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
+    todo = {r.fingerprint: r for r in recipes + held_out if not r.load()}
+    missing = _make([todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
         return PreparedData(config, seed, (), (), tuple(missing))
     return PreparedData(
         config,
         seed,
-        train=tuple(_loaded(cache, r) for r in recipes),
-        validation=tuple(_loaded(cache, r) for r in held_out),
+        train=tuple(_loaded(r) for r in recipes),
+        validation=tuple(_loaded(r) for r in held_out),
         fresh=bool(todo),
     )
 
 
-def _make(cache: Path, recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool) -> list[str]:
+def _make(recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool) -> list[str]:
     """Both passes over `recipes`, which all processes have in one order: locks taken in it cannot block for good."""
     if not recipes:
         return []
@@ -116,14 +115,20 @@ def _make(cache: Path, recipes: list[Recipe], part: tuple[int, int], workers: in
     size = sum(text_size_estimate(r.files) for r in recipes)
     processes = (workers or _cores()) if size > _SERIAL_BYTES else 1
     with Workers(processes) as pool:
-        with Meter("Tokenising", size, show=show) as meter, ExitStack() as locks:
-            for recipe in recipes:
-                locks.enter_context(_lock(cache, recipe, f".part-{index}-of-{count}", show))
-            tokenise(cache, recipes, index, count, pool, meter)
-        with Meter("Packing", size // count, show=show) as meter, ExitStack() as locks:
-            for recipe in recipes:
-                locks.enter_context(_lock(cache, recipe, "", show))
-            return pack(cache, recipes, count, pool, meter)
+        with meter("Tokenising", size, show=show) as advance, _locks(recipes, f".part-{index}-of-{count}", show):
+            tokenise(recipes, index, count, pool, advance)
+        with meter("Packing", size // count, show=show) as advance, _locks(recipes, "", show):
+            return pack(recipes, count, pool, advance)
+
+
+@contextmanager
+def _locks(recipes: list[Recipe], suffix: str, show: bool) -> Iterator[None]:
+    with ExitStack() as locks:
+        for recipe in recipes:
+            path = recipe.place.parent / "locks" / f"{recipe.place.name}{suffix}"
+            waiting = f"source {recipe.source.name!r}: waiting for another process that prepares it ({path})"
+            locks.enter_context(locked(path, waiting, say if show else lambda _: None))
+        yield
 
 
 def _cores() -> int:
@@ -146,8 +151,8 @@ def _describe(source: PreparedSource) -> str:
     return "\n  ".join([text, *source.bad_examples])
 
 
-def _loaded(cache: Path, recipe: Recipe) -> PreparedSource:
-    prepared = load_prepared(cache, recipe.source.name, recipe.fingerprint)
+def _loaded(recipe: Recipe) -> PreparedSource:
+    prepared = recipe.load()
     assert prepared is not None, f"{recipe.source.name} was just prepared and is gone"
     return prepared
 
@@ -176,22 +181,12 @@ def _recipe(
     if pairs:
         identity["pairs_per_row"] = pairs
     return Recipe(
+        config=config,
         source=source,
         files=files,
-        kind=config.examples,
-        template=config.template,
-        train_on=config.train_on,
         packing="best_fit" if weighted else packing,
         seed=seed,
         buckets=buckets,
         format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted, pairs),
-        tokenizer=config.tokenizer,
-        skip=config.on_error == "skip",
         fingerprint=digest(identity),
     )
-
-
-def _lock(cache: Path, recipe: Recipe, suffix: str, show: bool) -> Any:
-    path = cache / "locks" / f"{recipe.fingerprint[:24]}{suffix}"
-    waiting = f"source {recipe.source.name!r}: waiting for another process that prepares it ({path})"
-    return locked(path, waiting, say if show else lambda _: None)

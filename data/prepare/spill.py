@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.data.rows.order import hash64
+from mixtral_jax.data.text.examples import Documents
 
 BUCKET_BYTES = 64 << 20  # of text
 
@@ -24,53 +25,33 @@ def document_keys(lump: int, count: int, seed: int) -> np.ndarray:
     return hash64((np.uint64(lump) << np.uint64(32)) + np.arange(count, dtype=np.uint64), seed)
 
 
-def append(
-    directory: Path,
-    buckets: int,
-    keys: np.ndarray,
-    lengths: np.ndarray,
-    tokens: np.ndarray,
-    weights: np.ndarray | None,
-) -> None:
+def append(directory: Path, buckets: int, keys: np.ndarray, documents: Documents) -> None:
     """Adds documents to their buckets under `directory`."""
     bucket_of = (keys % np.uint64(buckets)).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(documents.lengths) - documents.lengths
     for bucket in np.unique(bucket_of).tolist():
         chosen = np.flatnonzero(bucket_of == bucket)
-        if len(chosen) == len(keys):
-            part, part_weights = tokens, weights
-        else:
-            part = gather(tokens, starts[chosen], lengths[chosen])
-            part_weights = None if weights is None else gather(weights, starts[chosen], lengths[chosen])
+        part = documents
+        if len(chosen) < len(keys):
+            part = documents.slices(starts[chosen], documents.lengths[chosen])
         path = directory / f"{bucket:06d}" / f"{os.getpid()}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as stream:
-            stream.write(np.array([len(chosen), len(part)], np.int64).tobytes())
-            stream.write(keys[chosen].tobytes() + lengths[chosen].tobytes() + part.tobytes())
-            if part_weights is not None:
-                stream.write(part_weights.astype(np.float16).tobytes())
+            stream.write(np.array([len(chosen), len(part.tokens)], np.int64).tobytes())
+            stream.write(keys[chosen].tobytes() + part.lengths.tobytes() + part.tokens.tobytes())
+            if part.weights is not None:
+                stream.write(part.weights.astype(np.float16).tobytes())
 
 
-def gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The slices tokens[start : start + length], end to end."""
-    slices = [tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-    return np.concatenate(slices) if slices else tokens[:0]
-
-
-def read_bucket(
-    directories: list[Path], token_dtype: str, weighted: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(lengths, tokens, weights) of all documents of a bucket, in the order of their keys."""
-    blocks = [b for d in directories for f in sorted(d.glob("*.bin")) for b in _blocks(f, token_dtype, weighted)]
-    if not blocks:
-        return np.zeros(0, np.int64), np.zeros(0, token_dtype), np.zeros(0, np.float16) if weighted else None
-    keys, lengths, tokens = (np.concatenate([b[i] for b in blocks]) for i in range(3))
+def read_bucket(directories: list[Path], token_dtype: str, weighted: bool) -> Documents:
+    """All documents of a bucket, in the order of their keys."""
+    nothing = tuple(np.zeros(0, dtype) for dtype in (np.uint64, np.int64, token_dtype, np.float16))
+    files = [file for directory in directories for file in sorted(directory.glob("*.bin"))]
+    blocks = [nothing, *(block for file in files for block in _blocks(file, token_dtype, weighted))]
+    keys, lengths, tokens, weights = (np.concatenate(column) for column in zip(*blocks, strict=True))
     order = np.argsort(keys, kind="stable")
-    starts = (np.cumsum(lengths) - lengths)[order]
-    weights = None
-    if weighted:
-        weights = gather(np.concatenate([b[3] for b in blocks]), starts, lengths[order])
-    return lengths[order], gather(tokens, starts, lengths[order]), weights
+    starts = np.cumsum(lengths) - lengths
+    return Documents(lengths, tokens, weights if weighted else None).slices(starts[order], lengths[order])
 
 
 def _blocks(path: Path, token_dtype: str, weighted: bool) -> Iterator[tuple[np.ndarray, ...]]:

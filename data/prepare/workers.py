@@ -5,7 +5,6 @@ JAX runs its threads, and no second run of a user's script, as `multiprocessing`
 A worker whose parent is gone reads the end of its input and ends too.
 """
 
-import functools
 import os
 import pickle
 import signal
@@ -18,8 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -29,23 +26,18 @@ class Workers:
 
     def __init__(self, count: int):
         self._count = count
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(count) if count > 1 else None
         self._local = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        if self._count > 1:
-            self._threads = ThreadPoolExecutor(self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
+            process.communicate()  # closes its input and waits for its end
 
     def ordered(self, function: Callable[[J], R], jobs: Iterator[J]) -> Iterator[tuple[J, R]]:
         """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded."""
@@ -118,9 +110,3 @@ def serve() -> None:
             results.flush()
         except BrokenPipeError:
             os._exit(1)  # the parent is gone; nothing is left to say to it
-
-
-@functools.lru_cache(maxsize=2)
-def process_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of this process, loaded once."""
-    return load_tokenizer(path)

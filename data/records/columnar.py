@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Lump, Problems
+from mixtral_jax.data.records.lump import Census, Lump
 
 _BATCH = 256
 
@@ -34,7 +34,7 @@ def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[
     return found
 
 
-def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
+def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     """Records of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -48,9 +48,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], problems:
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
 
-def hugging_face(
-    source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems
-) -> Iterator[dict[str, Any]]:
+def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
     for file in [path] if os.path.isfile(path) else _arrow_files(Path(path), source.split):
         yield from _arrow(file, columns)
@@ -95,7 +93,7 @@ def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
 
 
-def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[Any]:
+def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Any]:
     """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -112,7 +110,7 @@ def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], prob
                 yield _json_or_text(record, source.text_key)
             except UnicodeDecodeError:
                 where = f"{file}, record {number}"
-                problems.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
+                census.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
     reader.close()
 
 
@@ -128,7 +126,7 @@ def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
     return {key: text}
 
 
-def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], problems: Problems) -> Iterator[dict[str, Any]]:
+def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
     import tensorflow_datasets
 
@@ -153,7 +151,7 @@ def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], problems: Pr
             try:
                 yield {key: _plain(record[key]) for key in wanted}
             except UnicodeDecodeError:
-                problems.report(f"{path}, record {number + 1}: not UTF-8")
+                census.report(f"{path}, record {number + 1}: not UTF-8")
 
 
 def _plain(value: Any) -> Any:

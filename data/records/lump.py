@@ -1,33 +1,36 @@
 """A lump: about a megabyte of records of one file; memory does not grow with the input."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 LUMP_BYTES = 1 << 20
+_SHOWN = 5  # bad records
 
 
 @dataclass
-class Problems:
-    """Bad records: the first one ends the run (`fail`), or they are counted and the first few kept (`skip`)."""
+class Census:
+    """What became of records: counts by name, and the first few bad ones. Unless `skip`, the first ends the run."""
 
     skip: bool
-    count: int = 0
-    first: list[str] = field(default_factory=list)
+    bad: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def report(self, message: str) -> None:
-        """Raises ValueError(message) unless bad records are skipped."""
+        """A bad record. Raises ValueError(message) unless bad records are skipped."""
         if not self.skip:
             raise ValueError(message)
-        self.count += 1
-        if len(self.first) < 5:
-            self.first.append(message)
+        self.bad += 1
+        self.bad_examples = [*self.bad_examples, message][:_SHOWN]
 
-    def merge(self, other: "Problems") -> None:
-        """Adds those that another process counted."""
-        self.count += other.count
-        self.first = (self.first + other.first)[:5]
+    def add(self, other: "Census") -> None:
+        """Adds what was counted of other records."""
+        self.bad += other.bad
+        self.bad_examples = (self.bad_examples + other.bad_examples)[:_SHOWN]
+        self.counts.update(other.counts)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Lump:
     lines: bytes = b""
     records: tuple[Any, ...] = ()
 
-    def parse(self, problems: Problems) -> Iterator[tuple[int, Any]]:
+    def parse(self, census: Census) -> Iterator[tuple[int, Any]]:
         """Yields (record number, record); blank lines are passed over."""
         yield from ((self.first + i, record) for i, record in enumerate(self.records))
         if not self.lines:
@@ -50,14 +53,14 @@ class Lump:
             try:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                problems.report(f"{self.file}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
+                census.report(f"{self.file}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:
-                problems.report(f"{self.file}, line {number}: malformed JSON ({error})")
+                census.report(f"{self.file}, line {number}: malformed JSON ({error})")
             else:
                 if isinstance(record, dict):
                     yield number, record
                 else:
-                    problems.report(f"{self.file}, line {number}: expected a JSON object, found {_kind(record)}")
+                    census.report(f"{self.file}, line {number}: expected a JSON object, found {_kind(record)}")
 
     @property
     def size(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import LUMP_BYTES, Lump, Problems
+from mixtral_jax.data.records import columnar
+from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump
 
 _READ_BYTES = 1 << 18
 _TEXT_PIECE_BYTES = 8 << 20
@@ -99,7 +100,7 @@ def data_files(path: str) -> list[str]:
     return sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
 
 
-def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], problems: Problems) -> Iterator[Lump]:
+def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Lump]:
     """All records of one file.
 
     `columns` are those that columnar files need to read; of alternatives those that the file has.
@@ -109,26 +110,23 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], proble
     """
     kind = file_format(source, file)
     if kind == "jsonl":
-        yield from _jsonl(file, problems)
-    elif kind == "text":
-        yield from _text(file, source.text_key, problems)
-    else:
-        from mixtral_jax.data.records import columnar  # heavy libraries, wanted for these formats only
-
-        readers = {
-            "parquet": columnar.parquet,
-            "array_record": columnar.array_record,
-            "tfds": columnar.tfds,
-            "datasets": columnar.hugging_face,
-        }
-        yield from columnar.lumps(file, readers[kind](source, file, columns, problems), LUMP_BYTES)
+        yield from _jsonl(file, census)
+        return
+    readers = {
+        "text": _text,
+        "parquet": columnar.parquet,
+        "array_record": columnar.array_record,
+        "tfds": columnar.tfds,
+        "datasets": columnar.hugging_face,
+    }
+    yield from columnar.lumps(file, readers[kind](source, file, columns, census), LUMP_BYTES)
 
 
 class _CutOff(Exception):
     """The bytes of a file end, or make no sense, before its end."""
 
 
-def _jsonl(file: str, problems: Problems) -> Iterator[Lump]:
+def _jsonl(file: str, census: Census) -> Iterator[Lump]:
     """Whole lines, about a megabyte of them at a time; of a file that is cut off, those that are whole."""
     rest: list[bytes] = []
     held, number = 0, 1
@@ -150,33 +148,33 @@ def _jsonl(file: str, problems: Problems) -> Iterator[Lump]:
     if damage:
         lines = lines[: lines.rfind(b"\n") + 1]
         last = number - 1 + lines.count(b"\n")
-        problems.report(f"{file}: {damage} after line {last}")
+        census.report(f"{file}: {damage} after line {last}")
     if lines:
         yield Lump(file, number, lines)
 
 
-def _text(file: str, key: str, problems: Problems) -> Iterator[Lump]:
+def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, str]]:
     """A file is one document; one of more than 8 MB is cut at line ends."""
-    rest = b""
-    number = 1
-
-    def lump(data: bytes) -> Iterator[Lump]:
+    for number, piece in enumerate(_pieces(file, census), 1):
         try:
-            yield Lump(file, number, records=({key: data.decode("utf-8")},))
+            yield {source.text_key: piece.decode("utf-8")}
         except UnicodeDecodeError as error:
-            problems.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
+            census.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
 
+
+def _pieces(file: str, census: Census) -> Iterator[bytes]:
+    rest, number = b"", 1
     try:
         for block in _blocks(file):
             rest += block
             if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
-                yield from lump(rest[:end])
+                yield rest[:end]
                 rest, number = rest[end:], number + 1
     except _CutOff as error:
         rest = rest[: rest.rfind(b"\n") + 1]
-        problems.report(f"{file}, part {number}: {error}")
+        census.report(f"{file}, part {number}: {error}")
     if rest:
-        yield from lump(rest)
+        yield rest
 
 
 def _blocks(file: str) -> Iterator[bytes]:

@@ -1,4 +1,8 @@
-"""The Batch contract: what the data room hands to the training room, in numpy."""
+"""The Batch contract: what the data room hands to the training room, in numpy.
+
+An optimizer step has A micro-batches of b rows of T positions: the shapes below. A is leading, so that the scan over
+micro-batches never reshards the rows. The same classes hold a single row, without the axes A and b.
+"""
 
 from typing import NamedTuple
 
@@ -6,10 +10,7 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """One optimizer step's worth of rows: A micro-batches of b rows of T positions, A leading.
-
-    A is leading so that the scan over micro-batches never reshards the rows.
-    """
+    """Rows of documents."""
 
     tokens: np.ndarray  # (A, b, T) int32
     targets: np.ndarray  # (A, b, T) int32: the token after tokens[..., t]
@@ -19,7 +20,7 @@ class Batch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """One optimizer step's worth of preference pairs: A micro-batches of b rows of T positions and K pairs.
+    """Rows of K preference pairs.
 
     Segment 2k + 1 of a row is the chosen and 2k + 2 the rejected sequence of its pair k; a pair is never split.
     """
@@ -31,4 +32,9 @@ class PairBatch(NamedTuple):
     positions: np.ndarray  # (A, b, T) int32: restart at 0 in every segment
     lengths: np.ndarray  # (A, b, K, 2) int32: completion tokens of chosen and rejected
     mask: np.ndarray  # (A, b, K) float32: 1 for a pair, 0 for filling
-    ref_logps: np.ndarray  # (A, b, K, 2) float32: log-probabilities of the completions under the reference
+    ref_logps: np.ndarray  # (A, b, K, 2) float32: log-probabilities of the reference; 0 until one is asked
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(A, b, T) float32: 1 where the target belongs to a completion."""
+        return (self.completion > 0).astype(np.float32)

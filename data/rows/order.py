@@ -8,7 +8,6 @@ import numpy as np
 
 _PERIOD = 1 << 16
 _ROUNDS = 4
-_CHUNK = 1 << 20
 _FIRST, _SECOND, _WORD = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, (1 << 64) - 1
 
 
@@ -41,7 +40,6 @@ class GlobalOrder:
         self.rows, self.seed, self.shares = list(rows), seed, parts
         self.total = sum(rows)
         self._starts = np.concatenate([[0], np.cumsum(rows)])
-        self._counted = (0, np.zeros(len(rows), np.int64))
         self._pattern = self._rank = None
         if parts is not None:
             self._pattern, self._rank = _pattern(parts)
@@ -59,27 +57,6 @@ class GlobalOrder:
         drawn = period * int(self._per_period[source]) + int(self._rank[place])
         epoch, k = divmod(drawn, self.rows[source])
         return source, permute(k, self.rows[source], _mix(self.seed, source + 1, epoch))
-
-    def drawn(self, r: int) -> list[int]:
-        """Rows drawn from each source by the first `r` rows of the run."""
-        if self._pattern is None:
-            return self._drawn_by_size(r)
-        periods, rest = divmod(r, _PERIOD)
-        partial = np.bincount(self._pattern[:rest], minlength=len(self.rows))
-        return (periods * self._per_period + partial).tolist()
-
-    def _drawn_by_size(self, r: int) -> list[int]:
-        """Counts on from the row of the last call, where that is before `r` in the same epoch."""
-        epochs, rest = divmod(r, self.total)
-        last, counts = self._counted
-        if last > r or last < epochs * self.total:
-            last, counts = epochs * self.total, epochs * np.array(self.rows)
-        for start in range(last % self.total, rest, _CHUNK):
-            ks = permute_many(np.arange(start, min(rest, start + _CHUNK)), self.total, _mix(self.seed, 0, epochs))
-            sources = np.searchsorted(self._starts, ks, side="right") - 1
-            counts = counts + np.bincount(sources, minlength=len(self.rows))
-        self._counted = (r, counts)
-        return counts.tolist()
 
 
 def _pattern(parts: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,23 +95,6 @@ def permute(k: int, n: int, seed: int) -> int:
         k = (left << half) | right
         if k < n:
             return k
-
-
-def permute_many(ks: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """`permute` of each of `ks` (m,), all below `n`."""
-    half = np.uint64(max(1, (max(1, (n - 1).bit_length()) + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    result = ks.astype(np.uint64)
-    outside = np.ones(len(ks), bool)
-    while outside.any():
-        left, right = result[outside] >> half, result[outside] & mask
-        for turn in range(_ROUNDS):
-            x = (right + np.uint64(((turn << 32) + seed) & _WORD)) * np.uint64(_FIRST)
-            x = (x ^ (x >> np.uint64(32))) * np.uint64(_SECOND)
-            left, right = right, left ^ ((x >> np.uint64(32)) & mask)
-        result[outside] = (left << half) | right
-        outside[outside] = result[outside] >= n
-    return result.astype(np.int64)
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

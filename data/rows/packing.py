@@ -6,7 +6,7 @@ there and a target here.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -29,6 +29,14 @@ def _pieces(found: Iterable[tuple[int, int, int]], rows: int, split: int) -> Pie
     return Pieces(table[:, 0], table[:, 1], table[:, 2], rows, split)
 
 
+def _cut(start: int, length: int, first: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of the pieces of a document: at most `first` tokens, then at most `size`."""
+    while length > first:
+        yield start, first
+        start, length, first = start + first - 1, length - first + 1, size
+    yield start, length
+
+
 def concat(lengths: np.ndarray, seq_len: int) -> Pieces:
     """Lays documents end to end and cuts at row ends. `lengths` (n,): tokens of each document, at least 2.
 
@@ -40,14 +48,11 @@ def concat(lengths: np.ndarray, seq_len: int) -> Pieces:
     for length in lengths.tolist():
         if space < 2:
             row, space = row + 1, size
-        left, at = length, start
-        split += left > space
-        while left > space:
-            found.append((row, at, space))
-            at, left = at + space - 1, left - space + 1
-            row, space = row + 1, size
-        found.append((row, at, left))
-        space -= left
+        pieces = list(_cut(start, length, space, size))
+        found += [(row + i, *piece) for i, piece in enumerate(pieces)]
+        if len(pieces) > 1:
+            row, space, split = row + len(pieces) - 1, size, split + 1
+        space -= pieces[-1][1]
         start += length
     return _pieces(found, row + 1 if found else 0, split)
 
@@ -62,12 +67,8 @@ def best_fit(lengths: np.ndarray, seq_len: int, most: int | None = None) -> Piec
     items: list[tuple[int, int]] = []  # (start, length), each at most a row
     start, split = 0, 0
     for length in lengths.tolist():
-        left, at = length, start
-        split += left > size
-        while left > size:
-            items.append((at, size))
-            at, left = at + size - 1, left - size + 1
-        items.append((at, left))
+        items += _cut(start, length, size, size)
+        split += length > size
         start += length
     items.sort(key=lambda item: -item[1])
     found: list[tuple[int, int, int]] = []

@@ -7,23 +7,12 @@ earlier row (attention cannot see that row).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from mixtral_jax.data.rows.pairs import PairRow, pair_row
+from mixtral_jax.data.rows.batch import Batch, PairBatch
 
 WRITER_OPTIONS = "group_size:1,zstd:1"  # group_size 1: a single row can be read without its neighbours
-
-
-class Row(NamedTuple):
-    """One row as the model sees it: T inputs and the T tokens after them."""
-
-    tokens: np.ndarray  # (T,) int32
-    targets: np.ndarray  # (T,) int32
-    weights: np.ndarray  # (T,) float32, of the target
-    segment_ids: np.ndarray  # (T,) int32, 0 is padding
-    positions: np.ndarray  # (T,) int32
 
 
 @dataclass(frozen=True)
@@ -37,19 +26,18 @@ class RowFormat:
 
     def encode(self, lengths: np.ndarray, tokens: np.ndarray, weights: np.ndarray | None) -> bytes:
         """One record. `lengths` (n,), `tokens` and `weights` (sum of lengths,)."""
-        head = np.empty(len(lengths) + 1, np.uint32)
-        head[0], head[1:] = len(lengths), lengths
+        head = np.concatenate([[len(lengths)], lengths]).astype(np.uint32)
         record = head.tobytes() + tokens.astype(self.token_dtype, copy=False).tobytes()
         if self.weighted:
             assert weights is not None
             record += weights.astype(np.float16, copy=False).tobytes()
         return record
 
-    def padding(self) -> Row | PairRow:
+    def padding(self) -> Batch | PairBatch:
         """A row without anything in it."""
         return self.decode(b"\0" * 4)
 
-    def decode(self, record: bytes) -> Row | PairRow:
+    def decode(self, record: bytes) -> Batch | PairBatch:
         """The row of a record. A target across a segment border, or in the padding, has weight 0."""
         n = int(np.frombuffer(record, np.uint32, 1)[0])
         lengths = np.frombuffer(record, np.uint32, n, offset=4).astype(np.int64)
@@ -66,5 +54,24 @@ class RowFormat:
         else:
             weights[:used] = 1
         inside = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-        row = Row(tokens[:-1], tokens[1:], weights[1:] * inside, segments[:-1], positions[:-1])
-        return pair_row(*row, pairs=self.pairs) if self.pairs else row
+        row = Batch(tokens[:-1], tokens[1:], weights[1:] * inside, segments[:-1], positions[:-1])
+        return pair_row(row, self.pairs) if self.pairs else row
+
+
+def pair_row(row: Batch, pairs: int) -> PairBatch:
+    """The row with the numbers of its pairs; `pairs` is K."""
+    learned = row.weights > 0
+    lengths = np.bincount(row.segment_ids[learned], minlength=2 * pairs + 1)[1:].astype(np.int32)
+    before = np.concatenate([[0], np.cumsum(lengths)])  # completion tokens of the segments before
+    counted = np.cumsum(learned) - before[np.maximum(row.segment_ids, 1) - 1]
+    lengths = lengths.reshape(pairs, 2)
+    return PairBatch(
+        tokens=row.tokens,
+        targets=row.targets,
+        completion=np.where(learned, counted, 0).astype(np.int32),
+        segment_ids=row.segment_ids,
+        positions=row.positions,
+        lengths=lengths,
+        mask=(lengths.min(axis=1) > 0).astype(np.float32),
+        ref_logps=np.zeros((pairs, 2), np.float32),
+    )

@@ -9,39 +9,29 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from mixtral_jax.data.text.template import ChatTokenizer, Template, Turn
+from mixtral_jax.data.text.template import CONTENT, TOOL_TOKENS, Template, TemplateFormat, TurnFormat
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 TrainOn = Literal["all", "last"]
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 cannot
+_TOOL_CALLS, _TOOLS, _END_OF_TOOLS = TOOL_TOKENS
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}\Z")
 
 
-@dataclass
-class _Ids:
-    """Token ids growing message by message, each with its mark."""
+class Example(NamedTuple):
+    """One sequence that begins with BOS, and for each of its tokens whether it is learned."""
 
-    ids: list[int] = field(default_factory=list)
-    trainable: list[bool] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], trainable: bool = False) -> None:
-        self.ids.extend(ids)
-        self.trainable.extend([trainable] * len(ids))
+    tokens: list[int]
+    learned: list[bool]
 
 
 def encode_chat(
-    messages: Sequence[Message],
-    tokenizer: ChatTokenizer,
-    template: Template,
-    *,
-    train_on: TrainOn = "all",
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> tuple[list[int], list[bool]]:
-    """A whole conversation, which ends with an assistant's message, as (ids, trainable), BOS included.
+    messages: Sequence[Message], template: Template, *, train_on: TrainOn = "all", tools: Sequence[Tool] = ()
+) -> Example:
+    """A whole conversation, which ends with an assistant's message, BOS included.
 
     Args:
         messages: `{"role", "content"}` each; an assistant's may hold `tool_calls` instead of content, and `weight: 0`
@@ -50,7 +40,7 @@ def encode_chat(
         tools: definitions of functions, `{"type": "function", "function": {...}}`, for templates that know tools.
 
     Returns:
-        ids, and for each whether it is learned: an assistant's tokens and the token that ends them, nothing else.
+        What is learned are an assistant's tokens and the token that ends them, nothing else.
 
     Raises:
         ValueError: one sentence that names the message, when the conversation breaks a rule of the template.
@@ -62,16 +52,10 @@ def encode_chat(
             "so there is no last answer to learn"
         )
     learned = {len(messages) - 1} if train_on == "last" else set(range(len(messages)))
-    return _encode(messages, tokenizer, template, tools, learned)
+    return _encode(messages, template, tools, learned)
 
 
-def encode_prompt(
-    messages: Sequence[Message],
-    tokenizer: ChatTokenizer,
-    template: Template,
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> list[int]:
+def encode_prompt(messages: Sequence[Message], template: Template, *, tools: Sequence[Tool] = ()) -> list[int]:
     """Ids from which the next answer is generated: BOS, the conversation, and the header of the answer if there is one.
 
     Raises:
@@ -83,56 +67,103 @@ def encode_prompt(
             f"messages[{len(messages) - 1}]: a prompt must end with the user (or a tool), "
             f"not with role {messages[-1]['role']!r}"
         )
-    ids, _ = _encode(messages, tokenizer, template, tools, set())
-    return ids + list(template.assistant.open)
+    return _encode(messages, template, tools, set()).tokens + list(template.ids[template.format.assistant.open])
 
 
-def _encode(
-    messages: Sequence[Message],
-    tokenizer: ChatTokenizer,
-    template: Template,
-    tools: Sequence[Mapping[str, Any]],
-    learned: set[int],
-) -> tuple[list[int], list[bool]]:
-    out = _Ids()
-    out.add(template.bos)
-    system = _system_prompt(messages, template)
-    if system and template.system:
-        _add_turn(out, template.system, system, tokenizer)
+def _encode(messages: Sequence[Message], template: Template, tools: Sequence[Tool], learned: set[int]) -> Example:
+    fmt, out = template.format, _Turns(template)
+    system = _system_prompt(messages, fmt)
+    if isinstance(fmt.system, TurnFormat) and system:
+        out.add_turn(fmt.system, system)
+        system = ""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    host = users[0 if template.format.system == "first_user" else -1]
+    host = users[0 if fmt.system == "first_user" else -1]
     for i, message in enumerate(messages):
-        if message["role"] == "user":
-            content = message["content"]
-            if system and not template.system and i == host:
-                content = system + template.format.system_separator + content
+        role = message["role"]
+        content: Any = message.get("content")
+        if role == "user":
             if tools and i == users[-1]:
-                out.add(_tool_definitions(tools, tokenizer, template))
-            _add_turn(out, template.user, content, tokenizer)
-        elif message["role"] == "tool":
-            _add_tool_result(out, i, message, tokenizer, template)
-        elif message["role"] == "assistant":
-            weighted = _weight(i, message) and i in learned
+                out.add_tools(tools)
+            out.add_turn(fmt.user, system + fmt.system_separator + content if system and i == host else content)
+        elif role == "tool":
+            out.add_tool_result(i, message)
+        elif role == "assistant":
+            trainable = _weight(i, message) and i in learned
             if message.get("tool_calls"):
-                last = i == len(messages) - 1
-                _add_tool_calls(out, i, message["tool_calls"], tokenizer, template, weighted, last)
+                out.add_tool_calls(i, message["tool_calls"], trainable, last=i == len(messages) - 1)
             else:
-                answer = message["content"].rstrip(" ") if template.format.strip_answer else message["content"]
-                _add_turn(out, template.assistant, answer, tokenizer, weighted)
-    return out.ids, out.trainable
+                out.add_turn(fmt.assistant, content.rstrip(" ") if fmt.strip_answer else content, trainable)
+    return Example(out.ids, out.learned)
 
 
-def _add_turn(out: _Ids, turn: Turn, content: str, tokenizer: ChatTokenizer, trainable: bool = False) -> None:
-    out.add(turn.open)
-    out.add(tokenizer.encode(turn.before + content + turn.behind), trainable)
-    out.add(turn.close, trainable)
-    out.add(turn.after)
+class _Turns:
+    """Token ids growing message by message, each with its mark."""
+
+    def __init__(self, template: Template):
+        self._template, self._encode_text = template, template.tokenizer.encode
+        self.ids = [template.tokenizer.bos_id] if template.format.bos else []
+        self.learned = [False] * len(self.ids)
+
+    def _add(self, ids: Sequence[int], trainable: bool = False) -> None:
+        self.ids.extend(ids)
+        self.learned.extend([trainable] * len(ids))
+
+    def _add_between(self, turn: TurnFormat, ids: Sequence[int], trainable: bool) -> None:
+        around = self._template.ids
+        self._add(around[turn.open])
+        self._add(ids, trainable)
+        self._add(around[turn.close], trainable)
+        self._add(around[turn.after])
+
+    def add_turn(self, turn: TurnFormat, content: str, trainable: bool = False) -> None:
+        self._add_between(turn, self._encode_text(turn.text.replace(CONTENT, content)), trainable)
+
+    # tools, in the JSON of Mistral's v3 (mistral-common, InstructTokenizerV3)
+
+    def add_tools(self, tools: Sequence[Tool]) -> None:
+        if _TOOLS not in self._template.ids:
+            raise ValueError(f"template {self._template.format.name} cannot tell the model of tools")
+        definitions = []
+        for i, tool in enumerate(tools):
+            function = _function(tool, f"tools[{i}]: a tool")
+            body = {
+                "name": function["name"],
+                "description": function.get("description") or "",
+                "parameters": function.get("parameters") or {},
+            }
+            definitions.append({"type": "function", "function": body})
+        self._add(self._template.ids[_TOOLS])
+        self._add(self._encode_text(_json(definitions)))
+        self._add(self._template.ids[_END_OF_TOOLS])
+
+    def add_tool_calls(self, i: int, calls: Sequence[Mapping[str, Any]], trainable: bool, *, last: bool) -> None:
+        if _TOOL_CALLS not in self._template.ids:
+            raise ValueError(f"messages[{i}]: template {self._template.format.name} has no tool calls")
+        entries = []
+        for call in calls:
+            function = _function(call, f"messages[{i}]: a tool call")
+            arguments = function.get("arguments") or {}
+            arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+            entry = {"name": function["name"], "arguments": arguments}
+            if not (last and call.get("id") in (None, "null")):  # only calls that nothing answers may go without an id
+                entry["id"] = _call_id(i, call.get("id"))
+            entries.append(entry)
+        ids = [*self._template.ids[_TOOL_CALLS], *self._encode_text(_json(entries))]
+        self._add_between(self._template.format.assistant, ids, trainable)
+
+    def add_tool_result(self, i: int, message: Message) -> None:
+        fmt, content = self._template.format, message["content"]
+        if fmt.tool is None:
+            raise ValueError(f"messages[{i}]: template {fmt.name} has no tool messages")
+        if fmt.tool_calls == "mistral-v3":
+            content = _json({"content": _parsed(content), "call_id": _call_id(i, message.get("tool_call_id"))})
+        self.add_turn(fmt.tool, content)
 
 
-def _system_prompt(messages: Sequence[Message], template: Template) -> str:
+def _system_prompt(messages: Sequence[Message], fmt: TemplateFormat) -> str:
     prompts = [m["content"] for m in messages if m["role"] == "system" and m["content"]]
-    if prompts and template.format.system == "refuse":
-        raise ValueError(f"messages[0]: template {template.name} has no place for a system prompt")
+    if prompts and fmt.system == "refuse":
+        raise ValueError(f"messages[0]: template {fmt.name} has no place for a system prompt")
     return "\n\n".join(prompts)
 
 
@@ -143,11 +174,10 @@ def _weight(i: int, message: Message) -> bool:
     return weight != 0
 
 
-# ---- tools, in the JSON of Mistral's v3 (mistral-common, InstructTokenizerV3)
-
-
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    utf8_size(text, "the JSON of a tool")
+    return text
 
 
 def _parsed(text: str) -> Any:
@@ -158,62 +188,11 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _tool_definitions(tools: Sequence[Mapping[str, Any]], tokenizer: ChatTokenizer, template: Template) -> list[int]:
-    if template.tool_tokens is None:
-        raise ValueError(f"template {template.name} cannot tell the model of tools")
-    definitions = []
-    for i, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"tools[{i}]: a tool needs a function with a name")
-        body = {
-            "name": function["name"],
-            "description": function.get("description") or "",
-            "parameters": function.get("parameters") or {},
-        }
-        definitions.append({"type": "function", "function": body})
-    tokens = template.tool_tokens
-    return [tokens.open_available, *tokenizer.encode(_json(definitions)), tokens.close_available]
-
-
-def _add_tool_calls(
-    out: _Ids,
-    i: int,
-    calls: Sequence[Mapping[str, Any]],
-    tokenizer: ChatTokenizer,
-    template: Template,
-    trainable: bool,
-    last: bool,
-) -> None:
-    if template.tool_tokens is None:
-        raise ValueError(f"messages[{i}]: template {template.name} has no tool calls")
-    prepared = []
-    for call in calls:
-        function = call.get("function")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"messages[{i}]: a tool call needs a function with a name")
-        arguments = function.get("arguments") or {}
-        entry = {
-            "name": function["name"],
-            "arguments": _parsed(arguments) if isinstance(arguments, str) else arguments,
-        }
-        id_ = call.get("id")
-        if not (last and id_ in (None, "null")):  # only calls that nothing answers may go without an id
-            entry["id"] = _call_id(i, id_)
-        prepared.append(entry)
-    out.add(template.assistant.open)
-    out.add([template.tool_tokens.calls, *tokenizer.encode(_json(prepared))], trainable)
-    out.add(template.assistant.close, trainable)
-    out.add(template.assistant.after)
-
-
-def _add_tool_result(out: _Ids, i: int, message: Message, tokenizer: ChatTokenizer, template: Template) -> None:
-    if template.tool is None:
-        raise ValueError(f"messages[{i}]: template {template.name} has no tool messages")
-    content = message["content"]
-    if template.tool_tokens is not None:
-        content = _json({"content": _parsed(content), "call_id": _call_id(i, message.get("tool_call_id"))})
-    _add_turn(out, template.tool, content, tokenizer)
+def _function(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    function = holder.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{what} needs a function with a name")
+    return function
 
 
 def _call_id(i: int, id_: Any) -> str:
@@ -224,6 +203,13 @@ def _call_id(i: int, id_: Any) -> str:
 
 # ---- what a conversation must look like, in every template
 
+_FOLLOWERS = {
+    "system": ("system", "user"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("assistant", "user"),  # and another tool, while a call has no result yet
+}
+
 
 def _check_order(messages: Sequence[Message]) -> None:
     """Every message alone, then the order: system*, then user and assistant in turn, tool results after tool calls."""
@@ -233,7 +219,7 @@ def _check_order(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         _check_message(i, message)
         role = message["role"]
-        if role not in _followers(previous, waiting):
+        if role not in (("tool",) if waiting else _FOLLOWERS[previous]):
             raise ValueError(f"messages[{i}]: {_misplaced(role, previous, i, waiting)}")
         if role == "assistant":
             waiting = len(message.get("tool_calls") or ())
@@ -242,17 +228,6 @@ def _check_order(messages: Sequence[Message]) -> None:
         previous = role
     if previous == "system":
         raise ValueError("messages: the conversation has no user turn")
-
-
-def _followers(previous: str, waiting: int) -> tuple[str, ...]:
-    if waiting:
-        return ("tool",)
-    return {
-        "system": ("system", "user"),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "tool": ("assistant", "user"),
-    }[previous]
 
 
 def _misplaced(role: str, previous: str, i: int, waiting: int) -> str:
@@ -284,5 +259,16 @@ def _check_message(i: int, message: Message) -> None:
         raise ValueError(f"messages[{i}]: the content of role {role!r} must be a string, got {content!r:.80}")
     if role == "assistant" and not content.strip():
         raise ValueError(f"messages[{i}]: the assistant's answer is empty")
-    if _HALF_PAIR.search(content):
-        raise ValueError(f"messages[{i}]: the content holds half of a surrogate pair, which no text may")
+    utf8_size(content, f"messages[{i}]: the content")
+
+
+def utf8_size(text: str, what: str) -> int:
+    """Bytes of a text in UTF-8.
+
+    Raises:
+        ValueError: `what` is no text: JSON can spell half of a surrogate pair, UTF-8 cannot.
+    """
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half of a surrogate pair, which no text may") from None

@@ -1,13 +1,12 @@
-"""A record into token ids and per-token loss weights."""
+"""A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Lump, Problems
-from mixtral_jax.data.text.chat import TrainOn, encode_chat
+from mixtral_jax.data.records.lump import Census, Lump
+from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
 from mixtral_jax.data.text.template import Template
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
@@ -17,13 +16,25 @@ MAX_ENCODED = 4_000_000  # characters
 class Documents(NamedTuple):
     """Tokenised documents, end to end."""
 
-    tokens: np.ndarray  # (sum of lengths,) uint16 or uint32
     lengths: np.ndarray  # (n,) int64
+    tokens: np.ndarray  # (sum of lengths,) uint16 or uint32
     weights: np.ndarray | None  # (sum of lengths,) float16; None: every token counts 1
-    text_bytes: int  # UTF-8 bytes of the texts
-    empty: int = 0  # records whose text is empty
-    truncated: int = 0  # examples cut to a row
-    dropped: int = 0  # examples with nothing left to learn
+
+    def slices(self, starts: np.ndarray, lengths: np.ndarray) -> "Documents":
+        """Of the tokens (and weights) those at start : start + length, as documents."""
+        places = [slice(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+
+        def join(flat: np.ndarray) -> np.ndarray:
+            return np.concatenate([flat[place] for place in places]) if places else flat[:0]
+
+        return Documents(lengths, join(self.tokens), None if self.weights is None else join(self.weights))
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        if self.weights is None:
+            return len(self.tokens) - len(self.lengths)
+        return int(np.count_nonzero(self.weights))
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -40,27 +51,45 @@ def columns(source: SourceConfig, kind: str) -> tuple[str, ...]:
     return (source.messages_key, source.prompt_key, source.completion_key)
 
 
-def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, problems: Problems) -> Documents:
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
+
+
+# --- documents of text ---
+
+
+def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -> Documents:
     """Pretraining documents: BOS, the ids of the text, EOS. EOS is learned; BOS, being first, is never a target."""
     texts: list[str] = []
-    text_bytes = empty = 0
-    for number, record in lump.parse(problems):
-        text = record.get(key)
-        if not isinstance(text, str):
-            problems.report(f"{lump.where(number)}: {_lacks_text(record, key)}")
-            continue
+    for number, record in lump.parse(census):
         try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError:
-            problems.report(f"{lump.where(number)}: {key!r} holds half of a surrogate pair, which no text may")
+            size = utf8_size(_text(record, key), repr(key))
+        except ValueError as error:
+            census.report(f"{lump.where(number)}: {error}")
             continue
-        if not size:
-            empty += 1
-            continue
-        text_bytes += size
-        texts.append(text)
-    tokens, lengths = _with_bos_eos(_encode_all(texts, tokenizer), tokenizer)
-    return Documents(tokens, lengths, None, text_bytes, empty)
+        census.counts["text_bytes"] += size
+        if size:
+            texts.append(record[key])
+        else:
+            census.counts["empty"] += 1
+    encoded = _encode_all(texts, tokenizer)
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
+    tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
+    at = 0
+    for ids in encoded:
+        tokens[at] = tokenizer.bos_id
+        tokens[at + 1 : at + 1 + len(ids)] = ids
+        tokens[at + 1 + len(ids)] = tokenizer.eos_id
+        at += len(ids) + 2
+    return Documents(lengths, tokens, None)
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if key not in record:
+        raise ValueError(f"no {key!r} (the record has {_names(record)}; the column can be set with text_key)")
+    if not isinstance(record[key], str):
+        raise ValueError(f"{key!r} is not a string")
+    return record[key]
 
 
 def _encode_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -83,34 +112,7 @@ def _encode_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return encoded
 
 
-def _lacks_text(record: dict[str, Any], key: str) -> str:
-    if key in record:
-        return f"{key!r} is not a string"
-    names = ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
-    return f"no {key!r} (the record has {names}; the column can be set with text_key)"
-
-
-def _with_bos_eos(encoded: Sequence[list[int]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
-    tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
-    at = 0
-    for ids in encoded:
-        tokens[at] = tokenizer.bos_id
-        tokens[at + 1 : at + 1 + len(ids)] = ids
-        tokens[at + 1 + len(ids)] = tokenizer.eos_id
-        at += len(ids) + 2
-    return tokens, lengths
-
-
-class Example(NamedTuple):
-    """One sequence that begins with BOS, and the loss weight of each of its tokens."""
-
-    tokens: list[int]
-    weights: list[float]
-
-    def cut(self, size: int) -> "Example":
-        """Its first `size` tokens."""
-        return Example(self.tokens[:size], self.weights[:size])
+# --- examples of chats and preferences ---
 
 
 class Pair(NamedTuple):
@@ -120,40 +122,42 @@ class Pair(NamedTuple):
     rejected: Example
 
 
-class ChatFormat(NamedTuple):
-    """How chats become ids."""
-
-    template: Template
-    tokenizer: Tokenizer
-    train_on: TrainOn = "all"
-
-
-def chat_documents(lump: Lump, source: SourceConfig, chat: ChatFormat, seq_len: int, problems: Problems) -> Documents:
-    """Fine-tuning examples, cut to a row of `seq_len` + 1 tokens. One without any token to learn left is dropped."""
+def tuning_documents(
+    lump: Lump, source: SourceConfig, kind: str, template: Template, train_on: TrainOn, size: int, census: Census
+) -> Documents:
+    """Fine-tuning examples that fit a row of `size` tokens: of a chat one sequence, of a preference two that are
+    neighbours. One of which nothing is left to learn, or of which both answers are cut to the same, is dropped.
+    """
     examples: list[Example] = []
-    text_bytes = truncated = dropped = 0
-    for number, record in lump.parse(problems):
+    for number, record in lump.parse(census):
         try:
-            example = chat_example(record, source, chat)
-            size = sum(len(text.encode("utf-8")) for text in _texts(record, source))
-        except (ValueError, UnicodeEncodeError) as error:
-            problems.report(f"{lump.where(number)}: {error}")
+            whole: tuple[Example, ...]
+            kept: tuple[Example, ...]
+            if kind == "preference":
+                pair = preference_pair(record, source, template)
+                whole, kept = pair, fit(pair, size)
+                lost = kept[0] == kept[1]
+            else:
+                example = chat_example(record, source, template, train_on)
+                whole, kept = (example,), (_cut(example, 0, size),)
+                lost = not any(kept[0].learned[1:])
+        except ValueError as error:
+            census.report(f"{lump.where(number)}: {error}")
             continue
-        kept = example.cut(seq_len + 1)
-        if not any(kept.weights[1:]):
-            dropped += 1
+        if lost:
+            census.counts["dropped"] += 1
             continue
-        truncated += len(kept.tokens) < len(example.tokens)
-        text_bytes += size
-        examples.append(kept)
+        census.counts["truncated"] += kept != whole
+        examples += kept
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
-    dtype = token_dtype(chat.tokenizer.vocab_size)
-    tokens = np.array([t for e in examples for t in e.tokens], dtype)
-    weights = np.array([w for e in examples for w in e.weights], np.float16)
-    return Documents(tokens, lengths, weights, text_bytes, truncated=truncated, dropped=dropped)
+    tokens = np.array([t for e in examples for t in e.tokens], token_dtype(template.tokenizer.vocab_size))
+    weights = np.array([learned for e in examples for learned in e.learned], np.float16)
+    return Documents(lengths, tokens, weights)
 
 
-def chat_example(record: dict[str, Any], source: SourceConfig, chat: ChatFormat) -> Example:
+def chat_example(
+    record: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn = "all"
+) -> Example:
     """`{"messages"}` through the chat template, or `{"prompt", "completion"}`.
 
     Prompt and completion as strings are BOS + prompt, then completion + EOS, each encoded by itself; as message lists
@@ -166,19 +170,14 @@ def chat_example(record: dict[str, Any], source: SourceConfig, chat: ChatFormat)
         messages = record[source.messages_key]
         if not isinstance(messages, list):
             raise ValueError(f"{source.messages_key!r} is not a list of messages")
-        tools = record.get("tools") or ()
-        ids, trainable = encode_chat(messages, chat.tokenizer, chat.template, train_on=chat.train_on, tools=tools)
-        return Example(ids, [float(t) for t in trainable])
-    missing = [k for k in (source.prompt_key, source.completion_key) if k not in record]
-    if missing:
-        names = ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
-        raise ValueError(
-            f"neither {source.messages_key!r} nor {source.prompt_key!r} with {source.completion_key!r} (it has {names})"
-        )
-    return _answer(record[source.prompt_key], record[source.completion_key], chat, source.completion_key)
+        return encode_chat(messages, template, train_on=train_on, tools=record.get("tools") or ())
+    if source.prompt_key not in record or source.completion_key not in record:
+        both = f"{source.prompt_key!r} with {source.completion_key!r}"
+        raise ValueError(f"neither {source.messages_key!r} nor {both} (it has {_names(record)})")
+    return _answer(record[source.prompt_key], record[source.completion_key], template, source.completion_key)
 
 
-def preference_pair(record: dict[str, Any], source: SourceConfig, chat: ChatFormat) -> Pair:
+def preference_pair(record: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
     """`{"prompt", "chosen", "rejected"}` as strings or message lists, or `chosen` and `rejected` alone.
 
     Alone, as message lists, the messages that both begin with are the prompt; as strings, what both begin with up to
@@ -187,7 +186,10 @@ def preference_pair(record: dict[str, Any], source: SourceConfig, chat: ChatForm
     Raises:
         ValueError: a missing column, equal answers, an empty answer, or two kinds of value.
     """
-    chosen, rejected = (_column(record, key) for key in (source.chosen_key, source.rejected_key))
+    for key in (source.chosen_key, source.rejected_key):
+        if key not in record:
+            raise ValueError(f"no {key!r} (it has {_names(record)})")
+    chosen, rejected = record[source.chosen_key], record[source.rejected_key]
     if type(chosen) is not type(rejected):
         raise ValueError(f"{source.chosen_key!r} and {source.rejected_key!r} are of different kinds")
     if chosen == rejected:
@@ -195,24 +197,21 @@ def preference_pair(record: dict[str, Any], source: SourceConfig, chat: ChatForm
     prompt = record.get(source.prompt_key)
     if prompt is None:
         prompt, chosen, rejected = _common_prefix(chosen, rejected)
-    return Pair(_answer(prompt, chosen, chat, source.chosen_key), _answer(prompt, rejected, chat, source.rejected_key))
+    return Pair(
+        _answer(prompt, chosen, template, source.chosen_key), _answer(prompt, rejected, template, source.rejected_key)
+    )
 
 
-def _column(record: dict[str, Any], key: str) -> Any:
-    if key not in record:
-        names = ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
-        raise ValueError(f"no {key!r} (it has {names})")
-    return record[key]
-
-
-def _answer(prompt: Any, answer: Any, chat: ChatFormat, key: str) -> Example:
+def _answer(prompt: Any, answer: Any, template: Template, key: str) -> Example:
     """Prompt and answer as one sequence of which only the answer and its EOS are learned."""
+    tokenizer = template.tokenizer
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
             raise ValueError(f"{key!r} is empty")
-        before = [chat.tokenizer.bos_id, *chat.tokenizer.encode(prompt)]
-        after = [*chat.tokenizer.encode(answer), chat.tokenizer.eos_id]
-        return Example(before + after, [0.0] * len(before) + [1.0] * len(after))
+        utf8_size(prompt + " " + answer, f"the prompt or {key!r}")
+        before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        after = [*tokenizer.encode(answer), tokenizer.eos_id]
+        return Example(before + after, [False] * len(before) + [True] * len(after))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
@@ -220,8 +219,7 @@ def _answer(prompt: Any, answer: Any, chat: ChatFormat, key: str) -> Example:
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError(f"the prompt and {key!r} must be strings or lists of messages")
     unlearned = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
-    ids, trainable = encode_chat(unlearned + answer, chat.tokenizer, chat.template)
-    return Example(ids, [float(t) for t in trainable])
+    return encode_chat(unlearned + answer, template)
 
 
 def _common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -235,11 +233,34 @@ def _common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:n], chosen[n:], rejected[n:]
 
 
-def _texts(record: dict[str, Any], source: SourceConfig) -> Iterator[str]:
-    """The strings of a record that are text, for counting bytes."""
-    for key in (source.messages_key, source.prompt_key, source.completion_key):
-        value = record.get(key)
-        for item in value if isinstance(value, list) else [value]:
-            text = item.get("content") if isinstance(item, dict) else item
-            if isinstance(text, str):
-                yield text
+def fit(pair: Pair, size: int) -> Pair:
+    """The pair in `size` tokens. One that is longer is cut so that each sequence takes at most half.
+
+    Completions lose their ends first, down to half of that half; then the prompt loses its beginning, but for BOS.
+    Both sequences keep the same prompt.
+
+    Raises:
+        ValueError: a sequence does not begin with a prompt, or a row is too short.
+    """
+    prompt = min(map(_prompt_length, pair))
+    if not prompt:
+        raise ValueError("there is no prompt before the answers")
+    if sum(len(e.tokens) for e in pair) <= size:
+        return pair
+    half = size // 2
+    if half < 4:
+        raise ValueError(f"a row of {size} tokens is too short for a pair")
+    room = max(half - prompt, half // 2)
+    longest = min(room, max(len(e.tokens) for e in pair) - prompt)
+    kept = half - longest  # of the prompt
+    return Pair(*(_cut(example, max(0, prompt - kept), prompt + room) for example in pair))
+
+
+def _cut(example: Example, count: int, end: int) -> Example:
+    """The first `end` tokens of an example, without the `count` after its first."""
+    tokens, learned = example
+    return Example(tokens[:1] + tokens[1 + count : end], learned[:1] + learned[1 + count : end])
+
+
+def _prompt_length(example: Example) -> int:
+    return example.learned.index(True) if True in example.learned else len(example.learned)

@@ -8,32 +8,18 @@ the text of a message is always encoded as plain text: "[INST]" typed by a user 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
+
+from mixtral_jax.data.config import FrozenConfig
+from mixtral_jax.data.text.tokenizer import Tokenizer
 
 EOS = "{eos}"  # in `open`, `close` and `after`: the tokenizer's own end-of-sequence token, whatever its piece is called
 CONTENT = "{content}"
 
 
-class ChatTokenizer(Protocol):
-    """What a template needs of a tokenizer."""
-
-    bos_id: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with neither BOS nor EOS; never a control token."""
-
-    def id_of(self, piece: str) -> int | None:
-        """Id of a piece of the vocabulary, None where there is none."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TurnFormat(_Frozen):
+class TurnFormat(FrozenConfig):
     """One message = ids of `open`, then of `text` with the content in it (one encode), then of `close` and `after`.
 
     Of an assistant's message, `text` and `close` are trainable; `open` and `after` never are. Generation starts after
@@ -52,7 +38,7 @@ class TurnFormat(_Frozen):
         return self
 
 
-class TemplateFormat(_Frozen):
+class TemplateFormat(FrozenConfig):
     """A template before it meets a tokenizer; the fields are the keys of a template in YAML."""
 
     name: str = "custom"
@@ -101,46 +87,24 @@ CHATML = TemplateFormat(
     assistant=TurnFormat(open="<|im_start|>assistant\n", close="<|im_end|>", after="\n"),
 )
 BUILT_IN = {"v1": V1, "v3": V3, "chatml": CHATML}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A TurnFormat in token ids."""
-
-    open: tuple[int, ...]
-    before: str
-    behind: str
-    close: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ToolTokens:
-    """Control tokens of Mistral's v3 around tool definitions and tool calls."""
-
-    calls: int
-    open_available: int
-    close_available: int
+TOOL_TOKENS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")  # of v3
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template resolved against one tokenizer; made by `load_template`."""
+    """A format and a tokenizer that it fits; made by `load_template`."""
 
     format: TemplateFormat
-    bos: tuple[int, ...]
-    user: Turn
-    assistant: Turn
-    tool: Turn | None
-    system: Turn | None
-    tool_tokens: ToolTokens | None
+    tokenizer: Tokenizer
+    ids: Mapping[str, tuple[int, ...]]  # of each string around a message, and of the tokens around tools
 
     @property
-    def name(self) -> str:
-        return self.format.name
+    def answer_end(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return self.ids[self.format.assistant.close]
 
 
-def load_template(template: str | Mapping[str, Any], tokenizer: ChatTokenizer) -> Template:
+def load_template(template: str | Mapping[str, Any], tokenizer: Tokenizer) -> Template:
     """A built-in template by name (v1, v3, chatml) or a description (the keys of TemplateFormat), in ids.
 
     A description with the name of a built-in one overrides single fields of it: `{name: chatml, bos: true}`.
@@ -153,19 +117,13 @@ def load_template(template: str | Mapping[str, Any], tokenizer: ChatTokenizer) -
         raise ValueError(
             f"template v1 writes [INST] as text, but this tokenizer has it as control token {id_}: use template v3"
         )
-    tool_tokens = None
+    ids: dict[str, tuple[int, ...]] = {}
     if fmt.tool_calls == "mistral-v3":
-        names = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-        tool_tokens = ToolTokens(*(_special_id(fmt, name, tokenizer) for name in names))
-    return Template(
-        format=fmt,
-        bos=(tokenizer.bos_id,) if fmt.bos else (),
-        user=_resolve(fmt, fmt.user, tokenizer),
-        assistant=_resolve(fmt, fmt.assistant, tokenizer),
-        tool=_resolve(fmt, fmt.tool, tokenizer) if fmt.tool else None,
-        system=_resolve(fmt, fmt.system, tokenizer) if isinstance(fmt.system, TurnFormat) else None,
-        tool_tokens=tool_tokens,
-    )
+        ids = {name: (_special_id(fmt, name, tokenizer),) for name in TOOL_TOKENS}
+    for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system):
+        if isinstance(turn, TurnFormat):
+            ids |= {text: _resolve(fmt, text, tokenizer) for text in (turn.open, turn.close, turn.after)}
+    return Template(fmt, tokenizer, ids)
 
 
 def _format_of(template: str | Mapping[str, Any]) -> TemplateFormat:
@@ -183,7 +141,7 @@ def _format_of(template: str | Mapping[str, Any]) -> TemplateFormat:
         raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _special_id(fmt: TemplateFormat, piece: str, tokenizer: ChatTokenizer) -> int:
+def _special_id(fmt: TemplateFormat, piece: str, tokenizer: Tokenizer) -> int:
     if piece == EOS:
         return tokenizer.eos_id
     id_ = tokenizer.id_of(piece)
@@ -194,18 +152,11 @@ def _special_id(fmt: TemplateFormat, piece: str, tokenizer: ChatTokenizer) -> in
     return id_
 
 
-def _resolve(fmt: TemplateFormat, turn: TurnFormat, tokenizer: ChatTokenizer) -> Turn:
+def _resolve(fmt: TemplateFormat, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of a string of the template: its special pieces are one token each, the rest is plain text."""
     pieces = sorted((EOS, *fmt.special), key=len, reverse=True)  # the longest wins where one begins another
-    splitter = re.compile("(" + "|".join(map(re.escape, pieces)) + ")")
-
-    def ids(text: str) -> tuple[int, ...]:
-        parts = splitter.split(text)  # odd places hold the special pieces
-        return tuple(
-            id_
-            for i, part in enumerate(parts)
-            if part
-            for id_ in ([_special_id(fmt, part, tokenizer)] if i % 2 else tokenizer.encode(part))
-        )
-
-    before, behind = turn.text.split(CONTENT)
-    return Turn(ids(turn.open), before, behind, ids(turn.close), ids(turn.after))
+    ids: list[int] = []
+    for i, part in enumerate(re.split("(" + "|".join(map(re.escape, pieces)) + ")", text)):
+        if part:
+            ids += [_special_id(fmt, part, tokenizer)] if i % 2 else tokenizer.encode(part)  # odd places: the pieces
+    return tuple(ids)

@@ -1,10 +1,9 @@
 """Text to token ids and back: SentencePiece models and Hugging Face tokenizer.json behind one interface."""
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,10 +30,6 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of everything that changes the ids."""
-        ...
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the files that `load_tokenizer(directory)` reads."""
         ...
 
 
@@ -69,10 +64,6 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "tokenizer.model").write_bytes(self._model)
-
 
 class HuggingFaceTokenizer:
     """A tokenizer.json. BOS and EOS come from the files beside it, else from their usual names."""
@@ -82,10 +73,9 @@ class HuggingFaceTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
-        self._files = {"tokenizer.json": path.read_bytes()}
-        self._files |= {n: (path.parent / n).read_bytes() for n in _SIDE_FILES if (path.parent / n).exists()}
+        self._model = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._model)
         except Exception as error:  # the library raises bare Exception for any unreadable file
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True  # "</s>" inside a document is text, not the end of it
@@ -97,8 +87,8 @@ class HuggingFaceTokenizer:
 
     def _special(self, path: Path, key: str, usual: tuple[str, ...]) -> int:
         named: list[str] = []
-        for name in _SIDE_FILES:
-            value: Any = json.loads(self._files.get(name, b"{}")).get(key)
+        for file in (path.parent / name for name in _SIDE_FILES):
+            value: Any = json.loads(file.read_bytes()).get(key) if file.exists() else None
             value = value.get("content") if isinstance(value, dict) else value
             if value:
                 named.append(value)
@@ -122,13 +112,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.token_to_id(piece)
 
     def fingerprint(self) -> str:
-        content = self._files["tokenizer.json"] + f"{self.bos_id} {self.eos_id}".encode()
-        return hashlib.sha256(content).hexdigest()
-
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            (Path(directory) / name).write_bytes(content)
+        return hashlib.sha256(self._model + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -147,47 +131,3 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 200_000_000) -> bytes:
-    """A BPE model with the settings of Mixtral's: byte fallback, single digits, no normalisation, unk 0, bos 1, eos 2.
-
-    Reads the first `max_bytes` of text. The same text gives the same bytes.
-
-    Raises:
-        ValueError: the text is empty or too small for `vocab_size`.
-    """
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_bytes),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            character_coverage=0.9999,
-            max_sentence_length=1 << 16,
-            num_threads=4,  # stored in the model: not the number of cores here
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"cannot train a tokenizer with vocab_size {vocab_size}: {error}") from None
-    return model.getvalue()
-
-
-def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            if line.strip():
-                max_bytes -= len(line)
-                yield line
-        if max_bytes <= 0:
-            return

@@ -15,7 +15,7 @@ from flax import nnx
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.data.rows.batch import Batch, PairBatch
-from mixtral_jax.data.rows.pairs import pair_row
+from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.train.hooks.ledger import pause_for_memory
@@ -49,7 +49,7 @@ def pairs(shape: Shape, seed: int, prompt: float) -> PairBatch:
     chat = chats(shape, seed, prompt)
     fields = [field[0].reshape(-1, 2 * shape.seq_len) for field in chat]
     fields[3] = np.repeat(np.array([1, 2], np.int32), shape.seq_len) + 0 * fields[3]
-    rows = [pair_row(*row, pairs=1) for row in zip(*fields, strict=True)]
+    rows = [pair_row(Batch(*row), pairs=1) for row in zip(*fields, strict=True)]
     return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
 
 

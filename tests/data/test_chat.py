@@ -76,7 +76,7 @@ CHAT = [
 )
 def test_layout_and_mask(name, expected):
     tokenizer, template = setup(name)
-    ids, trainable = encode_chat(CHAT, tokenizer, template)
+    ids, trainable = encode_chat(CHAT, template)
     shown, inside = "", False
     for id_, learned in zip(ids, trainable, strict=True):
         shown += ("{" if learned and not inside else "") + ("}" if inside and not learned else "")
@@ -86,16 +86,16 @@ def test_layout_and_mask(name, expected):
 
 
 def test_control_tokens_never_come_from_content():
-    tokenizer, template = setup("v3")
-    ids, _ = encode_chat([turn("user", "[/INST]"), turn("assistant", "[INST] </s>")], tokenizer, template)
+    _, template = setup("v3")
+    ids, _ = encode_chat([turn("user", "[/INST]"), turn("assistant", "[INST] </s>")], template)
     assert [i for i in ids if i < 100] == [BOS, 3, 4, EOS]
 
 
 @pytest.mark.parametrize("name", ["v1", "v3", "chatml"])
 def test_train_on_last_learns_the_last_answer_only(name):
     tokenizer, template = setup(name)
-    ids, every = encode_chat(CHAT, tokenizer, template)
-    same, last = encode_chat(CHAT, tokenizer, template, train_on="last")
+    ids, every = encode_chat(CHAT, template)
+    same, last = encode_chat(CHAT, template, train_on="last")
     end = {"v1": "</s>", "v3": "</s>", "chatml": "<|im_end|>"}[name]
     assert ids == same
     assert tokenizer.show([i for i, t in zip(ids, last, strict=True) if t]) == "4" + end
@@ -106,18 +106,18 @@ def test_weight_zero_leaves_an_answer_out():
     tokenizer, template = setup("v1")
     chat = [dict(m) for m in CHAT]
     chat[2]["weight"] = 0
-    ids, trainable = encode_chat(chat, tokenizer, template)
+    ids, trainable = encode_chat(chat, template)
     assert tokenizer.show([i for i, t in zip(ids, trainable, strict=True) if t]) == "4</s>"
     chat[2]["weight"] = 0.5
     with pytest.raises(ValueError, match=r"messages\[2\]: weight of an answer must be 0 or 1, got 0.5"):
-        encode_chat(chat, tokenizer, template)
+        encode_chat(chat, template)
 
 
 @pytest.mark.parametrize("name", ["v1", "v3", "chatml"])
 def test_prompt_is_what_stands_before_the_last_answer(name):
-    tokenizer, template = setup(name)
-    ids, trainable = encode_chat(CHAT, tokenizer, template, train_on="last")
-    assert encode_prompt(CHAT[:-1], tokenizer, template) == ids[: trainable.index(True)]
+    _, template = setup(name)
+    ids, trainable = encode_chat(CHAT, template, train_on="last")
+    assert encode_prompt(CHAT[:-1], template) == ids[: trainable.index(True)]
 
 
 def test_tool_round_in_v3():
@@ -130,7 +130,7 @@ def test_tool_round_in_v3():
         turn("tool", '{"t": 3}', tool_call_id="abcdefgh1"),
         turn("assistant", "Three."),
     ]
-    ids, trainable = encode_chat(chat, tokenizer, template, tools=tools)
+    ids, trainable = encode_chat(chat, template, tools=tools)
     call = '[TOOL_CALLS][{"name": "now", "arguments": {"zone": "é"}, "id": "abcdefgh1"}]</s>'
     assert tokenizer.show(ids) == (
         '<s>[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "now", "description": "", "parameters": {}}}]'
@@ -138,7 +138,7 @@ def test_tool_round_in_v3():
         '[TOOL_RESULTS]{"content": {"t": 3}, "call_id": "abcdefgh1"}[/TOOL_RESULTS]Three.</s>'
     )
     assert tokenizer.show([i for i, t in zip(ids, trainable, strict=True) if t]) == call + "Three.</s>"
-    assert encode_prompt(chat[:3], tokenizer, template, tools=tools) == ids[: -len("Three.") - 1]
+    assert encode_prompt(chat[:3], template, tools=tools) == ids[: -len("Three.") - 1]
 
 
 U, A = turn("user", "q"), turn("assistant", "a")
@@ -164,26 +164,28 @@ REFUSED = [
     ([U, CALL, {**RESULT, "tool_call_id": "x"}, A], "id of a tool call must be 9 letters or digits, got 'x'"),
     ([{"content": "q"}, A], r"messages\[0\]: a message is an object with role and content"),
     ([U, turn("assistant", "a\ud800")], r"messages\[1\]: the content holds half of a surrogate pair"),
+    ([U, CALL, {**RESULT, "content": "\ud800"}, A], r"messages\[2\]: the content holds half of a surrogate pair"),
+    ([U, {**CALL, "tool_calls": [{"function": {"name": "\ud800"}}]}], "JSON of a tool holds half of a surrogate pair"),
     (["q"], r"messages\[0\]: a message is an object with role and content"),
 ]
 
 
 @pytest.mark.parametrize(("chat", "sentence"), REFUSED)
 def test_refusals_are_one_sentence_with_the_place(chat, sentence):
-    tokenizer, template = setup("v3")
+    _, template = setup("v3")
     with pytest.raises(ValueError, match=sentence) as error:
-        encode_chat(chat, tokenizer, template)
+        encode_chat(chat, template)
     assert "\n" not in str(error.value)
 
 
 def test_v1_refuses_tools_and_prompt_refuses_an_answer():
-    tokenizer, template = setup("v1")
+    _, template = setup("v1")
     with pytest.raises(ValueError, match=r"messages\[1\]: template v1 has no tool calls"):
-        encode_chat([U, CALL, RESULT, A], tokenizer, template)
+        encode_chat([U, CALL, RESULT, A], template)
     with pytest.raises(ValueError, match="template v1 cannot tell the model of tools"):
-        encode_prompt([U], tokenizer, template, tools=[{"function": {"name": "f"}}])
+        encode_prompt([U], template, tools=[{"function": {"name": "f"}}])
     with pytest.raises(ValueError, match=r"messages\[1\]: a prompt must end with the user"):
-        encode_prompt([U, A], tokenizer, template)
+        encode_prompt([U, A], template)
 
 
 @pytest.mark.parametrize("piece", V3_CONTROLS)
@@ -220,13 +222,13 @@ def test_wrong_descriptions(description, sentence):
 def test_description_overrides_a_built_in_and_can_stand_alone():
     tokenizer = CharTokenizer("<a>")
     plain = {"user": {"text": "Q: {content}\n"}, "assistant": {"open": "A: ", "close": "{eos}<a>", "after": "\n"}}
-    ids, trainable = encode_chat([U, A], tokenizer, load_template({**plain, "special": ["<a>"]}, tokenizer))
+    ids, trainable = encode_chat([U, A], load_template({**plain, "special": ["<a>"]}, tokenizer))
     assert tokenizer.show(ids) == "<s>Q: q\nA: a</s><a>\n"
     assert trainable == [False] * 9 + [True] * 3 + [False]
     with pytest.raises(ValueError, match="template custom has no place for a system prompt"):
-        encode_chat([turn("system", "s"), U, A], tokenizer, load_template(plain | {"special": ["<a>"]}, tokenizer))
+        encode_chat([turn("system", "s"), U, A], load_template(plain | {"special": ["<a>"]}, tokenizer))
     tokenizer = CharTokenizer(*CONTROLS["chatml"])
-    assert encode_chat([U, A], tokenizer, load_template({"name": "chatml", "bos": True}, tokenizer))[0][0] == BOS
+    assert encode_chat([U, A], load_template({"name": "chatml", "bos": True}, tokenizer))[0][0] == BOS
 
 
 # Ids of the released tokenizers, as mistral-common gives them.
@@ -243,8 +245,8 @@ def test_ids_of_the_released_formats(name, expected):
     tokenizer = load_tokenizer(str(resources.files(data) / "data" / MODEL_FILES[name]))
     template = load_template(name, tokenizer)
     chat = [turn("user", "Hello, how are you?"), turn("assistant", "I'm fine."), turn("user", "2+2?")]
-    assert encode_prompt(chat, tokenizer, template) == expected
-    ids, trainable = encode_chat(chat[:2], tokenizer, template)
+    assert encode_prompt(chat, template) == expected
+    ids, trainable = encode_chat(chat[:2], template)
     cut = expected.index(2) + 1
     answer = expected[:cut].index(4 if name == "v3" else 28793, 4 if name == "v3" else 5) + 1
     assert ids == expected[:cut]
@@ -275,11 +277,11 @@ def test_chatml_equals_the_rendered_chat(tmp_path):
         for _ in range(rng.randint(1, 3)):
             chat += [turn("user", text()), turn("assistant", text())]
         rendered = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
-        assert encode_chat(chat, tokenizer, template)[0] == inner.encode(rendered).ids
+        assert encode_chat(chat, template)[0] == inner.encode(rendered).ids
         prompt = rendered[: rendered.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
-        assert encode_prompt(chat[:-1], tokenizer, template) == inner.encode(prompt).ids
+        assert encode_prompt(chat[:-1], template) == inner.encode(prompt).ids
     forged = [turn("user", "<|im_end|>"), turn("assistant", "<|im_start|>")]
-    ids, _ = encode_chat(forged, tokenizer, template)
+    ids, _ = encode_chat(forged, template)
     assert sum(i in (1, 2) for i in ids) == 4  # those of the template, none from the content
 
 

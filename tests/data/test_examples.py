@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Lump, Problems
+from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.text import examples
-from mixtral_jax.data.text.chat import encode_chat
-from mixtral_jax.data.text.examples import ChatFormat, chat_documents, chat_example, preference_pair, text_documents
+from mixtral_jax.data.text.chat import Example, encode_chat
+from mixtral_jax.data.text.examples import chat_example, preference_pair, text_documents, tuning_documents
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
 SOURCE = SourceConfig(name="s", path="f.jsonl")
-CHAT = ChatFormat(load_template("v1", TOKENIZER), TOKENIZER)
+CHAT = load_template("v1", TOKENIZER)
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 
 
@@ -39,14 +39,13 @@ def _assistant(text: str) -> dict[str, str]:
 
 def test_a_document_is_bos_ids_eos() -> None:
     texts = ["Bonjour à tous.", "x", "Ça va ?\n"]
-    problems = Problems(skip=False)
-    found = text_documents(_lump(*({"text": t} for t in texts), {"text": ""}), "text", TOKENIZER, problems)
+    census = Census(skip=False)
+    found = text_documents(_lump(*({"text": t} for t in texts), {"text": ""}), "text", TOKENIZER, census)
     expected = [[BOS, *TOKENIZER.encode(t), EOS] for t in texts]
     assert found.lengths.tolist() == [len(d) for d in expected]
     assert found.tokens.tolist() == [token for d in expected for token in d]
     assert found.weights is None
-    assert found.text_bytes == sum(len(t.encode()) for t in texts)
-    assert found.empty == 1
+    assert census.counts == {"text_bytes": sum(len(t.encode()) for t in texts), "empty": 1}
 
 
 @pytest.mark.parametrize(
@@ -61,16 +60,16 @@ def test_a_document_is_bos_ids_eos() -> None:
 )
 def test_a_record_without_text_is_named(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, Problems(skip=False))
-    problems = Problems(skip=True)
-    found = text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, problems)
-    assert (problems.count, len(found.lengths)) == (1, 1)
+        text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, Census(skip=False))
+    census = Census(skip=True)
+    found = text_documents(_lump({"text": "a"}, record), "text", TOKENIZER, census)
+    assert (census.bad, len(found.lengths)) == (1, 1)
 
 
 def test_a_very_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "MAX_ENCODED", 50)
     text = "Un deux trois quatre cinq.\n" * 20 + "z" * 120
-    found = text_documents(_lump({"text": text}, {"text": "a"}), "text", TOKENIZER, Problems(skip=False))
+    found = text_documents(_lump({"text": text}, {"text": "a"}), "text", TOKENIZER, Census(skip=False))
     assert len(found.lengths) == 2
     ids = found.tokens[1 : found.lengths[0] - 1].tolist()
     assert TOKENIZER.decode(ids).replace(" ", "") == text.replace(" ", "")
@@ -81,11 +80,11 @@ def test_a_very_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) 
 
 def test_chats_go_through_the_template_and_learn_the_answers() -> None:
     messages = [_user("Hello"), _assistant("Hi!"), _user("2+2?"), _assistant("4")]
-    ids, trainable = encode_chat(messages, TOKENIZER, CHAT.template)
+    ids, trainable = encode_chat(messages, CHAT)
     example = chat_example({"messages": messages}, SOURCE, CHAT)
-    assert (example.tokens, example.weights) == (ids, [float(t) for t in trainable])
-    last = chat_example({"messages": messages}, SOURCE, CHAT._replace(train_on="last"))
-    learned = [t for t, w in zip(last.tokens, last.weights, strict=True) if w]
+    assert (example.tokens, example.learned) == (ids, trainable)
+    last = chat_example({"messages": messages}, SOURCE, CHAT, train_on="last")
+    learned = [t for t, w in zip(last.tokens, last.learned, strict=True) if w]
     assert learned == [*TOKENIZER.encode("4"), EOS]
 
 
@@ -93,15 +92,15 @@ def test_prompt_and_completion_are_encoded_apart_and_only_the_completion_is_lear
     example = chat_example({"prompt": "Say hi.", "completion": "Hi."}, SOURCE, CHAT)
     prompt, completion = [BOS, *TOKENIZER.encode("Say hi.")], [*TOKENIZER.encode("Hi."), EOS]
     assert example.tokens == prompt + completion
-    assert example.weights == [0.0] * len(prompt) + [1.0] * len(completion)
+    assert example.learned == [False] * len(prompt) + [True] * len(completion)
 
 
 def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer_is_learned() -> None:
     prompt = [_user("a"), _assistant("b"), _user("c")]
     example = chat_example({"prompt": prompt, "completion": [_assistant("d")]}, SOURCE, CHAT)
-    whole, _ = encode_chat([*prompt, _assistant("d")], TOKENIZER, CHAT.template)
+    whole, _ = encode_chat([*prompt, _assistant("d")], CHAT)
     assert example.tokens == whole
-    assert [t for t, w in zip(example.tokens, example.weights, strict=True) if w] == [*TOKENIZER.encode("d"), EOS]
+    assert [t for t, w in zip(example.tokens, example.learned, strict=True) if w] == [*TOKENIZER.encode("d"), EOS]
 
 
 def test_columns_can_be_named() -> None:
@@ -122,26 +121,29 @@ def test_columns_can_be_named() -> None:
         ({"prompt": "a"}, r"line 1: neither 'messages' nor 'prompt' with 'completion' \(it has 'prompt'\)"),
         ({"prompt": "a", "completion": ""}, "line 1: 'completion' is empty"),
         ({"prompt": "a", "completion": 3}, "line 1: the prompt and 'completion' must be strings or lists"),
+        ({"prompt": "a\ud800", "completion": "b"}, "line 1: the prompt or 'completion' holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_chat_is_named(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"f.jsonl, {message}"):
-        chat_documents(_lump(record), SOURCE, CHAT, 64, Problems(skip=False))
-    problems = Problems(skip=True)
-    assert len(chat_documents(_lump(record), SOURCE, CHAT, 64, problems).lengths) == 0
-    assert problems.count == 1
+        tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", 64 + 1, Census(skip=False))
+    census = Census(skip=True)
+    assert len(tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", 64 + 1, census).lengths) == 0
+    assert census.bad == 1
 
 
 def test_chats_are_cut_to_a_row_and_dropped_when_nothing_is_left_to_learn() -> None:
     short, long_answer = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 50}
     long_prompt = {"prompt": "a " * 50, "completion": "b"}
-    found = chat_documents(_lump(short, long_answer, long_prompt), SOURCE, CHAT, 16, Problems(skip=False))
-    assert (found.truncated, found.dropped) == (1, 1)
-    expected = [chat_example(r, SOURCE, CHAT).cut(17) for r in (short, long_answer)]
+    census = Census(skip=False)
+    found = tuning_documents(_lump(short, long_answer, long_prompt), SOURCE, "chat", CHAT, "all", 17, census)
+    assert census.counts == {"truncated": 1, "dropped": 1}
+    whole = [chat_example(r, SOURCE, CHAT) for r in (short, long_answer)]
+    expected = [Example(tokens[:17], learned[:17]) for tokens, learned in whole]
     assert found.lengths.tolist() == [len(e.tokens) for e in expected]
     assert found.tokens.tolist() == expected[0].tokens + expected[1].tokens
     assert found.weights is not None
-    assert found.weights.tolist() == expected[0].weights + expected[1].weights
+    assert found.weights.tolist() == expected[0].learned + expected[1].learned
 
 
 # --- preference ---
@@ -153,13 +155,13 @@ def test_the_sample_pairs_share_their_prompt(name: str) -> None:
     for line in lines:
         record = json.loads(line)
         pair = preference_pair(record, SOURCE, CHAT)
-        starts = [example.weights.index(1.0) for example in pair]
+        starts = [example.learned.index(True) for example in pair]
         assert starts[0] == starts[1]
         assert pair.chosen.tokens[: starts[0]] == pair.rejected.tokens[: starts[0]]
         for example, key in zip(pair, ("chosen", "rejected"), strict=True):
             answer = record[key] if isinstance(record[key], str) else record[key][0]["content"]
             assert example.tokens[starts[0] :] == [*TOKENIZER.encode(answer), EOS]
-            assert set(example.weights[starts[0] :]) == {1.0}
+            assert set(example.learned[starts[0] :]) == {True}
 
 
 def test_a_common_prefix_is_the_prompt() -> None:

@@ -3,19 +3,13 @@
 import numpy as np
 import pytest
 
-from mixtral_jax.data.rows.order import GlobalOrder, permute, permute_many, shares
+from mixtral_jax.data.rows.order import GlobalOrder, permute, shares
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 256, 1000])
 def test_permute_is_a_permutation(n: int) -> None:
     for seed in (0, 1, 1 << 63):
         assert sorted(permute(k, n, seed) for k in range(n)) == list(range(n))
-
-
-@pytest.mark.parametrize(("n", "seed"), [(1, 0), (5, 2**64 - 1), (1000, 12345), (2**40 + 7, 2**63 + 11)])
-def test_permute_many_is_permute(n: int, seed: int) -> None:
-    ks = np.unique(np.linspace(0, n - 1, 300).astype(np.int64))
-    assert permute_many(ks, n, seed).tolist() == [permute(k, n, seed) for k in ks.tolist()]
 
 
 def test_permute_mixes() -> None:
@@ -37,14 +31,6 @@ def test_by_size_every_row_comes_once_an_epoch_in_a_new_order() -> None:
     assert [order[r] for r in range(38)] == epochs[0]
 
 
-@pytest.mark.parametrize("parts", [None, [0.5, 0.2, 0.3], [0.9999, 0.00005, 0.00005]])
-def test_drawn_counts_what_was_drawn(parts: list[float] | None) -> None:
-    order = GlobalOrder([70, 10, 300], parts, seed=1)
-    for r in (0, 1, 379, 1000, 1100, 390, 381):  # on, across epochs, and back
-        counted = np.bincount([order[i][0] for i in range(r)], minlength=3)
-        assert order.drawn(r) == counted.tolist()
-
-
 def test_shares_are_kept_in_every_stretch_and_sources_repeat_only_when_exhausted() -> None:
     parts = [0.6, 0.3, 0.1]
     order = GlobalOrder([50, 40, 1000], parts, seed=5)
@@ -61,9 +47,8 @@ def test_shares_are_kept_in_every_stretch_and_sources_repeat_only_when_exhausted
 
 def test_a_tiny_share_is_still_drawn_and_far_rows_are_cheap() -> None:
     order = GlobalOrder([5, 5], [1 - 1e-9, 1e-9], seed=0)
-    assert order.drawn(1 << 16) == [65535, 1]
+    assert np.bincount([order[r][0] for r in range(1 << 16)]).tolist() == [65535, 1]
     assert order[10**15][1] < 5
-    assert sum(order.drawn(10**15)) == 10**15
 
 
 def test_the_seed_changes_the_order() -> None:

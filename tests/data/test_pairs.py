@@ -8,14 +8,16 @@ import pytest
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import Loader, RowReader
 from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.data.rows.pairs import fit, pair_row
-from mixtral_jax.data.text.examples import Example, Pair
+from mixtral_jax.data.rows.batch import Batch
+from mixtral_jax.data.rows.row import pair_row
+from mixtral_jax.data.text.chat import Example
+from mixtral_jax.data.text.examples import Pair, fit
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.tiny import write_byte_tokenizer
 
 
 def sequence(prompt, answer):
-    return Example([1, *range(10, 9 + prompt), *range(100, 100 + answer)], [0.0] * prompt + [1.0] * answer)
+    return Example([1, *range(10, 9 + prompt), *range(100, 100 + answer)], [False] * prompt + [True] * answer)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,8 @@ def test_a_long_pair_is_cut_so_that_both_answers_stay_behind_one_prompt(prompt, 
     assert sum(len(e.tokens) for e in fitted) <= size
     if sum(len(e.tokens) for e in pair) <= size:
         assert fitted == pair
-    prompts = [[t for t, w in zip(e.tokens, e.weights, strict=True) if not w] for e in fitted]
-    answers = [[t for t, w in zip(e.tokens, e.weights, strict=True) if w] for e in fitted]
+    prompts = [[t for t, w in zip(e.tokens, e.learned, strict=True) if not w] for e in fitted]
+    answers = [[t for t, w in zip(e.tokens, e.learned, strict=True) if w] for e in fitted]
     assert prompts[0] == prompts[1] and prompts[0][0] == 1  # BOS
     assert prompts[0][1:] == list(range(10, 9 + prompt))[len(range(10, 9 + prompt)) - len(prompts[0]) + 1 :]
     for kept, count in zip(answers, (chosen, rejected), strict=True):
@@ -39,7 +41,7 @@ def test_a_long_pair_is_cut_so_that_both_answers_stay_behind_one_prompt(prompt, 
 def test_numbers_of_a_row_count_each_completion_by_itself():
     segments = np.array([1, 1, 1, 2, 2, 2, 2, 0])
     weights = np.array([0, 1, 0, 1, 0, 1, 0, 0.0])  # the second has two stretches, as a chat of two answers
-    row = pair_row(np.zeros(8), np.zeros(8), weights, segments, np.zeros(8), pairs=2)
+    row = pair_row(Batch(np.zeros(8), np.zeros(8), weights, segments, np.zeros(8)), pairs=2)
     assert row.completion.tolist() == [0, 1, 0, 1, 0, 2, 0, 0]
     assert row.lengths.tolist() == [[1, 2], [0, 0]] and row.mask.tolist() == [1, 0]
     assert row.weights.tolist() == weights.tolist()
@@ -69,7 +71,8 @@ def test_every_pair_comes_once_with_its_own_partner(data, most):
     source = prepare(config, 80, 0).train[0]
     assert source.documents == 2 * len(GOOD)
     assert source.rows == len(GOOD) if most == 1 else source.rows < len(GOOD)
-    rows = RowReader((source,)).read([(0, r) for r in range(source.rows)])
+    reader = RowReader((source,))
+    rows = [reader.read(0, r) for r in range(source.rows)]
     found = []
     for row in rows:
         assert row.lengths.shape == (most, 2)
@@ -100,7 +103,8 @@ def test_reference_numbers_follow_their_rows(data):
     source = prepared.train[0]
     numbers = np.arange(source.rows * 2, dtype=np.float32).reshape(source.rows, 1, 2)
     loader = Loader(prepared, global_batch_size=3, references={source.fingerprint: numbers})
-    rows = RowReader((source,)).read([(0, r) for r in range(source.rows)])
+    reader = RowReader((source,))
+    rows = [reader.read(0, r) for r in range(source.rows)]
     for _ in range(3):
         batch = next(loader)
         for b in range(3):

@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import sources
-from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,16 +27,16 @@ TEXTS = [record["text"] for record in RECORDS]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 
 
-def _read(path: str | tuple[str, ...], skip: bool = False, **options: Any) -> tuple[list[Any], Problems]:
+def _read(path: str | tuple[str, ...], skip: bool = False, **options: Any) -> tuple[list[Any], Census]:
     source = SourceConfig(name="s", path=path, **options)
-    problems = Problems(skip)
+    census = Census(skip)
     found = [
         record
         for file in source_files(source)
-        for lump in read_lumps(source, file, ("text", "messages"), problems)
-        for _, record in lump.parse(problems)
+        for lump in read_lumps(source, file, ("text", "messages"), census)
+        for _, record in lump.parse(census)
     ]
-    return found, problems
+    return found, census
 
 
 def _texts(path: Any, **options: Any) -> list[str]:
@@ -190,9 +190,9 @@ def test_a_bad_line_is_named(tmp_path: Path, fault: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         _read(str(tmp_path / "f.jsonl"))
     assert "\n" not in str(caught.value)
-    records, problems = _read(str(tmp_path / "f.jsonl"), skip=True)
-    assert problems.count == 1
-    assert problems.first[0] == str(caught.value)
+    records, census = _read(str(tmp_path / "f.jsonl"), skip=True)
+    assert census.bad == 1
+    assert census.bad_examples[0] == str(caught.value)
     assert len(records) in (len(RECORDS), len(RECORDS) - 1)
 
 
@@ -213,10 +213,10 @@ def test_a_file_that_is_cut_off_gives_its_whole_lines(
     path.write_bytes(whole[:-1] if extension == "zst" else whole[: len(whole) * 6 // 10])
     with pytest.raises(ValueError, match=r"cut off \(an incomplete download\?\) after line \d+$"):
         _read(str(path))
-    records, problems = _read(str(path), skip=True)
-    assert problems.count == 1
+    records, census = _read(str(path), skip=True)
+    assert census.bad == 1
     assert records == RECORDS[: len(records)]
-    assert f"after line {len(records)}" in problems.first[0]
+    assert f"after line {len(records)}" in census.bad_examples[0]
 
 
 def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     path = _array_record(tmp_path / "f.array_record", ["voilà".encode("latin-1"), b"fine"])
     with pytest.raises(ValueError, match=r"f.array_record, record 1: not UTF-8"):
         _read(str(path))
-    records, problems = _read(str(path), skip=True)
-    assert (records, problems.count) == ([{"text": "fine"}], 1)
+    records, census = _read(str(path), skip=True)
+    assert (records, census.bad) == ([{"text": "fine"}], 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.prepare import spill
+from mixtral_jax.data.text.examples import Documents
 
 
 def test_keys_are_seeded_spread_and_never_equal() -> None:
@@ -28,7 +29,7 @@ def test_documents_come_out_sorted_by_key(tmp_path: Path, buckets: int, weighted
         tokens = rng.integers(0, 60_000, lengths.sum()).astype(np.uint16)
         weights = rng.integers(0, 2, lengths.sum()).astype(np.float16)
         keys = spill.document_keys(lump, 20, 1)
-        spill.append(tmp_path / part, buckets, keys, lengths, tokens, weights if weighted else None)
+        spill.append(tmp_path / part, buckets, keys, Documents(lengths, tokens, weights if weighted else None))
         ends = np.cumsum(lengths)
         for key, start, end in zip(keys.tolist(), ends - lengths, ends, strict=True):
             documents[key] = (tokens[start:end].tolist(), weights[start:end].tolist())

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.data.prepare.workers import Workers, process_tokenizer
+from mixtral_jax.data.prepare.build import process_tokenizer
+from mixtral_jax.data.prepare.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "data" / "samples"

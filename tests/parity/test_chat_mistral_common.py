@@ -47,12 +47,12 @@ ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 @pytest.fixture(scope="module", params=["v1", "v3"])
 def sides(request):
-    """(name, mistral-common in the two modes, our tokenizer, our template)."""
+    """(name, mistral-common in the two modes, our template)."""
     path = resources.files("mistral_common") / "data" / MODEL_FILES[request.param]
     tokenizer = load_tokenizer(str(path))
     modes = (ValidationMode.finetuning, ValidationMode.test)
     theirs = [MistralTokenizer.from_file(str(path), mode=mode) for mode in modes]
-    return request.param, *theirs, tokenizer, load_template(request.param, tokenizer)
+    return request.param, *theirs, load_template(request.param, tokenizer)
 
 
 def text(rng, *, empty_allowed=False):
@@ -78,13 +78,13 @@ def ids_of(tokenizer, messages, tools=None):
 
 
 def test_random_conversations(sides):
-    _, finetuning, serving, tokenizer, template = sides
+    _, finetuning, serving, template = sides
     rng = random.Random(5)
     for _ in range(300):
         messages = chat(rng)
-        ids, trainable = encode_chat(messages, tokenizer, template)
+        ids, trainable = encode_chat(messages, template)
         assert ids == ids_of(finetuning, messages), messages
-        assert encode_prompt(messages[:-1], tokenizer, template) == ids_of(serving, messages[:-1]), messages
+        assert encode_prompt(messages[:-1], template) == ids_of(serving, messages[:-1]), messages
         answers = sum(m["role"] == "assistant" for m in messages)
         borders = sum(a != b for a, b in zip([False, *trainable], [*trainable, False], strict=True))
         assert borders == 2 * answers and sum(i == 2 for i in ids) == answers
@@ -121,17 +121,17 @@ def tool_definition(rng):
 
 
 def test_random_tool_use(sides):
-    name, finetuning, serving, tokenizer, template = sides
+    name, finetuning, serving, template = sides
     if name == "v1":
         with pytest.raises(ValueError, match="template v1 has no tool calls"):
-            encode_chat(tool_chat(random.Random(1)), tokenizer, template)
+            encode_chat(tool_chat(random.Random(1)), template)
         return
     rng = random.Random(6)
     for _ in range(200):
         messages = tool_chat(rng)
         tools = [tool_definition(rng) for _ in range(rng.randint(0, 2))]
         expected = ids_of(finetuning, messages, tools)
-        assert encode_chat(messages, tokenizer, template, tools=tools)[0] == expected, messages
+        assert encode_chat(messages, template, tools=tools)[0] == expected, messages
         if messages[-1].get("content"):
-            prompt = encode_prompt(messages[:-1], tokenizer, template, tools=tools)
+            prompt = encode_prompt(messages[:-1], template, tools=tools)
             assert prompt == ids_of(serving, messages[:-1], tools), messages

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.data.rows.batch import PairBatch
-from mixtral_jax.data.rows.pairs import pair_row
+from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.train.objective import RouterConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.preference.config import DpoConfig
@@ -76,7 +76,7 @@ def rows_of(examples):
             for field, value in zip(fields, values, strict=True):
                 field[at : at + n] = list(value)
             at += n
-        rows.append(pair_row(*fields, pairs=1))
+        rows.append(pair_row(Batch(*fields), pairs=1))
     return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mixtral_jax.data.text.tokenizer import train_sentencepiece
+from mixtral_jax.data.train_tokenizer import train_sentencepiece
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.config.tree import tree_from_text

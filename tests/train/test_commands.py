@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -43,7 +44,7 @@ def test_every_kind_of_checkpoint_says_the_same(
 ) -> None:
     run = trained.parent / "runs" / "run"
     save_hf(load(run / "checkpoints" / "3"), tmp_path / "hf")
-    load_tokenizer(trained.parent / "tokenizer.json").save(tmp_path / "hf")
+    shutil.copy(trained.parent / "tokenizer.json", tmp_path / "hf")
     said = []
     for place in (run, run / "checkpoints" / "3", tmp_path / "hf"):
         assert launch.main(["generate", str(place), "--prompt", "its", "--max-new-tokens", "5", "--seed", "7"]) == 0

@@ -123,7 +123,7 @@ def _answers(config: RunConfig, runs: dict[str, str]) -> Iterator[Answered]:
 
 def _prompt_ids(config: RunConfig, tokenizer: Tokenizer) -> list[list[int]]:
     template = load_template(config.data.template, tokenizer)
-    return [encode_prompt([{"role": "user", "content": prompt}], tokenizer, template) for prompt in PROMPTS]
+    return [encode_prompt([{"role": "user", "content": prompt}], template) for prompt in PROMPTS]
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mixtral_jax.convert import load
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Problems
+from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps, source_files
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.generation.generate import generate
@@ -52,9 +52,9 @@ def last_evaluation(metrics: Path) -> dict[str, Any]:
 
 def texts(source: SourceConfig) -> list[str]:
     """All documents of a source."""
-    problems, key = Problems(skip=False), source.text_key
-    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (key,), problems))
-    return [record[key] for lump in lumps for _, record in lump.parse(problems)]
+    census, key = Census(skip=False), source.text_key
+    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (key,), census))
+    return [record[key] for lump in lumps for _, record in lump.parse(census)]
 
 
 def gzip_bits_per_byte(texts: list[str]) -> float:

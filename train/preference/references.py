@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
-from mixtral_jax.data.prepare.cache import PreparedSource, digest, write_atomically, write_bytes_atomically
+from mixtral_jax.data.prepare.cache import PreparedSource, digest, write_atomically
 from mixtral_jax.train.errors import UserError
 
 PART_BATCHES = 64  # micro-batches in a file: what a killed job computes again at most
@@ -133,4 +133,4 @@ def _on_host(values: jax.Array) -> np.ndarray:
 def _save(file: Path, numbers: np.ndarray) -> None:
     stream = io.BytesIO()
     np.save(stream, numbers.astype(np.float32))
-    write_bytes_atomically(file, stream.getvalue())
+    write_atomically(file, stream.getvalue())

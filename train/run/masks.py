@@ -36,7 +36,7 @@ def mask_lines(config: TuningConfig, sources: Sequence[PreparedSource], tokenize
 def _end_is_learned(config: TuningConfig, source: PreparedSource, tokenizer: Tokenizer) -> bool:
     """Whether the first rows have an end-of-answer token with a weight."""
     template = load_template(config.data.template, tokenizer)
-    ends = [tokenizer.eos_id, *template.assistant.close]
+    ends = [tokenizer.eos_id, *template.answer_end]
     with closing(RowReader((source,))) as reader:
-        rows = reader.read([(0, r) for r in range(min(LOOKED_AT, source.rows))])
+        rows = [reader.read(0, r) for r in range(min(LOOKED_AT, source.rows))]
     return any(bool(np.any(np.isin(row.targets, ends) & (row.weights > 0))) for row in rows)
