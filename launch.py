@@ -144,7 +144,7 @@ def _train(args: Parsed) -> int:
         _function("train.run.memory", "keep_freed_memory")()
     config, provenance = _load(args, args.command)
     if args.dry_run:
-        return _function("train.plan.dry_run", "dry_run")(config, provenance)
+        return _function("train.run.first_screen", "dry_run")(config, provenance)
     _function("train.run.processes", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )

@@ -182,20 +182,26 @@ class MixtralConfig(FrozenConfig):
         router = 0 if self.is_dense else d * self.num_local_experts
         return MatmulParams(2 * d * self.head_dim * heads, router, 3 * d * self.intermediate_size, self.vocab_size * d)
 
+    @property
+    def matmul_flops(self) -> int:
+        """Forward FLOPs of one token: 2 for each matmul parameter that it uses."""
+        own = self.matmul_params
+        layer = own.attention + own.router + self.num_experts_per_tok * own.expert
+        return 2 * (self.num_hidden_layers * layer + own.head)
+
     def attention_flops(self, keys: float) -> float:
-        """Forward FLOPs of a token's attention to `keys` keys, in all layers: scores and weighted sum, 2 each."""
+        """Forward FLOPs of one token that attends to `keys` keys in all layers: scores and weighted sum, 2 each."""
         return 4 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * keys
 
     def flops_per_token(self, seq_len: int, attention: Literal["causal", "full"] = "causal") -> float:
-        """Useful FLOPs of forward + backward for one token: 6 per matmul parameter used, plus attention scores.
+        """Useful FLOPs of forward + backward, three times the forward, for one token.
 
         The input embedding is a look-up and counts 0. `full` counts every query-key pair (the convention of most
         published MFU figures), `causal` those that the mask lets through, the sliding window included.
         """
-        own, window = self.matmul_params, min(self.sliding_window or seq_len, seq_len)
-        layer = own.attention + own.router + self.num_experts_per_tok * own.expert
+        window = min(self.sliding_window or seq_len, seq_len)
         keys = seq_len if attention == "full" else window - window * (window - 1) / (2 * seq_len)
-        return 6 * (self.num_hidden_layers * layer + own.head) + 3 * self.attention_flops(keys)
+        return 3 * (self.matmul_flops + self.attention_flops(keys))
 
 
 class MoeConfig(FrozenConfig):

@@ -2,20 +2,21 @@
 
 import json as jsonlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
-from mixtral_jax.train.plan.compile import Compiled, Memory, compile_step, for_accelerator, has_libtpu, plan_mesh
-from mixtral_jax.train.plan.hlo import Collective, Program, read_program
-from mixtral_jax.train.plan.ranking import ranked, table
-from mixtral_jax.train.plan.report import Counted, PlanReport
-from mixtral_jax.train.plan.roofline import roofline, sent_by_axis
-from mixtral_jax.train.plan.search import candidates, what_fits
+from mixtral_jax.train.plan.closed_form import Flops, attention_pairs
+from mixtral_jax.train.plan.compile import compile_step, for_accelerator, has_libtpu, plan_mesh
+from mixtral_jax.train.plan.hlo import Collective, Program, read_program, sent_by_axis
+from mixtral_jax.train.plan.placement import local_tokens
+from mixtral_jax.train.plan.report import PlanReport, estimate
+from mixtral_jax.train.plan.roofline import roofline
+from mixtral_jax.train.plan.search import candidates, ranked, table, what_fits
 
 COMPILED_BY_SEARCH = 3  # of the candidates that should fit
 
@@ -34,12 +35,19 @@ def run(
     Raises:
         UserError: neither or both of topology and devices, an unknown topology, nothing that fits.
     """
-    reports = plan_all(config, topology=topology, devices=devices, tokens=tokens, search=search)
+    if tokens is not None and not 1 <= tokens < math.inf:
+        raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
+    if search and devices is not None:
+        raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
+    if search and topology is not None:
+        reports = best_plans(config, topology)
+    else:
+        reports = [plan(config, topology=topology, devices=devices)]
     if json != "-":
         for report in reports:
-            print("\n".join(report.lines()), end="\n\n" if search else "\n")
+            print(*report.lines(tokens), sep="\n", end="\n\n" if search else "\n")
         if search:
-            print("\n".join(table(reports)))
+            print(*table(reports), sep="\n")
     if json is not None:
         content = jsonlib.dumps([r.to_json() for r in reports] if search else reports[0].to_json(), indent=2)
         if json == "-":
@@ -51,143 +59,86 @@ def run(
     return 0
 
 
-def plan(
-    config: RunConfig,
-    *,
-    topology: str | None = None,
-    devices: int | None = None,
-    tokens: float | None = None,
-    search: bool = False,
-) -> PlanReport:
-    """The report of one run, or with `search` of the best way to run it; see `run`."""
-    return plan_all(config, topology=topology, devices=devices, tokens=tokens, search=search)[0]
+def plan(config: RunConfig, *, topology: str | None = None, devices: int | None = None) -> PlanReport:
+    """The report of one run, on a slice or on this machine as so many CPU devices.
 
-
-def plan_all(
-    config: RunConfig,
-    *,
-    topology: str | None = None,
-    devices: int | None = None,
-    tokens: float | None = None,
-    search: bool = False,
-) -> list[PlanReport]:
-    """One report, or those that a search compiled, the best that fits first."""
-    if (topology is None) == (devices is None):
-        raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
-    if tokens is not None and not 1 <= tokens < math.inf:
-        raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
-    if devices is not None:
+    Raises:
+        UserError: neither or both of the two, or an unknown topology.
+        ValueError: the mesh does not fit the machine.
+    """
+    if topology is not None and devices is None:
+        machine, config = parse_topology(topology), for_accelerator(config)
+    elif devices is not None and topology is None:
         if devices < 1:
             raise UserError(f"--devices is {devices}: a plan needs at least one device")
-        if search:
-            raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
-        check_sizes(config, config.mesh.sizes(devices))
-        return [_report(config, local_machine(devices), tokens, local=True)]
-    assert topology is not None
-    there = parse_topology(topology)
-    config = for_accelerator(config)
-    if not search:
-        check_sizes(config, config.mesh.sizes(there.chips))
-        return [_report(config, there, tokens)]
-    best = candidates(config, there)[:COMPILED_BY_SEARCH]
-    if not best:
-        raise UserError(what_fits(config, there))
-    reports = [_report(candidate.config, there, tokens) for candidate in best]
-    return ranked(reports)
+        machine = local_machine(devices)
+    else:
+        raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
+    check_sizes(config, config.mesh.sizes(machine.chips))
+    return _report(config, machine)
 
 
-def _report(config: RunConfig, topology: Topology, tokens: float | None, *, local: bool = False) -> PlanReport:
-    shape = closed_form.shape_of(config, topology.chips)
-    expected = closed_form.flops(config, shape)
-    counted, compiled, programs = None, None, []
-    if local or (topology.libtpu and has_libtpu()):
-        mesh = plan_mesh(config, None if local else topology)
-        compiled = compile_step(config, mesh, topology.chip.usable)
-        if compiled.texts:
-            programs = [read_program(text) for text in compiled.texts]
-            counted = _counted(config, shape, programs)
-    collectives = tuple(c for program in programs for c in program.collectives)
-    traffic = _traffic(config, shape, collectives if programs else None)
-    sent: defaultdict[str, float] = defaultdict(float)
-    for (_, axes), amount in traffic.items():
-        sent[axes] += amount
-    return PlanReport(
-        run_name=config.run_name,
-        topology=topology,
-        mesh=shape.sizes,
-        remat=config.compute.remat,
-        tokens_per_step=config.tokens_per_step,
-        sequences_per_chip=shape.tokens / config.seq_len,
-        accumulation=config.accumulation,
-        source=_source(topology, compiled),
-        memory=_memory(config, shape, topology) if compiled is None else compiled.memory,
-        expected=expected,
+def best_plans(config: RunConfig, topology: str) -> list[PlanReport]:
+    """The reports of the ways to run that a search compiled, the best that fits first.
+
+    Raises:
+        UserError: an unknown topology, or nothing that fits.
+    """
+    machine, config = parse_topology(topology), for_accelerator(config)
+    found = candidates(config, machine)[:COMPILED_BY_SEARCH]
+    if not found:
+        raise UserError(what_fits(config, machine))
+    return ranked(_report(candidate.config, machine) for candidate in found)
+
+
+def _report(config: RunConfig, topology: Topology) -> PlanReport:
+    """By closed form, and of what can be compiled for here what the compiler says."""
+    report, local = estimate(config, topology), topology.chip.name == "cpu"
+    if not local and not (topology.libtpu and has_libtpu()):
+        return report
+    start = time.perf_counter()
+    memory, texts = compile_step(config, plan_mesh(config, None if local else topology), topology.chip.usable)
+    report = report._replace(memory=memory, compile_seconds=time.perf_counter() - start)
+    if not texts:
+        return report._replace(source="compiled, does not fit: traffic by closed form")
+    programs = [read_program(text) for text in texts]
+    collectives = [c for program in programs for c in program.collectives]
+    counted = _counted(config, report.sizes, programs)
+    traffic = sent_by_axis(collectives, report.sizes, _ragged_share(config, report.sizes["expert"]))
+    amounts = {done: sum(c.bytes * c.times for c in collectives if c.asynchronous is done) for done in (True, False)}
+    return report._replace(
+        source="compiled",
         counted=counted,
+        unknown_loops=sum(program.unknown_loops for program in programs),
         traffic=traffic,
-        asynchronous=_asynchronous(collectives),
-        reduced_weights=reduced_weights(config, collectives),
-        roofline=None
-        if local
-        else roofline(
-            topology,
-            flops=expected.total if counted is None else counted.total,
-            useful=(expected.useful, expected.useful_full),
-            memory_bytes=closed_form.memory_traffic(config, shape),
-            sent=sent,
-            sizes=shape.sizes,
-        ),
-        compile_seconds=0.0 if compiled is None else compiled.seconds,
-        tokens=tokens,
+        asynchronous=amounts[True] / max(sum(amounts.values()), 1),
+        reduced_weights=_reduced_weights(config, collectives),
+        roofline=roofline(config, topology, flops=counted.total, traffic=traffic),
     )
 
 
-def _source(topology: Topology, compiled: Compiled | None) -> str:
-    if compiled is not None:
-        return "compiled" if compiled.texts else "compiled, does not fit: traffic by closed form"
-    if topology.libtpu is None:
-        return "closed form: a GPU program can only be compiled on a GPU"
-    return "closed form: libtpu is not installed (pip install 'mixtral-jax[aot]')"
-
-
-def _memory(config: RunConfig, shape: closed_form.Shape, topology: Topology) -> Memory:
-    parts = closed_form.memory(config, shape)
-    peak, limit = sum(parts.values()), topology.chip.usable
-    own = {name: parts[name] for name in ("parameters", "optimizer", "frozen", "reference")}
-    rest = peak - sum(own.values())
-    return Memory(**own, temporaries=rest, code=0.0, peak=peak, limit=limit, too_much=max(0.0, peak - limit))
-
-
-def _counted(config: RunConfig, shape: closed_form.Shape, programs: Sequence[Program]) -> Counted:
+def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Program]) -> Flops:
     """FLOPs of the programs. Kernels count the rows and tiles that they compute, not the buffers they are given."""
-    model, tokens = config.model, shape.tokens
-    kernels = sum((program.kernels for program in programs), start=Counter())
-    matrices = sum((program.grouped for program in programs), start=Counter())
+    model, tokens = config.model, local_tokens(config, sizes)
+    kernels = sum((program.kernels for program in programs), start=Counter[str]())
+    matrices = sum((program.grouped for program in programs), start=Counter[tuple[int, ...]]())
     rows = tokens * model.num_experts_per_tok
     experts = 2 * rows * sum(math.prod(matrix) * calls for matrix, calls in matrices.items())
-    pairs = closed_form.attention_pairs(config.seq_len, model.sliding_window)
-    score = 2 * tokens * pairs * model.num_attention_heads * model.head_dim / shape.sizes["tensor"]
+    pairs = attention_pairs(config.seq_len, model.sliding_window)
+    # of one product in one layer: a kernel's are its forward's two, and seven in its backward's two
+    score = tokens * model.attention_flops(pairs) / (2 * model.num_hidden_layers) / sizes["tensor"]
     products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
     attention = score * sum(n * kernels[name] for name, n in products.items())
-    unknown = sum(program.unknown_loops for program in programs)
-    return Counted(sum(program.dot_flops for program in programs), experts, attention, unknown)
+    return Flops(sum(program.dot_flops for program in programs), experts, attention)
 
 
-def _traffic(
-    config: RunConfig, shape: closed_form.Shape, collectives: tuple[Collective, ...] | None
-) -> dict[tuple[str, str], float]:
-    if collectives is None:
-        return {("closed form", axes): amount for axes, amount in closed_form.traffic(config, shape).items()}
-    local = max(1, config.model.num_local_experts // shape.sizes["expert"])
-    share = 1 / min(shape.sizes["expert"], max(1, local * shape.sizes["expert"] // config.model.num_experts_per_tok))
-    return sent_by_axis(collectives, shape.sizes, share)
+def _ragged_share(config: RunConfig, devices: int) -> float:
+    """Of the buffer of a ragged all-to-all, the rows that exist: a token goes to k experts on k devices at most."""
+    local = max(1, config.model.num_local_experts // devices)
+    return 1 / min(devices, max(1, local * devices // config.model.num_experts_per_tok))
 
 
-def _asynchronous(collectives: tuple[Collective, ...]) -> float:
-    total = sum(c.bytes * c.times for c in collectives)
-    return sum(c.bytes * c.times for c in collectives if c.asynchronous) / max(total, 1)
-
-
-def reduced_weights(config: RunConfig, collectives: tuple[Collective, ...]) -> tuple[str, ...]:
+def _reduced_weights(config: RunConfig, collectives: Sequence[Collective]) -> tuple[str, ...]:
     """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least)."""
     model = config.model
     smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
