@@ -157,7 +157,7 @@ def _plan(args: Parsed) -> int:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return _forward("train.plan.plan:run", args)
+    return _forward("train.plan:run", args)
 
 
 def _show(args: Parsed) -> int:

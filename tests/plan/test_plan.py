@@ -8,9 +8,9 @@ import pytest
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
 from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
-from mixtral_jax.train.plan.plan import plan, run
 from mixtral_jax.train.plan.roofline import bandwidth
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
@@ -137,7 +137,7 @@ def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
 
 
 def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config, monkeypatch):
-    monkeypatch.setattr("mixtral_jax.train.plan.plan.has_libtpu", lambda: False)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)
     config = make_config(model=BIG, seq_len=4096, global_batch_size=32, mesh={"data": 1, "fsdp": 32})
     assert "pip install 'mixtral-jax[aot]'" in plan(config, topology="v5p-64").source
 

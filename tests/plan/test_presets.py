@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.plan.plan import plan
+from mixtral_jax.train.plan import plan
 
 PRESETS = Path(__file__).parents[2] / "configs" / "pretrain"
 # MaxText's own ahead-of-time compilation of the same model, slice, precision and sequences a chip: peak HBM in GB.

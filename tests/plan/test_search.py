@@ -5,9 +5,9 @@ import pytest
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.plan import best_plans, plan, run
 from mixtral_jax.train.plan.chips import larger, parse_topology
 from mixtral_jax.train.plan.placement import Memory
-from mixtral_jax.train.plan.plan import best_plans, plan, run
 from mixtral_jax.train.plan.roofline import Roofline
 from mixtral_jax.train.plan.search import candidates, likely_rate, name, ranked, table, what_fits
 from tests.tiny import write_run_file
@@ -60,13 +60,13 @@ def test_candidates_fit_and_are_in_order_of_speed(make_config):
     meshes = {(c.config.mesh.fsdp, c.config.mesh.expert, c.config.mesh.context) for c in found}
     assert {(32, 1, 1), (4, 8, 1), (16, 1, 2)} <= meshes
     assert all(fsdp * expert * context == 32 for fsdp, expert, context in meshes)
-    assert all(c.config.global_batch_size == 1024 and c.memory.peak <= there.chip.usable for c in found)
+    assert all(c.config.global_batch_size == 1024 and c.memory.peak <= there.chip.memory for c in found)
     rates = [likely_rate(c) for c in found]
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
 
 
 def test_a_search_compiles_the_first_and_ranks_them(make_config, monkeypatch, capsys):
-    monkeypatch.setattr("mixtral_jax.train.plan.plan.has_libtpu", lambda: False)  # closed form in place of compilations
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # by closed form
     config = make_config(global_batch_size=1024)
     assert run(config, topology="v5p-64", search=True) == 0
     reports = best_plans(config, "v5p-64")
@@ -106,7 +106,7 @@ def test_the_run_that_was_found_too_large_is_not_offered_again(make_config):
 
 def test_a_search_in_which_nothing_fits_does_not_advise_to_search(make_config, report, monkeypatch):
     refused = too_large(report)
-    monkeypatch.setattr("mixtral_jax.train.plan.plan._report", lambda *_, **__: refused)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner._report", lambda *_, **__: refused)
     with pytest.raises(UserError, match=r"1\.00 GB too much per chip in the best of 3 candidates") as error:
         run(make_config(global_batch_size=1024), topology="v5p-64", search=True)
     assert "--search" not in str(error.value)
@@ -115,7 +115,7 @@ def test_a_search_in_which_nothing_fits_does_not_advise_to_search(make_config, r
 def test_this_machine_is_told_in_its_own_words(make_config, report, monkeypatch):
     config = make_config(global_batch_size=64)
     refused = too_large(report)._replace(roofline=None)
-    monkeypatch.setattr("mixtral_jax.train.plan.plan._report", lambda *_, **__: refused)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner._report", lambda *_, **__: refused)
     with pytest.raises(UserError, match=r"1\.00 GB too much per device; take more --devices"):
         run(config, devices=2)
     with pytest.raises(UserError, match="--search ranks by published figures"):

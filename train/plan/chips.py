@@ -1,8 +1,9 @@
 """Chips and slices: published figures, and the names that clouds and libtpu give to the same machine.
 
 Sources, read November 2026: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (peak compute, HBM capacity and bandwidth,
-interchip bandwidth per chip); NVIDIA H100 data sheet (SXM, dense bf16). `usable` is what a program may take: the limit
-that libtpu's compiler itself enforces for the chip, found by compiling programs that do not fit.
+interchip bandwidth per chip); NVIDIA H100 data sheet (SXM, dense bf16). `memory` is what a program may take: the limit
+that libtpu's compiler itself enforces for the chip, found by compiling programs that do not fit (sold as 16, 95, 32 and
+80 GB).
 """
 
 import math
@@ -18,8 +19,7 @@ class Chip(NamedTuple):
 
     name: str
     flops: float  # dense bf16
-    memory: float
-    usable: float
+    memory: float  # that a program may take
     memory_bandwidth: float
     network: float  # out of the chip inside its slice or node
     slow_network: float  # out of the chip between slices or nodes
@@ -27,10 +27,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip("v5e", 197e12, 16e9, 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
-    "v5p": Chip("v5p", 459e12, 95e9, 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
-    "v6e": Chip("v6e", 918e12, 32e9, 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
-    "h100": Chip("h100", 989e12, 80e9, 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
+    "v5e": Chip("v5e", 197e12, 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
+    "v5p": Chip("v5p", 459e12, 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
+    "v6e": Chip("v6e", 918e12, 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
+    "h100": Chip("h100", 989e12, 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
 }
 
 # The torus of a slice, as libtpu wants it, by the number in the slice's name: chips, and for v5p cores, two to a chip.
@@ -94,7 +94,7 @@ def _is_slice(kind: str, shape: str) -> bool:
 def local_machine(devices: int) -> Topology:
     """This machine's CPU as `devices` devices that share its memory. Its rates are not known: nobody publishes them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    return Topology(f"{devices} local CPU devices", Chip("cpu", 0, memory, memory, 0, 0, 0, 0), 1, devices, None)
+    return Topology(f"{devices} local CPU devices", Chip("cpu", 0, memory, 0, 0, 0, 0), 1, devices, None)
 
 
 def larger(topology: Topology) -> list[Topology]:

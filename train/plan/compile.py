@@ -121,21 +121,17 @@ def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> _Step:
 def _batch(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Batch | PairBatch:
     """Shapes of one optimizer step's rows, or of its rows of pairs."""
     by_token = batch_sharding(mesh)
-    by_row = None
-    if by_token is not None:
-        by_row = jax.sharding.NamedSharding(by_token.mesh, PartitionSpec(*by_token.spec[:2]))
-    rows = (config.accumulation, config.rows_per_micro_batch)
+    by_row = by_token and jax.sharding.NamedSharding(by_token.mesh, PartitionSpec(*by_token.spec[:2]))
 
-    def array(dtype: Any, *last: int, place: Any = by_token) -> Any:
+    def array(dtype: Any, place: Any, *last: int) -> Any:
+        rows = (config.accumulation, config.rows_per_micro_batch)
         return jax.ShapeDtypeStruct((*rows, *last), dtype, sharding=place)
 
-    ids, numbers = array(jnp.int32, config.seq_len), array(jnp.float32, config.seq_len)
+    ids, pairs = array(jnp.int32, by_token, config.seq_len), config.data.pairs_per_row
     if config.stage != "dpo":
-        return Batch(ids, ids, numbers, ids, ids)
-    pairs = config.data.pairs_per_row
-    lengths = array(jnp.int32, pairs, 2, place=by_row)
-    mask, logps = array(jnp.float32, pairs, place=by_row), array(jnp.float32, pairs, 2, place=by_row)
-    return PairBatch(ids, ids, ids, ids, ids, lengths, mask, logps)
+        return Batch(ids, ids, array(jnp.float32, by_token, config.seq_len), ids, ids)
+    lengths, logps = (array(dtype, by_row, pairs, 2) for dtype in (jnp.int32, jnp.float32))
+    return PairBatch(ids, ids, ids, ids, ids, lengths, array(jnp.float32, by_row, pairs), logps)
 
 
 def local_bytes(tree: Any) -> float:

@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int  # of its larger side (input or output) on one device, once
-    times: float  # loop trips
+    times: int  # loop trips
     groups: tuple[tuple[int, ...], ...]  # devices that take part together; () where the text does not list them
     asynchronous: bool
     shapes: tuple[Shape, ...]
@@ -65,26 +65,27 @@ def read_program(text: str) -> Program:
     """Parse the text of a compiled module (`compiled.as_text()`), for TPU or CPU."""
     computations = _computations(text)
     entry = next(re.finditer(r"^ENTRY %?([\w.\-]+)", text, re.M)).group(1)
-    times, once, unknown = _times(computations, entry)
+    known, unknown_loops = _times(computations, entry, unknown_trips=0)
+    times, _ = _times(computations, entry, unknown_trips=1)
     scattering = _reduce_scatters(computations)
     flops, kernels, grouped = 0.0, Counter[str](), Counter[Shape]()
     found: dict[tuple, Collective] = {}
     for name, instructions in computations.items():
-        trips = times[name] + once[name]
+        trips = times[name]
         if not trips:
             continue
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
             if i.opcode in ("dot", "convolution"):
-                flops += times[name] * dot_flops(i, shapes)
+                flops += known[name] * dot_flops(i, shapes)
             elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.text:
-                kernels[kernel_name(i.name)] += round(trips)
+                kernels[kernel_name(i.name)] += trips
                 if kernel_name(i.name) in GROUPED:
-                    grouped[_matrix(i, shapes)] += round(trips)
+                    grouped[_matrix(i, shapes)] += trips
             elif i.opcode.removesuffix("-start") in PASSES:
                 collective = _collective(i, shapes, trips, scattered=name in scattering)
                 found.setdefault(_identity(i, name, collective.kind), collective)
-    return Program(flops, tuple(found.values()), kernels, grouped, unknown)
+    return Program(flops, tuple(found.values()), kernels, grouped, unknown_loops)
 
 
 def sent_by_axis(
@@ -135,7 +136,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     return Instruction(name, match.group(1), plain[: match.start()], tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
 
 
-def sizes(*shapes: str) -> list[tuple[int, Shape]]:
+def arrays(*shapes: str) -> list[tuple[int, Shape]]:
     """(bytes of a number, dimensions) of each array of some shapes."""
     found = [match for shape in shapes for match in _SHAPE.findall(shape)]
     return [(max(1, int(bits or 8) // 8), tuple(int(n) for n in dims.split(",") if n)) for _, bits, dims in found]
@@ -143,7 +144,7 @@ def sizes(*shapes: str) -> list[tuple[int, Shape]]:
 
 def dot_flops(i: Instruction, shapes: dict[str, str]) -> float:
     """2 m k n. On TPU a product is a convolution whose free dimensions may be spatial: k from the sizes alone."""
-    (_, out), (_, left), (_, right) = (sizes(s)[0] for s in (i.shape, *(shapes[o] for o in i.operands[:2])))
+    (_, out), (_, left), (_, right) = (arrays(s)[0] for s in (i.shape, *(shapes[o] for o in i.operands[:2])))
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
     if contracting:
         k = math.prod(left[int(d)] for d in contracting.group(1).split(",") if d)
@@ -159,31 +160,28 @@ def kernel_name(instruction: str) -> str:
 
 def _matrix(kernel: Instruction, shapes: dict[str, str]) -> Shape:
     """(K, N) of the matrices of a grouped matmul: the one array of three dimensions that it reads or writes."""
-    arrays = sizes(kernel.shape, *(shapes.get(o, "") for o in kernel.operands))
-    return next(dims[1:] for _, dims in arrays if len(dims) == 3)
+    sides = arrays(kernel.shape, *(shapes.get(o, "") for o in kernel.operands))
+    return next(dims[1:] for _, dims in sides if len(dims) == 3)
 
 
-def _times(
-    computations: dict[str, list[Instruction]], entry: str
-) -> tuple[defaultdict[str, float], defaultdict[str, float], int]:
-    """How often each computation runs, the same inside loops of unknown length taken as 1, and the number of those."""
-    times, once = defaultdict[str, float](float), defaultdict[str, float](float)
-    unknown = 0
-    pending = [(entry, 1.0, True)]
+def _times(computations: dict[str, list[Instruction]], entry: str, unknown_trips: int) -> tuple[Counter[str], int]:
+    """How often each computation runs, with `unknown_trips` for loops of unknown length, and the number of those."""
+    times, unknown = Counter[str](), 0
+    pending = [(entry, 1)]
     while pending:
-        name, trips, known = pending.pop()
-        (times if known else once)[name] += trips
+        name, trips = pending.pop()
+        times[name] += trips
         for i in computations.get(name, ()):
-            inside, certain = trips, known
+            inside = trips
             if i.opcode == "while":
                 length = _trip_count(i, computations)
                 unknown += length is None
-                inside, certain = trips * (length or 1), known and length is not None
+                inside *= unknown_trips if length is None else length or 1
             called = set(_CALLED.findall(i.text))
             for branches in _BRANCHES.findall(i.text):
                 called |= {b.strip().lstrip("%") for b in branches.split(",")}
-            pending += [(c, inside, certain) for c in called if c in computations]
-    return times, once, unknown
+            pending += [(c, inside) for c in called if c in computations]
+    return times, unknown
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
@@ -205,10 +203,10 @@ def _reduce_scatters(computations: dict[str, list[Instruction]]) -> set[str]:
     return fused
 
 
-def _collective(i: Instruction, shapes: dict[str, str], trips: float, *, scattered: bool) -> Collective:
+def _collective(i: Instruction, shapes: dict[str, str], trips: int, *, scattered: bool) -> Collective:
     kind, started = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
     asynchronous = started or "async_collective" in i.text or "chain_id" in i.text
-    own, given = sizes(i.shape), sizes(*(shapes.get(o, "") for o in i.operands))
+    own, given = arrays(i.shape), arrays(*(shapes.get(o, "") for o in i.operands))
     if started and kind in ("all-gather", "collective-permute") and len(own) > 1:
         own = own[len(own) // 2 :]
     amount = max(sum(size * math.prod(dims) for size, dims in side) for side in (own, given))

@@ -38,11 +38,6 @@ class PlanReport(NamedTuple):
         return local_tokens(self.config, self.sizes) / self.config.seq_len
 
     @property
-    def useful(self) -> tuple[float, float]:
-        """FLOPs of the model alone: with causal attention, and with all pairs, the convention of published figures."""
-        return closed_form.useful(self.config, self.sizes)
-
-    @property
     def fits(self) -> bool:
         """Whether the step fits into the chip."""
         return self.memory.too_much <= 0
@@ -76,7 +71,8 @@ class PlanReport(NamedTuple):
         yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
 
     def _flops_lines(self) -> Iterator[str]:
-        e, c, useful = self.expected, self.counted, self.useful[0]
+        e, c = self.expected, self.counted
+        useful, _ = closed_form.useful(self.config, self.sizes)
         yield (
             f"compute per chip  {tera(e.total)} by closed form: {tera(useful)} useful (causal), "
             f"{tera(e.total - useful)} recomputed or masked in part"
@@ -116,8 +112,8 @@ class PlanReport(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Bytes, FLOPs and seconds as numbers."""
-        c, t, m, r, (useful, useful_full) = self.config, self.topology, self.memory, self.roofline, self.useful
-        expected, counted = self.expected, self.counted
+        c, t, r, counted = self.config, self.topology, self.roofline, self.counted
+        causal, full = closed_form.useful(c, self.sizes)
         return {
             "run_name": c.run_name,
             "topology": t.name,
@@ -129,28 +125,22 @@ class PlanReport(NamedTuple):
             "accumulation": c.accumulation,
             "source": self.source,
             "fits": self.fits,
-            "memory": m._asdict() | {"temporaries": m.temporaries, "too_much": m.too_much},
+            "memory": _numbers(self.memory, "temporaries", "too_much"),
             "flops": {
-                "expected": {
-                    "useful": useful,
-                    "useful_full": useful_full,
-                    **expected._asdict(),
-                    "total": expected.total,
-                },
-                "counted": counted
-                and {
-                    **counted._asdict(),
-                    "unknown_loops": self.unknown_loops,
-                    "total": counted.total,
-                },
+                "expected": {"useful": causal, "useful_full": full} | _numbers(self.expected, "total"),
+                "counted": counted and _numbers(counted, "total") | {"unknown_loops": self.unknown_loops},
             },
             "traffic": [{"kind": kind, "axes": axes, "bytes": sent} for (kind, axes), sent in self.traffic.items()],
             "asynchronous": self.asynchronous,
             "reduced_weights": list(self.reduced_weights),
-            "roofline": r and r._asdict() | {"seconds": r.seconds},
+            "roofline": r and _numbers(r, "seconds"),
             "tokens_per_second_per_chip": r and self.rate(r.seconds),
             "compile_seconds": self.compile_seconds,
         }
+
+
+def _numbers(record: Memory | Flops | Roofline, *properties: str) -> dict[str, Any]:
+    return record._asdict() | {name: getattr(record, name) for name in properties}
 
 
 def estimate(config: RunConfig, topology: Topology) -> PlanReport:
@@ -161,7 +151,7 @@ def estimate(config: RunConfig, topology: Topology) -> PlanReport:
     """
     sizes = config.mesh.sizes(topology.chips)
     held = Memory(
-        **resident(config, sizes), code=0.0, peak=sum(memory(config, sizes).values()), limit=topology.chip.usable
+        **resident(config, sizes), code=0.0, peak=sum(memory(config, sizes).values()), limit=topology.chip.memory
     )
     expected = closed_form.flops(config, sizes)
     traffic = {("closed form", axes): sent for axes, sent in closed_form.traffic(config, sizes).items()}

@@ -6,7 +6,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare.prepare import PreparedData
@@ -19,7 +18,7 @@ from mixtral_jax.train.checkpoints.checkpointer import Say
 from mixtral_jax.train.config.load import Provenance, resolved_yaml
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.hooks.throughput import peak_flops
-from mixtral_jax.train.plan.placement import axis_lines, human_bytes, memory_line, passing_line
+from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line
 
 
 def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
@@ -28,8 +27,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
     Raises:
         ValueError: the mesh does not fit the devices of this machine.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(resolved_yaml(config, provenance), markup=False, end="")
+    print(resolved_yaml(config, provenance), end="")
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
     rows = {
@@ -40,7 +38,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
         "writes": str(config.run_dir),
     }
     for title, text in rows.items():
-        console.print(f"{title:>8}  {text}", markup=False)
+        print(f"{title:>8}  {text}")
     return 0
 
 

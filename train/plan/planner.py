@@ -97,14 +97,16 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
     if not local and not (topology.libtpu and has_libtpu()):
         return report
     start = time.perf_counter()
-    memory, texts = compile_step(config, plan_mesh(config, None if local else topology), topology.chip.usable)
+    memory, texts = compile_step(config, plan_mesh(config, None if local else topology), topology.chip.memory)
     report = report._replace(memory=memory, compile_seconds=time.perf_counter() - start)
     if not texts:
         return report._replace(source="compiled, does not fit: traffic by closed form")
     programs = [read_program(text) for text in texts]
     collectives = [c for program in programs for c in program.collectives]
     counted = _counted(config, report.sizes, programs)
-    traffic = sent_by_axis(collectives, report.sizes, _ragged_share(config, report.sizes["expert"]))
+    # of the buffer of a ragged all-to-all, which has room for all that may come, the rows that do
+    share = 1 / min(report.sizes["expert"], config.model.num_local_experts // config.model.num_experts_per_tok)
+    traffic = sent_by_axis(collectives, report.sizes, share)
     amounts = {done: sum(c.bytes * c.times for c in collectives if c.asynchronous is done) for done in (True, False)}
     return report._replace(
         source="compiled",
@@ -130,12 +132,6 @@ def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Pro
     products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
     attention = score * sum(n * kernels[name] for name, n in products.items())
     return Flops(sum(program.dot_flops for program in programs), experts, attention)
-
-
-def _ragged_share(config: RunConfig, devices: int) -> float:
-    """Of the buffer of a ragged all-to-all, the rows that exist: a token goes to k experts on k devices at most."""
-    local = max(1, config.model.num_local_experts // devices)
-    return 1 / min(devices, max(1, local * devices // config.model.num_experts_per_tok))
 
 
 def _reduced_weights(config: RunConfig, collectives: Sequence[Collective]) -> tuple[str, ...]:
