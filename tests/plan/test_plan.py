@@ -10,8 +10,8 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
+from mixtral_jax.train.plan.closed_form import bandwidth
 from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
-from mixtral_jax.train.plan.roofline import bandwidth
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
 

@@ -7,9 +7,9 @@ from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import best_plans, plan, run
 from mixtral_jax.train.plan.chips import larger, parse_topology
+from mixtral_jax.train.plan.closed_form import Roofline
 from mixtral_jax.train.plan.placement import Memory
-from mixtral_jax.train.plan.roofline import Roofline
-from mixtral_jax.train.plan.search import candidates, likely_rate, name, ranked, table, what_fits
+from mixtral_jax.train.plan.search import candidates, describe, likely_rate, ranked, table, what_fits
 from tests.tiny import write_run_file
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
@@ -101,7 +101,7 @@ def test_the_run_that_was_found_too_large_is_not_offered_again(make_config):
     """The compiler may refuse what the closed form lets through."""
     there = parse_topology("v5p-64")
     first = candidates(make_config(global_batch_size=64), there)[0]
-    assert name(first.config) not in what_fits(first.config, there)
+    assert describe(first.config) not in what_fits(first.config, there)
 
 
 def test_a_search_in_which_nothing_fits_does_not_advise_to_search(make_config, report, monkeypatch):

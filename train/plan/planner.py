@@ -10,12 +10,11 @@ from pathlib import Path
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
-from mixtral_jax.train.plan.closed_form import Flops, attention_pairs
+from mixtral_jax.train.plan.closed_form import Flops, attention_pairs, roofline
 from mixtral_jax.train.plan.compile import compile_step, for_accelerator, has_libtpu, plan_mesh
 from mixtral_jax.train.plan.hlo import Collective, Program, read_program, sent_by_axis
 from mixtral_jax.train.plan.placement import local_tokens
 from mixtral_jax.train.plan.report import PlanReport, estimate
-from mixtral_jax.train.plan.roofline import roofline
 from mixtral_jax.train.plan.search import candidates, ranked, table, what_fits
 
 COMPILED_BY_SEARCH = 3  # of the candidates that should fit
@@ -115,7 +114,7 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
         traffic=traffic,
         asynchronous=amounts[True] / max(sum(amounts.values()), 1),
         reduced_weights=_reduced_weights(config, collectives),
-        roofline=roofline(config, topology, flops=counted.total, traffic=traffic),
+        roofline=roofline(config, topology, flops=counted.total, sent=traffic),
     )
 
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology
-from mixtral_jax.train.plan.closed_form import Flops
+from mixtral_jax.train.plan.closed_form import Flops, Roofline
 from mixtral_jax.train.plan.placement import Memory, local_tokens, memory, resident
-from mixtral_jax.train.plan.roofline import Roofline, roofline
 
 
 class PlanReport(NamedTuple):
@@ -160,7 +159,7 @@ def estimate(config: RunConfig, topology: Topology) -> PlanReport:
         if topology.libtpu is None
         else "libtpu is not installed (pip install 'mixtral-jax[aot]')"
     )
-    bound = roofline(config, topology, flops=expected.total, traffic=traffic)
+    bound = closed_form.roofline(config, topology, flops=expected.total, sent=traffic)
     return PlanReport(config, topology, f"closed form: {why}", held, expected, traffic, bound)
 
 

@@ -47,7 +47,7 @@ def what_fits(config: RunConfig, topology: Topology) -> str:
             # the run itself was found not to fit, whatever the closed form says
             if there is not topology or _way(report.config, there) != _way(config, there):
                 where = "" if there is topology else f"nothing fits {topology.name}; on {there.name} "
-                return f"{where}this would, by closed form: {name(report.config)}"
+                return f"{where}this would, by closed form: {describe(report.config)}"
     return (
         f"nothing fits {topology.name} or larger slices of {topology.chip.name} with seq_len {config.seq_len} and "
         f"global_batch_size {config.global_batch_size}: take chips with more memory, a shorter seq_len, or a "
@@ -59,7 +59,7 @@ def _way(config: RunConfig, topology: Topology) -> tuple[dict[str, int], int, st
     return config.mesh.sizes(topology.chips), config.rows_per_micro_batch, config.compute.remat
 
 
-def name(config: RunConfig) -> str:
+def describe(config: RunConfig) -> str:
     """What a search chose."""
     axes = mesh_text({axis: getattr(config.mesh, axis) for axis in MESH_AXES})
     return f"{axes}, {config.micro_batch_size} sequences a micro-batch, remat {config.compute.remat}"
