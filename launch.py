@@ -140,7 +140,7 @@ def _train(args: Parsed) -> int:
         _function("train.run.memory", "keep_freed_memory")()
     config, provenance = _load(args, args.command)
     if args.dry_run:
-        return _function("train.plan.dry_run", "dry_run")(config, provenance)
+        return _function("train.run.first_screen", "dry_run")(config, provenance)
     _function("train.run.processes", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )
@@ -153,7 +153,7 @@ def _plan(args: Parsed) -> int:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return _forward("train.plan.plan:run", args)
+    return _forward("train.plan:run", args)
 
 
 def _show(args: Parsed) -> int:

@@ -7,7 +7,7 @@ R = M * C routed rows, F expert feed-forward size, V vocabulary, L layers.
 
 import math
 import warnings
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,15 @@ class FrozenConfig(BaseModel):
     """Base of every configuration class: immutable, hashable, and strict about unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class MatmulParams(NamedTuple):
+    """Sizes of matrices: of one layer its attention, its router and one of its experts; of the model the head."""
+
+    attention: int
+    router: int
+    expert: int
+    head: int
 
 
 class MixtralConfig(FrozenConfig):
@@ -162,25 +171,37 @@ class MixtralConfig(FrozenConfig):
         return self._params(self.num_experts_per_tok)
 
     def _params(self, experts: int) -> int:
-        d, h = self.hidden_size, self.head_dim
-        attention = d * h * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        d, own = self.hidden_size, self.matmul_params
+        layer = own.attention + own.router + experts * own.expert + 2 * d
+        return self.num_hidden_layers * layer + own.head * (1 if self.tie_word_embeddings else 2) + d
+
+    @property
+    def matmul_params(self) -> MatmulParams:
+        """Parameters that are multiplied with activations; norms and the look-up of the embedding are not."""
+        d, heads = self.hidden_size, self.num_attention_heads + self.num_key_value_heads
         router = 0 if self.is_dense else d * self.num_local_experts
-        layer = attention + router + experts * 3 * d * self.intermediate_size + 2 * d
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + d
+        return MatmulParams(2 * d * self.head_dim * heads, router, 3 * d * self.intermediate_size, self.vocab_size * d)
+
+    @property
+    def matmul_flops(self) -> int:
+        """Forward FLOPs of one token: 2 for each matmul parameter that it uses."""
+        own = self.matmul_params
+        layer = own.attention + own.router + self.num_experts_per_tok * own.expert
+        return 2 * (self.num_hidden_layers * layer + own.head)
+
+    def attention_flops(self, keys: float) -> float:
+        """Forward FLOPs of one token that attends to `keys` keys in all layers: scores and weighted sum, 2 each."""
+        return 4 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * keys
 
     def flops_per_token(self, seq_len: int, attention: Literal["causal", "full"] = "causal") -> float:
-        """Useful FLOPs of forward + backward for one token: 6 per matmul parameter used, plus attention scores.
+        """Useful FLOPs of forward + backward, three times the forward, for one token.
 
         The input embedding is a look-up and counts 0. `full` counts every query-key pair (the convention of most
         published MFU figures), `causal` those that the mask lets through, the sliding window included.
         """
-        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        matmul = 6 * (self.num_active_params() - lookup - norms)
         window = min(self.sliding_window or seq_len, seq_len)
         keys = seq_len if attention == "full" else window - window * (window - 1) / (2 * seq_len)
-        return matmul + 12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * keys
+        return 3 * (self.matmul_flops + self.attention_flops(keys))
 
 
 class MoeConfig(FrozenConfig):

@@ -7,24 +7,28 @@ import pytest
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
-from mixtral_jax.train.plan.closed_form import attention_pairs, flops, memory, shape_of
+from mixtral_jax.train.plan.closed_form import attention_pairs, flops, useful
 from mixtral_jax.train.plan.compile import for_accelerator
-from mixtral_jax.train.plan.search import candidates
+from mixtral_jax.train.plan.placement import memory
+from mixtral_jax.train.plan.search import candidates, likely_rate
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
 
 
 def test_closed_form_flops_are_those_of_the_model_and_what_is_computed_again(make_config):
     config = make_config(model=BIG, seq_len=4096, mesh={"data": 1, "fsdp": 8}, compute={"remat": "full"})
+    sizes = config.mesh.sizes(8)
     full, none = (
-        flops(c, shape_of(c, 8))
+        flops(c, sizes)
         for c in (config, config.model_copy(update={"compute": config.compute.model_copy(update={"remat": "none"})}))
     )
     tokens = 8 * 4096 / 8
-    assert full.useful == config.model.flops_per_token(4096, "causal") * tokens
+    causal, every_pair = useful(config, sizes)
+    assert causal == config.model.flops_per_token(4096, "causal") * tokens
+    assert every_pair == config.model.flops_per_token(4096, "full") * tokens
     # products and experts without recomputation are the model's, and attention that of tiles: 7 + 2 for 6 products
     attention = 12 * 32 * 4096 * tokens
-    assert none.dots + none.experts == pytest.approx(none.useful - attention * 4097 / 2)
+    assert none.dots + none.experts == pytest.approx(causal - attention * 4097 / 2)
     assert none.attention == pytest.approx(attention * attention_pairs(4096, None) * 9 / 6)
     head = 6 * 4096 * 32000 * tokens
     assert full.dots - head == pytest.approx((none.dots - head) * 8 / 6)
@@ -39,15 +43,15 @@ def test_a_frozen_base_has_no_gradient_and_no_moments_and_a_reference_is_one_mor
     tuned = make_tuning_config("sft", **common)
     adapted = make_tuning_config("sft", **common, lora={"rank": 1, "targets": ["attention.key"]})
     preferred = make_tuning_config("dpo", **common)
-    shape = shape_of(tuned, 8)
-    full, lora, dpo = (flops(config, shape) for config in (tuned, adapted, preferred))
+    sizes = tuned.mesh.sizes(8)
+    full, lora, dpo = (flops(config, sizes) for config in (tuned, adapted, preferred))
     assert lora.experts == pytest.approx(full.experts * 4 / 6)
     assert lora.dots == pytest.approx(full.dots * 4 / 6, rel=1e-3)  # a rank of 1 is next to nothing
     assert lora.attention == full.attention
     assert dpo.experts == pytest.approx(full.experts * 8 / 6)
-    assert dpo.useful == pytest.approx(full.useful * 4 / 3)
+    assert useful(preferred, sizes) == pytest.approx([4 / 3 * n for n in useful(tuned, sizes)])
     whole = 46_702_792_704 * 4 / 8
-    parts = {name: memory(config, shape) for name, config in (("lora", adapted), ("dpo", preferred))}
+    parts = {name: memory(config, sizes) for name, config in (("lora", adapted), ("dpo", preferred))}
     assert parts["lora"]["frozen"] == pytest.approx(whole, rel=1e-3) and parts["lora"]["optimizer"] < whole / 1000
     assert parts["lora"]["reference"] == 0 and parts["dpo"]["reference"] == pytest.approx(whole, rel=1e-3)
 
@@ -74,10 +78,11 @@ def test_closed_form_memory_is_near_what_the_compiler_says(name, rows, changes, 
     changes = [*changes, f"global_batch_size={rows}", f"micro_batch_size={rows}"]
     file = Path(__file__).parents[2] / "configs" / "pretrain" / f"mixtral-{name}.yaml"
     config = for_accelerator(load_config(file, changes).config)
-    shape = shape_of(config, parse_topology(name.split("-", 1)[1]).chips)
-    parts = memory(config, shape)
+    sizes = config.mesh.sizes(parse_topology(name.split("-", 1)[1]).chips)
+    parts = memory(config, sizes)
     assert sum(parts.values()) == pytest.approx(compiled * 1e9, rel=0.07)
-    assert parts["parameters"] == pytest.approx(4 * config.model.num_params() / shape.parameter_shards, rel=5e-3)
+    shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
+    assert parts["parameters"] == pytest.approx(4 * config.model.num_params() / shards, rel=5e-3)
 
 
 def test_a_search_passes_over_meshes_that_do_not_divide_a_quantised_base(make_tuning_config):
@@ -94,6 +99,6 @@ def test_search_prunes_by_arithmetic_and_ranks_what_is_left(make_config):
         model=BIG, seq_len=4096, global_batch_size=1024, compute={"dtype": "bfloat16"}, mesh={"data": 1, "fsdp": 1}
     )
     found = candidates(config, parse_topology("v5p-64"))
-    assert found and all(c.memory <= CHIPS["v5p"].usable for c in found)
-    assert [c.seconds_per_token for c in found] == sorted(c.seconds_per_token for c in found)
+    assert found and all(c.memory.peak <= CHIPS["v5p"].memory for c in found)
+    assert [likely_rate(c) for c in found] == sorted(map(likely_rate, found), reverse=True)
     assert not candidates(config, parse_topology("v5e-4"))

@@ -8,10 +8,10 @@ import pytest
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
-from mixtral_jax.train.plan.hlo import Collective, read_program
-from mixtral_jax.train.plan.plan import plan, run
-from mixtral_jax.train.plan.roofline import axes_of, bandwidth, sent_by_axis
+from mixtral_jax.train.plan.closed_form import bandwidth
+from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
@@ -145,8 +145,8 @@ def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
         model=BIG, seq_len=4096, global_batch_size=64, compute={"remat": "full"},
         mesh={"data": 1, "fsdp": 8, "expert": 8},
     )  # fmt: skip
-    report = plan(config, topology="h100-64", tokens=1e12)
-    text = "\n".join(report.lines())
+    report = plan(config, topology="h100-64")
+    text = "\n".join(report.lines(tokens=1e12))
     assert "closed form: a GPU program" in text and "days" in text and report.fits
     assert report.counted is None and report.compile_seconds == 0
     content = json.loads(json.dumps(report.to_json()))
@@ -154,7 +154,7 @@ def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
 
 
 def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config, monkeypatch):
-    monkeypatch.setattr("mixtral_jax.train.plan.plan.has_libtpu", lambda: False)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)
     config = make_config(model=BIG, seq_len=4096, global_batch_size=32, mesh={"data": 1, "fsdp": 32})
     assert "pip install 'mixtral-jax[aot]'" in plan(config, topology="v5p-64").source
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_planned(make_config, capsys):
         plan(config, topology="v5p-64")
     for tokens in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"--tokens is {tokens:g}: .* positive"):
-            plan(config, topology="v5p-128", tokens=tokens)
+            run(config, topology="v5p-128", tokens=tokens)
     with pytest.raises(
         UserError, match=r"does not fit h100-8: .* GB too much per chip; nothing fits h100-8; on h100-16"
     ):

@@ -42,9 +42,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.evaluate"):
         monkeypatch.setattr(f"{module}.make_mesh", lambda config: None)
-    monkeypatch.setattr(
-        "mixtral_jax.train.plan.plan.has_libtpu", lambda: False
-    )  # compiling the large recipes takes minutes
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # compiling takes minutes
     save_hf(Mixtral(MixtralConfig(**MODEL), key=jax.random.key(0)), BASE, dtype="bfloat16")
     shutil.copy(ROOT / "data" / "samples" / "tokenizer.model", BASE)
     return tmp_path

@@ -9,8 +9,8 @@ from mixtral_jax.lora import is_adapter
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
-from mixtral_jax.train.plan.dry_run import batch_line, human_bytes, memory_line, model_line
-from mixtral_jax.train.plan.held import held_by_device
+from mixtral_jax.train.plan.placement import human_bytes, memory_line, resident
+from mixtral_jax.train.run.first_screen import batch_line, model_line
 from mixtral_jax.train.weights import abstract_params, leaves
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
@@ -51,7 +51,8 @@ def test_a_device_holds_what_the_shardings_say(tmp_path: Path, base: str | None,
             trained += size
         else:
             frozen += size * leaf.dtype.itemsize
-    assert held_by_device(config, ONE | sizes) == (trained, frozen)
+    held = {"parameters": 4 * trained, "optimizer": 8 * trained, "frozen": frozen, "reference": 0}
+    assert resident(config, ONE | sizes) == held
     assert trained and (frozen > 0) == (base is not None)
 
 

@@ -16,7 +16,7 @@ from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.base import base_weights
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.plan.dry_run import memory_line
+from mixtral_jax.train.plan.placement import memory_line
 from mixtral_jax.train.weights import abstract_params, keep, leaves
 from tests.tiny import metrics_of, write_run_file
 from tests.tuning import write_tuning_file

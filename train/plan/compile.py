@@ -6,7 +6,6 @@ import math
 import os
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,50 +18,24 @@ from mixtral_jax.lora import is_adapter
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.parallel.sharding import batch_sharding
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
-from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.plan.chips import Topology
-from mixtral_jax.train.plan.closed_form import parts_of
+from mixtral_jax.train.plan.placement import Memory, asks_reference, copies_reference
 from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge
 
 
-class Memory(NamedTuple):
-    """Bytes on one device."""
-
-    parameters: float  # that are trained
-    optimizer: float
-    temporaries: float  # activations, gathered weights, gradients, at their highest
-    code: float
-    peak: float
-    limit: float
-    too_much: float = 0.0  # by how much the compiler refused it
-    frozen: float = 0.0  # the base under adapters
-    reference: float = 0.0  # a reference's own copy of the weights
-
-
-class Compiled(NamedTuple):
-    """What the compiler says of one step."""
-
-    memory: Memory
-    texts: tuple[str, ...]  # of the step and of a live reference; () where the step does not fit
-    seconds: float
-
-
 def plan_mesh(config: RunConfig, topology: Topology | None) -> jax.sharding.Mesh | None:
     """The mesh of the run on a TPU slice, or on this machine's devices.
 
     Raises:
-        UserError: libtpu is missing.
         ValueError: the mesh does not fit the number of devices.
     """
     if topology is None:
         return make_mesh(config.mesh)
-    if not has_libtpu():
-        raise UserError("compiling for a TPU needs libtpu: pip install 'mixtral-jax[aot]'")
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -85,10 +58,13 @@ def for_accelerator(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": "bfloat16"})})
 
 
-def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float) -> Compiled:
-    """Lower and compile the training step, and what asks a live reference, with shapes in place of arrays."""
+def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float) -> tuple[Memory, list[str]]:
+    """Lower and compile the training step, and what asks a live reference, with shapes in place of arrays.
+
+    Returns:
+        What the compiler says of the memory, and the texts of the programs: none where the step does not fit.
+    """
     step = _step(config, mesh)
-    start = time.perf_counter()
     resident = {"parameters": step.state.params, "optimizer": step.state.optimizer, "frozen": step.frozen}
     own = {name: local_bytes(tree) for name, tree in resident.items()}
     own["reference"] = 0.0 if step.reference is step.frozen else local_bytes(step.reference)
@@ -100,22 +76,14 @@ def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds = time.perf_counter() - start
-        too_much, limit = _exceeded(str(error), limit)
-        peak = limit + too_much
-        rest = peak - sum(own.values())
-        return Compiled(Memory(**own, temporaries=rest, code=0, peak=peak, limit=limit, too_much=too_much), (), seconds)
-    seconds = time.perf_counter() - start
-    code = float(sum(p.memory_analysis().generated_code_size_in_bytes for p in programs))
+        peak, limit = _exceeded(str(error), limit)
+        return Memory(**own, code=0, peak=peak, limit=limit), []
     peaks = [_peak(p.memory_analysis()) for p in programs]
     # one runs after the other; each finds the other's arguments in its way
     peaks[0] += own["reference"]
     peaks[1:] = [p + sum(own.values()) - local_bytes(step.reference) for p in peaks[1:]]
-    peak = max(peaks)
-    rest = peak - sum(own.values())
-    too_much = max(0.0, peak + code - limit)
-    memory = Memory(**own, temporaries=rest, code=code, peak=peak, limit=limit, too_much=too_much)
-    return Compiled(memory, tuple(p.as_text() for p in programs), seconds)
+    code = float(sum(p.memory_analysis().generated_code_size_in_bytes for p in programs))
+    return Memory(**own, code=code, peak=max(peaks), limit=limit), [p.as_text() for p in programs]
 
 
 def _peak(stats: Any) -> float:
@@ -144,30 +112,26 @@ def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> _Step:
     seed = config.seed if config.noisy else None
     train = make_train_step(OBJECTIVES[config.stage](config), optimizer, make_merge(config), shardings, seed)
     batch, ask, reference = _batch(config, mesh), None, None
-    if isinstance(config, DpoStageConfig) and parts_of(config).asked:
+    if isinstance(config, DpoStageConfig) and asks_reference(config):
         ask = make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
-        reference = keep(weights, lambda path: not is_adapter(path)) if parts_of(config).copied else frozen
+        reference = keep(weights, lambda path: not is_adapter(path)) if copies_reference(config) else frozen
     return _Step(train, state, frozen, batch, ask, reference)
 
 
 def _batch(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Batch | PairBatch:
     """Shapes of one optimizer step's rows, or of its rows of pairs."""
     by_token = batch_sharding(mesh)
-    by_row = None
-    if by_token is not None:
-        by_row = jax.sharding.NamedSharding(by_token.mesh, PartitionSpec(*by_token.spec[:2]))
-    rows = (config.accumulation, config.rows_per_micro_batch)
+    by_row = by_token and jax.sharding.NamedSharding(by_token.mesh, PartitionSpec(*by_token.spec[:2]))
 
-    def array(dtype: Any, *last: int, place: Any = by_token) -> Any:
+    def array(dtype: Any, place: Any, *last: int) -> Any:
+        rows = (config.accumulation, config.rows_per_micro_batch)
         return jax.ShapeDtypeStruct((*rows, *last), dtype, sharding=place)
 
-    ids, numbers = array(jnp.int32, config.seq_len), array(jnp.float32, config.seq_len)
+    ids, pairs = array(jnp.int32, by_token, config.seq_len), config.data.pairs_per_row
     if config.stage != "dpo":
-        return Batch(ids, ids, numbers, ids, ids)
-    pairs = config.data.pairs_per_row
-    lengths = array(jnp.int32, pairs, 2, place=by_row)
-    mask, logps = array(jnp.float32, pairs, place=by_row), array(jnp.float32, pairs, 2, place=by_row)
-    return PairBatch(ids, ids, ids, ids, ids, lengths, mask, logps)
+        return Batch(ids, ids, array(jnp.float32, by_token, config.seq_len), ids, ids)
+    lengths, logps = (array(dtype, by_row, pairs, 2) for dtype in (jnp.int32, jnp.float32))
+    return PairBatch(ids, ids, ids, ids, ids, lengths, array(jnp.float32, by_row, pairs), logps)
 
 
 def local_bytes(tree: Any) -> float:
@@ -176,16 +140,15 @@ def local_bytes(tree: Any) -> float:
 
 
 def _exceeded(message: str, limit: float) -> tuple[float, float]:
-    """(bytes too many, the limit) from the compiler's sentence, of which there are two forms."""
+    """(bytes used, the limit) from the compiler's sentence, of which there are two forms."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     for sentence in (
         r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])",
         r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
     ):
         if found := re.search(sentence, message):
-            used, most = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
-            return used - most, most
-    return 1.0, limit
+            return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    return limit + 1, limit
 
 
 @contextlib.contextmanager

@@ -7,27 +7,27 @@ computation is weighted by the trip counts of the loops around it.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
-COLLECTIVES = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-)
+import numpy as np
 
+# Passes over the other devices: a device sends (n - 1) / n of a collective's larger side in each. A permutation sends
+# all of it, once.
+PASSES = {
+    "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "ragged-all-to-all": 1,
+    "collective-permute": 1,
+}  # fmt: skip
 GROUPED = ("gmm", "tgmm")  # megablox: rows times matrices, and the matrices' gradient
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # the name of a dtype says its bits
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+Shape = tuple[int, ...]
 
 
 class Instruction(NamedTuple):
@@ -45,10 +45,10 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int  # of its larger side (input or output) on one device, once
-    times: float  # loop trips
+    times: int  # loop trips
     groups: tuple[tuple[int, ...], ...]  # devices that take part together; () where the text does not list them
     asynchronous: bool
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
 
 
 class Program(NamedTuple):
@@ -56,74 +56,95 @@ class Program(NamedTuple):
 
     dot_flops: float  # outside of loops of unknown length
     collectives: tuple[Collective, ...]
-    kernels: Counter  # name of a Pallas kernel -> calls
-    grouped: Counter  # (K, N) of one expert's matrix in a grouped matmul, of either direction -> calls
+    kernels: Counter[str]  # name of a Pallas kernel -> calls
+    grouped: Counter[Shape]  # (K, N) of one expert's matrix in a grouped matmul, of either direction -> calls
     unknown_loops: int  # loops whose trip count is not in the text; what is not a product is counted once
 
 
 def read_program(text: str) -> Program:
     """Parse the text of a compiled module (`compiled.as_text()`), for TPU or CPU."""
-    computations = dict(_computations(text))
+    computations = _computations(text)
     entry = next(re.finditer(r"^ENTRY %?([\w.\-]+)", text, re.M)).group(1)
-    times, once, unknown = _times(computations, entry)
+    known, unknown_loops = _times(computations, entry, unknown_trips=0)
+    times, _ = _times(computations, entry, unknown_trips=1)
     scattering = _reduce_scatters(computations)
-    flops, kernels, grouped = 0.0, Counter[str](), Counter[tuple[int, ...]]()
+    flops, kernels, grouped = 0.0, Counter[str](), Counter[Shape]()
     found: dict[tuple, Collective] = {}
     for name, instructions in computations.items():
-        trips = times.get(name, 0.0) + once.get(name, 0.0)
+        trips = times[name]
         if not trips:
             continue
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
             if i.opcode in ("dot", "convolution"):
-                flops += times.get(name, 0.0) * dot_flops(i, shapes)
+                flops += known[name] * dot_flops(i, shapes)
             elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.text:
-                kernels[kernel_name(i.name)] += round(trips)
+                kernels[kernel_name(i.name)] += trips
                 if kernel_name(i.name) in GROUPED:
-                    grouped[_matrix(i, shapes)] += round(trips)
-            elif i.opcode.removesuffix("-start") in COLLECTIVES:
+                    grouped[_matrix(i, shapes)] += trips
+            elif i.opcode.removesuffix("-start") in PASSES:
                 collective = _collective(i, shapes, trips, scattered=name in scattering)
-                found.setdefault(_identity(i, name, collective), collective)
-    return Program(flops, tuple(found.values()), kernels, grouped, unknown)
+                found.setdefault(_identity(i, name, collective.kind), collective)
+    return Program(flops, tuple(found.values()), kernels, grouped, unknown_loops)
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
+def sent_by_axis(
+    collectives: Sequence[Collective], mesh_shape: Mapping[str, int], ragged_share: float
+) -> dict[tuple[str, str], float]:
+    """(kind, mesh axes) -> bytes that one chip sends in a step.
+
+    A ragged all-to-all sends the rows that exist, not its buffer: `ragged_share` of it.
+    """
+    total = defaultdict[tuple[str, str], float](float)
+    for c in collectives:
+        count = len(c.groups[0]) if c.groups else math.prod(mesh_shape.values())
+        if count > 1:
+            others = 1.0 if c.kind == "collective-permute" else (count - 1) / count
+            share = ragged_share if c.kind == "ragged-all-to-all" else 1.0
+            total[c.kind, axes_of(c, mesh_shape)] += c.bytes * c.times * share * PASSES[c.kind] * others
+    return dict(total)
+
+
+def axes_of(c: Collective, mesh_shape: Mapping[str, int]) -> str:
+    """The mesh axes along which the devices of a group differ, joined by +."""
+    live = [a for a, n in mesh_shape.items() if n > 1]
+    if not c.groups:
+        return "+".join(live)
+    places = np.array(np.unravel_index(np.array(c.groups[0]), tuple(mesh_shape.values())))
+    varying = [a for a, row in zip(mesh_shape, places, strict=True) if len(set(row.tolist())) > 1]
+    return "+".join(varying or live)
+
+
+def _computations(text: str) -> dict[str, list[Instruction]]:
     """Name and lines of each. One ends where the next begins: kernels carry text with braces of its own."""
-    name: str | None = None
+    found: dict[str, list[Instruction]] = {}
     body: list[Instruction] = []
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            if name is not None:
-                yield name, body
-            name, body = header.group(1), []
-        elif name is not None and (match := _INSTRUCTION.match(line)):
+            body = found[header.group(1)] = []
+        elif match := _INSTRUCTION.match(line):
             body.append(_instruction(*match.groups()))
-    if name is not None:
-        yield name, body
+    return found
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    match = _OPCODE.search(" " + _hide_layouts(rest))
+    plain = " " + re.sub(r"\{[\d,]*(?::[^{}]*)?\}", "", rest)  # a layout, {1,0:T(8,128)}, has parentheses of no call
+    match = _OPCODE.search(plain)
     if match is None:
         return Instruction(name, "", rest, (), rest)
-    plain = " " + _hide_layouts(rest)
     inside = plain[match.end() :].split(")", 1)[0]
     return Instruction(name, match.group(1), plain[: match.start()], tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
 
 
-def _hide_layouts(text: str) -> str:
-    """Layouts such as {1,0:T(8,128)} hold parentheses that are no calls."""
-    return re.sub(r"\{[\d,]*(?::[^{}]*)?\}", "", text)
-
-
-def sizes(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, dimensions) of each array of a shape."""
-    return [(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _SHAPE.findall(shape) if d in BYTES]
+def arrays(*shapes: str) -> list[tuple[int, Shape]]:
+    """(bytes of a number, dimensions) of each array of some shapes."""
+    found = [match for shape in shapes for match in _SHAPE.findall(shape)]
+    return [(max(1, int(bits or 8) // 8), tuple(int(n) for n in dims.split(",") if n)) for _, bits, dims in found]
 
 
 def dot_flops(i: Instruction, shapes: dict[str, str]) -> float:
     """2 m k n. On TPU a product is a convolution whose free dimensions may be spatial: k from the sizes alone."""
-    (_, out), (_, left), (_, right) = (sizes(s)[0] for s in (i.shape, *(shapes[o] for o in i.operands[:2])))
+    (_, out), (_, left), (_, right) = (arrays(s)[0] for s in (i.shape, *(shapes[o] for o in i.operands[:2])))
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
     if contracting:
         k = math.prod(left[int(d)] for d in contracting.group(1).split(",") if d)
@@ -137,32 +158,30 @@ def kernel_name(instruction: str) -> str:
     return re.sub(r"(_segmented|_no_residuals|_residuals|[.\d])+$", "", instruction)
 
 
-def _matrix(kernel: Instruction, shapes: dict[str, str]) -> tuple[int, ...]:
+def _matrix(kernel: Instruction, shapes: dict[str, str]) -> Shape:
     """(K, N) of the matrices of a grouped matmul: the one array of three dimensions that it reads or writes."""
-    arrays = [*sizes(kernel.shape), *(s for o in kernel.operands for s in sizes(shapes.get(o, "")))]
-    return next(dims[1:] for _, dims in arrays if len(dims) == 3)
+    sides = arrays(kernel.shape, *(shapes.get(o, "") for o in kernel.operands))
+    return next(dims[1:] for _, dims in sides if len(dims) == 3)
 
 
-def _times(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, float], dict[str, float], int]:
-    """How often each computation runs, the same inside loops of unknown length taken as 1, and the number of those."""
-    times: defaultdict[str, float] = defaultdict(float)
-    once: defaultdict[str, float] = defaultdict(float)
-    unknown = 0
-    pending = [(entry, 1.0, True)]
+def _times(computations: dict[str, list[Instruction]], entry: str, unknown_trips: int) -> tuple[Counter[str], int]:
+    """How often each computation runs, with `unknown_trips` for loops of unknown length, and the number of those."""
+    times, unknown = Counter[str](), 0
+    pending = [(entry, 1)]
     while pending:
-        name, trips, known = pending.pop()
-        (times if known else once)[name] += trips
+        name, trips = pending.pop()
+        times[name] += trips
         for i in computations.get(name, ()):
-            inside, certain = trips, known
+            inside = trips
             if i.opcode == "while":
                 length = _trip_count(i, computations)
                 unknown += length is None
-                inside, certain = trips * (length or 1), known and length is not None
+                inside *= unknown_trips if length is None else length or 1
             called = set(_CALLED.findall(i.text))
             for branches in _BRANCHES.findall(i.text):
                 called |= {b.strip().lstrip("%") for b in branches.split(",")}
-            pending += [(c, inside, certain) for c in called if c in computations]
-    return times, once, unknown
+            pending += [(c, inside) for c in called if c in computations]
+    return times, unknown
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
@@ -177,53 +196,43 @@ def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -
 
 def _reduce_scatters(computations: dict[str, list[Instruction]]) -> set[str]:
     """Computations of the TPU's fused all-reduce and slice, which send what a reduce-scatter sends."""
-    fused = set()
-    for instructions in computations.values():
-        for i in instructions:
-            if i.opcode == "fusion" and "AllReduceScatterFusion" in i.text:
-                fused |= set(_CALLED.findall(i.text))
-    return fused | {name for name in computations if name.startswith("all-reduce-scatter")}
+    fused = {name for name in computations if name.startswith("all-reduce-scatter")}
+    for i in (i for instructions in computations.values() for i in instructions):
+        if i.opcode == "fusion" and "AllReduceScatterFusion" in i.text:
+            fused |= set(_CALLED.findall(i.text))
+    return fused
 
 
-def _collective(i: Instruction, shapes: dict[str, str], trips: float, *, scattered: bool) -> Collective:
-    kind = i.opcode.removesuffix("-start")
-    asynchronous = i.opcode.endswith("-start") or "async_collective" in i.text or "chain_id" in i.text
-    own, given = sizes(i.shape), [s for o in i.operands for s in sizes(shapes.get(o, ""))]
-    if i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        own = own[len(own) // 2 :] if len(own) > 1 else own
-    amount = max(_bytes(own), _bytes(given))
+def _collective(i: Instruction, shapes: dict[str, str], trips: int, *, scattered: bool) -> Collective:
+    kind, started = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
+    asynchronous = started or "async_collective" in i.text or "chain_id" in i.text
+    own, given = arrays(i.shape), arrays(*(shapes.get(o, "") for o in i.operands))
+    if started and kind in ("all-gather", "collective-permute") and len(own) > 1:
+        own = own[len(own) // 2 :]
+    amount = max(sum(size * math.prod(dims) for size, dims in side) for side in (own, given))
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
-    dimensions = tuple(d for _, d in (own if kind != "reduce-scatter" else given))
+    dimensions = tuple(dims for _, dims in (given if kind == "reduce-scatter" else own))
     return Collective(kind, amount, trips, _groups(i.text), asynchronous, dimensions)
 
 
-def _identity(i: Instruction, computation: str, c: Collective) -> tuple:
+def _identity(i: Instruction, computation: str, kind: str) -> tuple[str, str, str]:
     """The pieces of one asynchronous chain share a chain and a channel; all else stands for itself."""
-    chain = re.search(r'chain_id="(\d+)"', i.text)
-    channel = re.search(r"channel_id=(\d+)", i.text)
-    if chain and channel:
-        return (c.kind, chain.group(1), channel.group(1))
-    return (c.kind, computation, i.name)
-
-
-def _bytes(arrays: list[tuple[str, tuple[int, ...]]]) -> int:
-    return sum(BYTES[d] * math.prod(dims) for d, dims in arrays)
+    chain, channel = re.search(r'chain_id="(\d+)"', i.text), re.search(r"channel_id=(\d+)", i.text)
+    return (kind, chain.group(1), channel.group(1)) if chain and channel else (kind, computation, i.name)
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
     """replica_groups as lists, in any of the three ways that XLA writes them."""
     if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
         return tuple(tuple(int(n) for n in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed.group(1)))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.search(r"replica_groups=(\[\d+,\d+\])<=(\[[\d,]+\])(?:T\(([\d,]+)\))?", text)
     if iota is None:
         return _groups_of_axes(text)
-    import numpy as np
-
-    rows, columns, dims, order = iota.groups()
-    ids = np.arange(int(rows) * int(columns)).reshape([int(n) for n in dims.split(",")])
-    ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
-    return tuple(tuple(int(x) for x in row) for row in ids.reshape(int(rows), int(columns)))
+    rows, dims = (tuple(int(n) for n in part.strip("[]").split(",")) for part in iota.groups()[:2])
+    ids = np.arange(math.prod(rows)).reshape(dims)
+    ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
+    return tuple(map(tuple, ids.reshape(rows).tolist()))
 
 
 def _groups_of_axes(text: str) -> tuple[tuple[int, ...], ...]:
@@ -231,8 +240,6 @@ def _groups_of_axes(text: str) -> tuple[tuple[int, ...], ...]:
     found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
     if found is None:
         return ()
-    import numpy as np
-
     sizes = {name: int(size) for name, size in (axis.split("=") for axis in found[1].split(","))}
     chosen = [list(sizes).index(name) for name in found[2].split(",")]
     ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))

@@ -1,14 +1,21 @@
-"""Where a run's memory lies: what each axis of the mesh shares, and what it leaves whole on every device."""
+"""Where a run's memory lies: what a device holds, matrix by matrix, what a step adds to it, and sentences of both."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
+from jax.sharding import AbstractMesh
 
-from mixtral_jax.model import compute_dtype
-from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.plan.dry_run import human_bytes
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.lora import LoraConfig, is_adapter
+from mixtral_jax.model import abstract_model, compute_dtype
+from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel.sharding import param_shardings
+from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
+from mixtral_jax.train.weights import is_trained, leaves
 
 # What each axis of the mesh shares out.
 SHARES = {
@@ -21,9 +28,146 @@ SHARES = {
 LARGE_BYTES, LARGE_SHARE = 64 * 2**20, 0.01
 
 
+class Memory(NamedTuple):
+    """Bytes on one device; `peak` is of the step at its fullest."""
+
+    parameters: float  # that are trained
+    optimizer: float
+    frozen: float  # the base under adapters
+    reference: float  # a live reference's own copy of the weights
+    code: float
+    peak: float
+    limit: float
+
+    @property
+    def temporaries(self) -> float:
+        """Activations, gathered weights, gradients, at their highest."""
+        return self.peak - self.parameters - self.optimizer - self.frozen - self.reference
+
+    @property
+    def too_much(self) -> float:
+        """What does not fit."""
+        return max(0.0, self.peak + self.code - self.limit)
+
+
+def asks_reference(config: RunConfig) -> bool:
+    """Whether a live reference is asked for every batch: one more forward pass."""
+    return isinstance(config, DpoStageConfig) and config.reference in ("frozen", "lora_base")
+
+
+def copies_reference(config: RunConfig) -> bool:
+    """Whether that reference needs weights of its own: not where all of the base is frozen."""
+    return asks_reference(config) and (config.adapters is None or config.router_factor > 0)
+
+
+def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Tokens of one device and micro-batch."""
+    shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
+    return config.rows_per_micro_batch * config.seq_len // shards
+
+
+def resident(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that one device of a mesh holds from step to step, as fields of Memory.
+
+    Raises:
+        ValueError: an axis does not divide a parameter; named with a remedy.
+    """
+    held, trains = _held(config.model, config.adapters, tuple(sizes.items())), is_trained(config)
+    trained = sum(size for path, size in held.items() if trains(path))
+    base = sum(size for path, size in held.items() if not is_adapter(path))
+    return {
+        "parameters": trained,  # fp32, as are AdamW's two moments
+        "optimizer": 2 * trained,
+        "frozen": sum(held.values()) - trained,
+        "reference": base if copies_reference(config) else 0,
+    }
+
+
+def adapter_params(config: RunConfig) -> tuple[int, int]:
+    """(attention, experts): trained parameters of the adapters of all layers."""
+    held = _held(config.model, config.adapters, tuple((axis, 1) for axis in MESH_AXES))
+    rooms = ("layers.attention.", "layers.moe.")
+    attention, experts = (sum(n for p, n in held.items() if p.startswith(r) and is_adapter(p)) // 4 for r in rooms)
+    return attention, experts
+
+
+@functools.cache
+def _held(model: MixtralConfig, lora: LoraConfig | None, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """Path of each parameter -> bytes of one device's shard."""
+    abstract = abstract_model(model, lora=lora)
+    mesh: Any = AbstractMesh(tuple(size for _, size in sizes), tuple(axis for axis, _ in sizes))  # no device is there
+    shardings = dict(leaves(param_shardings(abstract, mesh) or {}))
+    return {
+        path: math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for path, leaf in leaves(nnx.to_pure_dict(nnx.state(abstract)))
+    }
+
+
+def layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """The matrices of one layer as products use them: gathered, in the compute dtype."""
+    own = config.model.matmul_params
+    experts = own.expert * config.model.num_local_experts / sizes["expert"]
+    return (own.attention + own.router + experts) / sizes["tensor"] * compute_bytes(config)
+
+
+def compute_bytes(config: RunConfig) -> int:
+    """Of a number in the compute dtype; auto stands for an accelerator's."""
+    return 4 if config.compute.dtype == "float32" else 2
+
+
+def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of one chip by closed form: state exactly, the rest as the step at its fullest, in an expert's backward.
+
+    Held against compiled programs in tests and in docs/benchmarks.md.
+    """
+    model, itemsize, tokens = config.model, compute_bytes(config), local_tokens(config, sizes)
+    state = resident(config, sizes)
+    tensor, expert_axis = sizes["tensor"], sizes["expert"]
+    width, ffn = model.hidden_size, model.intermediate_size / tensor
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
+    rows = tokens * model.num_experts_per_tok
+    if expert_axis > 1:
+        chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
+        rows = chunk * expert_axis * min(model.num_experts_per_tok, model.num_local_experts // expert_axis)
+    saved: float = width
+    if config.compute.remat != "full":
+        saved += 2 * heads + width + rows / tokens * (2 * ffn + width)
+    return {
+        **state,
+        "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
+        "saved": model.num_hidden_layers * tokens * saved * itemsize,
+        "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * (2 * width + 3.5 * ffn),
+        "weights": layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
+    }
+
+
 def axis_lines(sizes: Mapping[str, int]) -> list[str]:
     """What each axis of more than one device shards."""
     return [f"{axis} {size}: {SHARES[axis]}" for axis, size in sizes.items() if size > 1]
+
+
+def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
+    """Bytes per device of what lives through the step; activations come on top."""
+    held = resident(config, sizes)
+    each = {"parameters": held["parameters"], "optimizer": held["optimizer"], "gradients": held["parameters"]}
+    if config.adapters is not None:
+        each = {f"frozen base ({config.adapters.base_dtype})": held["frozen"]} | each
+    if copies_reference(config):
+        each["reference"] = held["reference"]
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in each.items())
+    shards = sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
+    return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
+
+
+def passing_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
+    """What comes and goes in a step on one device, by the closed form of `plan`, which knows no compiler's tricks."""
+    dtype = compute_dtype(config.compute.dtype).name
+    parts = memory(config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})}), sizes)
+    return (
+        f"about {human_bytes(parts['saved'] + parts['layer'])} of activations a device "
+        f"({human_bytes(parts['saved'])} saved for the backward pass) and {human_bytes(parts['weights'])} of gathered "
+        "weights"
+    )
 
 
 def replicated(leaves: Iterable[tuple[str, Any]]) -> list[tuple[str, int]]:
@@ -31,35 +175,14 @@ def replicated(leaves: Iterable[tuple[str, Any]]) -> list[tuple[str, int]]:
 
     Large is above 64 MiB or a hundredth of all; `leaves` have shape, dtype and sharding.
     """
-    found = [(path, leaf, leaf.size * leaf.dtype.itemsize) for path, leaf in leaves]
-    total = sum(size for _, _, size in found)
+    found = [(path, leaf.size * leaf.dtype.itemsize, leaf.sharding) for path, leaf in leaves]
+    large = min(LARGE_BYTES, LARGE_SHARE * sum(size for _, size, _ in found))
     whole = [
         (path, size)
-        for path, leaf, size in found
-        if len(leaf.sharding.device_set) > 1
-        and leaf.sharding.is_fully_replicated
-        and (size > LARGE_BYTES or size > LARGE_SHARE * total)
+        for path, size, sharding in found
+        if len(sharding.device_set) > 1 and sharding.is_fully_replicated and size > large
     ]
     return sorted(whole, key=lambda pair: -pair[1])
-
-
-def passing_line(config: RunConfig, sizes: dict[str, int]) -> str:
-    """What comes and goes in a step on one device, by the closed form of `plan`, which knows no compiler's tricks."""
-    from mixtral_jax.train.plan.closed_form import (  # the planner compiles a run, whose first screen this is
-        Shape,
-        memory,
-    )
-
-    dtype = compute_dtype(config.compute.dtype).name
-    resolved = config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})})
-    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]
-    tokens = config.rows_per_micro_batch * config.seq_len // shards
-    parts = memory(resolved, Shape(sizes, tokens, config.accumulation))
-    saved, layer, weights = (parts[name] for name in ("saved", "layer", "weights"))
-    return (
-        f"about {human_bytes(saved + layer)} of activations a device ({human_bytes(saved)} saved for the backward "
-        f"pass) and {human_bytes(weights)} of gathered weights"
-    )
 
 
 def placement_warnings(
@@ -67,17 +190,17 @@ def placement_warnings(
 ) -> list[str]:
     """What a person may not have meant: leaves whole everywhere, a padded vocabulary, adapters on a random base."""
     warnings = []
+    sizes = {"tensor": 1} if mesh is None else mesh.shape
     large = replicated(leaves)
     if large:
         named = ", ".join(f"{path} ({human_bytes(size)})" for path, size in large[:3])
         more = f" and {len(large) - 3} more" if len(large) > 3 else ""
         total = human_bytes(sum(size for _, size in large))
         warnings.append(
-            f"each of the {math.prod(mesh.shape.values()) if mesh else 1} devices holds all of {named}{more}: {total} "
-            "of parameters, and their gradients and moments beside them; mesh.fsdp would share them"
+            f"each of the {math.prod(sizes.values())} devices holds all of {named}{more}: {total} of parameters, and "
+            "their gradients and moments beside them; mesh.fsdp would share them"
         )
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    vocabulary = config.model.vocab_size
+    tensor, vocabulary = sizes["tensor"], config.model.vocab_size
     if vocabulary % tensor:
         warnings.append(
             f"mesh.tensor ({tensor}) does not divide model.vocab_size ({vocabulary}): embedding and head are stored "
@@ -89,3 +212,12 @@ def placement_warnings(
             "set init_from to a checkpoint"
         )
     return warnings
+
+
+def human_bytes(size: float) -> str:
+    """`1536` -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

@@ -1,70 +1,57 @@
-"""What `plan` says: a table for people, one object for machines."""
+"""What `plan` says: lines for people, one object for machines; and all of it that arithmetic can say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology
-from mixtral_jax.train.plan.closed_form import Flops
-from mixtral_jax.train.plan.compile import Memory
-from mixtral_jax.train.plan.roofline import Roofline
-
-
-class Counted(NamedTuple):
-    """FLOPs of one chip and step found in the compiled program."""
-
-    dots: float
-    experts: float
-    attention: float
-    unknown_loops: int = 0  # loops whose length depends on the data; their products are in no figure
-
-    @property
-    def total(self) -> float:
-        """All three."""
-        return self.dots + self.experts + self.attention
+from mixtral_jax.train.plan.closed_form import Flops, Roofline
+from mixtral_jax.train.plan.placement import Memory, local_tokens, memory, resident
 
 
 class PlanReport(NamedTuple):
     """Everything is for one chip and one optimizer step."""
 
-    run_name: str
+    config: RunConfig
     topology: Topology
-    mesh: dict[str, int]
-    remat: str
-    tokens_per_step: int  # of the whole machine
-    sequences_per_chip: float  # of one micro-batch
-    accumulation: int
     source: str  # compiled, or closed form and why
     memory: Memory
     expected: Flops
-    counted: Counted | None
     traffic: dict[tuple[str, str], float]  # (kind, mesh axes) -> bytes sent
-    asynchronous: float  # share of those bytes that the compiler overlaps with other work
-    reduced_weights: tuple[str, ...]  # weights that are all-reduced; there should be none
     roofline: Roofline | None  # None: a machine without published figures
-    compile_seconds: float
-    tokens: float | None  # of the whole training
+    counted: Flops | None = None  # in the compiled program
+    unknown_loops: int = 0  # of the program, whose length depends on the data; their products are in no figure
+    asynchronous: float = 0.0  # share of the traffic that the compiler overlaps with other work
+    reduced_weights: tuple[str, ...] = ()  # weights that are all-reduced; there should be none
+    compile_seconds: float = 0.0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of all axes of the mesh."""
+        return self.config.mesh.sizes(self.topology.chips)
+
+    @property
+    def sequences(self) -> float:
+        """Of one micro-batch."""
+        return local_tokens(self.config, self.sizes) / self.config.seq_len
 
     @property
     def fits(self) -> bool:
         """Whether the step fits into the chip."""
         return self.memory.too_much <= 0
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of one chip, at the bound."""
-        return None if self.roofline is None else self.tokens_per_step / self.topology.chips / self.roofline.seconds
+    def rate(self, seconds: float) -> float:
+        """Tokens a second, of steps of so many seconds."""
+        return self.config.tokens_per_step / self.topology.chips / seconds
 
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        return list(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        t, m = self.topology, self.memory
-        mesh = " x ".join(f"{a} {n}" for a, n in self.mesh.items() if n > 1) or "one device"
-        yield f"{self.run_name} on {t.name}: {t.chips} chips, mesh {mesh}, remat {self.remat}"
+    def lines(self, tokens: float | None = None) -> Iterator[str]:
+        """For a terminal; of a training of so many `tokens` also how long it takes."""
+        c, t, m = self.config, self.topology, self.memory
+        yield f"{c.run_name} on {t.name}: {t.chips} chips, mesh {mesh_text(self.sizes)}, remat {c.compute.remat}"
         yield (
-            f"  {self.tokens_per_step:,} tokens a step; {self.sequences_per_chip:g} sequences per chip x "
-            f"{self.accumulation} micro-batches; {self.source}"
+            f"  {c.tokens_per_step:,} tokens a step; {self.sequences:g} sequences per chip x "
+            f"{c.accumulation} micro-batches; {self.source}"
         )
         verdict = "fits" if self.fits else f"does NOT fit: {gb(m.too_much)} too much"
         yield f"memory per chip   {gb(m.peak)} of {gb(m.limit)}: {verdict}"
@@ -79,40 +66,20 @@ class PlanReport(NamedTuple):
             yield f"  {kind:<20} {axes:<14} {gb(amount)}"
         if self.reduced_weights:
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
-        yield from self._roofline_lines()
+        yield from self._roofline_lines(tokens)
         yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
-
-    def _roofline_lines(self) -> Iterator[str]:
-        t, r, rate = self.topology, self.roofline, self.tokens_per_second
-        if r is None or rate is None:
-            yield "roofline          none: no figures are published for this machine"
-            return
-        yield (
-            f"roofline          compute {r.compute:.3f} s, memory {r.memory:.3f} s, network {r.network:.3f} s a step: "
-            f"bound by {r.bound}"
-        )
-        yield (
-            f"  MFU at most {r.mfu:.1%} (attention over all pairs; {r.mfu_causal:.1%} causal), "
-            f"{r.mfu_serial:.1%} if no traffic is hidden; {rate:,.0f} tokens a second and chip"
-        )
-        if self.tokens:
-            seconds = self.tokens / (rate * t.chips)
-            yield (
-                f"  {self.tokens:.3g} tokens: {seconds / 86400:.1f} days, {seconds * t.chips / 3600:,.0f} chip-hours "
-                "at the bound"
-            )
 
     def _flops_lines(self) -> Iterator[str]:
         e, c = self.expected, self.counted
-        again = e.total - e.useful
+        useful, _ = closed_form.useful(self.config, self.sizes)
         yield (
-            f"compute per chip  {tera(e.total)} by closed form: {tera(e.useful)} useful (causal), {tera(again)} "
-            "recomputed or masked in part"
+            f"compute per chip  {tera(e.total)} by closed form: {tera(useful)} useful (causal), "
+            f"{tera(e.total - useful)} recomputed or masked in part"
         )
-        if c is not None and c.unknown_loops:
+        if c is not None and self.unknown_loops:
             yield (
-                f"  in the program {tera(c.total)}, without {c.unknown_loops} loops whose length depends on the data "
-                "(experts, attention)"
+                f"  in the program {tera(c.total)}, without {self.unknown_loops} loops whose length depends on the "
+                "data (experts, attention)"
             )
         elif c is not None:
             yield (
@@ -121,32 +88,84 @@ class PlanReport(NamedTuple):
                 f"attention {tera(c.attention)} ({c.attention / e.attention:.3f} x)"
             )
 
+    def _roofline_lines(self, tokens: float | None) -> Iterator[str]:
+        r = self.roofline
+        if r is None:
+            yield "roofline          none: no figures are published for this machine"
+            return
+        yield (
+            f"roofline          compute {r.compute:.3f} s, memory {r.memory:.3f} s, network {r.network:.3f} s a step: "
+            f"bound by {r.bound}"
+        )
+        rate = self.rate(r.seconds)
+        yield (
+            f"  MFU at most {r.mfu:.1%} (attention over all pairs; {r.mfu_causal:.1%} causal), "
+            f"{r.mfu_serial:.1%} if no traffic is hidden; {rate:,.0f} tokens a second and chip"
+        )
+        if tokens:
+            days = tokens / (rate * self.topology.chips) / 86400
+            yield (
+                f"  {tokens:.3g} tokens: {days:.1f} days, {days * 24 * self.topology.chips:,.0f} chip-hours "
+                "at the bound"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Bytes, FLOPs and seconds as numbers."""
-        t = self.topology
+        c, t, r, counted = self.config, self.topology, self.roofline, self.counted
+        causal, full = closed_form.useful(c, self.sizes)
         return {
-            "run_name": self.run_name,
+            "run_name": c.run_name,
             "topology": t.name,
             "chips": t.chips,
-            "mesh": self.mesh,
-            "remat": self.remat,
-            "tokens_per_step": self.tokens_per_step,
-            "sequences_per_chip": self.sequences_per_chip,
-            "accumulation": self.accumulation,
+            "mesh": self.sizes,
+            "remat": c.compute.remat,
+            "tokens_per_step": c.tokens_per_step,
+            "sequences_per_chip": self.sequences,
+            "accumulation": c.accumulation,
             "source": self.source,
             "fits": self.fits,
-            "memory": self.memory._asdict(),
+            "memory": _numbers(self.memory, "temporaries", "too_much"),
             "flops": {
-                "expected": self.expected._asdict() | {"total": self.expected.total},
-                "counted": None if self.counted is None else self.counted._asdict() | {"total": self.counted.total},
+                "expected": {"useful": causal, "useful_full": full} | _numbers(self.expected, "total"),
+                "counted": counted and _numbers(counted, "total") | {"unknown_loops": self.unknown_loops},
             },
-            "traffic": [{"kind": k, "axes": a, "bytes": b} for (k, a), b in self.traffic.items()],
+            "traffic": [{"kind": kind, "axes": axes, "bytes": sent} for (kind, axes), sent in self.traffic.items()],
             "asynchronous": self.asynchronous,
             "reduced_weights": list(self.reduced_weights),
-            "roofline": None if self.roofline is None else self.roofline._asdict() | {"seconds": self.roofline.seconds},
-            "tokens_per_second_per_chip": self.tokens_per_second,
+            "roofline": r and _numbers(r, "seconds"),
+            "tokens_per_second_per_chip": r and self.rate(r.seconds),
             "compile_seconds": self.compile_seconds,
         }
+
+
+def _numbers(record: Memory | Flops | Roofline, *properties: str) -> dict[str, Any]:
+    return record._asdict() | {name: getattr(record, name) for name in properties}
+
+
+def estimate(config: RunConfig, topology: Topology) -> PlanReport:
+    """The report by closed form.
+
+    Raises:
+        ValueError: the mesh does not fit the machine, or does not divide a parameter.
+    """
+    sizes = config.mesh.sizes(topology.chips)
+    held = Memory(
+        **resident(config, sizes), code=0.0, peak=sum(memory(config, sizes).values()), limit=topology.chip.memory
+    )
+    expected = closed_form.flops(config, sizes)
+    traffic = {("closed form", axes): sent for axes, sent in closed_form.traffic(config, sizes).items()}
+    why = (
+        "a GPU program can only be compiled on a GPU"
+        if topology.libtpu is None
+        else "libtpu is not installed (pip install 'mixtral-jax[aot]')"
+    )
+    bound = closed_form.roofline(config, topology, flops=expected.total, sent=traffic)
+    return PlanReport(config, topology, f"closed form: {why}", held, expected, traffic, bound)
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes of more than one device."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def gb(size: float) -> str:

@@ -1,67 +1,53 @@
-"""Which mesh, micro-batch and rematerialisation: all that could be, pruned by arithmetic, the best ones compiled."""
+"""Which mesh, micro-batch and rematerialisation: all that could be, pruned by arithmetic, ranked, and as a table."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology, larger
-from mixtral_jax.train.plan.roofline import Roofline, roofline
+from mixtral_jax.train.plan.report import PlanReport, estimate, gb, mesh_text
 
 EXPERT_AXES = (1, 2, 4, 8)
 CONTEXT_AXES = (1, 2, 4, 8, 16)
 ROWS_PER_SHARD = (1, 2, 4, 8, 16, 32)
 REMATS = ("minimal", "full")
-# The closed form may be this much too low before a candidate is worth a compilation.
-SLACK = 1.0
+HEAD = ("", "mesh", "rows/chip", "accum.", "remat", "memory", "MFU <=", "if serial", "tok/s/chip", "bound by")
 
 
-class Candidate(NamedTuple):
-    """One way to run."""
-
-    config: RunConfig
-    memory: float  # bytes by closed form
-    roofline: Roofline
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Of the whole machine, with half of the traffic hidden: between the two bounds."""
-        r = self.roofline
-        return (r.seconds + max(r.compute, r.memory) + r.network) / 2 / self.config.tokens_per_step
-
-    @property
-    def name(self) -> str:
-        """For the table."""
-        mesh = self.config.mesh
-        axes = " x ".join(
-            f"{a} {getattr(mesh, a)}" for a in ("data", "fsdp", "expert", "tensor", "context") if getattr(mesh, a) > 1
-        )
-        return f"{axes}, {self.config.micro_batch_size} sequences a micro-batch, remat {self.config.compute.remat}"
-
-
-def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
+def candidates(config: RunConfig, topology: Topology) -> list[PlanReport]:
     """All that the closed form lets fit, the fastest first; the global batch stays what the file says."""
     found = []
     for variant in _variants(config, topology):
-        shape = closed_form.shape_of(variant, topology.chips)
         try:
-            memory = sum(closed_form.memory(variant, shape).values())
+            report = estimate(variant, topology)
         except ValueError:  # this mesh does not divide a matrix: blocks of a quantised base, for one
             continue
-        if memory <= SLACK * topology.chip.usable:
-            found.append(Candidate(variant, memory, estimate(variant, topology)))
-    return sorted(found, key=lambda c: c.seconds_per_token)
+        if report.fits:
+            found.append(report)
+    return ranked(found)
+
+
+def ranked(reports: Iterable[PlanReport]) -> list[PlanReport]:
+    """What fits before what does not, then by tokens a second where half of the traffic is hidden."""
+    return sorted(reports, key=lambda report: (not report.fits, -likely_rate(report)))
+
+
+def likely_rate(report: PlanReport) -> float:
+    """Tokens a second and chip between the two bounds: all traffic hidden, and none."""
+    assert report.roofline is not None, "a search is for machines with published figures"
+    return report.rate(report.roofline.likely)
 
 
 def what_fits(config: RunConfig, topology: Topology) -> str:
     """Half a sentence: the fastest run that fits by closed form, here or on the smallest larger slice with any."""
     for there in (topology, *larger(topology)):
-        found = candidates(config, there)
-        if there is topology:  # the run itself was found not to fit, whatever the closed form says
-            found = [c for c in found if _way(c.config, there) != _way(config, there)]
-        if found:
-            where = "" if there is topology else f"nothing fits {topology.name}; on {there.name} "
-            return f"{where}this would, by closed form: {found[0].name}"
+        for report in candidates(config, there):
+            # the run itself was found not to fit, whatever the closed form says
+            if there is not topology or _way(report.config, there) != _way(config, there):
+                where = "" if there is topology else f"nothing fits {topology.name}; on {there.name} "
+                return f"{where}this would, by closed form: {describe(report.config)}"
     return (
         f"nothing fits {topology.name} or larger slices of {topology.chip.name} with seq_len {config.seq_len} and "
         f"global_batch_size {config.global_batch_size}: take chips with more memory, a shorter seq_len, or a "
@@ -73,45 +59,44 @@ def _way(config: RunConfig, topology: Topology) -> tuple[dict[str, int], int, st
     return config.mesh.sizes(topology.chips), config.rows_per_micro_batch, config.compute.remat
 
 
-def estimate(config: RunConfig, topology: Topology) -> Roofline:
-    """The roofline of a run by closed form."""
-    shape = closed_form.shape_of(config, topology.chips)
-    flops = closed_form.flops(config, shape)
-    return roofline(
-        topology,
-        flops=flops.total,
-        useful=(flops.useful, flops.useful_full),
-        memory_bytes=closed_form.memory_traffic(config, shape),
-        sent=closed_form.traffic(config, shape),
-        sizes=shape.sizes,
-    )
+def describe(config: RunConfig) -> str:
+    """What a search chose."""
+    axes = mesh_text({axis: getattr(config.mesh, axis) for axis in MESH_AXES})
+    return f"{axes}, {config.micro_batch_size} sequences a micro-batch, remat {config.compute.remat}"
+
+
+def table(reports: Sequence[PlanReport]) -> list[str]:
+    """Lines of a table in the order given."""
+    rows = [HEAD, *(_row(i, r) for i, r in enumerate(reports, 1))]
+    widths = [max(len(row[c]) for row in rows) for c in range(len(HEAD))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(rank: int, r: PlanReport) -> tuple[str, ...]:
+    assert r.roofline is not None
+    memory = gb(r.memory.peak) if r.fits else f"{gb(r.memory.too_much)} too much"
+    return (
+        str(rank), mesh_text(r.sizes), f"{r.sequences:g}", str(r.config.accumulation), r.config.compute.remat, memory,
+        f"{r.roofline.mfu:.1%}", f"{r.roofline.mfu_serial:.1%}", f"{likely_rate(r):,.0f}", r.roofline.bound,
+    )  # fmt: skip
 
 
 def _variants(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
-    model, chips = config.model, topology.chips_per_slice
-    for expert in EXPERT_AXES:
-        for context in CONTEXT_AXES:
-            if chips % (expert * context) or model.num_local_experts % expert or config.seq_len % (2 * context):
-                continue
-            fsdp = chips // expert // context
-            if model.hidden_size % (fsdp * expert):
-                continue
-            for rows in ROWS_PER_SHARD:
-                micro = rows * fsdp * expert * topology.slices
-                if config.global_batch_size % micro:
-                    continue
-                for remat in REMATS:
-                    yield _variant(config, topology, fsdp, expert, context, micro, remat)
-
-
-def _variant(
-    config: RunConfig, topology: Topology, fsdp: int, expert: int, context: int, micro: int, remat: str
-) -> RunConfig:
-    mesh = {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1, "context": context, "dcn_data": topology.slices}
-    return config.model_copy(
-        update={
-            "mesh": config.mesh.model_copy(update=mesh | {"dcn_fsdp": 1}),
-            "micro_batch_size": micro,
-            "compute": config.compute.model_copy(update={"remat": remat}),
-        }
-    )
+    chips, model = topology.chips_per_slice, config.model
+    for expert, context, rows in itertools.product(EXPERT_AXES, CONTEXT_AXES, ROWS_PER_SHARD):
+        fsdp = chips // (expert * context)
+        micro = rows * fsdp * expert * topology.slices
+        if (
+            chips % (expert * context) or model.num_local_experts % expert or config.seq_len % (2 * context)
+            or model.hidden_size % (fsdp * expert) or config.global_batch_size % micro
+        ):  # fmt: skip
+            continue
+        axes = {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1, "context": context}
+        slow = {"dcn_data": topology.slices, "dcn_fsdp": 1}
+        for remat in REMATS:
+            changes: dict[str, Any] = {
+                "mesh": config.mesh.model_copy(update=axes | slow),
+                "micro_batch_size": micro,
+                "compute": config.compute.model_copy(update={"remat": remat}),
+            }
+            yield config.model_copy(update=changes)

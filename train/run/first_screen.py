@@ -1,11 +1,13 @@
-"""What a run says before it starts."""
+"""What a run says before it starts, and all that can be said without making a weight."""
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare.prepare import PreparedData
 from mixtral_jax.kernels.attention import AttentionShape, resolve_attention
 from mixtral_jax.kernels.grouped_matmul import resolve_matmul
@@ -13,10 +15,31 @@ from mixtral_jax.model import compute_dtype
 from mixtral_jax.moe.transport import resolve_transport
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.train.checkpoints.checkpointer import Say
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.config.load import Provenance, resolved_yaml
+from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.hooks.throughput import peak_flops
-from mixtral_jax.train.plan.dry_run import batch_line, human_bytes, memory_line, model_line
-from mixtral_jax.train.plan.placement import axis_lines, passing_line
+from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line
+
+
+def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
+    """Print everything that can be known before anything is built.
+
+    Raises:
+        ValueError: the mesh does not fit the devices of this machine.
+    """
+    print(resolved_yaml(config, provenance), end="")
+    devices = jax.devices()
+    sizes = config.mesh.sizes(len(devices))
+    rows = {
+        "model": model_line(config.model, config.seq_len),
+        "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
+        "batch": batch_line(config, sizes),
+        "memory": memory_line(config, sizes),
+        "writes": str(config.run_dir),
+    }
+    for title, text in rows.items():
+        print(f"{title:>8}  {text}")
+    return 0
 
 
 def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: PreparedData, say: Say) -> None:
@@ -31,7 +54,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
         "versions": f"python {platform.python_version()}, {versions}",
         "devices": f"{len(devices)} {kind} in {jax.process_count()} processes"
         + (f", {peak / 1e12:.0f} TFLOP/s each" if peak else ", no peak known: mfu is null"),
-        "mesh": "one device" if mesh is None else " x ".join(f"{axis} {size}" for axis, size in sizes.items()),
+        "mesh": "one device" if mesh is None else mesh_line(sizes),
         "kernels": kernels_line(config, sizes),
         "model": model_line(config.model, config.seq_len),
         "batch": batch_line(config, sizes),
@@ -42,9 +65,39 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
     }
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
-        if title == "mesh":
-            for line in axis_lines(sizes):
-                say(f"{'':>8}    {line}")
+        for line in axis_lines(sizes) if title == "mesh" else ():
+            say(f"{'':>8}    {line}")
+
+
+def model_line(model: MixtralConfig, seq_len: int) -> str:
+    """Parameters in all and used by a token, and what a token costs."""
+    causal, full = (model.flops_per_token(seq_len, kind) / 1e9 for kind in ("causal", "full"))
+    return (
+        f"{model.num_params():,} parameters, {model.num_active_params():,} used by a token; "
+        f"{causal:.4g} GFLOP a token forward + backward (causal; {full:.4g} counting all pairs)"
+    )
+
+
+def mesh_line(sizes: Mapping[str, int]) -> str:
+    """The size of every axis."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+
+
+def batch_line(config: RunConfig, sizes: dict[str, int]) -> str:
+    """How the global batch is divided.
+
+    Raises:
+        ValueError: the mesh does not divide the run, the micro-batch for one.
+    """
+    check_sizes(config, sizes)
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    rows = config.rows_per_micro_batch
+    length = f"{config.tokens_per_step * config.steps:,} in {config.steps:,} steps"
+    return (
+        f"{config.global_batch_size} sequences = {config.accumulation} micro-batches x {shards} shards x "
+        f"{rows // shards} sequences; {config.tokens_per_step:,} tokens a step, "
+        f"{length if config.steps else f'for {config.data.epochs:g} epochs'}"
+    )
 
 
 def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:

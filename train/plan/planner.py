@@ -1,0 +1,156 @@
+"""Know before renting: compile the real step for a machine that is not there, and say whether and how fast it runs."""
+
+import json as jsonlib
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mixtral_jax.train.config.schema import RunConfig, check_sizes
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
+from mixtral_jax.train.plan.closed_form import Flops, attention_pairs, roofline
+from mixtral_jax.train.plan.compile import compile_step, for_accelerator, has_libtpu, plan_mesh
+from mixtral_jax.train.plan.hlo import Collective, Program, read_program, sent_by_axis
+from mixtral_jax.train.plan.placement import local_tokens
+from mixtral_jax.train.plan.report import PlanReport, estimate
+from mixtral_jax.train.plan.search import candidates, ranked, table, what_fits
+
+COMPILED_BY_SEARCH = 3  # of the candidates that should fit
+
+
+def run(
+    config: RunConfig,
+    *,
+    topology: str | None = None,
+    devices: int | None = None,
+    search: bool = False,
+    tokens: float | None = None,
+    json: str | None = None,
+) -> int:
+    """The command line's `plan`: prints the report, and writes it where `json` says (- for stdout).
+
+    Raises:
+        UserError: neither or both of topology and devices, an unknown topology, nothing that fits.
+    """
+    if tokens is not None and not 1 <= tokens < math.inf:
+        raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
+    if search and devices is not None:
+        raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
+    if search and topology is not None:
+        reports = best_plans(config, topology)
+    else:
+        reports = [plan(config, topology=topology, devices=devices)]
+    if json != "-":
+        for report in reports:
+            print(*report.lines(tokens), sep="\n", end="\n\n" if search else "\n")
+        if search:
+            print(*table(reports), sep="\n")
+    if json is not None:
+        content = jsonlib.dumps([r.to_json() for r in reports] if search else reports[0].to_json(), indent=2)
+        if json == "-":
+            print(content)
+        else:
+            Path(json).write_text(content + "\n", encoding="utf-8")
+    if not any(report.fits for report in reports):
+        raise UserError(_what_would_fit(config, reports[0], searched=search))
+    return 0
+
+
+def plan(config: RunConfig, *, topology: str | None = None, devices: int | None = None) -> PlanReport:
+    """The report of one run, on a slice or on this machine as so many CPU devices.
+
+    Raises:
+        UserError: neither or both of the two, or an unknown topology.
+        ValueError: the mesh does not fit the machine.
+    """
+    if topology is not None and devices is None:
+        machine, config = parse_topology(topology), for_accelerator(config)
+    elif devices is not None and topology is None:
+        if devices < 1:
+            raise UserError(f"--devices is {devices}: a plan needs at least one device")
+        machine = local_machine(devices)
+    else:
+        raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
+    check_sizes(config, config.mesh.sizes(machine.chips))
+    return _report(config, machine)
+
+
+def best_plans(config: RunConfig, topology: str) -> list[PlanReport]:
+    """The reports of the ways to run that a search compiled, the best that fits first.
+
+    Raises:
+        UserError: an unknown topology, or nothing that fits.
+    """
+    machine, config = parse_topology(topology), for_accelerator(config)
+    found = candidates(config, machine)[:COMPILED_BY_SEARCH]
+    if not found:
+        raise UserError(what_fits(config, machine))
+    return ranked(_report(candidate.config, machine) for candidate in found)
+
+
+def _report(config: RunConfig, topology: Topology) -> PlanReport:
+    """By closed form, and of what can be compiled for here what the compiler says."""
+    report, local = estimate(config, topology), topology.chip.name == "cpu"
+    if not local and not (topology.libtpu and has_libtpu()):
+        return report
+    start = time.perf_counter()
+    memory, texts = compile_step(config, plan_mesh(config, None if local else topology), topology.chip.memory)
+    report = report._replace(memory=memory, compile_seconds=time.perf_counter() - start)
+    if not texts:
+        return report._replace(source="compiled, does not fit: traffic by closed form")
+    programs = [read_program(text) for text in texts]
+    collectives = [c for program in programs for c in program.collectives]
+    counted = _counted(config, report.sizes, programs)
+    # of the buffer of a ragged all-to-all, which has room for all that may come, the rows that do
+    share = 1 / min(report.sizes["expert"], config.model.num_local_experts // config.model.num_experts_per_tok)
+    traffic = sent_by_axis(collectives, report.sizes, share)
+    amounts = {done: sum(c.bytes * c.times for c in collectives if c.asynchronous is done) for done in (True, False)}
+    return report._replace(
+        source="compiled",
+        counted=counted,
+        unknown_loops=sum(program.unknown_loops for program in programs),
+        traffic=traffic,
+        asynchronous=amounts[True] / max(sum(amounts.values()), 1),
+        reduced_weights=_reduced_weights(config, collectives),
+        roofline=roofline(config, topology, flops=counted.total, sent=traffic),
+    )
+
+
+def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Program]) -> Flops:
+    """FLOPs of the programs. Kernels count the rows and tiles that they compute, not the buffers they are given."""
+    model, tokens = config.model, local_tokens(config, sizes)
+    kernels = sum((program.kernels for program in programs), start=Counter[str]())
+    matrices = sum((program.grouped for program in programs), start=Counter[tuple[int, ...]]())
+    rows = tokens * model.num_experts_per_tok
+    experts = 2 * rows * sum(math.prod(matrix) * calls for matrix, calls in matrices.items())
+    pairs = attention_pairs(config.seq_len, model.sliding_window)
+    # of one product in one layer: a kernel's are its forward's two, and seven in its backward's two
+    score = tokens * model.attention_flops(pairs) / (2 * model.num_hidden_layers) / sizes["tensor"]
+    products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+    attention = score * sum(n * kernels[name] for name, n in products.items())
+    return Flops(sum(program.dot_flops for program in programs), experts, attention)
+
+
+def _reduced_weights(config: RunConfig, collectives: Sequence[Collective]) -> tuple[str, ...]:
+    """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least)."""
+    model = config.model
+    smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
+    found = {
+        "x".join(map(str, dims))
+        for c in collectives
+        if c.kind == "all-reduce"
+        for dims in c.shapes
+        if math.prod(dims) >= smallest and model.hidden_size in dims
+    }
+    return tuple(sorted(found))
+
+
+def _what_would_fit(config: RunConfig, report: PlanReport, *, searched: bool) -> str:
+    problem = f"{config.run_name} does not fit {report.topology.name}: {report.memory.too_much / 1e9:.2f} GB too much"
+    if report.roofline is None:  # this machine: there is no larger one to name
+        return f"{problem} per device; take more --devices, a smaller micro_batch_size or compute.remat=full"
+    if searched:
+        return f"{problem} per chip in the best of {COMPILED_BY_SEARCH} candidates, which fit by closed form only"
+    return f"{problem} per chip; {what_fits(config, report.topology)} (plan --search tries them)"
