@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import edits as upcycle
-from mixtral_jax.convert import hf2orbax, load, load_params
+from mixtral_jax.convert import hf2orbax, load, load_params, upcycle
 from tests.convert_files import BF16, DENSE, TINY, random_tensors, write_hub
 
 LLAMA = {**DENSE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 5, "mlp_bias": False}

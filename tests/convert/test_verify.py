@@ -1,5 +1,6 @@
 """verify: equal checkpoints pass, and what differs is named."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -15,9 +16,7 @@ NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 @pytest.fixture(autouse=True)
 def without_transformers(monkeypatch):
     """Seconds of import; tests/parity has it."""
-    from mixtral_jax.convert import verify as outputs
-
-    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("shape", [TINY, DENSE], ids=["mixtral", "dense"])

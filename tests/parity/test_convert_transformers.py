@@ -12,8 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import edits as upcycle
-from mixtral_jax.convert import hf2orbax, load, orbax2hf, save_hf, verify
+from mixtral_jax.convert import hf2orbax, load, orbax2hf, save_hf, upcycle, verify
 from tests.convert_files import assert_same_bytes, read_hub
 from tests.parity.hf_models import build
 

@@ -14,8 +14,7 @@ import pytest
 
 from mixtral_jax import launch
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import edits as upcycle
-from mixtral_jax.convert import load, orbax2hf
+from mixtral_jax.convert import load, orbax2hf, upcycle
 from tests import small_weights
 from tests.tiny import metrics_of
 
