@@ -10,6 +10,9 @@ from flax import nnx
 
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
+from mixtral_jax.convert import table
+from mixtral_jax.convert.adapter import NativeAdapter
+from mixtral_jax.convert.load import read_leaf
 from mixtral_jax.convert.table import nest
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
@@ -73,6 +76,11 @@ def write_native(directory: Path, config: MixtralConfig, lora: LoraConfig, leave
     note = {"format": 1, "base": base, "lora": lora.model_dump(mode="json"), "model": config.model_dump(mode="json")}
     (directory / "adapter.json").write_text(json.dumps(note))
     return directory
+
+
+def stored_leaves(adapter: NativeAdapter) -> dict[str, np.ndarray]:
+    """The leaves of an adapter of ours, by their dotted paths."""
+    return {leaf.path: read_leaf(adapter, leaf) for leaf in table.leaves(adapter.config, adapter.lora)}
 
 
 def adapter_tree(leaves: dict) -> dict:

@@ -23,7 +23,7 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import is_remote
 from mixtral_jax.convert.load import place_leaf, read_leaf
-from mixtral_jax.convert.pipeline import newest_step as newest_whole_step
+from mixtral_jax.convert.orbax import newest_step as newest_whole_step
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import Leaf

@@ -5,23 +5,20 @@ tensorstore, chunk by chunk, in any order. Orbax and tensorstore are imported by
 """
 
 import functools
-import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax.dtypes import WEIGHTS
 
 Box = tuple[int | slice, ...]
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
 _COPIES = 2  # threads that tensorstore itself may use for copies
 
 
@@ -37,7 +34,7 @@ class ArrayReader:
     """The arrays under `path`/state by dotted name.
 
     Raises:
-        ValueError: the directory is no checkpoint, or an incomplete one.
+        ValueError: the directory is no checkpoint of ours, or an incomplete one.
     """
 
     def __init__(self, path: Path, cache_bytes: int = 0) -> None:
@@ -54,13 +51,11 @@ class ArrayReader:
         keys = [key.decode() for key in store.list().result()]
         self.names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
         self._chunks = Counter(key.split("/c/")[0] for key in keys if "/c/" in key)
-
-    def custom_metadata(self) -> dict[str, Any]:
-        """What the writer of the checkpoint said about it."""
-        try:
-            return json.loads((self.path / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}
-        except (OSError, ValueError, AttributeError):
-            return {}
+        found = checkpoint.stored_format(path)
+        if found != checkpoint.FORMAT:
+            raise ValueError(
+                f"{path} is an Orbax checkpoint but not one of ours: format {checkpoint.FORMAT} expected, {found} found"
+            )
 
     @functools.cache  # noqa: B019 - a reader lives as long as one conversion
     def _array(self, name: str) -> ts.TensorStore:
@@ -81,10 +76,10 @@ class ArrayReader:
         if self._chunks[name] != whole:
             raise ValueError(f"{self.path} is incomplete: {name} has {self._chunks[name]} of {whole} chunks")
         dtype = array.dtype.name
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} in {self.path} is {dtype}: only {', '.join(DTYPES)} are converted")
+        if dtype not in WEIGHTS:
+            raise ValueError(f"{name} in {self.path} is {dtype}: only {', '.join(WEIGHTS)} are converted")
         return ArraySpec(
-            tuple(array.shape), DTYPES[dtype], tuple(int(c or n) for n, c in zip(array.shape, chunk, strict=True))
+            tuple(array.shape), WEIGHTS[dtype], tuple(int(c or n) for n, c in zip(array.shape, chunk, strict=True))
         )
 
     def read(self, name: str, box: Box) -> np.ndarray:
@@ -122,14 +117,8 @@ class ArrayWriter:
         self._arrays[name][box].write(values).result()
 
     def close(self) -> None:
-        """Note the size of every file, so that a file cut short later is recognised without reading it."""
-        sizes = {}
-        for directory, _, files in os.walk(self.path):
-            for file in files:
-                full = Path(directory) / file
-                sizes[str(full.relative_to(self.path))] = full.stat().st_size
-        sizes.pop(checkpoint.FILES, None)
-        (self.path / checkpoint.FILES).write_text(json.dumps(dict(sorted(sizes.items()))))
+        """All chunks are written."""
+        checkpoint.list_files(self.path)
 
 
 def _zarr(base: dict[str, str], name: str, spec: ArraySpec) -> dict[str, Any]:

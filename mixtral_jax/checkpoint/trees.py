@@ -45,11 +45,7 @@ class PendingSave:
         """
         with self._context:
             _as_os_error(self._path, self._response.result)
-        if jax.process_index() != 0:
-            return 0
-        sizes = _file_sizes(self._path)
-        _write_atomically(self._path / FILES, json.dumps(sizes))
-        return sum(sizes.values())
+        return list_files(self._path) if jax.process_index() == 0 else 0
 
 
 def save(path: epath.PathLike, tree: Any, items: JsonItems | None = None) -> int:
@@ -132,6 +128,23 @@ def damage(path: epath.PathLike) -> str | None:
     return None
 
 
+def list_files(path: epath.PathLike) -> int:
+    """Note the size of every file of a finished checkpoint, for `damage`; return their sum."""
+    target = _absolute(path)
+    sizes, temporary = _file_sizes(target), target / f"{FILES}.tmp"
+    temporary.write_text(json.dumps(sizes))
+    temporary.replace(target / FILES)
+    return sum(sizes.values())
+
+
+def stored_format(path: epath.PathLike) -> int | None:
+    """Which format of ours a checkpoint says that it has; None: it is somebody else's."""
+    try:
+        return json.loads((_absolute(path) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["format"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Orbax finds nothing below a relative path, and does not say so."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
@@ -187,12 +200,6 @@ def _walk(path: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _walk(child, f"{prefix}{child.name}/")
         elif child.name != FILES:
             yield f"{prefix}{child.name}", child.stat().length
-
-
-def _write_atomically(path: epath.Path, text: str) -> None:
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _as_os_error(path: epath.Path, write: Callable[[], Any]) -> Any:

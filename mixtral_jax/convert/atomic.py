@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixtral_jax.convert.files import Directory
+from mixtral_jax.convert.files import Directory, PathLike
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 @contextmanager
-def new_directory(destination: str | os.PathLike[str], *, needed_bytes: int, force: bool) -> Iterator[Directory]:
+def new_directory(destination: PathLike, *, needed_bytes: int, force: bool) -> Iterator[Directory]:
     """Gives an empty directory to fill; when the block ends well it is at `destination`, on disk.
 
     What is being written is called `.NAME.incomplete`; a killed run leaves it, and the next run clears it away. With
@@ -27,10 +27,7 @@ def new_directory(destination: str | os.PathLike[str], *, needed_bytes: int, for
         FileExistsError: there is a destination and `force` is not set.
         ValueError: the disk has too little space, or somebody else is writing the same destination.
     """
-    directory = Directory(destination)
-    if directory.exists() and (directory.remote or not force):
-        advice = "remove it first: a remote directory is not replaced" if directory.remote else "--force replaces it"
-        raise FileExistsError(f"{directory} exists already; {advice}")
+    directory = check_destination(destination, force=force)
     if directory.remote:
         yield directory
         return
@@ -52,20 +49,28 @@ def new_directory(destination: str | os.PathLike[str], *, needed_bytes: int, for
     shutil.rmtree(work, ignore_errors=True)  # after an exchange: what was replaced
 
 
-def check_destination(destination: str | os.PathLike[str], source: str | os.PathLike[str], force: bool) -> None:
-    """The refusals that need no look at the source.
+def check_destination(destination: PathLike, *sources: PathLike, force: bool, local: bool = False) -> Directory:
+    """The refusals that need no look into the sources. `local`: an Orbax checkpoint is to be written.
 
     Raises:
-        FileExistsError: the destination exists and `force` is not set.
-        ValueError: it is the source, or lies inside it, or holds it.
+        FileExistsError: the destination exists, and `force` is not set or cannot help.
+        ValueError: it is a source, or lies inside one, or holds one; or it is remote and must not be.
     """
     directory = Directory(destination)
-    if directory.exists() and not force:
-        raise FileExistsError(f"{directory} exists already; --force replaces it")
-    if not directory.remote and not Directory(source).remote:
+    if local and directory.remote:
+        raise ValueError(
+            f"{directory}: an Orbax checkpoint is written to a local disk only: convert here, then copy it there"
+        )
+    if directory.exists() and (directory.remote or not force):
+        advice = "remove it first: a remote directory is not replaced" if directory.remote else "--force replaces it"
+        raise FileExistsError(f"{directory} exists already; {advice}")
+    for source in sources:
+        if directory.remote or Directory(source).remote:
+            continue
         a, b = (Path(os.path.realpath(Directory(p).local)) for p in (source, destination))
         if a == b or a in b.parents or b in a.parents:
             raise ValueError(f"source {source} and destination {destination} overlap: choose another destination")
+    return directory
 
 
 def _claim(work: Path) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints changed on the way: an adapter merged, a vocabulary resized, a dense model upcycled."""
 
+import functools
 import os
 import threading
 from typing import Any
@@ -7,53 +8,43 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.adapter import ROUTER, NativeAdapter, check_same_model, target_of
+from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, check_same_model
 from mixtral_jax.convert.atomic import check_destination
+from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.peft import PeftAdapter, is_peft
-from mixtral_jax.convert.pipeline import (
-    AnySource,
-    check_orbax_destination,
-    open_hf,
-    open_source,
-    write_alike,
-    write_orbax,
-)
-from mixtral_jax.convert.stream import bands
-from mixtral_jax.convert.table import Slot, slots
+from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
+from mixtral_jax.convert.stream import Source, bands
+from mixtral_jax.convert.table import PEFT, ROUTER, A, B, Slot, slots
 
 
-class WrappedSource:
-    """`inner` seen as a model of shape `config`; unchanged slots are read from the inner slot of the same place."""
+class ChangedSource:
+    """`model` with the shape `config`; what is not changed is read from the slot of the same place."""
 
-    def __init__(self, inner: Any, config: MixtralConfig) -> None:
-        self.inner, self.config = inner, config
-        self.directory = inner.directory
-        self.hf_config: dict[str, Any] = inner.hf_config
-        self.training = getattr(inner, "training", False)
+    def __init__(self, model: Source, config: MixtralConfig) -> None:
+        self.model, self.config = model, config
+        self.directory, self.hf_config = model.directory, model.hf_config
+        self.training = getattr(model, "training", False)
         self.slots = slots(config)
-        self._inner_slots = {(s.leaf.path, s.layer, s.expert, s.half): s for s in inner.slots}
+        self._there = {slot.place: slot for slot in model.slots}
 
     def origin(self, slot: Slot) -> Slot:
-        """The inner slot that a slot is read from."""
-        return self._inner_slots[slot.leaf.path, slot.layer, slot.expert, slot.half]
+        """The slot of the model that a slot is read from."""
+        return self._there[slot.place]
 
     def dtype(self, slot: Slot) -> np.dtype:
-        return self.inner.dtype(self.origin(slot))
+        return self.model.dtype(self.origin(slot))
 
     def band(self, slot: Slot) -> int | None:
-        return self.inner.band(self.origin(slot))
+        return self.model.band(self.origin(slot))
 
     def cost(self, slot: Slot) -> int:
-        return self.inner.cost(self.origin(slot))
+        return self.model.cost(self.origin(slot))
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        return self.inner.read(self.origin(slot), start, stop)
+        return self.model.read(self.origin(slot), start, stop)
 
 
-Path_ = str | os.PathLike[str]
-
-
-def merge_lora(src: Path_, dst: Path_, *, adapter: Path_, force: bool = False, progress: bool = True) -> None:
+def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool = False, progress: bool = True) -> None:
     """Write the checkpoint `src` with `adapter` folded in to `dst`, in the format and dtypes of `src`.
 
     Each product is made in fp32 and added in fp32; the sum is rounded once.
@@ -66,39 +57,43 @@ def merge_lora(src: Path_, dst: Path_, *, adapter: Path_, force: bool = False, p
         ValueError: one of the two is not whole, or the adapter belongs to another base.
         FileExistsError: `dst` exists.
     """
-    check_destination(dst, src, force)
-    check_destination(dst, adapter, force)
-    inner = open_source(src)
-    factors = PeftAdapter(adapter, inner.config) if is_peft(adapter) else NativeAdapter(adapter)
-    check_same_model(inner.config, factors, os.fspath(src))
-    write_alike(MergedSource(inner, factors), inner, dst, force=force, progress=progress)
+    check_destination(dst, src, adapter, force=force)
+    model = open_source(src)
+    change = PeftAdapter(adapter, model.config) if is_peft(adapter) else NativeAdapter(adapter)
+    check_same_model(model.config, change, os.fspath(src))
+    write_like(model, MergedSource(model, change), dst, force=force, progress=progress)
 
 
-class MergedSource(WrappedSource):
-    """A source whose adapted hub matrices are W + s (A B)^T."""
+class MergedSource(ChangedSource):
+    """A model whose adapted hub matrices are W + s (A B)^T."""
 
-    def __init__(self, inner: AnySource, adapter: NativeAdapter | PeftAdapter) -> None:
-        super().__init__(inner, inner.config)
-        self._adapter = adapter
-        # A LoRA run may have trained the router itself; it is then taken whole.
-        self._router = adapter if isinstance(adapter, NativeAdapter) and adapter.has_router else None
+    def __init__(self, model: Source, adapter: AdapterSource) -> None:
+        super().__init__(model, model.config)
+        self._adapter, self._parts = adapter, {slot.name: slot for slot in adapter.slots}
+        self._factor = functools.lru_cache(maxsize=32)(self._read_factor)
 
-    def _adapted(self, slot: Slot) -> bool:
-        target = target_of(slot)
-        return target is not None and self._adapter.lora.adapts(target)
+    def _module(self, slot: Slot) -> str | None:
+        """What PEFT calls an adapted matrix."""
+        module = PEFT + slot.name.removesuffix(".weight")
+        return module if module + A in self._parts else None
+
+    def _read_factor(self, name: str) -> np.ndarray:
+        slot = self._parts[name]
+        return self._adapter.read(slot, 0, slot.rows).astype(np.float32)
 
     def cost(self, slot: Slot) -> int:
         rows = bands(slot, self.dtype(slot).itemsize, self.band(slot))
-        return super().cost(slot) + (12 * rows * slot.cols if self._adapted(slot) else 0)  # three of them in fp32
+        return super().cost(slot) + (12 * rows * slot.cols if self._module(slot) else 0)  # three of them in fp32
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        if slot.leaf.path == ROUTER and self._router is not None:
-            return self._router.router(slot, start, stop).astype(self.dtype(slot))
-        block = super().read(slot, start, stop)
-        if not self._adapted(slot):
+        # A LoRA run may have trained the router itself; it is then taken whole.
+        if slot.leaf.path == ROUTER and slot.name in self._parts:
+            return self._adapter.read(slot, start, stop).astype(self.dtype(slot))
+        block, module = super().read(slot, start, stop), self._module(slot)
+        if module is None:
             return block
-        a_Ir, b_rO = (m.astype(np.float32) for m in self._adapter.factors(slot))
-        change = b_rO[:, start:stop].T @ a_Ir.T * np.float32(self._adapter.lora.scale)
+        a_rI, b_Or = self._factor(module + A), self._factor(module + B)
+        change = b_Or[start:stop] @ a_rI * np.float32(self._adapter.lora.scale)
         return (block.astype(np.float32) + change).astype(block.dtype)
 
 
@@ -106,14 +101,7 @@ _VOCABULARY = ("embed.weight", "head.weight")
 _ROWS = 1024
 
 
-def resize_vocab(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    *,
-    vocab_size: int,
-    force: bool = False,
-    progress: bool = True,
-) -> None:
+def resize_vocab(src: PathLike, dst: PathLike, *, vocab_size: int, force: bool = False, progress: bool = True) -> None:
     """Write the checkpoint `src` with `vocab_size` tokens to `dst`, in the format of `src`.
 
     The mean of the old rows is a new token's best guess: its logit is the mean of the others'. Nothing is padded on
@@ -123,54 +111,50 @@ def resize_vocab(
         ValueError: fewer tokens than there are, or the source is not whole.
         FileExistsError: `dst` exists.
     """
-    check_destination(dst, src, force)
-    inner = open_source(src)
-    old = inner.config.vocab_size
+    check_destination(dst, src, force=force)
+    model = open_source(src)
+    old = model.config.vocab_size
     if vocab_size < old:
         raise ValueError(f"vocab_size {vocab_size} is smaller than the {old} of {src}: rows are added, never removed")
-    write_alike(ResizedSource(inner, vocab_size), inner, dst, force=force, progress=progress)
+    write_like(model, ResizedSource(model, vocab_size), dst, force=force, progress=progress)
 
 
-class ResizedSource(WrappedSource):
-    """A source with more rows in embedding and head."""
+class ResizedSource(ChangedSource):
+    """A model with more rows in embedding and head."""
 
-    def __init__(self, inner: Any, vocab_size: int) -> None:
-        super().__init__(inner, MixtralConfig(**inner.config.model_dump() | {"vocab_size": vocab_size}))
+    def __init__(self, model: Source, vocab_size: int) -> None:
+        super().__init__(model, model.config.model_copy(update={"vocab_size": vocab_size}))
         self._means: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        if slot.leaf.path not in _VOCABULARY:
-            return super().read(slot, start, stop)
         old = self.origin(slot).rows
-        parts = []
-        if start < old:
-            parts.append(super().read(slot, start, min(stop, old)))
-        if stop > old:
-            parts.append(np.tile(self._mean(slot), (stop - max(start, old), 1)))
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if stop <= old or slot.leaf.path not in _VOCABULARY:
+            return super().read(slot, start, stop)
+        added = np.tile(self._mean(slot), (stop - max(start, old), 1))
+        return added if start >= old else np.concatenate([super().read(slot, start, old), added])
 
     def _mean(self, slot: Slot) -> np.ndarray:
         """Mean of the old rows, summed in fp64, in the dtype on disk."""
         with self._lock:
             if slot.name not in self._means:
                 origin = self.origin(slot)
-                step = self.inner.band(origin) or _ROWS
+                step = self.band(slot) or _ROWS
                 total = np.zeros(origin.cols)
                 for start in range(0, origin.rows, step):
-                    block = self.inner.read(origin, start, min(start + step, origin.rows))
+                    block = super().read(slot, start, min(start + step, origin.rows))
                     total += block.sum(axis=0, dtype=np.float64)
                 self._means[slot.name] = (total / origin.rows).astype(self.dtype(slot))
             return self._means[slot.name]
 
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ROUTER, _EXPERTS = "layers.moe.router", ("layers.moe.w13", "layers.moe.w2")
+_EXPERTS = ("layers.moe.w13", "layers.moe.w2")
 
 
 def upcycle(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: PathLike,
+    dst: PathLike,
     *,
     experts: int,
     top_k: int,
@@ -197,37 +181,36 @@ def upcycle(
         raise ValueError(f"upcycling needs at least 2 experts and 1 <= top_k <= experts, not {experts} and {top_k}")
     if noise < 0:
         raise ValueError(f"noise ({noise}) must not be negative")
-    check_orbax_destination(dst)
-    check_destination(dst, src, force)
+    check_destination(dst, src, force=force, local=True)
     dense = open_hf(src, ("mistral", "llama"))
     if not dense.config.is_dense:
         raise ValueError(f"{src} is a mixture of experts already")
-    write_orbax(UpcycledSource(dense, experts, top_k, noise, seed), dst, dtype=None, force=force, progress=progress)
+    write_orbax(UpcycledSource(dense, experts, top_k, noise, seed), dst, force=force, progress=progress)
 
 
-class UpcycledSource(WrappedSource):
-    """The dense source as a mixture of experts."""
+class UpcycledSource(ChangedSource):
+    """The dense model as a mixture of experts."""
 
-    def __init__(self, dense: Any, experts: int, top_k: int, noise: float, seed: int) -> None:
-        fields = dense.config.model_dump() | {
+    def __init__(self, dense: Source, experts: int, top_k: int, noise: float, seed: int) -> None:
+        changed: dict[str, Any] = {
             "num_local_experts": experts,
             "num_experts_per_tok": top_k,
             "router_aux_loss_coef": MixtralConfig.model_fields["router_aux_loss_coef"].default,
         }
-        super().__init__(dense, MixtralConfig(**fields))
+        super().__init__(dense, dense.config.model_copy(update=changed))
         self.hf_config = {k: dense.hf_config[k] for k in _TOKEN_IDS if k in dense.hf_config}
         self._noise, self._seed = noise, seed
 
     def origin(self, slot: Slot) -> Slot:
-        path = _EXPERTS[1] if slot.leaf.path == _ROUTER else slot.leaf.path  # the router takes the experts' dtype
-        half = 0 if slot.leaf.path == _ROUTER else slot.half
-        return self._inner_slots[path, slot.layer, 0, half]
+        if slot.leaf.path == ROUTER:  # of the experts' dtype
+            return self._there["layers.moe.w2", slot.layer, 0, 0]
+        return self._there[slot.leaf.path, slot.layer, 0, slot.half]
 
     def band(self, slot: Slot) -> int | None:
-        return slot.rows if slot.leaf.path == _ROUTER else super().band(slot)
+        return slot.rows if slot.leaf.path == ROUTER else super().band(slot)
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        if slot.leaf.path == _ROUTER:
+        if slot.leaf.path == ROUTER:
             rng = np.random.default_rng([self._seed, slot.layer])
             values = rng.normal(0.0, self.config.initializer_range, slot.shape)[start:stop]
             return values.astype(self.dtype(slot))

@@ -1,8 +1,7 @@
 """A checkpoint of any kind as a model, and a model as a Hugging Face directory."""
 
-import functools
-import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.convert.hf import parse_size
-from mixtral_jax.convert.orbax import OrbaxSource
-from mixtral_jax.convert.pipeline import open_source, write_hf
-from mixtral_jax.convert.stream import Source, blocked_transpose
-from mixtral_jax.convert.table import Leaf, Slot, leaves, nest, slots
+from mixtral_jax.convert.files import PathLike
+from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
+from mixtral_jax.convert.stream import NativeSource, Source
+from mixtral_jax.convert.table import Leaf, Slot, at, leaves, nest, slots
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel.sharding import param_shardings
 
@@ -25,7 +23,7 @@ _READERS = 4
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: PathLike,
     mesh: Mesh | None = None,
     dtype: Any = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008 - frozen
@@ -44,17 +42,22 @@ def load(
     """
     source = open_source(path)
     abstract = abstract_model(source.config, compute)
-    params = place_params(source, param_shardings(abstract, mesh), dtype)
-    graphdef, _ = nnx.split(abstract)
-    return nnx.merge(graphdef, params)
+    shardings = param_shardings(abstract, mesh)
+    placed: dict[str, jax.Array] = {}
+    for leaf in leaves(source.config):
+        if shardings is None:
+            placed[leaf.path] = jnp.asarray(read_leaf(source, leaf, dtype=dtype))
+        else:
+            placed[leaf.path] = place_leaf(source, leaf, at(shardings, leaf.path), dtype)
+    return nnx.merge(nnx.graphdef(abstract), nest(placed))
 
 
-def load_config(path: str | os.PathLike[str]) -> MixtralConfig:
+def load_config(path: PathLike) -> MixtralConfig:
     """The shape of the model at `path`; the checkpoint is checked, no weight is read."""
     return open_source(path).config
 
 
-def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, Any]:
+def load_params(path: PathLike, dtype: Any = None) -> dict[str, Any]:
     """The parameters of any checkpoint as a nested dict of numpy arrays, the native tree.
 
     `dtype` (a numpy dtype) casts every leaf; None keeps the dtype on disk. Holds the whole model in memory.
@@ -63,24 +66,9 @@ def load_params(path: str | os.PathLike[str], dtype: Any = None) -> dict[str, An
     return nest({leaf.path: read_leaf(source, leaf, dtype=dtype) for leaf in leaves(source.config)})
 
 
-def place_params(source: Source, shardings: dict[str, Any] | None, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of a source on devices: `shardings` is a nested dict like the result, None the default device."""
-    placed: dict[str, jax.Array] = {}
-    for leaf in leaves(source.config):
-        if shardings is None:
-            placed[leaf.path] = jnp.asarray(read_leaf(source, leaf, dtype=dtype))
-            continue
-        sharding: Any = shardings
-        for key in leaf.path.split("."):
-            sharding = sharding[key]
-        placed[leaf.path] = place_leaf(source, leaf, sharding, dtype)
-    return nest(placed)
-
-
 def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
     """One parameter on devices; each process reads only the parts of its own."""
-    read = functools.partial(read_leaf, source, leaf, dtype=dtype)
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    return jax.make_array_from_callback(leaf.shape, sharding, partial(read_leaf, source, leaf, dtype=dtype))
 
 
 def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any = None) -> np.ndarray:
@@ -88,7 +76,7 @@ def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any
     ranges = [range(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(leaf.shape), leaf.shape, strict=True)]
     own = [slot for slot in source.slots if slot.leaf.path == leaf.path]
     stored = source.dtype(own[0])
-    if isinstance(source, OrbaxSource):
+    if isinstance(source, NativeSource):
         part = source.read_box(leaf.path, tuple(slice(r.start, r.stop) for r in ranges))
         return part.astype(dtype or stored, copy=False)
     out = np.empty([len(r) for r in ranges], dtype or stored)
@@ -115,10 +103,10 @@ def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any
 
 def save_hf(
     model: Mixtral,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = SHARD,
     force: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory, in the dtype of its parameters unless `dtype` says otherwise.
@@ -127,11 +115,10 @@ def save_hf(
         FileExistsError: the directory exists and `force` is not set.
         ValueError: too little disk space, or an unknown dtype.
     """
-    source = ModelSource(model)
-    write_hf(source, directory, dtype=dtype, shard_bytes=parse_size(max_shard_size), force=force, progress=False)
+    write_hf(ModelSource(model), directory, dtype=dtype, max_shard_size=max_shard_size, force=force, progress=False)
 
 
-class ModelSource:
+class ModelSource(NativeSource):
     """A model in memory as slots."""
 
     directory = None
@@ -140,16 +127,10 @@ class ModelSource:
         self.config = model.config
         self.hf_config: dict[str, Any] = {}
         self.slots = slots(model.config)
-        params = nnx.to_pure_dict(nnx.state(model))
-        self._leaves: dict[str, jax.Array] = {}
-        for leaf in leaves(model.config):
-            value: Any = params
-            for key in leaf.path.split("."):
-                value = value[key]
-            self._leaves[leaf.path] = value
+        self._params = nnx.to_pure_dict(nnx.state(model))
 
     def dtype(self, slot: Slot) -> np.dtype:
-        return np.dtype(self._leaves[slot.leaf.path].dtype)
+        return np.dtype(at(self._params, slot.leaf.path).dtype)
 
     def band(self, slot: Slot) -> int | None:
         return slot.rows
@@ -157,6 +138,5 @@ class ModelSource:
     def cost(self, slot: Slot) -> int:
         return 2 * slot.rows * slot.cols * self.dtype(slot).itemsize
 
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        box = np.asarray(self._leaves[slot.leaf.path][slot.box(start, stop)])
-        return blocked_transpose(box.reshape(slot.cols, -1)) if slot.leaf.transposed else box
+    def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
+        return np.asarray(at(self._params, path)[box])

@@ -1,53 +1,49 @@
 """Orbax checkpoints as slots, in and out: our model directories, and the checkpoints of training runs."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.files import Directory
-from mixtral_jax.convert.hf import read_config, read_shape, slot_error
-from mixtral_jax.convert.stream import STRIP, Rows, Source, bands, blocked_transpose, turned
-from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
+from mixtral_jax.convert.files import Directory, PathLike
+from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.stream import DtypeOf, NativeSource, ReadRows, Source, bands
+from mixtral_jax.convert.table import Leaf, Slot, check_arrays, slots
 from mixtral_jax.lora import is_adapter
 
 PARAMS = "params"  # the checkpoint inside a model directory; also the key of the parameters inside a training state
-FORMAT = 1
+STRIP = 8  # rows transposed at a time: what is read is still in the cache when it is turned
 
 
-class OrbaxSource:
-    """A model directory (config.json, params/) or one step of a training run, as slots.
+class OrbaxArrays(NativeSource):
+    """The leaves of an Orbax checkpoint of ours as slots. Subclasses say which leaves there must be.
 
-    `training` says which. All checks are made here, before anything is written.
-
-    Raises:
-        ValueError: the directory is not ours, incomplete, or does not match its configuration.
+    `training`: it is one step of a training run, whose parameters are a part of the state.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    config: MixtralConfig
+    hf_config: dict[str, Any]
+    slots: list[Slot]
+
+    def __init__(self, path: PathLike, cache_bytes: int = 0) -> None:
         self.directory = Directory(path)
         root = self.directory.local
         self.training = is_training_checkpoint(root)
-        if self.training:
-            self._reader, self._prefix = ArrayReader(root), f"{PARAMS}."
-            self.hf_config = _training_config(root, self._reader).to_hf()
-            self.config = MixtralConfig.from_hf(self.hf_config)
-        else:
-            self.hf_config = read_config(self.directory)
-            self.config = read_shape(self.hf_config, self.directory)
-            self._reader, self._prefix = ArrayReader(root / PARAMS), ""
-        found = self._reader.custom_metadata().get("format")
-        if found != FORMAT:
-            raise ValueError(
-                f"{path} is an Orbax checkpoint but not one of ours: format {FORMAT} expected, {found} found"
-            )
-        self.slots = slots(self.config)
-        self._specs = self._check()
+        self._prefix = f"{PARAMS}." if self.training else ""
+        self._reader = ArrayReader(root if self.training else root / PARAMS, cache_bytes)
+        self.names = [n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)]
+
+    def hold(self, wanted: list[Slot], described: str, ask: str) -> None:
+        """These slots, after a look at what is stored; see check_arrays."""
+        self.slots, expected = wanted, {slot.leaf.path: slot.leaf.shape for slot in wanted}
+        self._specs = {name: self._reader.spec(self._prefix + name) for name in expected if name in self.names}
+        shapes = {name: self._specs[name].shape if name in self._specs else () for name in self.names}
+        where = str(self.directory)
+        check_arrays(expected, {name: (shape, where) for name, shape in shapes.items()}, where, described, ask)
 
     def dtype(self, slot: Slot) -> np.dtype:
         return self._specs[slot.leaf.path].dtype
@@ -60,41 +56,47 @@ class OrbaxSource:
         spec = self._specs[slot.leaf.path]
         return 2 * int(np.prod(spec.chunk)) * spec.dtype.itemsize
 
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        box = self.read_box(slot.leaf.path, slot.box(start, stop))
-        return blocked_transpose(box.reshape(slot.cols, -1)) if slot.leaf.transposed else box
+    def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
+        return self._reader.read(self._prefix + path, box)
 
-    def read_box(self, leaf: str, box: tuple[int | slice, ...]) -> np.ndarray:
-        """A part of a native leaf."""
-        return self._reader.read(self._prefix + leaf, box)
 
-    def _check(self) -> dict[str, ArraySpec]:
-        expected = {leaf.path: leaf for leaf in leaves(self.config)}
-        stored = {n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)}
-        missing, unexpected = [n for n in expected if n not in stored], sorted(stored - expected.keys())
-        if any(is_adapter(name) for name in unexpected):
+class OrbaxSource(OrbaxArrays):
+    """A model directory (config.json, params/) or one step of a training run, as slots. All checks are made here.
+
+    Raises:
+        ValueError: the directory is not ours, incomplete, or does not match its configuration.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        super().__init__(path)
+        if any(is_adapter(name) for name in self.names):
             raise ValueError(
-                f"{self.directory} holds the adapters of a LoRA run, no whole model: fold them into their base first "
-                f"with convert merge-lora BASE MERGED --adapter {self.directory}"
+                f"{path} holds the adapters of a LoRA run, no whole model: fold them into their base first "
+                f"with convert merge-lora BASE MERGED --adapter {path}"
             )
-        if missing or unexpected:
-            raise ValueError(slot_error(str(self.directory), missing, unexpected))
-        specs = {name: self._reader.spec(self._prefix + name) for name in expected}
-        for name, spec in specs.items():
-            if spec.shape != expected[name].shape:
+        if self.training:
+            shape = training_meta(self.directory.local).get("config", {}).get("model")
+            if not isinstance(shape, dict):
                 raise ValueError(
-                    f"{name} in {self.directory} has shape {list(spec.shape)}, "
-                    f"its configuration asks for {list(expected[name].shape)}"
+                    f"{path}/meta holds no config.model: it is no checkpoint of a training run of this package"
                 )
-        return specs
+            if "layers.attention.query" not in self.names:
+                raise ValueError(
+                    f"{path} holds no whole model (adapters only?): merge them first with convert merge-lora"
+                )
+            self.hf_config = MixtralConfig(**shape).to_hf()
+        else:
+            self.hf_config = read_config(self.directory)
+        self.config = read_shape(self.hf_config, self.directory)
+        self.hold(slots(self.config), "its config.json", "its configuration asks for {}")
 
 
 class OrbaxSink:
-    """The `params` checkpoint of a new model directory; pieces are chunks."""
+    """The `params` checkpoint of a new directory; pieces are chunks."""
 
-    def __init__(self, path: Path, source: Source, dtype_of: Callable[[Slot], np.dtype]) -> None:
+    def __init__(self, directory: Directory, source: Source, dtype_of: DtypeOf) -> None:
         specs: dict[str, ArraySpec] = {}
-        self._source, self._dtype_of = source, dtype_of
+        self.slots, self._source, self._dtype_of = source.slots, source, dtype_of
         for slot in source.slots:
             rows = bands(slot, dtype_of(slot).itemsize, source.band(slot))
             spec = ArraySpec(slot.leaf.shape, dtype_of(slot), _chunk(slot.leaf, rows))
@@ -104,19 +106,26 @@ class OrbaxSink:
                     f"{slot.name} is {spec.dtype}, but other layers of {slot.leaf.path} are {known.dtype}: "
                     "one array holds them all, say --dtype"
                 )
-        self._writer = ArrayWriter(path, specs)
+        self._writer = ArrayWriter(directory.local / PARAMS, specs)
 
-    def put(self, slot: Slot, start: int, stop: int, rows: Rows) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._writer.close()
+
+    def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
         if slot.leaf.transposed:
+            values = np.empty((slot.cols, stop - start), self._dtype_of(slot))
             strip = STRIP if self._source.band(slot) is None else stop - start
-            matrix = turned(rows, start, stop, slot.cols, self._dtype_of(slot), strip)
-            values = matrix.reshape(slot.box_shape(start, stop))
+            for a in range(start, stop, strip):
+                b = min(a + strip, stop)
+                values[:, a - start : b - start] = rows(a, b).T
+            values = values.reshape(slot.box_shape(start, stop))
         else:
             values = rows(start, stop)
         self._writer.write(slot.leaf.path, slot.box(start, stop), values)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def _chunk(leaf: Leaf, rows: int) -> tuple[int, ...]:
@@ -136,14 +145,12 @@ def is_orbax(path: Path) -> bool:
     return (path / PARAMS).is_dir() or is_training_checkpoint(path) or (path / "_CHECKPOINT_METADATA").is_file()
 
 
-def _training_config(root: Path, reader: ArrayReader) -> MixtralConfig:
-    meta = training_meta(root)
-    shape = meta.get("config", {}).get("model")
-    if not isinstance(shape, dict):
-        raise ValueError(f"{root}/meta holds no config.model: it is no checkpoint of a training run of this package")
-    if not any(name.startswith(f"{PARAMS}.layers.attention.query") for name in reader.names):
-        raise ValueError(f"{root} holds no whole model (adapters only?): merge them first with convert merge-lora")
-    return MixtralConfig(**shape)
+def newest_step(root: Path) -> Path:
+    """The newest whole step of a run's directory; any other directory is itself."""
+    directory = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    steps = [p for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
+    whole = [p for p in steps if (p / checkpoint.COMMIT).is_file()]
+    return max(whole, key=lambda p: int(p.name)) if whole else root
 
 
 def training_meta(root: Path) -> dict[str, Any]:
@@ -152,3 +159,13 @@ def training_meta(root: Path) -> dict[str, Any]:
         return checkpoint.read_item(root, "meta")
     except Exception as error:  # whatever Orbax makes of a broken file
         raise ValueError(f"{root}/meta cannot be read ({type(error).__name__}): the checkpoint is incomplete") from None
+
+
+def side_files_origin(source: Source) -> Directory | None:
+    """Where the tokenizer of a source is: beside the weights, or where the training run took it from."""
+    if source.directory is None or not getattr(source, "training", False):
+        return source.directory
+    named = training_meta(source.directory.local).get("config", {}).get("data", {}).get("tokenizer")
+    if not isinstance(named, str) or not os.path.exists(named):
+        return None
+    return Directory(named if os.path.isdir(named) else os.path.dirname(os.path.abspath(named)))

@@ -1,6 +1,4 @@
-"""LoRA adapters in PEFT's format, in and out: what adapter_config.json says, its tensors as slots.
-
-LoRA adapters in PEFT's format as slots.
+"""LoRA adapters in PEFT's format, in and out: what adapter_config.json says, and its tensors as slots.
 
 PEFT stores A as (r, in) and B as (out, r) beside the hub's names, one pair for each expert. transformers 5 keeps the
 experts fused in memory, and an adapter that was trained or saved there has one pair for all experts of a layer: A is
@@ -8,25 +6,25 @@ experts fused in memory, and an adapter that was trained or saved there has one 
 their own halves of rank 2 r and a block-diagonal B (what PEFT makes of adapters that came one for each expert).
 """
 
-import functools
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.adapter import AdapterSource, Factors, NativeAdapter, target_of, write_adapter
-from mixtral_jax.convert.atomic import check_destination, new_directory
-from mixtral_jax.convert.files import Directory, is_remote
-from mixtral_jax.convert.hf import Entry, read_config, read_shape, slot_error
-from mixtral_jax.convert.pipeline import check_orbax_destination, open_source
-from mixtral_jax.convert.progress import progress_bar
-from mixtral_jax.convert.safetensors import Tensor, layout, read_header
-from mixtral_jax.convert.table import Slot, slots
+from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, write_adapter
+from mixtral_jax.convert.atomic import check_destination
+from mixtral_jax.convert.files import Directory, PathLike, is_remote
+from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.pipeline import open_source, write
+from mixtral_jax.convert.safetensors import TensorSink, TensorSource, read_tensors
+from mixtral_jax.convert.stream import DtypeOf
+from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
 from mixtral_jax.lora import TARGETS, LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,20 +119,8 @@ def _matching(patterns: dict[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-PREFIX = "base_model.model."
-A, B = ".lora_A.weight", ".lora_B.weight"
-
-
-class Part(NamedTuple):
-    """Where a slot's A and B are: tensors `stem` + A and B, which belong to `module` of PEFT."""
-
-    stem: str
-    module: str
-    fused: bool = False
-
-
-class PeftAdapter:
-    """A PEFT directory for a base of shape `config`. All checks but that of fused halves are made here.
+class PeftAdapter(TensorSource):
+    """A PEFT directory for a base of shape `config`. All checks are made here.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -142,123 +128,101 @@ class PeftAdapter:
             of different rank or scale.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: MixtralConfig) -> None:
-        self.directory, self.config = Directory(path), config
-        self._settings = read_settings(self.directory)
-        self.base = self._settings.base
-        self._reader = self.directory.reader(WEIGHTS)
-        self._tensors = read_header(self.directory, WEIGHTS, self._reader)
-        adaptable = [slot for slot in slots(config) if target_of(slot) is not None]
-        self._parts = {slot.name: part for slot in adaptable if (part := self._find(slot)) is not None}
-        present = {target_of(slot) for slot in adaptable if slot.name in self._parts}
-        self.slots = [slot for slot in adaptable if target_of(slot) in present]
-        self._check_names()
-        for slot in self.slots:
-            self._check(slot)
-        self._tensor = functools.lru_cache(maxsize=2)(self._read)
-        self.factors = functools.lru_cache(maxsize=16)(self._factors)
-        named = [t for t in TARGETS if t in present]
-        alive = [t for t in named if not self._filled_in(t)] or named
-        self.slots = [slot for slot in self.slots if target_of(slot) in alive]
-        s = self._settings
-        self.lora = LoraConfig(rank=s.rank, alpha=s.alpha, rslora=s.rslora, dropout=s.dropout, targets=tuple(alive))
+    def __init__(self, path: PathLike, config: MixtralConfig) -> None:
+        directory = Directory(path)
+        s = self._settings = read_settings(directory)
+        super().__init__(directory, {}, config, read_tensors(directory, [WEIGHTS]))
+        self.base = s.base
+        self.lora = LoraConfig(rank=s.rank, alpha=s.alpha, rslora=s.rslora, dropout=s.dropout, targets=TARGETS)
+        every = slots(config, self.lora)
+        present = {_target(slot) for slot in every if self._stem(slot) is not None}
+        ask = f"but rank {s.rank} in {CONFIG} and the base ask for {{}}"
+        told = "the adapter is of another rank or for another base"
+        own = [slot for slot in every if _target(slot) in present]
+        self.put_in_place(own, self._place, "the base's attention and experts", f"{ask}: {told}")
+        self._check_halves()
+        targets = [target for target in TARGETS if target in present]
+        targets = [target for target in targets if not self._filled_in(target)] or targets
+        self.slots = [slot for slot in self.slots if _target(slot) in targets]
+        self.lora = self.lora.model_copy(update={"targets": tuple(targets)})
 
-    def dtypes(self, slot: Slot) -> tuple[np.dtype, np.dtype]:
-        stem = self._parts[slot.name].stem
-        return self._tensors[stem + A].dtype, self._tensors[stem + B].dtype
+    def _filled_in(self, target: str) -> bool:
+        """Whether an expert's matrix has A and B of 0, which never learn: what export writes beside the others."""
+        own = (slot for slot in self.slots if _target(slot) == target)
+        return target.startswith("moe.") and not any(self.read(slot, 0, slot.rows).any() for slot in own)
 
-    def _find(self, slot: Slot) -> Part | None:
-        module = slot.name.removesuffix(".weight")
-        if {PREFIX + module + A, PREFIX + module + B} & self._tensors.keys():
-            return Part(PREFIX + module, module)
+    def _stem(self, slot: Slot) -> str | None:
+        """The name, without A and B, of the tensors that hold a slot: its own, or those of its layer's experts."""
+        own = slot.name.removesuffix(A).removesuffix(B)
+        if {own + A, own + B} & self.tensors.keys():
+            return own
         if self.config.is_dense or not slot.leaf.path.startswith("layers.moe."):
             return None
-        experts = f"model.layers.{slot.layer}.mlp.experts"
-        fused = f"{experts}.{'down_proj' if slot.leaf.path == 'layers.moe.w2' else 'gate_up_proj'}"
-        inputs, outputs = self._fused_shape(slot)
+        experts = f"{PEFT}model.layers.{slot.layer}.mlp.experts"
         # Which of the two is the inner one depends on the order in which they were wrapped; no shape fits both.
-        for stem in (f"{PREFIX}{experts}.base_layer", f"{PREFIX}{experts}"):
-            a, b = self._tensors.get(stem + A), self._tensors.get(stem + B)
-            if a is not None and b is not None and (a.shape[-1], b.shape[0]) == (inputs, outputs):
-                return Part(stem, fused, fused=True)
+        for stem in (f"{experts}.base_layer", experts):
+            a, b = self.tensors.get(stem + A), self.tensors.get(stem + B)
+            if a is not None and b is not None and (a.shape[-1], b.shape[0]) == self._fused_shape(slot):
+                return stem
         return None
 
     def _fused_shape(self, slot: Slot) -> tuple[int, int]:
         """Inputs and outputs of the fused parameter that holds a slot."""
-        return slot.cols, slot.rows * len(slot.leaf.names)
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        return (F, D) if _target(slot) == "moe.w2" else (D, 2 * F)
 
-    def _check_names(self) -> None:
-        expected = set()
-        for slot in self.slots:
-            stem = self._parts[slot.name].stem if slot.name in self._parts else PREFIX + slot.name[: -len(".weight")]
-            expected |= {stem + A, stem + B}
-        missing, unexpected = sorted(expected - self._tensors.keys()), sorted(self._tensors.keys() - expected)
-        if missing or unexpected or not self.slots:
-            told = slot_error(str(self.directory), missing, unexpected)
-            raise ValueError(told.replace("its config.json", "the base's attention and experts"))
+    def _place(self, slot: Slot) -> Place:
+        stem, own = self._stem(slot), slot.name.removesuffix(A).removesuffix(B)
+        if stem is None or stem == own:
+            self._check_rank(own.removeprefix(PEFT), (self.lora.rank,))
+            return Place(slot.name, slot.shape)
+        E, e, r, w2 = self.config.num_local_experts, slot.expert, self.lora.rank, _target(slot) == "moe.w2"
+        module = f"model.layers.{slot.layer}.mlp.experts.{'down_proj' if w2 else 'gate_up_proj'}"
+        rank, half = self._check_rank(module, (r,) if w2 else (r, 2 * r)), int(_target(slot) == "moe.w3")
+        inputs, outputs = self._fused_shape(slot)
+        first = half * r if rank == 2 * r else 0  # of the ranks that are this half's
+        if slot.name.endswith(A):
+            return Place(stem + A, (E * rank, inputs), e * rank + first)
+        columns = slice(first * E + e, (first + r) * E, E)
+        return Place(stem + B, (outputs, rank * E), half * slot.rows, columns)
 
-    def _check(self, slot: Slot) -> None:
-        part, own = self._parts[slot.name], self._settings
-        rank, scale = own.rank_of(part.module), own.scale_of(part.module)
-        allowed = (own.rank, 2 * own.rank) if part.fused and slot.leaf.path == "layers.moe.w13" else (own.rank,)
+    def _check_rank(self, module: str, allowed: tuple[int, ...]) -> int:
+        own = self._settings
+        rank, scale = own.rank_of(module), own.scale_of(module)
         if rank not in allowed or not math.isclose(scale, own.scale_of("")):
             raise ValueError(
-                f"{self.directory}/{CONFIG}: {part.module} has rank {rank} and scale {scale:g}, others {own.rank} and "
+                f"{self.directory}/{CONFIG}: {module} has rank {rank} and scale {scale:g}, others {own.rank} and "
                 f"{own.scale_of(''):g}: one rank and one scale for all are converted"
             )
-        experts = self.config.num_local_experts if part.fused else 1
-        inputs, outputs = self._fused_shape(slot) if part.fused else (slot.cols, slot.rows)
-        wanted = {part.stem + A: (experts * rank, inputs), part.stem + B: (outputs, rank * experts)}
-        for name, shape in wanted.items():
-            if self._tensors[name].shape != shape:
-                raise ValueError(
-                    f"{name} has shape {list(self._tensors[name].shape)}, but rank {rank} in {CONFIG} and the base "
-                    f"ask for {list(shape)}: the adapter is of another rank or for another base"
-                )
-            assert self._tensors[name].dtype
+        return rank
 
-    def _read(self, name: str) -> np.ndarray:
-        tensor: Tensor = self._tensors[name]
-        return np.frombuffer(self._reader.pread(tensor.offset, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
-
-    def _factors(self, slot: Slot) -> Factors:
-        part = self._parts[slot.name]
-        a, b = self._tensor(part.stem + A), self._tensor(part.stem + B)
-        if not part.fused:
-            return Factors(a.T, b.T)
-        experts, rank = self.config.num_local_experts, self._settings.rank
-        a_rI = a.reshape(experts, -1, a.shape[1])[slot.expert]
-        b_Or = b.reshape(b.shape[0], -1, experts)[slot.half * slot.rows : (slot.half + 1) * slot.rows, :, slot.expert]
-        if a_rI.shape[0] == 2 * rank:
-            half, other = (slice(h * rank, (h + 1) * rank) for h in (slot.half, 1 - slot.half))
-            if b_Or[:, other].any():
-                raise ValueError(
-                    f"{part.stem}{B}: w1 and w3 share all of rank {2 * rank} where {CONFIG} says {rank} for the others"
-                )
-            a_rI, b_Or = a_rI[half], b_Or[:, half]
-        return Factors(a_rI.T, b_Or.T)
-
-    def _filled_in(self, target: str) -> bool:
-        """Whether an expert's matrix has A and B of 0, which never learn: what export writes beside the others."""
-        own = [slot for slot in self.slots if target_of(slot) == target]
-        return target.startswith("moe.") and not any(m.any() for slot in own for m in self.factors(slot))
+    def _check_halves(self) -> None:
+        """Where w1 and w3 of a layer have ranks of their own in one B, neither may use the other's."""
+        ranks = self.lora.rank * self.config.num_local_experts
+        for slot in self.slots:
+            where = self.places[slot.name]
+            if slot.expert == 0 and slot.name.endswith(B) and where.shape[-1] == 2 * ranks:
+                others = slice(0, ranks) if where.first_row else slice(ranks, None)
+                if self.tensors[where.name].rows(where.first_row, where.first_row + slot.rows)[:, others].any():
+                    r = self.lora.rank
+                    raise ValueError(
+                        f"{where.name}: w1 and w3 share all of rank {2 * r} where {CONFIG} says {r} for the others"
+                    )
 
 
-def is_peft(path: str | os.PathLike[str]) -> bool:
+def _target(slot: Slot) -> str:
+    """Which of lora.TARGETS a slot of an adapter belongs to."""
+    return slot.leaf.path.removeprefix("layers.").rpartition("_lora.")[0]
+
+
+def is_peft(path: PathLike) -> bool:
     """Whether `path` is a PEFT directory, whole or not."""
     return is_remote(path) or CONFIG in Directory(path).names()
 
 
-def read_base(path: str | os.PathLike[str]) -> str | None:
-    """Where a PEFT adapter says that its base is."""
-    settings: Settings = read_settings(Directory(path))
-    return settings.base
-
-
-Path_ = str | os.PathLike[str]
-
-
-def peft2lora(src: Path_, dst: Path_, *, base: Path_ | None = None, force: bool = False, progress: bool = True) -> None:
+def peft2lora(
+    src: PathLike, dst: PathLike, *, base: PathLike | None = None, force: bool = False, progress: bool = True
+) -> None:
     """A PEFT directory to an adapter directory of ours; no value is changed.
 
     Args:
@@ -269,9 +233,8 @@ def peft2lora(src: Path_, dst: Path_, *, base: Path_ | None = None, force: bool 
         ValueError: the adapter is not whole, not supported, or of another base; nothing is left at `dst`.
         FileExistsError: `dst` exists.
     """
-    check_orbax_destination(dst)
-    check_destination(dst, src, force)
-    where = read_base(src) if base is None else os.fspath(base)
+    check_destination(dst, src, force=force, local=True)
+    where = read_settings(Directory(src)).base if base is None else os.fspath(base)
     if where is None or not Directory(where).exists():
         raise ValueError(
             f"{src}/{CONFIG} names the base {where!r}, which is no directory here: say --base and its directory"
@@ -281,46 +244,63 @@ def peft2lora(src: Path_, dst: Path_, *, base: Path_ | None = None, force: bool 
     write_adapter(adapter, dst, force=force, progress=progress)
 
 
-def lora2peft(src: Path_, dst: Path_, *, force: bool = False, progress: bool = True) -> None:
+def lora2peft(src: PathLike, dst: PathLike, *, force: bool = False, progress: bool = True) -> None:
     """An adapter of ours, or a step of a LoRA run, to a directory that peft.PeftModel.from_pretrained loads.
 
     Raises:
         ValueError: the adapter is not whole, or the run trained the router too; nothing is left at `dst`.
         FileExistsError: `dst` exists.
     """
-    check_destination(dst, src, force)
+    check_destination(dst, src, force=force)
     adapter = NativeAdapter(src)
     if adapter.has_router:
         raise ValueError(f"{src} holds a trained router too, which is no adapter: use merge-lora, then orbax2hf")
     write_peft(adapter, dst, force=force, progress=progress)
 
 
-def write_peft(adapter: AdapterSource, dst: Path_, *, force: bool, progress: bool) -> None:
-    """Any adapter as a PEFT directory, one matrix at a time, local or remote."""
-    exported, rank = _exported(adapter), adapter.lora.rank
-    own = {slot.name for slot in adapter.slots}
-    like = next(reversed(adapter.slots))  # of the dtype of what is filled in: an expert's, if there is one
-    entries: list[Entry] = []
-    for slot in exported:
-        stem = PREFIX + slot.name.removesuffix(".weight")
-        a_dtype, b_dtype = adapter.dtypes(slot if slot.name in own else like)
-        entries += [(stem + A, a_dtype, (rank, slot.cols)), (stem + B, b_dtype, (slot.rows, rank))]
-    header, tensors = layout(WEIGHTS, entries)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with new_directory(dst, needed_bytes=total, force=force) as work:
-        with progress_bar(f"writing {dst}", total, show=progress) as advance, work.create(WEIGHTS) as file:
-            file.write(header)
-            for index, slot in enumerate(exported):
-                factors = adapter.factors(slot) if slot.name in own else (None, None)
-                pairs = zip(entries[2 * index : 2 * index + 2], factors, strict=True)
-                for (_, dtype, shape), matrix in pairs:
-                    data = np.zeros(shape, dtype) if matrix is None else np.ascontiguousarray(matrix.T)
-                    file.write(data.view(np.uint8).data)
-                    advance(data.nbytes)
-        work.write_bytes(CONFIG, (json.dumps(peft_config(adapter), indent=2) + "\n").encode())
+class ExportedAdapter:
+    """An adapter with zeros for those matrices of experts that PEFT wants beside its own.
+
+    PEFT takes w1 and w3 only together, and places them, without an error, where nothing reads them if w2 is not there.
+    """
+
+    def __init__(self, adapter: AdapterSource) -> None:
+        self._adapter, self._own = adapter, {slot.name for slot in adapter.slots}
+        self.config, self.hf_config, self.directory = adapter.config, adapter.hf_config, adapter.directory
+        targets = adapter.lora.targets
+        if not self.config.is_dense and (adapter.lora.adapts("moe.w1") or adapter.lora.adapts("moe.w3")):
+            targets = (*targets, "moe.w1", "moe.w3", "moe.w2")
+        self.slots = slots(self.config, adapter.lora.model_copy(update={"targets": targets}))
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        """What is filled in is like the last A or B: that of an expert."""
+        own = [s for s in self._adapter.slots if s.leaf.path[-1] == slot.leaf.path[-1]]
+        return self._adapter.dtype(slot if slot.name in self._own else own[-1])
+
+    def band(self, slot: Slot) -> int | None:
+        return self._adapter.band(slot) if slot.name in self._own else None
+
+    def cost(self, slot: Slot) -> int:
+        return self._adapter.cost(slot) if slot.name in self._own else 1 << 20
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        if slot.name in self._own:
+            return self._adapter.read(slot, start, stop)
+        return np.zeros((stop - start, slot.cols), self.dtype(slot))
 
 
-def peft_config(adapter: AdapterSource) -> dict[str, Any]:
+def write_peft(adapter: AdapterSource, dst: PathLike, *, force: bool, progress: bool) -> None:
+    """Any adapter as a PEFT directory, local or remote."""
+    exported = ExportedAdapter(adapter)
+    modules = sorted({slot.name.split(".")[-3] for slot in exported.slots})
+
+    def finish(work: Directory, _: DtypeOf) -> None:
+        work.write_json(CONFIG, peft_config(adapter, modules))
+
+    write(exported, dst, partial(TensorSink, single=WEIGHTS), finish, force=force, progress=progress)
+
+
+def peft_config(adapter: AdapterSource, modules: list[str]) -> dict[str, Any]:
     """adapter_config.json. rsLoRA becomes plain LoRA of alpha * sqrt(r): the same scale, and PEFT then doubles rank and
     alpha of w1 and w3 as it fuses them, which keeps alpha / r but not alpha / sqrt(r)."""
     lora = adapter.lora
@@ -335,7 +315,7 @@ def peft_config(adapter: AdapterSource) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         # PEFT has no dropout on fused experts and refuses an adapter that asks for it.
         "lora_dropout": 0.0 if experts and not adapter.config.is_dense else lora.dropout,
-        "target_modules": sorted({slot.name.split(".")[-2] for slot in _exported(adapter)}),
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -347,18 +327,7 @@ def peft_config(adapter: AdapterSource) -> dict[str, Any]:
     }
 
 
-def _exported(adapter: AdapterSource) -> list[Slot]:
-    """The slots of the adapter, and those of experts that PEFT wants beside them, which are written as 0.
-
-    PEFT takes w1 and w3 only together, and places them, without an error, where nothing reads them if w2 is not there.
-    """
-    targets = {target_of(slot) for slot in adapter.slots}
-    if not adapter.config.is_dense and targets & {"moe.w1", "moe.w3"}:
-        targets |= {"moe.w1", "moe.w3", "moe.w2"}
-    return [slot for slot in slots(adapter.config) if target_of(slot) is not None and target_of(slot) in targets]
-
-
-def _shape(base: Path_) -> MixtralConfig:
+def _shape(base: PathLike) -> MixtralConfig:
     """The shape of a model, for which config.json is enough."""
     directory = Directory(base)
     if "config.json" in directory.names():

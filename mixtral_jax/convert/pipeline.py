@@ -1,33 +1,22 @@
 """The conversions: open a source, check it, stream it into a new directory, put the small files beside it."""
 
-import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
 
-import ml_dtypes
-import numpy as np
-
-from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.atomic import check_destination, new_directory
-from mixtral_jax.convert.files import Directory, is_remote
-from mixtral_jax.convert.hf import HfSink, HfSource, export_config, parse_size
+from mixtral_jax.convert.files import Directory, PathLike, is_remote
+from mixtral_jax.convert.hf import ARCHITECTURES, HfSource, export_config, parse_size
 from mixtral_jax.convert.mistral import MistralSource, is_mistral
-from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, training_meta
+from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step, side_files_origin
 from mixtral_jax.convert.progress import progress_bar
-from mixtral_jax.convert.stream import Tally, copy
-from mixtral_jax.convert.table import Slot
+from mixtral_jax.convert.safetensors import TensorSink
+from mixtral_jax.convert.stream import DtypeOf, Sink, Source, Tally, copy
+from mixtral_jax.dtypes import SHORT, WEIGHTS
 
-Path_ = str | os.PathLike[str]
-AnySource = Any  # a stream.Source that also has .directory and .hf_config
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16), "bf16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16), "fp16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32), "fp32": np.dtype(np.float32),
-}  # fmt: skip
+SHARD = "5GB"
 SIDE_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tekken.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -35,7 +24,9 @@ SIDE_FILES = (
 )  # fmt: skip
 
 
-def hf2orbax(src: Path_, dst: Path_, *, dtype: str | None = None, force: bool = False, progress: bool = True) -> None:
+def hf2orbax(
+    src: PathLike, dst: PathLike, *, dtype: str | None = None, force: bool = False, progress: bool = True
+) -> None:
     """A Hugging Face directory (or Mistral's own layout) to an Orbax model directory.
 
     Args:
@@ -46,17 +37,16 @@ def hf2orbax(src: Path_, dst: Path_, *, dtype: str | None = None, force: bool = 
         ValueError: the source is not whole, not supported, or does not match its config.json; nothing is left at `dst`.
         FileExistsError: `dst` exists.
     """
-    check_orbax_destination(dst)
-    check_destination(dst, src, force)
+    check_destination(dst, src, force=force, local=True)
     write_orbax(open_hf(src), dst, dtype=dtype, force=force, progress=progress)
 
 
 def orbax2hf(
-    src: Path_,
-    dst: Path_,
+    src: PathLike,
+    dst: PathLike,
     *,
     dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = SHARD,
     force: bool = False,
     progress: bool = True,
 ) -> None:
@@ -69,61 +59,67 @@ def orbax2hf(
     Raises:
         ValueError, FileExistsError: as hf2orbax.
     """
-    shard_bytes = parse_size(max_shard_size)
-    check_destination(dst, src, force)
+    check_destination(dst, src, force=force)
     source = open_orbax(src)
     if dtype is None and source.training:
         dtype = source.hf_config["dtype"]
-    write_hf(source, dst, dtype=dtype, shard_bytes=shard_bytes, force=force, progress=progress)
+    write_hf(source, dst, dtype=dtype, max_shard_size=max_shard_size, force=force, progress=progress)
 
 
-def write_orbax(source: AnySource, dst: Path_, *, dtype: str | None, force: bool, progress: bool) -> None:
+def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, force: bool, progress: bool) -> None:
     """Any source to an Orbax model directory."""
-    dtype_of = _chooser(source, dtype)
-    total = _bytes(source, dtype_of)
-    with new_directory(dst, needed_bytes=total, force=force) as work:
-        sink = OrbaxSink(work.local / PARAMS, source, dtype_of)
-        with progress_bar(f"writing {dst}", total, show=progress) as advance:
-            tally = copy(source, sink, dtype_of, advance)
-        sink.close()
-        _finish(source, work, dtype_of)
-    _report(tally, dst, progress)
-
-
-def write_alike(source: AnySource, inner: AnySource, dst: Path_, *, force: bool, progress: bool) -> None:
-    """A changed source in the format and dtypes of the one that it changes."""
-    if isinstance(inner, OrbaxSource):
-        check_orbax_destination(dst)
-        write_orbax(source, dst, dtype=None, force=force, progress=progress)
-    else:
-        write_hf(source, dst, dtype=None, shard_bytes=parse_size("5GB"), force=force, progress=progress)
+    check_destination(dst, force=force, local=True)
+    write(source, dst, OrbaxSink, partial(_finish, source), dtype=dtype, force=force, progress=progress)
 
 
 def write_hf(
-    source: AnySource, dst: Path_, *, dtype: str | None, shard_bytes: int, force: bool, progress: bool
+    source: Source,
+    dst: PathLike,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = SHARD,
+    force: bool,
+    progress: bool,
 ) -> None:
     """Any source to a Hugging Face directory, local or remote."""
-    dtype_of = _chooser(source, dtype)
-    total = _bytes(source, dtype_of)
+    sink = partial(TensorSink, max_bytes=parse_size(max_shard_size))
     if progress:
+        dtype_of = chosen_dtype(source, dtype)
         names = sorted({dtype_of(s).name for s in source.slots})
-        print(f"{dst}: {total:,} bytes of weights in {', '.join(names)}", file=sys.stderr)
-    # Larger items first: every tensor then starts at a multiple of its item size.
-    order = sorted(source.slots, key=lambda slot: -dtype_of(slot).itemsize)
+        print(f"{dst}: {_bytes(source, dtype_of):,} bytes of weights in {', '.join(names)}", file=sys.stderr)
+    write(source, dst, sink, partial(_finish, source), dtype=dtype, force=force, progress=progress)
+
+
+def write_like(model: Source, source: Source, dst: PathLike, *, force: bool, progress: bool) -> None:
+    """A changed source in the format and dtypes of the `model` that it changes."""
+    write_model = write_orbax if isinstance(model, OrbaxSource) else write_hf
+    write_model(source, dst, force=force, progress=progress)
+
+
+def write(
+    source: Source,
+    dst: PathLike,
+    open_sink: Callable[[Directory, Source, DtypeOf], AbstractContextManager[Sink]],
+    finish: Callable[[Directory, DtypeOf], None],
+    *,
+    dtype: str | None = None,
+    force: bool,
+    progress: bool,
+) -> None:
+    """Stream a source into a new directory through a sink; `finish` then writes the small files into it."""
+    dtype_of = chosen_dtype(source, dtype)
+    total = _bytes(source, dtype_of)
     with new_directory(dst, needed_bytes=total, force=force) as work:
-        sink = HfSink(work, [(slot, dtype_of(slot)) for slot in order], shard_bytes)
-        try:
-            with progress_bar(f"writing {dst}", total, show=progress) as advance:
-                tally = copy(source, sink, dtype_of, advance, in_order=work.remote, slots=order)
-        except BaseException:
-            sink.abort()
-            raise
-        sink.close()
-        _finish(source, work, dtype_of)
+        with (
+            open_sink(work, source, dtype_of) as sink,
+            progress_bar(f"writing {dst}", total, show=progress) as advance,
+        ):
+            tally = copy(source, sink, dtype_of, advance, in_order=work.remote)
+        finish(work, dtype_of)
     _report(tally, dst, progress)
 
 
-def open_source(path: Path_) -> AnySource:
+def open_source(path: PathLike) -> Source:
     """A checkpoint of any kind: Hugging Face, Mistral's own, an Orbax model directory, a step of a training run.
 
     Raises:
@@ -135,17 +131,15 @@ def open_source(path: Path_) -> AnySource:
     return open_hf(path)
 
 
-def open_hf(path: Path_, architectures: tuple[str, ...] = ("mixtral", "mistral")) -> AnySource:
+def open_hf(path: PathLike, architectures: tuple[str, ...] = ARCHITECTURES) -> Source:
     """A Hugging Face directory or Mistral's own layout."""
     directory = Directory(path)
     if not directory.remote and is_orbax(directory.local):
         raise ValueError(f"{path} is an Orbax checkpoint, not a Hugging Face directory: use orbax2hf")
-    if is_mistral(directory):
-        return MistralSource(path)
-    return HfSource(path, architectures)
+    return MistralSource(path) if is_mistral(directory) else HfSource(path, architectures)
 
 
-def open_orbax(path: Path_) -> OrbaxSource:
+def open_orbax(path: PathLike) -> OrbaxSource:
     """An Orbax model directory or one step of a training run (a run's directory stands for its newest step)."""
     if is_remote(path):
         raise ValueError(f"{path}: Orbax checkpoints are streamed from local disks only: copy it here first")
@@ -161,58 +155,30 @@ def open_orbax(path: Path_) -> OrbaxSource:
     return OrbaxSource(root)
 
 
-def check_orbax_destination(dst: Path_) -> None:
-    """Raises: ValueError for a remote destination."""
-    if is_remote(dst):
-        raise ValueError(
-            f"{dst}: an Orbax checkpoint is written to a local disk only: convert here, then copy it there"
-        )
-
-
-def newest_step(root: Path) -> Path:
-    """The newest whole step of a run's directory; any other directory is itself."""
-    directory = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    steps = [p for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
-    whole = [p for p in steps if (p / "commit_success.txt").is_file()]
-    return max(whole, key=lambda p: int(p.name)) if whole else root
-
-
-def _chooser(source: AnySource, dtype: str | None) -> Callable[[Slot], np.dtype]:
+def chosen_dtype(source: Source, dtype: str | None) -> DtypeOf:
+    """The dtype in which each slot is written; None: its own."""
     if dtype is None:
         return source.dtype
-    if dtype not in DTYPES:
+    known = WEIGHTS | SHORT
+    if dtype not in known:
         raise ValueError(f"dtype {dtype!r} is not known: bfloat16, float16 or float32")
-    return lambda slot: DTYPES[dtype]
+    return lambda slot: known[dtype]
 
 
-def _bytes(source: AnySource, dtype_of: Callable[[Slot], np.dtype]) -> int:
+def _bytes(source: Source, dtype_of: DtypeOf) -> int:
     return sum(slot.rows * slot.cols * dtype_of(slot).itemsize for slot in source.slots)
 
 
-def _finish(source: AnySource, work: Directory, dtype_of: Callable[[Slot], np.dtype]) -> None:
+def _finish(source: Source, work: Directory, dtype_of: DtypeOf) -> None:
     """The small files; config.json last, since without it nothing takes the directory for a model."""
     origin = side_files_origin(source)
     if origin is not None:
-        names = origin.names()
-        for name in SIDE_FILES:
-            if name in names:
-                work.write_bytes(name, origin.read_bytes(name))
-    config: MixtralConfig = source.config
-    content = export_config(source.hf_config, config, dtype_of(source.slots[0]).name)
-    work.write_bytes("config.json", (json.dumps(content, indent=2) + "\n").encode())
+        for name in set(SIDE_FILES).intersection(origin.names()):
+            work.write_bytes(name, origin.read_bytes(name))
+    work.write_json("config.json", export_config(source.hf_config, source.config, dtype_of(source.slots[0]).name))
 
 
-def side_files_origin(source: AnySource) -> Directory | None:
-    """Where the tokenizer of a source is: beside the weights, or where the training run took it from."""
-    if source.directory is None or not getattr(source, "training", False):
-        return source.directory
-    named = training_meta(source.directory.local).get("config", {}).get("data", {}).get("tokenizer")
-    if not isinstance(named, str) or not os.path.exists(named):
-        return None
-    return Directory(named if os.path.isdir(named) else os.path.dirname(os.path.abspath(named)))
-
-
-def _report(tally: Tally, dst: Path_, progress: bool) -> None:
+def _report(tally: Tally, dst: PathLike, progress: bool) -> None:
     if tally.not_finite:
         some = ", ".join(f"{name} ({what})" for name, what in list(tally.not_finite.items())[:8])
         warnings.warn(f"{len(tally.not_finite)} tensors hold values that are not finite: {some}", stacklevel=3)

@@ -14,31 +14,22 @@ _SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     """Gives a function that is told the bytes done; bytes, rate and time left go to stderr."""
-    if not show:
-        yield lambda n: None
-    elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda n: bar.advance(task, n)
-    else:
-        yield _lines(title, total)
+    terminal = sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not (show and terminal)
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        began = last = time.monotonic()
 
+        def advance(n: int) -> None:
+            nonlocal last
+            bar.advance(task, n)
+            now, done = time.monotonic(), bar.tasks[0].completed
+            if terminal or not show or (now - last < _SECONDS_BETWEEN_LINES and done < total):
+                return
+            last, rate = now, done / max(now - began, 1e-9)
+            text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+            print(f"{title}: {text}, {(total - done) / max(rate, 1.0):.0f} s left", file=sys.stderr, flush=True)
 
-def _lines(title: str, total: int) -> Callable[[int], None]:
-    began = last = time.monotonic()
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
-        now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and done < total:
-            return
-        last = now
-        rate = done / max(now - began, 1e-9)
-        left = (total - done) / max(rate, 1.0)
-        text = f"{title}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
-        print(text, file=sys.stderr, flush=True)
-
-    return advance
+        yield advance

@@ -1,22 +1,30 @@
-"""The safetensors format by its bytes: 8 bytes header length, JSON header, then the tensors one after another.
+"""Safetensors files as slots, in and out: 8 bytes header length, JSON header, then the tensors one after another.
 
 The library holds a whole file in memory when it writes and maps it when it reads; a stream must do neither.
 Format: https://github.com/huggingface/safetensors#format
 """
 
+import functools
 import json
 import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 
-from mixtral_jax.convert.files import Directory, LocalReader, RemoteReader
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.convert.files import Directory, File
+from mixtral_jax.convert.stream import DtypeOf, ReadRows, Source
+from mixtral_jax.convert.table import Place, Slot, check_arrays
+from mixtral_jax.dtypes import SAFETENSORS
 
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Dtypes that appear in checkpoints and that are refused by name; their sizes let the file be checked all the same.
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000
+_CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
+Entry = tuple[str, np.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,58 +37,221 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    content: File | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Raises: ValueError for a dtype that is not bf16, fp16 or fp32."""
-        if self.code not in DTYPES:
+        if self.code not in SAFETENSORS:
             raise ValueError(f"{self.name} in {self.file} is {self.code}: only BF16, F16 and F32 are converted")
-        return DTYPES[self.code]
+        return SAFETENSORS[self.code]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start ... stop - 1 of the matrix whose columns are the last axis; elements of a vector."""
+        assert self.content is not None
+        tail = self.shape[1:][-1:]
+        width = math.prod(tail) * self.dtype.itemsize
+        data = self.content.pread(self.offset + start * width, (stop - start) * width)
+        return np.frombuffer(data, self.dtype).reshape(stop - start, *tail)
 
 
-def read_header(directory: Directory, file: str, reader: LocalReader | RemoteReader) -> dict[str, Tensor]:
-    """The tensors of one file by name.
+def read_tensors(directory: Directory, files: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of all files by name; none of their bytes are read.
 
     Raises:
-        ValueError: the file is no safetensors file, or shorter or longer than its header says.
+        ValueError: a file is no safetensors file, or shorter or longer than its header says; a tensor is in two files.
     """
-    if reader.size < 8:
-        raise ValueError(f"{directory}/{file} is truncated: {reader.size} bytes are no safetensors file")
-    length = int.from_bytes(reader.pread(0, 8), "little")
-    if length > _MAX_HEADER:
-        raise ValueError(f"{directory}/{file} is no safetensors file: its header would have {length:,} bytes")
-    if 8 + length > reader.size:
-        raise ValueError(f"{directory}/{file} is truncated: {reader.size:,} bytes, and the header alone has {length:,}")
-    try:
-        header = json.loads(bytes(reader.pread(8, length)))
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(name, file, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory}/{file} is no safetensors file: its header does not parse ({error})") from None
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
-    if end != reader.size:
-        what = "truncated" if end > reader.size else "longer than its header says"
-        raise ValueError(f"{directory}/{file} is {what}: {reader.size:,} bytes on disk, {end:,} by its header")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = _read_header(directory, file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{twice[0]} is both in {tensors[twice[0]].file} and in {file} of {directory}")
+        tensors |= found
     return tensors
 
 
-def _tensor(name: str, file: str, entry: dict, base: int) -> Tensor:
+def _read_header(directory: Directory, name: str) -> dict[str, Tensor]:
+    file, where = directory.file(name), f"{directory}/{name}"
+    if file.size < 8:
+        raise ValueError(f"{where} is truncated: {file.size} bytes are no safetensors file")
+    length = int.from_bytes(file.pread(0, 8), "little")
+    if length > _MAX_HEADER:
+        raise ValueError(f"{where} is no safetensors file: its header would have {length:,} bytes")
+    if 8 + length > file.size:
+        raise ValueError(f"{where} is truncated: {file.size:,} bytes, and the header alone has {length:,}")
+    try:
+        header = json.loads(bytes(file.pread(8, length)))
+        header.pop("__metadata__", None)
+        tensors = {own: _tensor(own, name, entry, 8 + length, file) for own, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is no safetensors file: its header does not parse ({error})") from None
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+    if end != file.size:
+        what = "truncated" if end > file.size else "longer than its header says"
+        raise ValueError(f"{where} is {what}: {file.size:,} bytes on disk, {end:,} by its header")
+    return tensors
+
+
+def _tensor(name: str, file: str, entry: dict, base: int, content: File | None = None) -> Tensor:
     start, stop = entry["data_offsets"]
-    tensor = Tensor(name, file, entry["dtype"], tuple(entry["shape"]), base + start, stop - start)
-    if tensor.code in DTYPES and math.prod(tensor.shape) * tensor.dtype.itemsize != tensor.nbytes:
+    tensor = Tensor(name, file, entry["dtype"], tuple(entry["shape"]), base + start, stop - start, content)
+    if tensor.code in SAFETENSORS and math.prod(tensor.shape) * tensor.dtype.itemsize != tensor.nbytes:
         raise ValueError(f"{name} has shape {list(tensor.shape)} of {tensor.code} but {tensor.nbytes:,} bytes")
     return tensor
 
 
-def layout(file: str, tensors: list[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Tensor]]:
+class TensorSource:
+    """Slots out of safetensors files, each from its place. Subclasses find the files, the shape and the places."""
+
+    def __init__(
+        self, directory: Directory, hf_config: dict[str, Any], config: MixtralConfig, tensors: dict[str, Tensor]
+    ) -> None:
+        self.directory: Directory | None = directory
+        self.hf_config, self.config, self.tensors = hf_config, config, tensors
+        self.slots: list[Slot] = []
+        self.places: dict[str, Place] = {}
+        # Where the columns of several slots lie side by side, each is cut out of the same rows.
+        self._kept_rows = functools.lru_cache(maxsize=4)(lambda name, start, stop: tensors[name].rows(start, stop))
+
+    def fused(self, together: str, apart: str) -> bool:
+        """Whether the experts of a layer are in one tensor, by what is in its name then and else."""
+        one, other = (next((name for name in self.tensors if part in name), None) for part in (together, apart))
+        if one and other:
+            raise ValueError(f"two expert layouts are mixed: {one} (fused) and {other} (one tensor an expert)")
+        return one is not None
+
+    def put_in_place(
+        self,
+        slots: list[Slot],
+        place: Callable[[Slot], Place],
+        described: str = "its config.json",
+        ask: str = "config.json asks for {}",
+    ) -> None:
+        """Every slot in its place, every tensor there in its shape and in a dtype that is read; see check_arrays."""
+        self.slots, self.places = slots, {slot.name: place(slot) for slot in slots}
+        expected = {where.name: where.shape for where in self.places.values()}
+        found = {name: (tensor.shape, f"{self.directory}/{tensor.file}") for name, tensor in self.tensors.items()}
+        check_arrays(expected, found, str(self.directory), described, ask)
+        for slot in slots:
+            self.dtype(slot)
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        return self.tensors[self.places[slot.name].name].dtype
+
+    def band(self, slot: Slot) -> int | None:
+        """Whole tensors where rows of the hub's matrix are no rows on disk."""
+        return None if self.places[slot.name].plain else slot.rows
+
+    def cost(self, slot: Slot) -> int:
+        """A few rows at a time, or a copy in another order."""
+        where = self.places[slot.name]
+        return 1 << 20 if where.plain else 2 * slot.rows * max(slot.cols, where.shape[-1]) * self.dtype(slot).itemsize
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        where = self.places[slot.name]
+        first, tensor = where.first_row, self.tensors[where.name]
+        if where.flipped:
+            return tensor.rows(first, first + slot.cols)[:, start:stop].T
+        if where.columns is not None:
+            return self._kept_rows(where.name, first + start, first + stop)[:, where.columns]
+        block = tensor.rows(first + start, first + stop)
+        if not where.interleaved_heads:
+            return block
+        size = slot.rows // where.interleaved_heads
+        assert start % size == 0 and stop % size == 0  # band() asks for whole tensors
+        return block.reshape(-1, size // 2, 2, slot.cols).swapaxes(1, 2).reshape(stop - start, slot.cols)
+
+
+class TensorSink:
+    """The safetensors files of a new directory: one called `single`, or shards of at most `max_bytes` and an index.
+
+    On this machine the pieces may come in any order; a remote file is written front to back, so there they must come
+    in the order of `slots`, one after another.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        source: Source,
+        dtype_of: DtypeOf,
+        *,
+        max_bytes: float = math.inf,
+        single: str = SINGLE,
+    ) -> None:
+        # Larger items first: every tensor then starts at a multiple of its item size.
+        self.directory, self.slots = directory, sorted(source.slots, key=lambda slot: -dtype_of(slot).itemsize)
+        shards = split([(s.name, dtype_of(s), s.shape) for s in self.slots], max_bytes)
+        self._headers: dict[str, bytes] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for number, shard in enumerate(shards, 1):
+            file = single if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            self._headers[file], tensors = layout(file, shard)
+            self._tensors |= tensors
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for file in () if self.directory.remote else self._headers:
+            self._start(file).flush()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the files and write the index, if there is more than one."""
+        self._stack.close()
+        if kind is None and len(self._headers) > 1:
+            total = sum(tensor.nbytes for tensor in self._tensors.values())
+            places = {name: tensor.file for name, tensor in sorted(self._tensors.items())}
+            self.directory.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+    def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
+        tensor = self._tensors[slot.name]
+        data = np.ascontiguousarray(rows(start, stop)).view(np.uint8).data.cast("B")
+        if self.directory.remote:
+            if tensor.file not in self._open:
+                self._stack.close()
+                self._start(tensor.file)
+            self._open[tensor.file].write(data)
+            return
+        offset, file = tensor.offset + start * slot.cols * tensor.dtype.itemsize, self._open[tensor.file].fileno()
+        while data:
+            done = os.pwrite(file, data[: 1 << 30], offset)
+            data, offset = data[done:], offset + done
+
+    def _start(self, file: str) -> Any:
+        opened = self._open[file] = self._stack.enter_context(self.directory.create(file))
+        opened.write(self._headers[file])
+        return opened
+
+
+def layout(file: str, tensors: list[Entry]) -> tuple[bytes, dict[str, Tensor]]:
     """The first bytes of a file of these tensors in this order, and where each tensor goes after them."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        offset += nbytes
+    for entry in tensors:
+        name, dtype, shape = entry
+        stop = offset + _nbytes(entry)
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     places = {name: _tensor(name, file, entries[name], 8 + len(header)) for name, _, _ in tensors}
     return len(header).to_bytes(8, "little") + header, places
+
+
+def split(tensors: list[Entry], max_bytes: float) -> list[list[Entry]]:
+    """Shards of at most `max_bytes`, filled in order as huggingface_hub fills them; a larger tensor is alone in one."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for tensor in tensors:
+        own = _nbytes(tensor)
+        if shards[-1] and size + own > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += own
+    return shards
+
+
+def _nbytes(entry: Entry) -> int:
+    _, dtype, shape = entry
+    return math.prod(shape) * dtype.itemsize

@@ -2,29 +2,35 @@
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.convert.files import Directory
 from mixtral_jax.convert.table import Slot
 
 BUDGET = 512 << 20  # bytes that all pieces in flight may take together
 PIECE = 8 << 20  # a slot is cut into pieces of about this size; larger ones go back to the system and fault anew
-STRIP = 8  # rows transposed at a time: what is read is still in the cache when it is turned
-Rows = Callable[[int, int], np.ndarray]
+ReadRows = Callable[[int, int], np.ndarray]
+DtypeOf = Callable[[Slot], np.dtype]
 
 
 class Source(Protocol):
     """Hub tensors to read, a range of rows at a time and from any thread."""
 
     config: MixtralConfig
+    hf_config: dict[str, Any]
     slots: list[Slot]
+
+    @property
+    def directory(self) -> Directory | None:
+        """Where it is; None: in memory."""
 
     def dtype(self, slot: Slot) -> np.dtype: ...
 
@@ -39,10 +45,23 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Where slots go."""
+    """Where slots go. Used in a `with` block, whose good end makes whole what was written."""
 
-    def put(self, slot: Slot, start: int, stop: int, rows: Rows) -> None:
+    slots: list[Slot]  # in the order in which it takes them best
+
+    def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
         """Take hub rows start ... stop - 1, which `rows(a, b)` gives in the dtype of the sink."""
+
+
+class NativeSource(ABC):
+    """What sources of native arrays have in common: slots are cut out of boxes."""
+
+    @abstractmethod
+    def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
+        """A part of a native leaf."""
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        return slot.to_hub(self.read_box(slot.leaf.path, slot.box(start, stop)))
 
 
 @dataclass
@@ -67,11 +86,10 @@ def bands(slot: Slot, itemsize: int, band: int | None) -> int:
 def copy(
     source: Source,
     sink: Sink,
-    dtype_of: Callable[[Slot], np.dtype],
+    dtype_of: DtypeOf,
     advance: Callable[[int], None] = lambda n: None,
     *,
     in_order: bool = False,
-    slots: Iterable[Slot] | None = None,
 ) -> Tally:
     """Write every slot of `source` into `sink`, once.
 
@@ -79,7 +97,6 @@ def copy(
         dtype_of: the dtype in which a slot is written.
         advance: told the bytes written, as they are.
         in_order: one piece after another, for sinks that cannot seek.
-        slots: the order; that of the source by default.
 
     Raises:
         ValueError: a slot was written twice or not at all (both lists), or a read or write failed.
@@ -87,15 +104,14 @@ def copy(
     tally, lock = Tally(), threading.Lock()
 
     def piece(slot: Slot, start: int, stop: int) -> None:
-        target = dtype_of(slot)
-        check = _Finite()
+        target, odd = dtype_of(slot), set[str]()
 
         def rows(a: int, b: int) -> np.ndarray:
             block = source.read(slot, a, b)
             if block.dtype != target:
                 with np.errstate(over="ignore"):  # what overflows becomes infinite, and is reported below
                     block = block.astype(target)
-            check.see(block)
+            odd.add(_not_finite(block))
             return block
 
         sink.put(slot, start, stop, rows)
@@ -103,14 +119,13 @@ def copy(
         with lock:
             tally.rows[slot.name] += stop - start
             tally.bytes += size
-            if check.found:
-                tally.not_finite.setdefault(slot.name, check.found)
+            if what := min(odd - {""}, default=""):
+                tally.not_finite.setdefault(slot.name, what)
             advance(size)
 
-    wanted = list(source.slots if slots is None else slots)
     pieces = (
         (slot, a, min(a + rows, slot.rows), cost)
-        for slot in wanted
+        for slot in sink.slots
         for rows in [bands(slot, dtype_of(slot).itemsize, source.band(slot))]
         for cost in [source.cost(slot) + 2 * rows * slot.cols * dtype_of(slot).itemsize]
         for a in range(0, slot.rows, rows)
@@ -144,36 +159,8 @@ def _run(piece: Callable[[Slot, int, int], None], pieces: Iterable[tuple[Slot, i
             land()
 
 
-def turned(rows: Rows, start: int, stop: int, cols: int, dtype: np.dtype, strip: int) -> np.ndarray:
-    """Hub rows as a new (cols, rows) matrix, read and transposed strip by strip."""
-    out = np.empty((cols, stop - start), dtype)
-    for a in range(start, stop, strip):
-        b = min(a + strip, stop)
-        out[:, a - start : b - start] = rows(a, b).T
-    return out
-
-
-def blocked_transpose(matrix: np.ndarray) -> np.ndarray:
-    """matrix.T as a contiguous copy; several times faster than numpy's on matrices that exceed the cache."""
-    out = np.empty(matrix.shape[::-1], matrix.dtype)
-    for a in range(0, matrix.shape[0], 1024):
-        for b in range(0, matrix.shape[1], 32):
-            out[b : b + 32, a : a + 1024] = matrix[a : a + 1024, b : b + 32].T
-    return out
-
-
-class _Finite:
-    """Remembers whether any value seen was NaN or infinite, from the bits: exponent all ones."""
-
-    _EXPONENT = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00, np.dtype(np.float32): 0x7F800000}
-
-    def __init__(self) -> None:
-        self.found = ""
-
-    def see(self, block: np.ndarray) -> None:
-        exponent = self._EXPONENT[block.dtype]
-        bits = block.view(f"u{block.dtype.itemsize}")
-        no_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
-        largest = int((bits & no_sign).max())
-        if largest >= exponent and self.found != "NaN":
-            self.found = "NaN" if largest > exponent else "infinity"
+def _not_finite(block: np.ndarray) -> str:
+    """ "NaN" or "infinity" where a value is one: its exponent is all ones, and its bits are an infinity's or more."""
+    bits, infinity = (a.view(f"u{block.dtype.itemsize}") for a in (block, np.array(np.inf, block.dtype)))
+    largest = int((bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max())
+    return "NaN" if largest > infinity else "infinity" if largest == infinity else ""

@@ -3,16 +3,20 @@
 A native leaf stacks what Hugging Face keeps apart: all layers, all experts, and the two halves of the gated
 feed-forward. A `Slot` is the part of a leaf that is one hub tensor; a hub matrix is (out, in), ours is (in, out).
 A `Place` says where a file layout keeps that slot, so that other layouts than the hub's read through the same slots.
+The matrices A and B of an adapter are leaves like others: their tensors are those of a PEFT directory.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import reduce
+from typing import Any
 
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.lora import TARGETS, LoraConfig
 
-Layout = Literal["hub", "fused", "mistral", "mistral_merged"]
+ROUTER = "layers.moe.router"
+PEFT, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Leaf:
         """Hub rows per index of `rows_axis`: a head's rows belong together."""
         return self.shape[self.rows_axis + 1] if self.axes[self.rows_axis] in "NK" else 1
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What lora.TARGETS calls its halves; empty where it takes no adapter."""
+        name = self.path.removeprefix("layers.")
+        return ("moe.w1", "moe.w3") if name == "moe.w13" else (name,) if name in TARGETS else ()
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -55,6 +65,11 @@ class Slot:
     @property
     def cols(self) -> int:
         return self.shape[1] if len(self.shape) == 2 else 1
+
+    @property
+    def place(self) -> tuple[str, int, int, int]:
+        """What two slots of the same meaning share in models of different shape."""
+        return self.leaf.path, self.layer, self.expert, self.half
 
     def box(self, start: int, stop: int) -> tuple[int | slice, ...]:
         """Index into the leaf of hub rows start ... stop - 1; both are multiples of `leaf.row_step`."""
@@ -82,35 +97,36 @@ class Slot:
         return block.T.reshape(self.box_shape(0, block.shape[0]))
 
     def to_hub(self, box: np.ndarray) -> np.ndarray:
-        """Inverse of `to_native` (a view where numpy can)."""
-        return box.reshape(self.cols, -1).T if self.leaf.transposed else box
+        """Inverse of `to_native`, contiguous."""
+        return blocked_transpose(box.reshape(self.cols, -1)) if self.leaf.transposed else box
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a file layout keeps a slot: rows `first_row` and on of the tensor `name`, seen as a matrix.
 
-    `shape` is the tensor's shape on disk. `interleaved_heads`: that many heads whose rotary pairs are adjacent.
-    `flipped`: the region holds the transpose of the hub matrix.
+    `shape` is the tensor's shape on disk. `columns`: which of its columns, where others lie between.
+    `interleaved_heads`: that many heads whose rotary pairs are adjacent. `flipped`: the region holds the transpose of
+    the hub matrix.
     """
 
     name: str
     shape: tuple[int, ...]
     first_row: int = 0
+    columns: slice | None = None
     interleaved_heads: int = 0
     flipped: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether the rows on disk are those of the hub, so that any of them can be read alone."""
+        return not self.flipped and not self.interleaved_heads and self.columns is None
 
-def leaves(config: MixtralConfig) -> list[Leaf]:
-    """Every native leaf of a model of this shape."""
+
+def leaves(config: MixtralConfig, lora: LoraConfig | None = None) -> list[Leaf]:
+    """Every native leaf of a model of this shape; with `lora`, of its adapters alone."""
     c = config
-    L, D, F, V, E = (
-        c.num_hidden_layers,
-        c.hidden_size,
-        c.intermediate_size,
-        c.vocab_size,
-        c.num_local_experts,
-    )
+    L, D, F, V, E = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.vocab_size, c.num_local_experts
     N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     layer = "model.layers.{layer}."
     moe = layer + ("mlp." if c.is_dense else "block_sparse_moe.experts.{expert}.")
@@ -123,24 +139,44 @@ def leaves(config: MixtralConfig) -> list[Leaf]:
         Leaf("layers.attention.value", (L, D, K, H), "LDKH", (layer + "self_attn.v_proj.weight",), 2),
         Leaf("layers.attention.output", (L, N, H, D), "LNHD", (layer + "self_attn.o_proj.weight",), 3),
         _norm("layers.moe_norm.scale", (L, D), layer + "post_attention_layernorm.weight"),
-        Leaf("layers.moe.router", (L, D, E), "LDE", (layer + "block_sparse_moe.gate.weight",), 2),
+        Leaf(ROUTER, (L, D, E), "LDE", (layer + "block_sparse_moe.gate.weight",), 2),
         Leaf("layers.moe.w13", (L, E, D, 2, F), "LED2F", (f"{moe}{w1}.weight", f"{moe}{w3}.weight"), 4),
         Leaf("layers.moe.w2", (L, E, F, D), "LEFD", (f"{moe}{w2}.weight",), 3),
         _norm("norm.scale", (D,), "model.norm.weight"),
         Leaf("head.weight", (D, V), "DV", ("lm_head.weight",), 1),
     ]
-    absent = ({"layers.moe.router"} if c.is_dense else set()) | ({"head.weight"} if c.tie_word_embeddings else set())
-    return [row for row in rows if row.path not in absent]
+    absent = ({ROUTER} if c.is_dense else set()) | ({"head.weight"} if c.tie_word_embeddings else set())
+    rows = [row for row in rows if row.path not in absent]
+    if lora is None:
+        return rows
+    return [part for row in rows for half in range(len(row.targets)) for part in _adapter(row, half, lora)]
 
 
 def _norm(path: str, shape: tuple[int, ...], name: str) -> Leaf:
     return Leaf(path, shape, "LD" if len(shape) == 2 else "D", (name,), len(shape) - 1, transposed=False)
 
 
-def slots(config: MixtralConfig) -> list[Slot]:
-    """Every hub tensor of a model of this shape, in the order of the model: embedding, layer by layer, head."""
+def _adapter(leaf: Leaf, half: int, lora: LoraConfig) -> list[Leaf]:
+    """A and B of one half of a leaf, if it is adapted: PEFT's are (r, in) and (out, r), ours (in, r) and (r, out)."""
+    if not lora.adapts(leaf.targets[half]):
+        return []
+    s, rows, last = leaf.stacked, leaf.rows_axis, leaf.rows_axis + (2 if leaf.axes[leaf.rows_axis] in "NK" else 1)
+    inside = [i for i in range(s, len(leaf.axes)) if not rows <= i < last and leaf.axes[i] != "2"]
+    stack, path = leaf.shape[:s], f"layers.{leaf.targets[half]}_lora"
+    a_shape = (*stack, *(leaf.shape[i] for i in inside), lora.rank)
+    a_axes = leaf.axes[:s] + "".join(leaf.axes[i] for i in inside) + "r"
+    b_axes = f"{leaf.axes[:s]}r{leaf.axes[rows:last]}"
+    module = PEFT + leaf.names[half].removesuffix(".weight")
+    return [
+        Leaf(f"{path}.a", a_shape, a_axes, (module + A,), len(a_shape) - 1),
+        Leaf(f"{path}.b", (*stack, lora.rank, *leaf.shape[rows:last]), b_axes, (module + B,), s + 1),
+    ]
+
+
+def slots(config: MixtralConfig, lora: LoraConfig | None = None) -> list[Slot]:
+    """Every hub tensor of `leaves`, in the order of the model: embedding, layer by layer, head."""
     out = []
-    for leaf in leaves(config):
+    for leaf in leaves(config, lora):
         layers, experts = (*leaf.shape[: leaf.stacked], 1, 1)[:2]
         for layer in range(layers):
             for expert in range(experts):
@@ -159,13 +195,52 @@ def _hub_shape(leaf: Leaf) -> tuple[int, ...]:
     return rows, int(np.prod(kept)) // rows
 
 
+def check_arrays(
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[tuple[int, ...], str]],
+    where: str,
+    described: str,
+    ask: str,
+) -> None:
+    """Every array that is expected is found (shape, place), in its shape, and no other.
+
+    Raises:
+        ValueError: `where` does not match what is `described`, with both lists; or a shape is not what that asks for.
+    """
+    missing, unexpected = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    if missing or unexpected or not expected:
+        raise ValueError(
+            f"{where} does not match {described}: missing tensors {_listed(missing)}; unexpected {_listed(unexpected)}"
+        )
+    for name, shape in expected.items():
+        has, place = found[name]
+        if has != shape:
+            raise ValueError(f"{name} in {place} has shape {list(has)}, {ask.format(list(shape))}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
+    return f"{len(names)}" + (f" ({shown})" if names else "")
+
+
+def blocked_transpose(matrix: np.ndarray) -> np.ndarray:
+    """matrix.T as a contiguous copy; several times faster than numpy's on matrices that exceed the cache."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    for a in range(0, matrix.shape[0], 1024):
+        for b in range(0, matrix.shape[1], 32):
+            out[b : b + 32, a : a + 1024] = matrix[a : a + 1024, b : b + 32].T
+    return out
+
+
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": x} as {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
+        reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = value
     return tree
+
+
+def at(tree: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path."""
+    return reduce(lambda node, key: node[key], path.split("."), tree)

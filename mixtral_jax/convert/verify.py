@@ -14,10 +14,11 @@ import numpy as np
 
 from mixtral_jax.attention import Rows as TokenRows
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert.files import Directory, is_remote
+from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.load import load
-from mixtral_jax.convert.pipeline import AnySource, open_source, side_files_origin, write_hf
-from mixtral_jax.convert.stream import Rows, copy
+from mixtral_jax.convert.orbax import side_files_origin
+from mixtral_jax.convert.pipeline import open_source, write_hf
+from mixtral_jax.convert.stream import ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
 from mixtral_jax.layers import rope_angles
 from mixtral_jax.model import Block, Mixtral, compute_dtype, fill_rows
@@ -27,7 +28,7 @@ _ROWS, _LENGTH = 4, 64
 
 
 def read_prompts(
-    prompts: str | os.PathLike[str] | list[list[int]] | None, vocab_size: int, tokenizer: Directory | None
+    prompts: PathLike | list[list[int]] | None, vocab_size: int, tokenizer: Directory | None
 ) -> list[list[int]]:
     """Rows of token ids.
 
@@ -71,9 +72,6 @@ def _encode(lines: list[str], directory: Directory | None) -> list[list[int]]:
     raise ValueError("the prompts are text, and the checkpoint has neither tokenizer.json nor tokenizer.model")
 
 
-_SHARD_BYTES = 5 * 10**9
-
-
 class Outputs(NamedTuple):
     """Of all prompts one after another: M positions, L layers, C chosen experts (None for a dense model)."""
 
@@ -81,7 +79,7 @@ class Outputs(NamedTuple):
     experts_LMC: np.ndarray | None
 
 
-def our_outputs(path: str | os.PathLike[str], prompts: list[list[int]]) -> Outputs:
+def our_outputs(path: PathLike, prompts: list[list[int]]) -> Outputs:
     """By this package, in fp32. The prompts are padded to one length; padding is another segment."""
     model = load(path, compute=ComputeConfig(dtype="float32"))
     length = max(map(len, prompts))
@@ -114,7 +112,7 @@ def chosen_experts(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array)
     return jax.lax.scan(body, x_BTD, model.layers)[1]
 
 
-def transformers_outputs(path: str | os.PathLike[str], prompts: list[list[int]]) -> tuple[Outputs | None, str]:
+def transformers_outputs(path: PathLike, prompts: list[list[int]]) -> tuple[Outputs | None, str]:
     """By transformers, in fp32, through files on disk; None and the reason where that cannot be done."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
         return None, "transformers is not installed: logits were compared by this package alone"
@@ -124,7 +122,7 @@ def transformers_outputs(path: str | os.PathLike[str], prompts: list[list[int]])
         return _run_transformers(os.fspath(path), prompts), ""
     with tempfile.TemporaryDirectory(prefix="mixtral-jax-verify-") as scratch:
         exported = f"{scratch}/hf"
-        write_hf(open_source(path), exported, dtype=None, shard_bytes=_SHARD_BYTES, force=False, progress=False)
+        write_hf(open_source(path), exported, force=False, progress=False)
         return _run_transformers(exported, prompts), ""
 
 
@@ -145,7 +143,6 @@ def _run_transformers(path: str, prompts: list[list[int]]) -> Outputs:
     return Outputs(np.concatenate(logits), np.concatenate(experts, axis=1) if experts else None)
 
 
-PathLike = str | os.PathLike[str]
 # fp32 on both sides, another order of summation: what may differ, relative to the largest logit (at least 1).
 TRANSFORMERS_TOLERANCE = 1e-3
 _SHOWN = 8
@@ -218,7 +215,7 @@ class Report(NamedTuple):
         return [*out, *self.notes, "identical" if self.identical else "DIFFERENT"]
 
 
-def verify(a: PathLike, b: PathLike, *, prompts: str | os.PathLike[str] | list[list[int]] | None = None) -> Report:
+def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | None = None) -> Report:
     """Compare two checkpoints of any kind: tensors, then logits by our model, and by transformers if it is there.
 
     Logits are skipped, and a note says so, where a model would take more than half of the free memory.
@@ -251,67 +248,53 @@ def verify(a: PathLike, b: PathLike, *, prompts: str | os.PathLike[str] | list[l
     return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, notes)
 
 
-def compare_tensors(a: AnySource, b: AnySource) -> list[TensorDifference]:
+def compare_tensors(a: Source, b: Source) -> list[TensorDifference]:
     """Tensors that are not bit-equal, or not in both; the largest difference first."""
-    in_b = {slot.name: slot for slot in b.slots}
-    in_a = {slot.name: slot for slot in a.slots}
-    found = [TensorDifference(n, None, "only in A") for n in in_a if n not in in_b]
-    found += [TensorDifference(n, None, "only in B") for n in in_b if n not in in_a]
-    common = [s for s in a.slots if s.name in in_b]
-    shaped = [s for s in common if s.shape == in_b[s.name].shape]
-    for slot in common:
-        if slot.shape != in_b[slot.name].shape:
-            reason = f"shape {list(slot.shape)} in A, {list(in_b[slot.name].shape)} in B"
-            found.append(TensorDifference(slot.name, None, reason))
-    sink = _Comparison(a, b, in_b)
-    copy(_Some(a, b, shaped, in_b), sink, a.dtype)
-    found += sink.differences(shaped)
+    in_a, in_b = ({slot.name: slot for slot in source.slots} for source in (a, b))
+    found = [TensorDifference(name, None, "only in A") for name in in_a if name not in in_b]
+    found += [TensorDifference(name, None, "only in B") for name in in_b if name not in in_a]
+    for name in in_a:
+        if name in in_b and in_a[name].shape != in_b[name].shape:
+            reason = f"shape {list(in_a[name].shape)} in A, {list(in_b[name].shape)} in B"
+            found.append(TensorDifference(name, None, reason))
+    both = _Both(a, b)
+    copy(both, both, a.dtype)
+    for slot in both.slots:
+        if slot.name in both.worst:
+            kinds = a.dtype(slot).name, b.dtype(in_b[slot.name]).name
+            reason = "bits differ" if kinds[0] == kinds[1] else f"{kinds[0]} in A, {kinds[1]} in B"
+            found.append(TensorDifference(slot.name, both.worst[slot.name], reason))
     return sorted(found, key=lambda d: -(np.inf if d.max_abs is None or np.isnan(d.max_abs) else d.max_abs))
 
 
-class _Some:
-    """Some slots of `a`, in pieces that suit both sides."""
+class _Both:
+    """The slots that two sources share, as a source of the first, and as a sink that compares with the second."""
 
-    def __init__(self, a: AnySource, b: AnySource, chosen: list[Slot], in_b: dict[str, Slot]) -> None:
-        self.config, self.slots, self.dtype, self.read = a.config, chosen, a.dtype, a.read
-        self._a, self._b, self._in_b = a, b, in_b
+    hf_config: dict[str, Any] = {}
+    directory = None
+
+    def __init__(self, a: Source, b: Source) -> None:
+        self._a, self._b, self._in_b = a, b, {slot.name: slot for slot in b.slots}
+        self.config, self.dtype, self.read = a.config, a.dtype, a.read
+        self.slots = [s for s in a.slots if s.name in self._in_b and s.shape == self._in_b[s.name].shape]
+        self.worst: dict[str, float] = {}  # largest difference of those that are not bit-equal
+        self._lock = threading.Lock()
 
     def band(self, slot: Slot) -> int | None:
         sizes = [n for n in (self._a.band(slot), self._b.band(self._in_b[slot.name])) if n is not None]
-        return max(sizes) if sizes else None
+        return max(sizes, default=None)
 
     def cost(self, slot: Slot) -> int:
         return self._a.cost(slot) + self._b.cost(self._in_b[slot.name])
 
-
-class _Comparison:
-    """A sink that compares what it gets with another source."""
-
-    def __init__(self, a: AnySource, b: AnySource, in_b: dict[str, Slot]) -> None:
-        self._a, self._b, self._in_b = a, b, in_b
-        self._worst: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def put(self, slot: Slot, start: int, stop: int, rows: Rows) -> None:
+    def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
         ours, theirs = rows(start, stop), self._b.read(self._in_b[slot.name], start, stop)
-        if ours.dtype == theirs.dtype and np.array_equal(_bits(ours), _bits(theirs)):
+        bits = f"u{ours.itemsize}"
+        if ours.dtype == theirs.dtype and np.array_equal(ours.view(bits), theirs.view(bits)):
             return
         gap = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
         with self._lock:
-            self._worst[slot.name] = float(np.maximum(self._worst.get(slot.name, 0.0), gap))
-
-    def differences(self, chosen: list[Slot]) -> list[TensorDifference]:
-        found = []
-        for slot in chosen:
-            if slot.name in self._worst:
-                kinds = self._a.dtype(slot).name, self._b.dtype(self._in_b[slot.name]).name
-                reason = "bits differ" if kinds[0] == kinds[1] else f"{kinds[0]} in A, {kinds[1]} in B"
-                found.append(TensorDifference(slot.name, self._worst[slot.name], reason))
-        return found
-
-
-def _bits(block: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(block).view(f"u{block.dtype.itemsize}")
+            self.worst[slot.name] = float(np.maximum(self.worst.get(slot.name, 0.0), gap))
 
 
 def compare_logits(a: str, b: str, first: Outputs, second: Outputs, *, tolerance: float) -> LogitDifference:

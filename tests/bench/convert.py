@@ -20,10 +20,11 @@ import numpy as np
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory
-from mixtral_jax.convert.hf import HfSink, HfSource
-from mixtral_jax.convert.pipeline import DTYPES
+from mixtral_jax.convert.hf import HfSource
+from mixtral_jax.convert.safetensors import TensorSink
 from mixtral_jax.convert.stream import copy
 from mixtral_jax.convert.table import slots
+from mixtral_jax.dtypes import BFLOAT16
 
 CHILD = """
 import json, sys, time
@@ -43,7 +44,7 @@ class Random:
         self.config, self.slots = config, slots(config)
 
     def dtype(self, slot):
-        return DTYPES["bfloat16"]
+        return BFLOAT16
 
     def band(self, slot):
         return None
@@ -54,16 +55,15 @@ class Random:
     def read(self, slot, start, stop):
         rng = np.random.default_rng([zlib.crc32(slot.name.encode()), start])
         bits = rng.integers(0, 1 << 16, (stop - start) * slot.cols, np.uint16) & 0xBFFF  # exponents of finite numbers
-        return bits.view(DTYPES["bfloat16"]).reshape(stop - start, *slot.shape[1:])
+        return bits.view(BFLOAT16).reshape(stop - start, *slot.shape[1:])
 
 
 def write_random(directory: Path, config: MixtralConfig) -> None:
     """A hub directory of shards of at most 5 GB."""
     directory.mkdir(parents=True)
     source = Random(config)
-    sink = HfSink(Directory(directory), [(s, source.dtype(s)) for s in source.slots], 5 * 10**9)
-    copy(source, sink, source.dtype)
-    sink.close()
+    with TensorSink(Directory(directory), source, source.dtype, max_bytes=5 * 10**9) as sink:
+        copy(source, sink, source.dtype)
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
 
 

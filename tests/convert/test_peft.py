@@ -16,7 +16,7 @@ from mixtral_jax.convert import hf2orbax, load_params, lora2peft, merge_lora, pe
 from mixtral_jax.convert.adapter import NativeAdapter
 from mixtral_jax.lora import LoraConfig, is_adapter
 from tests.convert_files import BF16, DENSE, TINY, random_tensors, read_hub, write_hub
-from tests.lora_models import adapter_tree, merged, write_native
+from tests.lora_models import adapter_tree, merged, stored_leaves, write_native
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA = LoraConfig(rank=3, alpha=5.0, dropout=0.1)
@@ -59,13 +59,7 @@ def native(tmp_path: Path, c=TINY, lora=LORA, dtype=np.float32) -> dict[str, np.
 
 def stored(directory: Path) -> dict[str, np.ndarray]:
     """The leaves of an adapter directory of ours."""
-    tree = NativeAdapter(directory).params()["layers"]
-    return {
-        f"layers.{room}.{name}.{m}": value
-        for room, adapters in tree.items()
-        for name, pair in adapters.items()
-        for m, value in pair.items()
-    }
+    return stored_leaves(NativeAdapter(directory))
 
 
 @pytest.mark.parametrize("shape", [TINY, DENSE], ids=["sparse", "dense"])

@@ -18,7 +18,7 @@ from mixtral_jax.convert import hf2orbax, load, lora2peft, merge_lora, peft2lora
 from mixtral_jax.convert.adapter import NativeAdapter
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import next_token_sums
-from tests.lora_models import adapted, flat_params, merged, rebuilt, write_native
+from tests.lora_models import adapted, flat_params, merged, rebuilt, stored_leaves, write_native
 from tests.parity.hf_models import build
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 10)).astype(np.int32)
@@ -143,7 +143,7 @@ def test_what_peft_saves_again_comes_back(case):
     in_peft(root, "peft").save_pretrained(root / "again")
     peft2lora(root / "again", root / "back", base=root / "base", progress=False)
     back = NativeAdapter(root / "back")
-    got = flat_named(back.params())
+    got = stored_leaves(back)
     assert got.keys() == {k for k in case["leaves"] if is_adapter(k)}
     for name, value in got.items():
         np.testing.assert_array_equal(value, case["leaves"][name], err_msg=name)
@@ -185,7 +185,7 @@ def test_a_fused_adapter_of_transformers_5_comes_in(tmp_path, parameters, rslora
     assert note["target_parameters"]
     peft2lora(tmp_path / "peft", tmp_path / "native", base=tmp_path / "base", progress=False)
     adapter = NativeAdapter(tmp_path / "native")
-    leaves = flat_named(pair.params) | flat_named(adapter.params())
+    leaves = flat_named(pair.params) | stored_leaves(adapter)
     experts = {"gate_up_proj": ("moe.w1", "moe.w3"), "down_proj": ("moe.w2",)}
     wanted = {"attention.query", "attention.output"}.union(*(experts[p] for p in parameters))
     assert set(adapter.lora.targets) == wanted
