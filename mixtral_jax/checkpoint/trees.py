@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -132,7 +132,7 @@ def list_files(path: epath.PathLike) -> int:
     """Note the size of every file of a finished checkpoint, for `damage`; return their sum."""
     target = _absolute(path)
     sizes, temporary = _file_sizes(target), target / f"{FILES}.tmp"
-    temporary.write_text(json.dumps(sizes))
+    temporary.write_text(json.dumps(sizes, sort_keys=True))
     temporary.replace(target / FILES)
     return sum(sizes.values())
 
@@ -190,16 +190,14 @@ def _check_shapes(path: epath.Path, stored: Shapes, wanted: Shapes, partial: boo
         raise ValueError(f"checkpoint {path} has {extra[0]}, which the model does not have")
 
 
-def _file_sizes(path: epath.Path) -> dict[str, int]:
-    return dict(sorted(_walk(path, "")))
-
-
-def _walk(path: epath.Path, prefix: str) -> Iterator[tuple[str, int]]:
+def _file_sizes(path: epath.Path, prefix: str = "") -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for child in path.iterdir():
         if child.is_dir():
-            yield from _walk(child, f"{prefix}{child.name}/")
+            sizes |= _file_sizes(child, f"{prefix}{child.name}/")
         elif child.name != FILES:
-            yield f"{prefix}{child.name}", child.stat().length
+            sizes[f"{prefix}{child.name}"] = child.stat().length
+    return sizes
 
 
 def _as_os_error(path: epath.Path, write: Callable[[], Any]) -> Any:

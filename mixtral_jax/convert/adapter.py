@@ -6,13 +6,12 @@ of an adapter are slots of the one table (convert/table.py), so that it streams 
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
 
 from mixtral_jax.checkpoint.trees import FORMAT
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import one_line
-from mixtral_jax.convert.orbax import PARAMS, OrbaxArrays, OrbaxSink, is_training_checkpoint, newest_step, training_meta
+from mixtral_jax.convert.orbax import PARAMS, OrbaxArrays, OrbaxSink, is_training_checkpoint, newest_step, run_config
 from mixtral_jax.convert.pipeline import write
 from mixtral_jax.convert.stream import DtypeOf, Source
 from mixtral_jax.convert.table import ROUTER, slots
@@ -22,14 +21,14 @@ ADAPTER = "adapter.json"
 _CACHE = 64 << 20
 
 
-class AdapterSource(Source, Protocol):
+class AdapterSource(Source):
     """An adapter of any format; its slots are A and B of what it changes."""
 
     lora: LoraConfig
     base: str | None  # where the base was, if anybody noted it
 
 
-class NativeAdapter(OrbaxArrays):
+class NativeAdapter(OrbaxArrays, AdapterSource):
     """An adapter directory of ours, or a step of a LoRA run (a run's directory stands for its newest step).
 
     A router that the run trained too is one of its slots, layer by layer.
@@ -42,7 +41,6 @@ class NativeAdapter(OrbaxArrays):
     def __init__(self, path: PathLike) -> None:
         root = newest_step(Path(path))
         self.config, self.lora, self.base = _read_note(root)
-        self.hf_config: dict[str, Any] = {}
         super().__init__(root, _CACHE)
         self.has_router = self.training and ROUTER in self.names
         router = [slot for slot in slots(self.config) if slot.leaf.path == ROUTER and self.has_router]
@@ -54,7 +52,7 @@ def _read_note(root: Path) -> tuple[MixtralConfig, LoraConfig, str | None]:
     """The base, what was adapted, and where the base was: by adapter.json, or by a step of a LoRA run."""
     training = is_training_checkpoint(root)
     where = root / ("meta" if training else ADAPTER)
-    note = training_meta(root).get("config", {}) if training else {}
+    note = run_config(root) if training else {}
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist")
     if training and not note.get("lora"):

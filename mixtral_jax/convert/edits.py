@@ -13,35 +13,8 @@ from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.peft import PeftAdapter, is_peft
 from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
-from mixtral_jax.convert.stream import Source, bands
+from mixtral_jax.convert.stream import ChangedSource, Source, bands
 from mixtral_jax.convert.table import PEFT, ROUTER, A, B, Slot, slots
-
-
-class ChangedSource:
-    """`model` with the shape `config`; what is not changed is read from the slot of the same place."""
-
-    def __init__(self, model: Source, config: MixtralConfig) -> None:
-        self.model, self.config = model, config
-        self.directory, self.hf_config = model.directory, model.hf_config
-        self.training = getattr(model, "training", False)
-        self.slots = slots(config)
-        self._there = {slot.place: slot for slot in model.slots}
-
-    def origin(self, slot: Slot) -> Slot:
-        """The slot of the model that a slot is read from."""
-        return self._there[slot.place]
-
-    def dtype(self, slot: Slot) -> np.dtype:
-        return self.model.dtype(self.origin(slot))
-
-    def band(self, slot: Slot) -> int | None:
-        return self.model.band(self.origin(slot))
-
-    def cost(self, slot: Slot) -> int:
-        return self.model.cost(self.origin(slot))
-
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        return self.model.read(self.origin(slot), start, stop)
 
 
 def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool = False, progress: bool = True) -> None:
@@ -68,7 +41,7 @@ class MergedSource(ChangedSource):
     """A model whose adapted hub matrices are W + s (A B)^T."""
 
     def __init__(self, model: Source, adapter: AdapterSource) -> None:
-        super().__init__(model, model.config)
+        super().__init__(model, model.config, model.slots)
         self._adapter, self._parts = adapter, {slot.name: slot for slot in adapter.slots}
         self._factor = functools.lru_cache(maxsize=32)(self._read_factor)
 
@@ -123,7 +96,8 @@ class ResizedSource(ChangedSource):
     """A model with more rows in embedding and head."""
 
     def __init__(self, model: Source, vocab_size: int) -> None:
-        super().__init__(model, model.config.model_copy(update={"vocab_size": vocab_size}))
+        config = model.config.model_copy(update={"vocab_size": vocab_size})
+        super().__init__(model, config, slots(config))
         self._means: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -197,14 +171,15 @@ class UpcycledSource(ChangedSource):
             "num_experts_per_tok": top_k,
             "router_aux_loss_coef": MixtralConfig.model_fields["router_aux_loss_coef"].default,
         }
-        super().__init__(dense, dense.config.model_copy(update=changed))
+        config = dense.config.model_copy(update=changed)
+        super().__init__(dense, config, slots(config))
         self.hf_config = {k: dense.hf_config[k] for k in _TOKEN_IDS if k in dense.hf_config}
         self._noise, self._seed = noise, seed
 
     def origin(self, slot: Slot) -> Slot:
         if slot.leaf.path == ROUTER:  # of the experts' dtype
-            return self._there["layers.moe.w2", slot.layer, 0, 0]
-        return self._there[slot.leaf.path, slot.layer, 0, slot.half]
+            return self.there["layers.moe.w2", slot.layer, 0, 0]
+        return self.there[slot.leaf.path, slot.layer, 0, slot.half]
 
     def band(self, slot: Slot) -> int | None:
         return slot.rows if slot.leaf.path == ROUTER else super().band(slot)

@@ -86,6 +86,26 @@ class Directory:
         file = self.file(name)
         return bytes(file.pread(0, file.size)) if file.size else b""
 
+    def read_json(self, name: str, what: str) -> dict[str, Any]:
+        """The object in a JSON file; without the file the directory is not `what` it should be.
+
+        Raises:
+            FileNotFoundError: there is no such directory.
+            ValueError: there is no such file, or it is no JSON object.
+        """
+        names = self.names()
+        if not names and not self.exists():
+            raise FileNotFoundError(f"{self} does not exist")
+        if name not in names:
+            raise ValueError(f"{self} has no {name}: it is no {what}")
+        try:
+            content = json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise ValueError(f"{self}/{name} is no JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self}/{name} holds no JSON object")
+        return content
+
     def create(self, name: str) -> Any:
         """A new binary file, to be written front to back (on this machine anywhere) and closed."""
         return self._fs.open(self.path(name), "wb") if self.remote else open(self.path(name), "wb")

@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
@@ -15,7 +16,6 @@ ARCHITECTURES = ("mixtral", "mistral")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old files carry; it follows from rope_theta
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class HfSource(TensorSource):
@@ -67,23 +67,8 @@ class HfSource(TensorSource):
 
 
 def read_config(directory: Directory) -> dict[str, Any]:
-    """config.json of a directory.
-
-    Raises:
-        ValueError: there is none, or it is no JSON object.
-    """
-    names = directory.names()
-    if not names and not directory.exists():
-        raise FileNotFoundError(f"{directory} does not exist")
-    if "config.json" not in names:
-        raise ValueError(f"{directory} has no config.json: it is no model directory")
-    try:
-        config = json.loads(directory.read_bytes("config.json"))
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory}/config.json holds no JSON object")
-    return config
+    """config.json of a directory; raises as Directory.read_json."""
+    return directory.read_json("config.json", "model directory")
 
 
 def read_shape(
@@ -148,13 +133,16 @@ def parse_size(text: str | int) -> int:
     Raises:
         ValueError: not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size <= 0:
         raise ValueError(f"max_shard_size {text!r} is no size: write it as 5GB, 500MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
-def export_config(hf_config: dict[str, Any], config: MixtralConfig, dtype: str) -> dict[str, Any]:
+def export_config(hf_config: Mapping[str, Any], config: MixtralConfig, dtype: str) -> dict[str, Any]:
     """config.json of an export: what came with the model, its shape and dtype, in words of transformers 4 and 5."""
     shape = config.to_hf(dtype)
     fixed = {

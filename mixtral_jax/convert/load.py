@@ -121,11 +121,8 @@ def save_hf(
 class ModelSource(NativeSource):
     """A model in memory as slots."""
 
-    directory = None
-
     def __init__(self, model: Mixtral) -> None:
         self.config = model.config
-        self.hf_config: dict[str, Any] = {}
         self.slots = slots(model.config)
         self._params = nnx.to_pure_dict(nnx.state(model))
 
@@ -134,9 +131,6 @@ class ModelSource(NativeSource):
 
     def band(self, slot: Slot) -> int | None:
         return slot.rows
-
-    def cost(self, slot: Slot) -> int:
-        return 2 * slot.rows * slot.cols * self.dtype(slot).itemsize
 
     def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
         return np.asarray(at(self._params, path)[box])

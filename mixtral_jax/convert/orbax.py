@@ -25,10 +25,6 @@ class OrbaxArrays(NativeSource):
     `training`: it is one step of a training run, whose parameters are a part of the state.
     """
 
-    config: MixtralConfig
-    hf_config: dict[str, Any]
-    slots: list[Slot]
-
     def __init__(self, path: PathLike, cache_bytes: int = 0) -> None:
         self.directory = Directory(path)
         root = self.directory.local
@@ -75,7 +71,7 @@ class OrbaxSource(OrbaxArrays):
                 f"with convert merge-lora BASE MERGED --adapter {path}"
             )
         if self.training:
-            shape = training_meta(self.directory.local).get("config", {}).get("model")
+            shape = run_config(self.directory.local).get("model")
             if not isinstance(shape, dict):
                 raise ValueError(
                     f"{path}/meta holds no config.model: it is no checkpoint of a training run of this package"
@@ -89,6 +85,15 @@ class OrbaxSource(OrbaxArrays):
             self.hf_config = read_config(self.directory)
         self.config = read_shape(self.hf_config, self.directory)
         self.hold(slots(self.config), "its config.json", "its configuration asks for {}")
+
+    def side_files(self) -> Directory | None:
+        """Beside the weights, or where the training run took the tokenizer from."""
+        if not self.training:
+            return self.directory
+        named = run_config(self.directory.local).get("data", {}).get("tokenizer")
+        if not isinstance(named, str) or not os.path.exists(named):
+            return None
+        return Directory(named if os.path.isdir(named) else os.path.dirname(os.path.abspath(named)))
 
 
 class OrbaxSink:
@@ -153,19 +158,9 @@ def newest_step(root: Path) -> Path:
     return max(whole, key=lambda p: int(p.name)) if whole else root
 
 
-def training_meta(root: Path) -> dict[str, Any]:
-    """What a training run noted beside the state: step and configuration."""
+def run_config(root: Path) -> dict[str, Any]:
+    """The configuration that a training run noted beside the state of a step."""
     try:
-        return checkpoint.read_item(root, "meta")
+        return checkpoint.read_item(root, "meta").get("config", {})
     except Exception as error:  # whatever Orbax makes of a broken file
         raise ValueError(f"{root}/meta cannot be read ({type(error).__name__}): the checkpoint is incomplete") from None
-
-
-def side_files_origin(source: Source) -> Directory | None:
-    """Where the tokenizer of a source is: beside the weights, or where the training run took it from."""
-    if source.directory is None or not getattr(source, "training", False):
-        return source.directory
-    named = training_meta(source.directory.local).get("config", {}).get("data", {}).get("tokenizer")
-    if not isinstance(named, str) or not os.path.exists(named):
-        return None
-    return Directory(named if os.path.isdir(named) else os.path.dirname(os.path.abspath(named)))

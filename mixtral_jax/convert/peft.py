@@ -6,7 +6,6 @@ experts fused in memory, and an adapter that was trained or saved there has one 
 their own halves of rank 2 r and a block-diagonal B (what PEFT makes of adapters that came one for each expert).
 """
 
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.pipeline import open_source, write
 from mixtral_jax.convert.safetensors import TensorSink, TensorSource, read_tensors
-from mixtral_jax.convert.stream import DtypeOf
+from mixtral_jax.convert.stream import ChangedSource, DtypeOf
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
 from mixtral_jax.lora import TARGETS, LoraConfig
 
@@ -40,22 +39,20 @@ _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class Settings:
     """The part of adapter_config.json that fixes the numbers."""
 
-    rank: int
-    alpha: float
-    rslora: bool
-    dropout: float
+    lora: LoraConfig
     base: str | None
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
 
-    def rank_of(self, module: str) -> int:
-        """Rank of a module; a pattern matches the end of its name, as in PEFT."""
-        return _matching(self.rank_pattern, module, self.rank)
+    def of(self, module: str) -> LoraConfig:
+        """With rank and alpha of one module; a pattern matches the end of its name, as in PEFT."""
 
-    def scale_of(self, module: str) -> float:
-        """What (x A) B of a module is multiplied with."""
-        rank = self.rank_of(module)
-        return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        def matching(patterns: dict[str, Any], default: Any) -> Any:
+            found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            return next(found, default)
+
+        rank, alpha = matching(self.rank_pattern, self.lora.rank), matching(self.alpha_pattern, self.lora.alpha)
+        return self.lora.model_copy(update={"rank": rank, "alpha": alpha})
 
 
 def read_settings(directory: Directory) -> Settings:
@@ -65,38 +62,27 @@ def read_settings(directory: Directory) -> Settings:
         FileNotFoundError: there is no such directory.
         ValueError: no LoRA, a variant of it that is not supported, or values that make no sense.
     """
-    names = directory.names()
-    if not names and not directory.exists():
-        raise FileNotFoundError(f"{directory} does not exist")
-    for name in (CONFIG, WEIGHTS):
-        if name not in names:
-            raise ValueError(f"{directory} has no {name}: it is no PEFT adapter in safetensors")
-    where = f"{directory}/{CONFIG}"
-    try:
-        config: dict[str, Any] = dict(json.loads(directory.read_bytes(CONFIG)))
-    except (ValueError, TypeError):
-        raise ValueError(f"{where} is no JSON object") from None
+    kind, where = "PEFT adapter in safetensors", f"{directory}/{CONFIG}"
+    config = directory.read_json(CONFIG, kind)
+    if WEIGHTS not in directory.names():
+        raise ValueError(f"{directory} has no {WEIGHTS}: it is no {kind}")
     _refuse(config, where)
     try:
-        settings = Settings(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            rslora=bool(config.get("use_rslora")),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            base=config.get("base_model_name_or_path"),
-            rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-        )
+        rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0)
+        ranks = {str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()}
+        alphas = {str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()}
     except KeyError as error:
         raise ValueError(f"{where} lacks {error.args[0]!r}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: r, lora_alpha or their patterns are no numbers ({error})") from None
-    if settings.rank < 1 or settings.alpha <= 0 or not 0 <= settings.dropout < 1:
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(
-            f"{where}: r {settings.rank}, lora_alpha {settings.alpha:g} and lora_dropout {settings.dropout:g} "
+            f"{where}: r {rank}, lora_alpha {alpha:g} and lora_dropout {dropout:g} "
             "must be positive, positive, and in 0 ... 1"
         )
-    return settings
+    rslora = bool(config.get("use_rslora"))
+    lora = LoraConfig(rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, targets=TARGETS)
+    return Settings(lora, config.get("base_model_name_or_path"), ranks, alphas)
 
 
 def _refuse(config: dict[str, Any], where: str) -> None:
@@ -112,14 +98,7 @@ def _refuse(config: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: init_lora_weights {start!r} changes the base too: convert it to plain LoRA in PEFT")
 
 
-def _matching(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-class PeftAdapter(TensorSource):
+class PeftAdapter(TensorSource, AdapterSource):
     """A PEFT directory for a base of shape `config`. All checks are made here.
 
     Raises:
@@ -130,13 +109,12 @@ class PeftAdapter(TensorSource):
 
     def __init__(self, path: PathLike, config: MixtralConfig) -> None:
         directory = Directory(path)
-        s = self._settings = read_settings(directory)
+        self._settings = read_settings(directory)
+        self.base, self.lora = self._settings.base, self._settings.lora
         super().__init__(directory, {}, config, read_tensors(directory, [WEIGHTS]))
-        self.base = s.base
-        self.lora = LoraConfig(rank=s.rank, alpha=s.alpha, rslora=s.rslora, dropout=s.dropout, targets=TARGETS)
         every = slots(config, self.lora)
         present = {_target(slot) for slot in every if self._stem(slot) is not None}
-        ask = f"but rank {s.rank} in {CONFIG} and the base ask for {{}}"
+        ask = f"but rank {self.lora.rank} in {CONFIG} and the base ask for {{}}"
         told = "the adapter is of another rank or for another base"
         own = [slot for slot in every if _target(slot) in present]
         self.put_in_place(own, self._place, "the base's attention and experts", f"{ask}: {told}")
@@ -174,11 +152,11 @@ class PeftAdapter(TensorSource):
     def _place(self, slot: Slot) -> Place:
         stem, own = self._stem(slot), slot.name.removesuffix(A).removesuffix(B)
         if stem is None or stem == own:
-            self._check_rank(own.removeprefix(PEFT), (self.lora.rank,))
+            self._check_rank(own.removeprefix(PEFT), self.lora.rank)
             return Place(slot.name, slot.shape)
         E, e, r, w2 = self.config.num_local_experts, slot.expert, self.lora.rank, _target(slot) == "moe.w2"
         module = f"model.layers.{slot.layer}.mlp.experts.{'down_proj' if w2 else 'gate_up_proj'}"
-        rank, half = self._check_rank(module, (r,) if w2 else (r, 2 * r)), int(_target(slot) == "moe.w3")
+        rank, half = self._check_rank(module, r, r if w2 else 2 * r), int(_target(slot) == "moe.w3")
         inputs, outputs = self._fused_shape(slot)
         first = half * r if rank == 2 * r else 0  # of the ranks that are this half's
         if slot.name.endswith(A):
@@ -186,15 +164,14 @@ class PeftAdapter(TensorSource):
         columns = slice(first * E + e, (first + r) * E, E)
         return Place(stem + B, (outputs, rank * E), half * slot.rows, columns)
 
-    def _check_rank(self, module: str, allowed: tuple[int, ...]) -> int:
-        own = self._settings
-        rank, scale = own.rank_of(module), own.scale_of(module)
-        if rank not in allowed or not math.isclose(scale, own.scale_of("")):
+    def _check_rank(self, module: str, *allowed: int) -> int:
+        rest, own = self._settings.lora, self._settings.of(module)
+        if own.rank not in allowed or not math.isclose(own.scale, rest.scale):
             raise ValueError(
-                f"{self.directory}/{CONFIG}: {module} has rank {rank} and scale {scale:g}, others {own.rank} and "
-                f"{own.scale_of(''):g}: one rank and one scale for all are converted"
+                f"{self.directory}/{CONFIG}: {module} has rank {own.rank} and scale {own.scale:g}, others {rest.rank} "
+                f"and {rest.scale:g}: one rank and one scale for all are converted"
             )
-        return rank
+        return own.rank
 
     def _check_halves(self) -> None:
         """Where w1 and w3 of a layer have ranks of their own in one B, neither may use the other's."""
@@ -258,34 +235,26 @@ def lora2peft(src: PathLike, dst: PathLike, *, force: bool = False, progress: bo
     write_peft(adapter, dst, force=force, progress=progress)
 
 
-class ExportedAdapter:
+class ExportedAdapter(ChangedSource):
     """An adapter with zeros for those matrices of experts that PEFT wants beside its own.
 
     PEFT takes w1 and w3 only together, and places them, without an error, where nothing reads them if w2 is not there.
     """
 
     def __init__(self, adapter: AdapterSource) -> None:
-        self._adapter, self._own = adapter, {slot.name for slot in adapter.slots}
-        self.config, self.hf_config, self.directory = adapter.config, adapter.hf_config, adapter.directory
-        targets = adapter.lora.targets
-        if not self.config.is_dense and (adapter.lora.adapts("moe.w1") or adapter.lora.adapts("moe.w3")):
-            targets = (*targets, "moe.w1", "moe.w3", "moe.w2")
-        self.slots = slots(self.config, adapter.lora.model_copy(update={"targets": targets}))
+        config, lora = adapter.config, adapter.lora
+        if not config.is_dense and (lora.adapts("moe.w1") or lora.adapts("moe.w3")):
+            lora = lora.model_copy(update={"targets": (*lora.targets, "moe.w1", "moe.w3", "moe.w2")})
+        super().__init__(adapter, config, slots(config, lora))
 
-    def dtype(self, slot: Slot) -> np.dtype:
+    def origin(self, slot: Slot) -> Slot:
         """What is filled in is like the last A or B: that of an expert."""
-        own = [s for s in self._adapter.slots if s.leaf.path[-1] == slot.leaf.path[-1]]
-        return self._adapter.dtype(slot if slot.name in self._own else own[-1])
-
-    def band(self, slot: Slot) -> int | None:
-        return self._adapter.band(slot) if slot.name in self._own else None
-
-    def cost(self, slot: Slot) -> int:
-        return self._adapter.cost(slot) if slot.name in self._own else 1 << 20
+        like = [own for own in self.inner.slots if own.leaf.path[-1] == slot.leaf.path[-1]][-1]
+        return self.there.get(slot.meaning, like)
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        if slot.name in self._own:
-            return self._adapter.read(slot, start, stop)
+        if slot.meaning in self.there:
+            return super().read(slot, start, stop)
         return np.zeros((stop - start, slot.cols), self.dtype(slot))
 
 

@@ -10,7 +10,7 @@ from mixtral_jax.convert.atomic import check_destination, new_directory
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import ARCHITECTURES, HfSource, export_config, parse_size
 from mixtral_jax.convert.mistral import MistralSource, is_mistral
-from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step, side_files_origin
+from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step
 from mixtral_jax.convert.progress import progress_bar
 from mixtral_jax.convert.safetensors import TensorSink
 from mixtral_jax.convert.stream import DtypeOf, Sink, Source, Tally, copy
@@ -171,7 +171,7 @@ def _bytes(source: Source, dtype_of: DtypeOf) -> int:
 
 def _finish(source: Source, work: Directory, dtype_of: DtypeOf) -> None:
     """The small files; config.json last, since without it nothing takes the directory for a model."""
-    origin = side_files_origin(source)
+    origin = source.side_files()
     if origin is not None:
         for name in set(SIDE_FILES).intersection(origin.names()):
             work.write_bytes(name, origin.read_bytes(name))

@@ -100,14 +100,13 @@ def _tensor(name: str, file: str, entry: dict, base: int, content: File | None =
     return tensor
 
 
-class TensorSource:
+class TensorSource(Source):
     """Slots out of safetensors files, each from its place. Subclasses find the files, the shape and the places."""
 
     def __init__(
         self, directory: Directory, hf_config: dict[str, Any], config: MixtralConfig, tensors: dict[str, Tensor]
     ) -> None:
-        self.directory: Directory | None = directory
-        self.hf_config, self.config, self.tensors = hf_config, config, tensors
+        self.directory, self.hf_config, self.config, self.tensors = directory, hf_config, config, tensors
         self.slots: list[Slot] = []
         self.places: dict[str, Place] = {}
         # Where the columns of several slots lie side by side, each is cut out of the same rows.
@@ -142,10 +141,8 @@ class TensorSource:
         """Whole tensors where rows of the hub's matrix are no rows on disk."""
         return None if self.places[slot.name].plain else slot.rows
 
-    def cost(self, slot: Slot) -> int:
-        """A few rows at a time, or a copy in another order."""
-        where = self.places[slot.name]
-        return 1 << 20 if where.plain else 2 * slot.rows * max(slot.cols, where.shape[-1]) * self.dtype(slot).itemsize
+    def side_files(self) -> Directory | None:
+        return self.directory
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         where = self.places[slot.name]

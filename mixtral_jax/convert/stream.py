@@ -4,9 +4,10 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,27 +22,32 @@ ReadRows = Callable[[int, int], np.ndarray]
 DtypeOf = Callable[[Slot], np.dtype]
 
 
-class Source(Protocol):
+class Source(ABC):
     """Hub tensors to read, a range of rows at a time and from any thread."""
 
     config: MixtralConfig
-    hf_config: dict[str, Any]
     slots: list[Slot]
+    hf_config: Mapping[str, Any] = MappingProxyType({})  # what is known of its config.json
 
-    @property
-    def directory(self) -> Directory | None:
-        """Where it is; None: in memory."""
-
+    @abstractmethod
     def dtype(self, slot: Slot) -> np.dtype: ...
+
+    @abstractmethod
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        """Hub rows start ... stop - 1, as (rows, cols) or (rows,)."""
 
     def band(self, slot: Slot) -> int | None:
         """Rows that it is best to read at once; None: any number."""
+        return None
 
     def cost(self, slot: Slot) -> int:
-        """Bytes that reading one band holds."""
+        """Bytes that reading one band holds: a few rows, or the band as it is stored and as it is given."""
+        band = self.band(slot)
+        return 1 << 20 if band is None else 2 * band * slot.cols * self.dtype(slot).itemsize
 
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Hub rows start ... stop - 1, as (rows, cols) or (rows,)."""
+    def side_files(self) -> Directory | None:
+        """Where its tokenizer is."""
+        return None
 
 
 class Sink(Protocol):
@@ -53,7 +59,7 @@ class Sink(Protocol):
         """Take hub rows start ... stop - 1, which `rows(a, b)` gives in the dtype of the sink."""
 
 
-class NativeSource(ABC):
+class NativeSource(Source):
     """What sources of native arrays have in common: slots are cut out of boxes."""
 
     @abstractmethod
@@ -62,6 +68,33 @@ class NativeSource(ABC):
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         return slot.to_hub(self.read_box(slot.leaf.path, slot.box(start, stop)))
+
+
+class ChangedSource(Source):
+    """`inner` with other slots; what is not changed is read from the slot of the same meaning."""
+
+    def __init__(self, inner: Source, config: MixtralConfig, changed: list[Slot]) -> None:
+        self.inner, self.config, self.slots, self.hf_config = inner, config, changed, inner.hf_config
+        self.there = {slot.meaning: slot for slot in inner.slots}
+
+    def origin(self, slot: Slot) -> Slot:
+        """The slot of the inner source that a slot is read from."""
+        return self.there[slot.meaning]
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        return self.inner.dtype(self.origin(slot))
+
+    def band(self, slot: Slot) -> int | None:
+        return self.inner.band(self.origin(slot))
+
+    def cost(self, slot: Slot) -> int:
+        return self.inner.cost(self.origin(slot))
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        return self.inner.read(self.origin(slot), start, stop)
+
+    def side_files(self) -> Directory | None:
+        return self.inner.side_files()
 
 
 @dataclass

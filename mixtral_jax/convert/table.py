@@ -67,8 +67,8 @@ class Slot:
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
-    def place(self) -> tuple[str, int, int, int]:
-        """What two slots of the same meaning share in models of different shape."""
+    def meaning(self) -> tuple[str, int, int, int]:
+        """What the same slots of models of different shape share."""
         return self.leaf.path, self.layer, self.expert, self.half
 
     def box(self, start: int, stop: int) -> tuple[int | slice, ...]:

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import threading
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from mixtral_jax.attention import Rows as TokenRows
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.load import load
-from mixtral_jax.convert.orbax import side_files_origin
 from mixtral_jax.convert.pipeline import open_source, write_hf
 from mixtral_jax.convert.stream import ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
@@ -92,13 +92,10 @@ def our_outputs(path: PathLike, prompts: list[list[int]]) -> Outputs:
 
 @jax.jit
 def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    logits_BTV = model(tokens_BT, segment_ids=segments_BT)
-    return logits_BTV, None if model.config.is_dense else chosen_experts(model, tokens_BT, segments_BT)
-
-
-def chosen_experts(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Indices (L, M, C) of the experts that each token is sent to in each layer."""
-    config = model.config
+    """Logits, and the indices (L, M, C) of the experts that each token is sent to in each layer."""
+    logits_BTV, config = model(tokens_BT, segment_ids=segments_BT), model.config
+    if config.is_dense:
+        return logits_BTV, None
     _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
     rows = TokenRows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
 
@@ -109,7 +106,7 @@ def chosen_experts(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array)
         return layer(x_BTD, rows)[0], routing.expert_MC
 
     x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    return jax.lax.scan(body, x_BTD, model.layers)[1]
+    return logits_BTV, jax.lax.scan(body, x_BTD, model.layers)[1]
 
 
 def transformers_outputs(path: PathLike, prompts: list[list[int]]) -> tuple[Outputs | None, str]:
@@ -148,7 +145,8 @@ TRANSFORMERS_TOLERANCE = 1e-3
 _SHOWN = 8
 
 
-class TensorDifference(NamedTuple):
+@dataclass(frozen=True)
+class TensorDifference:
     """One tensor that is not the same in both; `max_abs` is None where they cannot be subtracted."""
 
     name: str
@@ -156,7 +154,8 @@ class TensorDifference(NamedTuple):
     reason: str
 
 
-class LogitDifference(NamedTuple):
+@dataclass(frozen=True)
+class LogitDifference:
     """Two ways to the logits of the same prompts."""
 
     a: str
@@ -168,13 +167,14 @@ class LogitDifference(NamedTuple):
     same: bool
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True)
+class Report:
     """What `verify` found."""
 
     a: str
     b: str
     tensors: int
-    differences: list[TensorDifference]
+    different_tensors: list[TensorDifference]
     config: dict[str, tuple[Any, Any]]
     logits: list[LogitDifference]
     notes: list[str]
@@ -182,32 +182,23 @@ class Report(NamedTuple):
     @property
     def identical(self) -> bool:
         """Same configuration, every tensor bit-equal, and every pair of logits equal within its tolerance."""
-        return not self.differences and not self.config and all(pair.same for pair in self.logits)
+        return not self.different_tensors and not self.config and all(pair.same for pair in self.logits)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "identical": self.identical,
-            "tensors": self.tensors,
-            "different_tensors": [d._asdict() for d in self.differences],
-            "config": {key: list(pair) for key, pair in self.config.items()},
-            "logits": [pair._asdict() for pair in self.logits],
-            "notes": self.notes,
-        }
+        return asdict(self) | {"identical": self.identical}
 
     def lines(self) -> list[str]:
         """The report for people, the worst offenders first."""
         out = [f"A  {self.a}", f"B  {self.b}"]
         out += [f"config {key}: {a!r} in A, {b!r} in B" for key, (a, b) in self.config.items()]
-        equal = self.tensors - len(self.differences)
+        equal = self.tensors - len(self.different_tensors)
         out.append(f"tensors: {equal} of {self.tensors} bit-equal")
-        for d in self.differences[:_SHOWN]:
+        for d in self.different_tensors[:_SHOWN]:
             size = "" if d.max_abs is None else f", max abs difference {d.max_abs:.3g}"
             out.append(f"  {d.name}: {d.reason}{size}")
-        if len(self.differences) > _SHOWN:
-            out.append(f"  ... and {len(self.differences) - _SHOWN} more")
+        if len(self.different_tensors) > _SHOWN:
+            out.append(f"  ... and {len(self.different_tensors) - _SHOWN} more")
         for p in self.logits:
             router = "" if p.router_agreement is None else f", router {p.router_agreement:.2%}"
             figures = f"max abs {p.max_abs:.3g}, KL {p.kl:.3g}, top-1 {p.top1_agreement:.2%}{router}"
@@ -233,7 +224,7 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
     elif source_a.config.vocab_size != source_b.config.vocab_size:
         notes.append("logits not compared: the vocabularies differ")
     else:
-        rows = read_prompts(prompts, source_a.config.vocab_size, side_files_origin(source_a))
+        rows = read_prompts(prompts, source_a.config.vocab_size, source_a.side_files())
         first, second = our_outputs(a, rows), our_outputs(b, rows)
         logits.append(compare_logits("A", "B", first, second, tolerance=0.0))
         other, note = transformers_outputs(a, rows)
@@ -267,18 +258,21 @@ def compare_tensors(a: Source, b: Source) -> list[TensorDifference]:
     return sorted(found, key=lambda d: -(np.inf if d.max_abs is None or np.isnan(d.max_abs) else d.max_abs))
 
 
-class _Both:
+class _Both(Source):
     """The slots that two sources share, as a source of the first, and as a sink that compares with the second."""
-
-    hf_config: dict[str, Any] = {}
-    directory = None
 
     def __init__(self, a: Source, b: Source) -> None:
         self._a, self._b, self._in_b = a, b, {slot.name: slot for slot in b.slots}
-        self.config, self.dtype, self.read = a.config, a.dtype, a.read
+        self.config = a.config
         self.slots = [s for s in a.slots if s.name in self._in_b and s.shape == self._in_b[s.name].shape]
         self.worst: dict[str, float] = {}  # largest difference of those that are not bit-equal
         self._lock = threading.Lock()
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        return self._a.dtype(slot)
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        return self._a.read(slot, start, stop)
 
     def band(self, slot: Slot) -> int | None:
         sizes = [n for n in (self._a.band(slot), self._b.band(self._in_b[slot.name])) if n is not None]

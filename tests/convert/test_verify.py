@@ -25,7 +25,7 @@ def test_converted_checkpoints_are_identical(tmp_path, shape):
     write_hub(tmp_path / "hf", shape, tensors)
     hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
     report = verify(tmp_path / "hf", tmp_path / "orbax", prompts=[[1, 2, 3], [4, 5]])
-    assert report.identical and not report.differences
+    assert report.identical and not report.different_tensors
     (pair,) = report.logits
     assert (pair.max_abs, pair.kl, pair.top1_agreement) == (0.0, 0.0, 1.0)
     assert pair.router_agreement == (None if shape is DENSE else 1.0)
@@ -44,8 +44,8 @@ def test_the_worst_offenders_are_named_first(tmp_path):
     write_hub(tmp_path / "b", TINY, tensors)
     report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2, 3]])
     assert not report.identical
-    assert [d.name for d in report.differences] == [NAME, "model.norm.weight"]
-    np.testing.assert_allclose([d.max_abs for d in report.differences], [2.0, 0.25], rtol=1e-6)
+    assert [d.name for d in report.different_tensors] == [NAME, "model.norm.weight"]
+    np.testing.assert_allclose([d.max_abs for d in report.different_tensors], [2.0, 0.25], rtol=1e-6)
     assert report.logits[0].max_abs > 0 and report.logits[0].kl > 0
     assert report.lines()[-1] == "DIFFERENT" and any(NAME in line for line in report.lines())
 
@@ -64,8 +64,8 @@ def test_swapped_halves_and_negative_zero_are_differences(tmp_path):
     swapped["model.norm.weight"][0] = -0.0
     write_hub(tmp_path / "b", TINY, swapped)
     report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2]])
-    assert {d.name for d in report.differences} == {NAME, w1, "model.norm.weight"}
-    assert report.differences[-1].max_abs == 0.0 and report.differences[-1].reason == "bits differ"
+    assert {d.name for d in report.different_tensors} == {NAME, w1, "model.norm.weight"}
+    assert report.different_tensors[-1].max_abs == 0.0 and report.different_tensors[-1].reason == "bits differ"
 
 
 def test_other_dtype_configuration_and_vocabulary(tmp_path):
@@ -73,17 +73,17 @@ def test_other_dtype_configuration_and_vocabulary(tmp_path):
     write_hub(tmp_path / "a", TINY, tensors)
     hf2orbax(tmp_path / "a", tmp_path / "b", dtype="bfloat16", progress=False)
     report = verify(tmp_path / "a", tmp_path / "b", prompts=[[1, 2]])
-    assert len(report.differences) == len(tensors)
-    assert report.differences[0].reason == "float32 in A, bfloat16 in B"
+    assert len(report.different_tensors) == len(tensors)
+    assert report.different_tensors[0].reason == "float32 in A, bfloat16 in B"
     write_hub(tmp_path / "c", {**TINY, "num_experts_per_tok": 3}, tensors)
     report = verify(tmp_path / "a", tmp_path / "c", prompts=[[1, 2]])
-    assert report.config == {"num_experts_per_tok": (2, 3)} and not report.differences and not report.identical
+    assert report.config == {"num_experts_per_tok": (2, 3)} and not report.different_tensors and not report.identical
     resize_vocab(tmp_path / "a", tmp_path / "d", vocab_size=64, progress=False)
     report = verify(tmp_path / "a", tmp_path / "d")
-    assert {d.name for d in report.differences} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert {d.name for d in report.different_tensors} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert report.notes == ["logits not compared: the vocabularies differ"]
     write_hub(tmp_path / "e", {**TINY, "num_hidden_layers": 1}, random_tensors({**TINY, "num_hidden_layers": 1}))
-    assert any(d.reason == "only in A" for d in verify(tmp_path / "a", tmp_path / "e", prompts=[[1]]).differences)
+    assert any(d.reason == "only in A" for d in verify(tmp_path / "a", tmp_path / "e", prompts=[[1]]).different_tensors)
 
 
 def test_prompts_from_a_file(tmp_path):
