@@ -43,7 +43,7 @@ class MistralSource(TensorSource):
             raise ValueError(f"{directory} has {_PARAMS} but no consolidated*.safetensors (pickles are not read)")
         super().__init__(directory, hf_config, read_shape(hf_config, directory), read_tensors(directory, files))
         self._merged = self.fused(".block_sparse_moe.w1", ".feed_forward.experts.")
-        self.put_in_place(slots(self.config), self._place)
+        self.put_in_place({slot: self._place(slot) for slot in slots(self.config)})
 
     def _place(self, slot: Slot) -> Place:
         leaf, c = slot.leaf.path, self.config

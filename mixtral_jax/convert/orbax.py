@@ -10,7 +10,7 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
-from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.hf import CONFIG, MODEL, read_shape
 from mixtral_jax.convert.stream import DtypeOf, NativeSource, ReadRows, Source, bands
 from mixtral_jax.convert.table import Leaf, Slot, check_arrays, slots
 from mixtral_jax.lora import is_adapter
@@ -82,7 +82,7 @@ class OrbaxSource(OrbaxArrays):
                 )
             self.hf_config = MixtralConfig(**shape).to_hf()
         else:
-            self.hf_config = read_config(self.directory)
+            self.hf_config = self.directory.read_json(CONFIG, MODEL)
         self.config = read_shape(self.hf_config, self.directory)
         self.hold(slots(self.config), "its config.json", "its configuration asks for {}")
 
@@ -121,15 +121,15 @@ class OrbaxSink:
             self._writer.close()
 
     def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
-        if slot.leaf.transposed:
-            values = np.empty((slot.cols, stop - start), self._dtype_of(slot))
+        if not slot.leaf.transposed:
+            values = rows(start, stop)
+        else:
+            turned = np.empty((slot.cols, stop - start), self._dtype_of(slot))
             strip = STRIP if self._source.band(slot) is None else stop - start
             for a in range(start, stop, strip):
                 b = min(a + strip, stop)
-                values[:, a - start : b - start] = rows(a, b).T
-            values = values.reshape(slot.box_shape(start, stop))
-        else:
-            values = rows(start, stop)
+                turned[:, a - start : b - start] = rows(a, b).T
+            values = slot.to_native(turned.T)
         self._writer.write(slot.leaf.path, slot.box(start, stop), values)
 
 

@@ -19,7 +19,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, write_adapter
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.hf import read_shape
 from mixtral_jax.convert.pipeline import open_source, write
 from mixtral_jax.convert.safetensors import TensorSink, TensorSource, read_tensors
 from mixtral_jax.convert.stream import ChangedSource, DtypeOf
@@ -112,14 +112,14 @@ class PeftAdapter(TensorSource, AdapterSource):
         self._settings = read_settings(directory)
         self.base, self.lora = self._settings.base, self._settings.lora
         super().__init__(directory, {}, config, read_tensors(directory, [WEIGHTS]))
-        every = slots(config, self.lora)
-        present = {_target(slot) for slot in every if self._stem(slot) is not None}
+        places = {slot: self._place(slot) for slot in slots(config, self.lora)}
+        found = {_target(slot) for slot, place in places.items() if place.name in self.tensors}
         ask = f"but rank {self.lora.rank} in {CONFIG} and the base ask for {{}}"
         told = "the adapter is of another rank or for another base"
-        own = [slot for slot in every if _target(slot) in present]
-        self.put_in_place(own, self._place, "the base's attention and experts", f"{ask}: {told}")
+        own = {slot: place for slot, place in places.items() if _target(slot) in found}
+        self.put_in_place(own, "the base's attention and experts", f"{ask}: {told}")
         self._check_halves()
-        targets = [target for target in TARGETS if target in present]
+        targets = [target for target in TARGETS if target in found]
         targets = [target for target in targets if not self._filled_in(target)] or targets
         self.slots = [slot for slot in self.slots if _target(slot) in targets]
         self.lora = self.lora.model_copy(update={"targets": tuple(targets)})
@@ -129,40 +129,29 @@ class PeftAdapter(TensorSource, AdapterSource):
         own = (slot for slot in self.slots if _target(slot) == target)
         return target.startswith("moe.") and not any(self.read(slot, 0, slot.rows).any() for slot in own)
 
-    def _stem(self, slot: Slot) -> str | None:
-        """The name, without A and B, of the tensors that hold a slot: its own, or those of its layer's experts."""
-        own = slot.name.removesuffix(A).removesuffix(B)
-        if {own + A, own + B} & self.tensors.keys():
-            return own
-        if self.config.is_dense or not slot.leaf.path.startswith("layers.moe."):
-            return None
-        experts = f"{PEFT}model.layers.{slot.layer}.mlp.experts"
-        # Which of the two is the inner one depends on the order in which they were wrapped; no shape fits both.
-        for stem in (f"{experts}.base_layer", experts):
-            a, b = self.tensors.get(stem + A), self.tensors.get(stem + B)
-            if a is not None and b is not None and (a.shape[-1], b.shape[0]) == self._fused_shape(slot):
-                return stem
-        return None
-
-    def _fused_shape(self, slot: Slot) -> tuple[int, int]:
-        """Inputs and outputs of the fused parameter that holds a slot."""
-        D, F = self.config.hidden_size, self.config.intermediate_size
-        return (F, D) if _target(slot) == "moe.w2" else (D, 2 * F)
-
     def _place(self, slot: Slot) -> Place:
-        stem, own = self._stem(slot), slot.name.removesuffix(A).removesuffix(B)
-        if stem is None or stem == own:
-            self._check_rank(own.removeprefix(PEFT), self.lora.rank)
-            return Place(slot.name, slot.shape)
-        E, e, r, w2 = self.config.num_local_experts, slot.expert, self.lora.rank, _target(slot) == "moe.w2"
-        module = f"model.layers.{slot.layer}.mlp.experts.{'down_proj' if w2 else 'gate_up_proj'}"
-        rank, half = self._check_rank(module, r, r if w2 else 2 * r), int(_target(slot) == "moe.w3")
-        inputs, outputs = self._fused_shape(slot)
-        first = half * r if rank == 2 * r else 0  # of the ranks that are this half's
-        if slot.name.endswith(A):
-            return Place(stem + A, (E * rank, inputs), e * rank + first)
-        columns = slice(first * E + e, (first + r) * E, E)
-        return Place(stem + B, (outputs, rank * E), half * slot.rows, columns)
+        """Among the fused experts of its layer, if those are there; else where the hub's name says."""
+        stem, w2 = slot.name.removesuffix(A).removesuffix(B), _target(slot) == "moe.w2"
+        E, r = self.config.num_local_experts, self.lora.rank
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        inputs, outputs = (F, D) if w2 else (D, 2 * F)
+        module = f"model.layers.{slot.layer}.mlp.experts"
+        may_be_fused = slot.leaf.path.startswith("layers.moe.") and not self.config.is_dense
+        # Which of the two is the inner one depends on the order in which they were wrapped; no shape fits both.
+        for fused in (f"{PEFT}{module}.base_layer", f"{PEFT}{module}") if may_be_fused else ():
+            a, b = self.tensors.get(fused + A), self.tensors.get(fused + B)
+            if a is None or b is None or (a.shape[-1], b.shape[0]) != (inputs, outputs):
+                continue
+            rank = self._check_rank(f"{module}.{'down_proj' if w2 else 'gate_up_proj'}", r, r if w2 else 2 * r)
+            e, half = slot.expert, int(_target(slot) == "moe.w3")
+            first = half * r if rank == 2 * r else 0  # of the ranks that are this half's
+            if slot.name.endswith(A):
+                return Place(fused + A, (E * rank, inputs), e * rank + first)
+            columns = slice(first * E + e, (first + r) * E, E)
+            return Place(fused + B, (outputs, rank * E), half * slot.rows, columns)
+        if {stem + A, stem + B} & self.tensors.keys():
+            self._check_rank(stem.removeprefix(PEFT), r)
+        return Place(slot.name, slot.shape)
 
     def _check_rank(self, module: str, *allowed: int) -> int:
         rest, own = self._settings.lora, self._settings.of(module)
@@ -300,5 +289,5 @@ def _shape(base: PathLike) -> MixtralConfig:
     """The shape of a model, for which config.json is enough."""
     directory = Directory(base)
     if "config.json" in directory.names():
-        return read_shape(read_config(directory), directory)
+        return read_shape(directory.read_json("config.json", "model directory"), directory)
     return open_source(base).config

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,7 +37,7 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    content: File | None = None
+    content: File
 
     @property
     def dtype(self) -> np.dtype:
@@ -48,7 +48,6 @@ class Tensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start ... stop - 1 of the matrix whose columns are the last axis; elements of a vector."""
-        assert self.content is not None
         tail = self.shape[1:][-1:]
         width = math.prod(tail) * self.dtype.itemsize
         data = self.content.pread(self.offset + start * width, (stop - start) * width)
@@ -92,7 +91,7 @@ def _read_header(directory: Directory, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(name: str, file: str, entry: dict, base: int, content: File | None = None) -> Tensor:
+def _tensor(name: str, file: str, entry: dict, base: int, content: File) -> Tensor:
     start, stop = entry["data_offsets"]
     tensor = Tensor(name, file, entry["dtype"], tuple(entry["shape"]), base + start, stop - start, content)
     if tensor.code in SAFETENSORS and math.prod(tensor.shape) * tensor.dtype.itemsize != tensor.nbytes:
@@ -121,17 +120,16 @@ class TensorSource(Source):
 
     def put_in_place(
         self,
-        slots: list[Slot],
-        place: Callable[[Slot], Place],
+        places: dict[Slot, Place],
         described: str = "its config.json",
         ask: str = "config.json asks for {}",
     ) -> None:
-        """Every slot in its place, every tensor there in its shape and in a dtype that is read; see check_arrays."""
-        self.slots, self.places = slots, {slot.name: place(slot) for slot in slots}
-        expected = {where.name: where.shape for where in self.places.values()}
+        """These slots; every tensor must be there in its shape and in a dtype that is read: see check_arrays."""
+        self.slots, self.places = list(places), {slot.name: place for slot, place in places.items()}
+        expected = {where.name: where.shape for where in places.values()}
         found = {name: (tensor.shape, f"{self.directory}/{tensor.file}") for name, tensor in self.tensors.items()}
         check_arrays(expected, found, str(self.directory), described, ask)
-        for slot in slots:
+        for slot in self.slots:
             self.dtype(slot)
 
     def dtype(self, slot: Slot) -> np.dtype:
@@ -177,13 +175,14 @@ class TensorSink:
     ) -> None:
         # Larger items first: every tensor then starts at a multiple of its item size.
         self.directory, self.slots = directory, sorted(source.slots, key=lambda slot: -dtype_of(slot).itemsize)
-        shards = split([(s.name, dtype_of(s), s.shape) for s in self.slots], max_bytes)
+        tensors = [(slot.name, dtype_of(slot), slot.shape) for slot in self.slots]
+        self._total_size, shards = sum(map(_nbytes, tensors)), split(tensors, max_bytes)
         self._headers: dict[str, bytes] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[str, int]] = {}
         for number, shard in enumerate(shards, 1):
             file = single if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            self._headers[file], tensors = layout(file, shard)
-            self._tensors |= tensors
+            self._headers[file], offsets = layout(shard)
+            self._places |= {name: (file, offset) for name, offset in offsets.items()}
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -196,22 +195,22 @@ class TensorSink:
         """Finish the files and write the index, if there is more than one."""
         self._stack.close()
         if kind is None and len(self._headers) > 1:
-            total = sum(tensor.nbytes for tensor in self._tensors.values())
-            places = {name: tensor.file for name, tensor in sorted(self._tensors.items())}
-            self.directory.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            files = {name: file for name, (file, _) in sorted(self._places.items())}
+            self.directory.write_json(INDEX, {"metadata": {"total_size": self._total_size}, "weight_map": files})
 
     def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
-        tensor = self._tensors[slot.name]
-        data = np.ascontiguousarray(rows(start, stop)).view(np.uint8).data.cast("B")
+        block = np.ascontiguousarray(rows(start, stop))
+        data = block.view(np.uint8).data.cast("B")
+        file, offset = self._places[slot.name]
         if self.directory.remote:
-            if tensor.file not in self._open:
+            if file not in self._open:
                 self._stack.close()
-                self._start(tensor.file)
-            self._open[tensor.file].write(data)
+                self._start(file)
+            self._open[file].write(data)
             return
-        offset, file = tensor.offset + start * slot.cols * tensor.dtype.itemsize, self._open[tensor.file].fileno()
+        offset += start * slot.cols * block.itemsize
         while data:
-            done = os.pwrite(file, data[: 1 << 30], offset)
+            done = os.pwrite(self._open[file].fileno(), data[: 1 << 30], offset)
             data, offset = data[done:], offset + done
 
     def _start(self, file: str) -> Any:
@@ -220,19 +219,18 @@ class TensorSink:
         return opened
 
 
-def layout(file: str, tensors: list[Entry]) -> tuple[bytes, dict[str, Tensor]]:
-    """The first bytes of a file of these tensors in this order, and where each tensor goes after them."""
+def layout(tensors: list[Entry]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file of these tensors in this order, and the offset of each tensor in the file."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    end = 0
     for entry in tensors:
         name, dtype, shape = entry
-        stop = offset + _nbytes(entry)
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
+        start, end = end, end + _nbytes(entry)
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    places = {name: _tensor(name, file, entries[name], 8 + len(header)) for name, _, _ in tensors}
-    return len(header).to_bytes(8, "little") + header, places
+    offsets = {name: 8 + len(header) + entries[name]["data_offsets"][0] for name, _, _ in tensors}
+    return len(header).to_bytes(8, "little") + header, offsets
 
 
 def split(tensors: list[Entry], max_bytes: float) -> list[list[Entry]]:
@@ -240,12 +238,11 @@ def split(tensors: list[Entry], max_bytes: float) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     size = 0
     for tensor in tensors:
-        own = _nbytes(tensor)
-        if shards[-1] and size + own > max_bytes:
+        if shards[-1] and size + _nbytes(tensor) > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += own
+        size += _nbytes(tensor)
     return shards
 
 

@@ -85,16 +85,12 @@ class Slot:
                 index[axis] = self.half
         return tuple(index)
 
-    def box_shape(self, start: int, stop: int) -> tuple[int, ...]:
-        """Shape of what `box` selects."""
-        lengths = zip(self.box(start, stop), self.leaf.shape, strict=True)
-        return tuple(len(range(*i.indices(n))) for i, n in lengths if isinstance(i, slice))
-
     def to_native(self, block: np.ndarray) -> np.ndarray:
         """Hub rows, (rows, cols) or (rows,), as the box that they fill (a view where numpy can)."""
         if not self.leaf.transposed:
             return block
-        return block.T.reshape(self.box_shape(0, block.shape[0]))
+        lengths = zip(self.box(0, block.shape[0]), self.leaf.shape, strict=True)
+        return block.T.reshape([len(range(*i.indices(n))) for i, n in lengths if isinstance(i, slice)])
 
     def to_hub(self, box: np.ndarray) -> np.ndarray:
         """Inverse of `to_native`, contiguous."""
@@ -133,16 +129,16 @@ def leaves(config: MixtralConfig, lora: LoraConfig | None = None) -> list[Leaf]:
     w1, w2, w3 = ("gate_proj", "down_proj", "up_proj") if c.is_dense else ("w1", "w2", "w3")
     rows = [
         Leaf("embed.weight", (V, D), "VD", ("model.embed_tokens.weight",), 0, transposed=False),
-        _norm("layers.attention_norm.scale", (L, D), layer + "input_layernorm.weight"),
+        Leaf("layers.attention_norm.scale", (L, D), "LD", (layer + "input_layernorm.weight",), 1, transposed=False),
         Leaf("layers.attention.query", (L, D, N, H), "LDNH", (layer + "self_attn.q_proj.weight",), 2),
         Leaf("layers.attention.key", (L, D, K, H), "LDKH", (layer + "self_attn.k_proj.weight",), 2),
         Leaf("layers.attention.value", (L, D, K, H), "LDKH", (layer + "self_attn.v_proj.weight",), 2),
         Leaf("layers.attention.output", (L, N, H, D), "LNHD", (layer + "self_attn.o_proj.weight",), 3),
-        _norm("layers.moe_norm.scale", (L, D), layer + "post_attention_layernorm.weight"),
+        Leaf("layers.moe_norm.scale", (L, D), "LD", (layer + "post_attention_layernorm.weight",), 1, transposed=False),
         Leaf(ROUTER, (L, D, E), "LDE", (layer + "block_sparse_moe.gate.weight",), 2),
         Leaf("layers.moe.w13", (L, E, D, 2, F), "LED2F", (f"{moe}{w1}.weight", f"{moe}{w3}.weight"), 4),
         Leaf("layers.moe.w2", (L, E, F, D), "LEFD", (f"{moe}{w2}.weight",), 3),
-        _norm("norm.scale", (D,), "model.norm.weight"),
+        Leaf("norm.scale", (D,), "D", ("model.norm.weight",), 0, transposed=False),
         Leaf("head.weight", (D, V), "DV", ("lm_head.weight",), 1),
     ]
     absent = ({ROUTER} if c.is_dense else set()) | ({"head.weight"} if c.tie_word_embeddings else set())
@@ -150,10 +146,6 @@ def leaves(config: MixtralConfig, lora: LoraConfig | None = None) -> list[Leaf]:
     if lora is None:
         return rows
     return [part for row in rows for half in range(len(row.targets)) for part in _adapter(row, half, lora)]
-
-
-def _norm(path: str, shape: tuple[int, ...], name: str) -> Leaf:
-    return Leaf(path, shape, "LD" if len(shape) == 2 else "D", (name,), len(shape) - 1, transposed=False)
 
 
 def _adapter(leaf: Leaf, half: int, lora: LoraConfig) -> list[Leaf]:

@@ -18,131 +18,16 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.load import load
 from mixtral_jax.convert.pipeline import open_source, write_hf
-from mixtral_jax.convert.stream import ReadRows, Source, copy
+from mixtral_jax.convert.stream import ChangedSource, ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
 from mixtral_jax.layers import rope_angles
 from mixtral_jax.model import Block, Mixtral, compute_dtype, fill_rows
 from mixtral_jax.moe.router import route
 
-_ROWS, _LENGTH = 4, 64
-
-
-def read_prompts(
-    prompts: PathLike | list[list[int]] | None, vocab_size: int, tokenizer: Directory | None
-) -> list[list[int]]:
-    """Rows of token ids.
-
-    Args:
-        prompts: a file with one prompt a line (text, or a JSON list of ids); lists of ids; None: a fixed pseudo-random
-            set.
-        tokenizer: the directory whose tokenizer turns text into ids.
-
-    Raises:
-        ValueError: an empty file, an id outside the vocabulary, or text and no tokenizer.
-    """
-    if prompts is None:
-        return np.random.default_rng(0).integers(0, vocab_size, (_ROWS, _LENGTH)).tolist()
-    if isinstance(prompts, list):
-        rows = prompts
-    else:
-        lines = [line for line in Path(prompts).read_text().splitlines() if line.strip()]
-        rows = [json.loads(line) for line in lines if line.lstrip().startswith("[")]
-        if len(rows) != len(lines):
-            rows = _encode(lines, tokenizer)
-    if not rows or not all(rows):
-        raise ValueError("no prompts: at least one non-empty line is needed")
-    worst = max(max(row) for row in rows)
-    if worst >= vocab_size or min(min(row) for row in rows) < 0:
-        raise ValueError(f"a prompt holds token id {worst}, the vocabulary has {vocab_size}")
-    return rows
-
-
-def _encode(lines: list[str], directory: Directory | None) -> list[list[int]]:
-    names = directory.names() if directory is not None else []
-    if directory is not None and "tokenizer.json" in names:
-        from tokenizers import Tokenizer
-
-        text = Tokenizer.from_str(directory.read_bytes("tokenizer.json").decode())
-        return [text.encode(line).ids for line in lines]
-    if directory is not None and "tokenizer.model" in names:
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = SentencePieceProcessor(model_proto=directory.read_bytes("tokenizer.model"))
-        return [[pieces.bos_id(), *pieces.encode(line)] for line in lines]
-    raise ValueError("the prompts are text, and the checkpoint has neither tokenizer.json nor tokenizer.model")
-
-
-class Outputs(NamedTuple):
-    """Of all prompts one after another: M positions, L layers, C chosen experts (None for a dense model)."""
-
-    logits_MV: np.ndarray
-    experts_LMC: np.ndarray | None
-
-
-def our_outputs(path: PathLike, prompts: list[list[int]]) -> Outputs:
-    """By this package, in fp32. The prompts are padded to one length; padding is another segment."""
-    model = load(path, compute=ComputeConfig(dtype="float32"))
-    length = max(map(len, prompts))
-    tokens_BT = jnp.array([row + [0] * (length - len(row)) for row in prompts], jnp.int32)
-    real_BT = np.array([[i < len(row) for i in range(length)] for row in prompts])
-    logits_BTV, experts_LMC = _run(model, tokens_BT, jnp.asarray(real_BT, jnp.int32))
-    experts = None if experts_LMC is None else np.asarray(experts_LMC)[:, real_BT.ravel()]
-    return Outputs(np.asarray(logits_BTV)[real_BT], experts)
-
-
-@jax.jit
-def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Logits, and the indices (L, M, C) of the experts that each token is sent to in each layer."""
-    logits_BTV, config = model(tokens_BT, segment_ids=segments_BT), model.config
-    if config.is_dense:
-        return logits_BTV, None
-    _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
-    rows = TokenRows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
-
-    def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
-        attended = x_BTD + layer.attention(layer.attention_norm(x_BTD), rows, layer.backend)
-        x_MD = layer.moe_norm(attended).reshape(-1, config.hidden_size)
-        routing = route(x_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok)
-        return layer(x_BTD, rows)[0], routing.expert_MC
-
-    x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    return logits_BTV, jax.lax.scan(body, x_BTD, model.layers)[1]
-
-
-def transformers_outputs(path: PathLike, prompts: list[list[int]]) -> tuple[Outputs | None, str]:
-    """By transformers, in fp32, through files on disk; None and the reason where that cannot be done."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        return None, "transformers is not installed: logits were compared by this package alone"
-    if is_remote(path):
-        return None, f"{path} is remote: not read by transformers"
-    if "config.json" in Directory(path).names() and not (Directory(path).local / "params").exists():
-        return _run_transformers(os.fspath(path), prompts), ""
-    with tempfile.TemporaryDirectory(prefix="mixtral-jax-verify-") as scratch:
-        exported = f"{scratch}/hf"
-        write_hf(open_source(path), exported, force=False, progress=False)
-        return _run_transformers(exported, prompts), ""
-
-
-def _run_transformers(path: str, prompts: list[list[int]]) -> Outputs:
-    import torch
-    import transformers
-
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    top_k = getattr(model.config, "num_experts_per_tok", 0)
-    logits, experts = [], []
-    for row in prompts:
-        extra = {"output_router_logits": True} if top_k else {}
-        with torch.no_grad():
-            out = model(torch.tensor([row]), **extra)
-        logits.append(out.logits[0].float().numpy())
-        if top_k:
-            experts.append(torch.stack([r.float().topk(top_k).indices for r in out.router_logits]).numpy())
-    return Outputs(np.concatenate(logits), np.concatenate(experts, axis=1) if experts else None)
-
-
 # fp32 on both sides, another order of summation: what may differ, relative to the largest logit (at least 1).
 TRANSFORMERS_TOLERANCE = 1e-3
 _SHOWN = 8
+_ROWS, _LENGTH = 4, 64  # of the prompts that nobody gave
 
 
 @dataclass(frozen=True)
@@ -231,11 +116,8 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
         notes += [note] if note else []
         if other is not None:
             logits.append(compare_logits("A", "A in transformers", first, other, tolerance=TRANSFORMERS_TOLERANCE))
-    config = {
-        key: (value, getattr(source_b.config, key))
-        for key, value in source_a.config.model_dump().items()
-        if value != getattr(source_b.config, key)
-    }
+    theirs = source_b.config.model_dump()
+    config = {key: (ours, theirs[key]) for key, ours in source_a.config.model_dump().items() if ours != theirs[key]}
     return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, notes)
 
 
@@ -258,28 +140,22 @@ def compare_tensors(a: Source, b: Source) -> list[TensorDifference]:
     return sorted(found, key=lambda d: -(np.inf if d.max_abs is None or np.isnan(d.max_abs) else d.max_abs))
 
 
-class _Both(Source):
+class _Both(ChangedSource):
     """The slots that two sources share, as a source of the first, and as a sink that compares with the second."""
 
     def __init__(self, a: Source, b: Source) -> None:
-        self._a, self._b, self._in_b = a, b, {slot.name: slot for slot in b.slots}
-        self.config = a.config
-        self.slots = [s for s in a.slots if s.name in self._in_b and s.shape == self._in_b[s.name].shape]
+        self._b, self._in_b = b, {slot.name: slot for slot in b.slots}
+        common = [s for s in a.slots if s.name in self._in_b and s.shape == self._in_b[s.name].shape]
+        super().__init__(a, a.config, common)
         self.worst: dict[str, float] = {}  # largest difference of those that are not bit-equal
         self._lock = threading.Lock()
 
-    def dtype(self, slot: Slot) -> np.dtype:
-        return self._a.dtype(slot)
-
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        return self._a.read(slot, start, stop)
-
     def band(self, slot: Slot) -> int | None:
-        sizes = [n for n in (self._a.band(slot), self._b.band(self._in_b[slot.name])) if n is not None]
+        sizes = [n for n in (super().band(slot), self._b.band(self._in_b[slot.name])) if n is not None]
         return max(sizes, default=None)
 
     def cost(self, slot: Slot) -> int:
-        return self._a.cost(slot) + self._b.cost(self._in_b[slot.name])
+        return super().cost(slot) + self._b.cost(self._in_b[slot.name])
 
     def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
         ours, theirs = rows(start, stop), self._b.read(self._in_b[slot.name], start, stop)
@@ -291,23 +167,25 @@ class _Both(Source):
             self.worst[slot.name] = float(np.maximum(self.worst.get(slot.name, 0.0), gap))
 
 
+class Outputs(NamedTuple):
+    """Of all prompts one after another: M positions, L layers, C chosen experts (None for a dense model)."""
+
+    logits_MV: np.ndarray
+    experts_LMC: np.ndarray | None
+
+
 def compare_logits(a: str, b: str, first: Outputs, second: Outputs, *, tolerance: float) -> LogitDifference:
     """Over all positions: max abs difference, mean KL(first || second), share of equal argmax and of shared experts."""
     p, q = _log_softmax(first.logits_MV), _log_softmax(second.logits_MV)
     max_abs = float(np.abs(first.logits_MV - second.logits_MV).max())
+    kl = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+    top1 = float(np.mean(first.logits_MV.argmax(-1) == second.logits_MV.argmax(-1)))
     router = None
     if first.experts_LMC is not None and second.experts_LMC is not None:
         both = first.experts_LMC[..., :, None] == second.experts_LMC[..., None, :]
         router = float(both.any(-1).mean())
-    return LogitDifference(
-        a,
-        b,
-        max_abs,
-        float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))),
-        float(np.mean(first.logits_MV.argmax(-1) == second.logits_MV.argmax(-1))),
-        router,
-        max_abs <= tolerance * max(1.0, float(np.abs(first.logits_MV).max())),
-    )
+    same = max_abs <= tolerance * max(1.0, float(np.abs(first.logits_MV).max()))
+    return LogitDifference(a, b, max_abs, kl, top1, router, same)
 
 
 def _log_softmax(logits_MV: np.ndarray) -> np.ndarray:
@@ -317,3 +195,109 @@ def _log_softmax(logits_MV: np.ndarray) -> np.ndarray:
 
 def _free_memory() -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_prompts(
+    prompts: PathLike | list[list[int]] | None, vocab_size: int, tokenizer: Directory | None
+) -> list[list[int]]:
+    """Rows of token ids.
+
+    Args:
+        prompts: a file with one prompt a line (text, or a JSON list of ids); lists of ids; None: a fixed pseudo-random
+            set.
+        tokenizer: the directory whose tokenizer turns text into ids.
+
+    Raises:
+        ValueError: an empty file, an id outside the vocabulary, or text and no tokenizer.
+    """
+    if prompts is None:
+        return np.random.default_rng(0).integers(0, vocab_size, (_ROWS, _LENGTH)).tolist()
+    if isinstance(prompts, list):
+        rows = prompts
+    else:
+        lines = [line for line in Path(prompts).read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines if line.lstrip().startswith("[")]
+        if len(rows) != len(lines):
+            rows = _encode(lines, tokenizer)
+    if not rows or not all(rows):
+        raise ValueError("no prompts: at least one non-empty line is needed")
+    worst = max(max(row) for row in rows)
+    if worst >= vocab_size or min(min(row) for row in rows) < 0:
+        raise ValueError(f"a prompt holds token id {worst}, the vocabulary has {vocab_size}")
+    return rows
+
+
+def _encode(lines: list[str], directory: Directory | None) -> list[list[int]]:
+    names = directory.names() if directory is not None else []
+    if directory is not None and "tokenizer.json" in names:
+        from tokenizers import Tokenizer
+
+        text = Tokenizer.from_str(directory.read_bytes("tokenizer.json").decode())
+        return [text.encode(line).ids for line in lines]
+    if directory is not None and "tokenizer.model" in names:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_proto=directory.read_bytes("tokenizer.model"))
+        return [[pieces.bos_id(), *pieces.encode(line)] for line in lines]
+    raise ValueError("the prompts are text, and the checkpoint has neither tokenizer.json nor tokenizer.model")
+
+
+def our_outputs(path: PathLike, prompts: list[list[int]]) -> Outputs:
+    """By this package, in fp32. The prompts are padded to one length; padding is another segment."""
+    model = load(path, compute=ComputeConfig(dtype="float32"))
+    length = max(map(len, prompts))
+    tokens_BT = jnp.array([row + [0] * (length - len(row)) for row in prompts], jnp.int32)
+    real_BT = np.array([[i < len(row) for i in range(length)] for row in prompts])
+    logits_BTV, experts_LMC = _run(model, tokens_BT, jnp.asarray(real_BT, jnp.int32))
+    experts = None if experts_LMC is None else np.asarray(experts_LMC)[:, real_BT.ravel()]
+    return Outputs(np.asarray(logits_BTV)[real_BT], experts)
+
+
+@jax.jit
+def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Logits, and the indices (L, M, C) of the experts that each token is sent to in each layer."""
+    logits_BTV, config = model(tokens_BT, segment_ids=segments_BT), model.config
+    if config.is_dense:
+        return logits_BTV, None
+    _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
+    rows = TokenRows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
+
+    def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
+        attended = x_BTD + layer.attention(layer.attention_norm(x_BTD), rows, layer.backend)
+        x_MD = layer.moe_norm(attended).reshape(-1, config.hidden_size)
+        routing = route(x_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok)
+        return layer(x_BTD, rows)[0], routing.expert_MC
+
+    x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
+    return logits_BTV, jax.lax.scan(body, x_BTD, model.layers)[1]
+
+
+def transformers_outputs(path: PathLike, prompts: list[list[int]]) -> tuple[Outputs | None, str]:
+    """By transformers, in fp32, through files on disk; None and the reason where that cannot be done."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        return None, "transformers is not installed: logits were compared by this package alone"
+    if is_remote(path):
+        return None, f"{path} is remote: not read by transformers"
+    if "config.json" in Directory(path).names() and not (Directory(path).local / "params").exists():
+        return _run_transformers(os.fspath(path), prompts), ""
+    with tempfile.TemporaryDirectory(prefix="mixtral-jax-verify-") as scratch:
+        exported = f"{scratch}/hf"
+        write_hf(open_source(path), exported, force=False, progress=False)
+        return _run_transformers(exported, prompts), ""
+
+
+def _run_transformers(path: str, prompts: list[list[int]]) -> Outputs:
+    import torch
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    top_k = getattr(model.config, "num_experts_per_tok", 0)
+    logits, experts = [], []
+    for row in prompts:
+        extra = {"output_router_logits": True} if top_k else {}
+        with torch.no_grad():
+            out = model(torch.tensor([row]), **extra)
+        logits.append(out.logits[0].float().numpy())
+        if top_k:
+            experts.append(torch.stack([r.float().topk(top_k).indices for r in out.router_logits]).numpy())
+    return Outputs(np.concatenate(logits), np.concatenate(experts, axis=1) if experts else None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy.linalg import block_diag
 
 from mixtral_jax import launch
 from mixtral_jax.checkpoint import trees as checkpoint
@@ -116,6 +117,52 @@ def test_what_peft_needs_beside_one_matrix_is_filled_in_and_dropped_again(tmp_pa
     got = stored(tmp_path / "back")
     assert got.keys() == leaves.keys()
     assert all(got[n].tobytes() == leaves[n].tobytes() for n in got)
+
+
+def fuse_experts(tensors: dict[str, np.ndarray], shared: bool) -> dict[str, np.ndarray]:
+    """The pairs of the experts as PEFT saves them from transformers 5, put together by hand; rank 3, 4 experts.
+
+    `shared`: w1 and w3 have one A, that of w1; else ranks of their own and a block-diagonal B.
+    """
+    out = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        old, new = (f"base_model.model.model.layers.{layer}.{m}.experts" for m in ("block_sparse_moe", "mlp"))
+        for module, names in (("", ("w2",)), (".base_layer", ("w1", "w3"))):
+            a, b = ([[tensors[f"{old}.{e}.{w}.lora_{m}.weight"] for w in names] for e in range(4)] for m in "AB")
+            if shared:
+                pairs = [(a_e[0], np.concatenate(b_e)) for a_e, b_e in zip(a, b, strict=True)]
+            else:
+                pairs = [(np.concatenate(a_e), block_diag(*b_e)) for a_e, b_e in zip(a, b, strict=True)]
+            fused_b = np.stack([b_e for _, b_e in pairs], axis=-1)
+            out[f"{new}{module}.lora_A.weight"] = np.concatenate([a_e for a_e, _ in pairs])
+            out[f"{new}{module}.lora_B.weight"] = fused_b.reshape(len(fused_b), -1)
+    return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fused_experts_come_apart(tmp_path, base, shared):
+    peft, tensors = exported(tmp_path)
+    save_file(fuse_experts(tensors, shared), peft / WEIGHTS)
+    says(peft, **({} if shared else {"rank_pattern": {"gate_up_proj": 6}, "alpha_pattern": {"gate_up_proj": 10}}))
+    peft2lora(peft, tmp_path / "back", progress=False)
+    lora2peft(tmp_path / "back", tmp_path / "apart", progress=False)
+    got = load_file(tmp_path / "apart" / WEIGHTS)
+    assert got.keys() == tensors.keys()
+    for name, tensor in got.items():
+        same = name.replace(".w3.lora_A", ".w1.lora_A") if shared else name
+        assert tensor.tobytes() == tensors[same].tobytes(), name
+
+
+def test_fused_halves_that_use_all_ranks_are_refused(tmp_path, base):
+    peft, tensors = exported(tmp_path)
+    fused = fuse_experts(tensors, shared=False)
+    name = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
+    fused[name][0, -1] = 1.0
+    save_file(fused, peft / WEIGHTS)
+    says(peft, rank_pattern={"gate_up_proj": 6}, alpha_pattern={"gate_up_proj": 10})
+    with pytest.raises(ValueError, match=f"{name}: w1 and w3 share all of rank 6 where {CONFIG} says 3 for the others"):
+        peft2lora(peft, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_step_of_a_lora_run_is_an_adapter(tmp_path, base):

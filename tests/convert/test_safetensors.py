@@ -28,10 +28,10 @@ def test_header_is_read_as_the_library_wrote_it(tmp_path):
 
 
 def test_layout_is_read_by_the_library(tmp_path):
-    head, places = layout("x.safetensors", [(n, t.dtype, t.shape) for n, t in TENSORS.items()])
+    head, offsets = layout([(n, t.dtype, t.shape) for n, t in TENSORS.items()])
     data = bytearray(head)
     for name, tensor in TENSORS.items():
-        assert places[name].offset == len(data)
+        assert offsets[name] == len(data)
         data += tensor.tobytes()
     (tmp_path / "x.safetensors").write_bytes(data)
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:

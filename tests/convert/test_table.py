@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.table import leaves, nest, slots
+from mixtral_jax.lora import LoraConfig, is_adapter
+from mixtral_jax.model import abstract_model
 from tests.convert_files import DENSE, TINY, hub_shapes
 
 ODD = {
@@ -34,10 +37,6 @@ def test_every_element_of_every_leaf_belongs_to_one_slot(shape):
 
 
 def test_leaves_are_the_parameters_of_the_model():
-    from flax import nnx
-
-    from mixtral_jax.model import abstract_model
-
     for shape in ODD.values():
         config = MixtralConfig.from_hf(shape)
         model = nnx.to_pure_dict(nnx.state(abstract_model(config)))
@@ -47,6 +46,21 @@ def test_leaves_are_the_parameters_of_the_model():
             return {k: shapes(v) if isinstance(v, dict) else v.shape for k, v in tree.items()}
 
         assert shapes(model) == table
+
+
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize("targets", [("attention.*", "moe.w*"), ("attention.value", "moe.w3")], ids=["all", "two"])
+def test_leaves_of_adapters_are_those_of_an_adapted_model(shape, targets):
+    config, lora = MixtralConfig.from_hf(shape), LoraConfig(rank=3, targets=targets)
+    model = nnx.to_flat_state(nnx.state(abstract_model(config, lora=lora)))
+    want = {".".join(map(str, path)): value.shape for path, value in model}
+    table = {leaf.path: leaf.shape for leaf in leaves(config, lora)}
+    assert table == {name: shape for name, shape in want.items() if is_adapter(name)}
+    seen = {path: np.zeros(shape, int) for path, shape in table.items()}
+    for slot in slots(config, lora):
+        assert slot.rows == 3 if slot.name.endswith(".lora_A.weight") else slot.cols == 3
+        seen[slot.leaf.path][slot.box(0, slot.rows)] += 1
+    assert all((count == 1).all() for count in seen.values())
 
 
 def test_projections_compute_what_the_hub_matrices_compute():
