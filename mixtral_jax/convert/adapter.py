@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mixtral_jax.checkpoint.trees import FORMAT
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.files import Directory, PathLike
+from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.hf import one_line
 from mixtral_jax.convert.orbax import PARAMS, OrbaxArrays, OrbaxSink, is_training_checkpoint, newest_step, run_config
 from mixtral_jax.convert.pipeline import write
-from mixtral_jax.convert.stream import DtypeOf, Source
+from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import ROUTER, slots
 from mixtral_jax.lora import LoraConfig
 
@@ -27,8 +27,11 @@ class AdapterSource(Source):
     lora: LoraConfig
     base: str | None  # where the base was, if anybody noted it
 
+    def side_files(self) -> None:
+        """None: the tokenizer belongs to the base."""
 
-class NativeAdapter(OrbaxArrays, AdapterSource):
+
+class NativeAdapter(AdapterSource, OrbaxArrays):
     """An adapter directory of ours, or a step of a LoRA run (a run's directory stands for its newest step).
 
     A router that the run trained too is one of its slots, layer by layer.
@@ -78,11 +81,6 @@ def check_same_model(config: MixtralConfig, adapter: AdapterSource, where: str) 
 
 def write_adapter(source: AdapterSource, dst: PathLike, *, force: bool, progress: bool) -> None:
     """Any adapter as a directory of ours."""
-
-    def finish(work: Directory, _: DtypeOf) -> None:
-        shapes = {
-            key: value.model_dump(mode="json") for key, value in (("lora", source.lora), ("model", source.config))
-        }
-        work.write_json(ADAPTER, {"format": FORMAT, "base": source.base, **shapes})
-
-    write(source, dst, OrbaxSink, finish, force=force, progress=progress)
+    shapes = {key: value.model_dump(mode="json") for key, value in (("lora", source.lora), ("model", source.config))}
+    note = {"format": FORMAT, "base": source.base, **shapes}
+    write(source, dst, OrbaxSink, source.dtype, ADAPTER, note, force=force, progress=progress)

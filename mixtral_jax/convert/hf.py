@@ -12,7 +12,6 @@ from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.safetensors import INDEX, SINGLE, Tensor, TensorSource, read_tensors
 from mixtral_jax.convert.table import ROUTER, Place, Slot, slots
 
-CONFIG, MODEL = "config.json", "model directory"
 ARCHITECTURES = ("mixtral", "mistral")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old files carry; it follows from rope_theta
@@ -29,7 +28,7 @@ class HfSource(TensorSource):
 
     def __init__(self, path: PathLike, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
         directory = Directory(path)
-        hf_config = directory.read_json(CONFIG, MODEL)
+        hf_config = read_config(directory)
         config = read_shape(hf_config, directory, architectures)
         files, index = _weight_files(directory)
         tensors = read_tensors(directory, files)
@@ -66,6 +65,11 @@ class HfSource(TensorSource):
                 f"config.json of {self.directory} ties the embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight: set tie_word_embeddings to false"
             )
+
+
+def read_config(directory: Directory) -> dict[str, Any]:
+    """config.json of a directory; raises as Directory.read_json."""
+    return directory.read_json("config.json", "model directory")
 
 
 def read_shape(

@@ -10,7 +10,7 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
-from mixtral_jax.convert.hf import CONFIG, MODEL, read_shape
+from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.stream import DtypeOf, NativeSource, ReadRows, Source, bands
 from mixtral_jax.convert.table import Leaf, Slot, check_arrays, slots
 from mixtral_jax.lora import is_adapter
@@ -82,7 +82,7 @@ class OrbaxSource(OrbaxArrays):
                 )
             self.hf_config = MixtralConfig(**shape).to_hf()
         else:
-            self.hf_config = self.directory.read_json(CONFIG, MODEL)
+            self.hf_config = read_config(self.directory)
         self.config = read_shape(self.hf_config, self.directory)
         self.hold(slots(self.config), "its config.json", "its configuration asks for {}")
 
@@ -109,7 +109,7 @@ class OrbaxSink:
             if known.dtype != spec.dtype:
                 raise ValueError(
                     f"{slot.name} is {spec.dtype}, but other layers of {slot.leaf.path} are {known.dtype}: "
-                    "one array holds them all, say --dtype"
+                    "one array holds them all (hf2orbax casts them with --dtype)"
                 )
         self._writer = ArrayWriter(directory.local / PARAMS, specs)
 

@@ -19,10 +19,10 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, write_adapter
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.hf import read_shape
+from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.pipeline import open_source, write
 from mixtral_jax.convert.safetensors import TensorSink, TensorSource, read_tensors
-from mixtral_jax.convert.stream import ChangedSource, DtypeOf
+from mixtral_jax.convert.stream import ChangedSource
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
 from mixtral_jax.lora import TARGETS, LoraConfig
 
@@ -98,7 +98,7 @@ def _refuse(config: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: init_lora_weights {start!r} changes the base too: convert it to plain LoRA in PEFT")
 
 
-class PeftAdapter(TensorSource, AdapterSource):
+class PeftAdapter(AdapterSource, TensorSource):
     """A PEFT directory for a base of shape `config`. All checks are made here.
 
     Raises:
@@ -221,7 +221,10 @@ def lora2peft(src: PathLike, dst: PathLike, *, force: bool = False, progress: bo
     adapter = NativeAdapter(src)
     if adapter.has_router:
         raise ValueError(f"{src} holds a trained router too, which is no adapter: use merge-lora, then orbax2hf")
-    write_peft(adapter, dst, force=force, progress=progress)
+    exported = ExportedAdapter(adapter)
+    config = peft_config(adapter, sorted({slot.name.split(".")[-3] for slot in exported.slots}))
+    sink = partial(TensorSink, single=WEIGHTS)
+    write(exported, dst, sink, exported.dtype, CONFIG, config, force=force, progress=progress)
 
 
 class ExportedAdapter(ChangedSource):
@@ -235,27 +238,16 @@ class ExportedAdapter(ChangedSource):
         if not config.is_dense and (lora.adapts("moe.w1") or lora.adapts("moe.w3")):
             lora = lora.model_copy(update={"targets": (*lora.targets, "moe.w1", "moe.w3", "moe.w2")})
         super().__init__(adapter, config, slots(config, lora))
+        self._last = {slot.leaf.path[-1]: slot for slot in adapter.slots}
 
     def origin(self, slot: Slot) -> Slot:
         """What is filled in is like the last A or B: that of an expert."""
-        like = [own for own in self.inner.slots if own.leaf.path[-1] == slot.leaf.path[-1]][-1]
-        return self.there.get(slot.meaning, like)
+        return self.there.get(slot.meaning, self._last[slot.leaf.path[-1]])
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         if slot.meaning in self.there:
             return super().read(slot, start, stop)
         return np.zeros((stop - start, slot.cols), self.dtype(slot))
-
-
-def write_peft(adapter: AdapterSource, dst: PathLike, *, force: bool, progress: bool) -> None:
-    """Any adapter as a PEFT directory, local or remote."""
-    exported = ExportedAdapter(adapter)
-    modules = sorted({slot.name.split(".")[-3] for slot in exported.slots})
-
-    def finish(work: Directory, _: DtypeOf) -> None:
-        work.write_json(CONFIG, peft_config(adapter, modules))
-
-    write(exported, dst, partial(TensorSink, single=WEIGHTS), finish, force=force, progress=progress)
 
 
 def peft_config(adapter: AdapterSource, modules: list[str]) -> dict[str, Any]:
@@ -289,5 +281,5 @@ def _shape(base: PathLike) -> MixtralConfig:
     """The shape of a model, for which config.json is enough."""
     directory = Directory(base)
     if "config.json" in directory.names():
-        return read_shape(directory.read_json("config.json", "model directory"), directory)
+        return read_shape(read_config(directory), directory)
     return open_source(base).config

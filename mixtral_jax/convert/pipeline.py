@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 from mixtral_jax.convert.atomic import check_destination, new_directory
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
@@ -13,15 +14,15 @@ from mixtral_jax.convert.mistral import MistralSource, is_mistral
 from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step
 from mixtral_jax.convert.progress import progress_bar
 from mixtral_jax.convert.safetensors import TensorSink
-from mixtral_jax.convert.stream import DtypeOf, Sink, Source, Tally, copy
+from mixtral_jax.convert.stream import DtypeOf, Sink, Source, copy
 from mixtral_jax.dtypes import SHORT, WEIGHTS
 
 SHARD = "5GB"
-SIDE_FILES = (
+SIDE_FILES = {
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tekken.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+}  # fmt: skip
 
 
 def hf2orbax(
@@ -69,7 +70,8 @@ def orbax2hf(
 def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, force: bool, progress: bool) -> None:
     """Any source to an Orbax model directory."""
     check_destination(dst, force=force, local=True)
-    write(source, dst, OrbaxSink, partial(_finish, source), dtype=dtype, force=force, progress=progress)
+    dtype_of = chosen_dtype(source, dtype)
+    write(source, dst, OrbaxSink, dtype_of, *_config(source, dtype_of), force=force, progress=progress)
 
 
 def write_hf(
@@ -83,11 +85,11 @@ def write_hf(
 ) -> None:
     """Any source to a Hugging Face directory, local or remote."""
     sink = partial(TensorSink, max_bytes=parse_size(max_shard_size))
+    dtype_of = chosen_dtype(source, dtype)
     if progress:
-        dtype_of = chosen_dtype(source, dtype)
         names = sorted({dtype_of(s).name for s in source.slots})
         print(f"{dst}: {_bytes(source, dtype_of):,} bytes of weights in {', '.join(names)}", file=sys.stderr)
-    write(source, dst, sink, partial(_finish, source), dtype=dtype, force=force, progress=progress)
+    write(source, dst, sink, dtype_of, *_config(source, dtype_of), force=force, progress=progress)
 
 
 def write_like(model: Source, source: Source, dst: PathLike, *, force: bool, progress: bool) -> None:
@@ -100,23 +102,33 @@ def write(
     source: Source,
     dst: PathLike,
     open_sink: Callable[[Directory, Source, DtypeOf], AbstractContextManager[Sink]],
-    finish: Callable[[Directory, DtypeOf], None],
+    dtype_of: DtypeOf,
+    name: str,
+    content: dict[str, Any],
     *,
-    dtype: str | None = None,
     force: bool,
     progress: bool,
 ) -> None:
-    """Stream a source into a new directory through a sink; `finish` then writes the small files into it."""
-    dtype_of = chosen_dtype(source, dtype)
-    total = _bytes(source, dtype_of)
+    """Stream a source into a new directory through a sink, and put the small files beside it.
+
+    `name` with the JSON `content` is last, since without it nothing takes the directory for what it is.
+    """
+    total, origin = _bytes(source, dtype_of), source.side_files()
     with new_directory(dst, needed_bytes=total, force=force) as work:
         with (
             open_sink(work, source, dtype_of) as sink,
             progress_bar(f"writing {dst}", total, show=progress) as advance,
         ):
             tally = copy(source, sink, dtype_of, advance, in_order=work.remote)
-        finish(work, dtype_of)
-    _report(tally, dst, progress)
+        if origin is not None:
+            for file in SIDE_FILES.intersection(origin.names()):
+                work.write_bytes(file, origin.read_bytes(file))
+        work.write_json(name, content)
+    if tally.not_finite:
+        some = ", ".join(f"{name} ({what})" for name, what in list(tally.not_finite.items())[:8])
+        warnings.warn(f"{len(tally.not_finite)} tensors hold values that are not finite: {some}", stacklevel=3)
+    if progress:
+        print(f"{dst}: {len(tally.rows)} tensors, {tally.bytes:,} bytes", file=sys.stderr)
 
 
 def open_source(path: PathLike) -> Source:
@@ -169,18 +181,5 @@ def _bytes(source: Source, dtype_of: DtypeOf) -> int:
     return sum(slot.rows * slot.cols * dtype_of(slot).itemsize for slot in source.slots)
 
 
-def _finish(source: Source, work: Directory, dtype_of: DtypeOf) -> None:
-    """The small files; config.json last, since without it nothing takes the directory for a model."""
-    origin = source.side_files()
-    if origin is not None:
-        for name in set(SIDE_FILES).intersection(origin.names()):
-            work.write_bytes(name, origin.read_bytes(name))
-    work.write_json("config.json", export_config(source.hf_config, source.config, dtype_of(source.slots[0]).name))
-
-
-def _report(tally: Tally, dst: PathLike, progress: bool) -> None:
-    if tally.not_finite:
-        some = ", ".join(f"{name} ({what})" for name, what in list(tally.not_finite.items())[:8])
-        warnings.warn(f"{len(tally.not_finite)} tensors hold values that are not finite: {some}", stacklevel=3)
-    if progress:
-        print(f"{dst}: {len(tally.rows)} tensors, {tally.bytes:,} bytes", file=sys.stderr)
+def _config(source: Source, dtype_of: DtypeOf) -> tuple[str, dict[str, Any]]:
+    return "config.json", export_config(source.hf_config, source.config, dtype_of(source.slots[0]).name)
