@@ -124,12 +124,12 @@ class OrbaxSink:
         if not slot.leaf.transposed:
             values = rows(start, stop)
         else:
-            turned = np.empty((slot.cols, stop - start), self._dtype_of(slot))
+            native = np.empty((slot.cols, stop - start), self._dtype_of(slot))
             strip = STRIP if self._source.band(slot) is None else stop - start
             for a in range(start, stop, strip):
                 b = min(a + strip, stop)
-                turned[:, a - start : b - start] = rows(a, b).T
-            values = slot.to_native(turned.T)
+                native[:, a - start : b - start] = rows(a, b).T
+            values = slot.to_native(native.T)
         self._writer.write(slot.leaf.path, slot.box(start, stop), values)
 
 
