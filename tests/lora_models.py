@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.convert import table
 from mixtral_jax.convert.adapter import NativeAdapter
 from mixtral_jax.convert.load import read_leaf
-from mixtral_jax.convert.table import nest
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 
@@ -85,4 +85,4 @@ def stored_leaves(adapter: NativeAdapter) -> dict[str, np.ndarray]:
 
 def adapter_tree(leaves: dict) -> dict:
     """The adapter leaves alone, nested."""
-    return nest({name: value for name, value in leaves.items() if is_adapter(name)})
+    return unflatten_dict({name: value for name, value in leaves.items() if is_adapter(name)}, sep=".")

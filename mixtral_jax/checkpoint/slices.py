@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from flax.traverse_util import unflatten_dict
 
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.dtypes import WEIGHTS
@@ -92,12 +93,8 @@ class ArrayWriter:
 
     def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]) -> None:
         self.path = path
-        skeleton: dict[str, Any] = {}
-        for name, spec in arrays.items():
-            *parents, last = name.split(".")
-            node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, skeleton)
-            node[last] = np.zeros((1,) * len(spec.shape), spec.dtype)
-        checkpoint.save(path, skeleton)
+        skeleton = {name: np.zeros((1,) * len(spec.shape), spec.dtype) for name, spec in arrays.items()}
+        checkpoint.save(path, unflatten_dict(skeleton, sep="."))
         state = path / checkpoint.STATE
         for entry in ("d", "ocdbt.process_0", "array_metadatas"):
             shutil.rmtree(state / entry, ignore_errors=True)

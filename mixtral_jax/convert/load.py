@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
-from mixtral_jax.convert.table import Leaf, Slot, at, leaves, nest, slots
+from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel.sharding import param_shardings
 
@@ -42,14 +43,14 @@ def load(
     """
     source = open_source(path)
     abstract = abstract_model(source.config, compute)
-    shardings = param_shardings(abstract, mesh)
+    shardings = flatten_dict(param_shardings(abstract, mesh) or {}, sep=".")
     placed: dict[str, jax.Array] = {}
     for leaf in leaves(source.config):
-        if shardings is None:
-            placed[leaf.path] = jnp.asarray(read_leaf(source, leaf, dtype=dtype))
+        if leaf.path in shardings:
+            placed[leaf.path] = place_leaf(source, leaf, shardings[leaf.path], dtype)
         else:
-            placed[leaf.path] = place_leaf(source, leaf, at(shardings, leaf.path), dtype)
-    return nnx.merge(nnx.graphdef(abstract), nest(placed))
+            placed[leaf.path] = jnp.asarray(read_leaf(source, leaf, dtype=dtype))
+    return nnx.merge(nnx.graphdef(abstract), unflatten_dict(placed, sep="."))
 
 
 def load_config(path: PathLike) -> MixtralConfig:
@@ -63,7 +64,8 @@ def load_params(path: PathLike, dtype: Any = None) -> dict[str, Any]:
     `dtype` (a numpy dtype) casts every leaf; None keeps the dtype on disk. Holds the whole model in memory.
     """
     source = open_source(path)
-    return nest({leaf.path: read_leaf(source, leaf, dtype=dtype) for leaf in leaves(source.config)})
+    flat = {leaf.path: read_leaf(source, leaf, dtype=dtype) for leaf in leaves(source.config)}
+    return unflatten_dict(flat, sep=".")
 
 
 def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
@@ -124,13 +126,13 @@ class ModelSource(NativeSource):
     def __init__(self, model: Mixtral) -> None:
         self.config = model.config
         self.slots = slots(model.config)
-        self._params = nnx.to_pure_dict(nnx.state(model))
+        self._params = flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep=".")
 
     def dtype(self, slot: Slot) -> np.dtype:
-        return np.dtype(at(self._params, slot.leaf.path).dtype)
+        return np.dtype(self._params[slot.leaf.path].dtype)
 
     def band(self, slot: Slot) -> int | None:
         return slot.rows
 
     def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
-        return np.asarray(at(self._params, path)[box])
+        return np.asarray(self._params[path][box])

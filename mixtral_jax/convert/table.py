@@ -7,8 +7,6 @@ The matrices A and B of an adapter are leaves like others: their tensors are tho
 """
 
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any
 
 import numpy as np
 
@@ -222,17 +220,3 @@ def blocked_transpose(matrix: np.ndarray) -> np.ndarray:
         for b in range(0, matrix.shape[1], 32):
             out[b : b + 32, a : a + 1024] = matrix[a : a + 1024, b : b + 32].T
     return out
-
-
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = value
-    return tree
-
-
-def at(tree: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path."""
-    return reduce(lambda node, key: node[key], path.split("."), tree)

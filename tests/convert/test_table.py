@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.table import leaves, nest, slots
+from mixtral_jax.convert.table import leaves, slots
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import abstract_model
 from tests.convert_files import DENSE, TINY, hub_shapes
@@ -40,7 +41,7 @@ def test_leaves_are_the_parameters_of_the_model():
     for shape in ODD.values():
         config = MixtralConfig.from_hf(shape)
         model = nnx.to_pure_dict(nnx.state(abstract_model(config)))
-        table = nest({leaf.path: leaf.shape for leaf in leaves(config)})
+        table = unflatten_dict({leaf.path: leaf.shape for leaf in leaves(config)}, sep=".")
 
         def shapes(tree):
             return {k: shapes(v) if isinstance(v, dict) else v.shape for k, v in tree.items()}
