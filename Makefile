@@ -63,8 +63,15 @@ demo-small: $(VENV)/small.stamp
 test: $(VENV)/test.stamp $(if $(PARITY),$(VENV)/parity.stamp)
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(TESTS) $(PYTEST_ARGS)
 
-# Five minutes on two cores: what touches jax, flax, orbax and grain most, chosen by pytest --durations.
-TESTS_NEW := tests/kernels tests/moe
+# What touches jax, flax, orbax and grain most, in six minutes of one core: three on two. The long ones come first.
+TESTS_NEW ?= \
+	tests/plan/test_plan.py::test_a_step_with_every_kernel_compiles_for_a_tpu_slice \
+	tests/train/test_step.py \
+	tests/train/test_resume.py::test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit \
+	tests/kernels tests/moe tests/convert tests/data tests/checkpoint \
+	$(addprefix tests/model/test_,config.py layers.py rope.py losses.py vocab_padding.py) \
+	$(addprefix tests/train/test_,checkpointer.py state.py optimizer.py tree.py config.py metrics.py doctor.py) \
+	tests/parallel/test_sharding.py tests/parallel/test_zigzag.py tests/repo/test_install.py
 
 test-new:
 	@test -n "$(PYTHON_NEW)" || { echo "Python 3.12 or 3.13 is needed; say which: make test-new PYTHON_NEW=/path/to/python" >&2; exit 2; }
