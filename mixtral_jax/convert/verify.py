@@ -12,16 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.attention import Rows as TokenRows
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, is_remote
 from mixtral_jax.convert.load import load
 from mixtral_jax.convert.pipeline import AnySource, open_source, side_files_origin, write_hf
 from mixtral_jax.convert.stream import Rows, copy
 from mixtral_jax.convert.table import Slot
-from mixtral_jax.layers import rope_angles
-from mixtral_jax.model import Block, Mixtral, compute_dtype, fill_rows
-from mixtral_jax.moe.router import route
+from mixtral_jax.model import Mixtral
 
 _ROWS, _LENGTH = 4, 64
 
@@ -100,18 +97,8 @@ def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[
 
 def chosen_experts(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Indices (L, M, C) of the experts that each token is sent to in each layer."""
-    config = model.config
-    _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
-    rows = TokenRows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
-
-    def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
-        attended = x_BTD + layer.attention(layer.attention_norm(x_BTD), rows, layer.backend)
-        x_MD = layer.moe_norm(attended).reshape(-1, config.hidden_size)
-        routing = route(x_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok)
-        return layer(x_BTD, rows)[0], routing.expert_MC
-
-    x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    return jax.lax.scan(body, x_BTD, model.layers)[1]
+    expert_BTLC = model.routing(tokens_BT, segment_ids=segments_BT).expert_MC
+    return jnp.moveaxis(expert_BTLC.reshape(-1, *expert_BTLC.shape[2:]), 1, 0)
 
 
 def transformers_outputs(path: str | os.PathLike[str], prompts: list[list[int]]) -> tuple[Outputs | None, str]:

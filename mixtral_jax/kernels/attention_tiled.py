@@ -35,10 +35,10 @@ class Tiling(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Position and segment of each token, cut in blocks: (blocks, B, block)."""
+    """Where each token stands: all that a mask is made of. (B, T), or cut in blocks: (blocks, B, block)."""
 
-    positions: Array
-    segments: Array
+    positions: Array  # restart at 0 in every segment
+    segments: Array  # 0 is padding
 
 
 def tile(T: int, S: int, block_T: int, block_S: int, *, window: int | None, ordered: bool) -> Tiling:

@@ -280,7 +280,7 @@ def _splits_rows(spec: P) -> bool:
 
 def _along_context(move: Callable[[jax.Array], jax.Array], spec: P, x: Any) -> Any:
     """`move` where the spec shards the tokens of a row over more than one device."""
-    return move(x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
+    return jax.tree.map(move, x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
 
 
 def _check_rows(x: Any, spec: P, mesh_shape: dict[str, int]) -> None:
