@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.grouped_blocked import zeros_like_rows
+from mixtral_jax.kernels.swiglu import swiglu, swiglu_gradient
 from mixtral_jax.parallel.sharding import alike
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
@@ -100,21 +101,6 @@ def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
     return Low(_dot(_transposed(x_bI), g_br), _dot(_transposed(u_br), dy_bO))
 
 
-def _activation(h_b2F: jax.Array) -> jax.Array:
-    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(h1_bF) * h3_bF).astype(h_b2F.dtype)
-
-
-def _activation_gradient(h_b2F: jax.Array, da_bF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The activation again, and dh from da: silu' = s + silu (1 - s), s the sigmoid."""
-    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
-    s_bF = jax.nn.sigmoid(h1_bF)
-    silu_bF, da_bF = h1_bF * s_bF, da_bF.astype(jnp.float32)
-    dh1_bF = da_bF * h3_bF * (s_bF + silu_bF * (1 - s_bF))
-    dh_b2F = jnp.concatenate([dh1_bF, da_bF * silu_bF], axis=-1)
-    return (silu_bF * h3_bF).astype(h_b2F.dtype), dh_b2F.astype(h_b2F.dtype)
-
-
 def _flat(w: Weights) -> Weights:
     return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1))
 
@@ -136,7 +122,7 @@ def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax
         def one_block(block, row, buffers):
             y_RD, h_R2F = buffers
             h_b2F = _product(_slice(x_RD, row, block), w.w13, w.low13)
-            y_bD = _product(_activation(h_b2F), w.w2, w.low2)
+            y_bD = _product(swiglu(h_b2F), w.w2, w.low2)
             # where a block reaches past its group's end, the next group overwrites these rows
             return _put(y_RD, y_bD, row), _put(h_R2F, h_b2F, row)
 
@@ -173,7 +159,7 @@ def _vjp_backward(saved, dy_RD):
             mine_b1 = (row + jnp.arange(block) < start + size)[:, None]
             x_bD, dy_bD = _slice(x_RD, row, block), jnp.where(mine_b1, _slice(dy_RD, row, block), 0)
             da_bF = _transpose_product(dy_bD, w.w2, w.low2)
-            a_bF, dh_b2F = _activation_gradient(_slice(h_R2F, row, block), da_bF)
+            dh_b2F, a_bF = swiglu_gradient(_slice(h_R2F, row, block), da_bF)
             dx_RD = _put(dx_RD, _transpose_product(dh_b2F, w.w13, w.low13), row)
             return dx_RD, jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mixtral_jax.kernels import grouped_matmul as kernel
+from mixtral_jax.kernels.swiglu import swiglu
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
-from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, swiglu
+from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from tests.oracles import mixtral as oracle
 
 R, D, F, E = 21, 6, 10, 4
