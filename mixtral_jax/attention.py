@@ -14,9 +14,9 @@ from mixtral_jax.kernels.attention import Backend, attend
 from mixtral_jax.kernels.attention_tiled import Tokens
 from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
-from mixtral_jax.parallel.sharding import axis_index, axis_size, psum
-from mixtral_jax.parallel.zigzag import Part, whole_row
-from mixtral_jax.quantize import whole_weight
+from mixtral_jax.parallel.collectives import axis_index, axis_size, psum
+from mixtral_jax.parallel.zigzag import Part, gather_row
+from mixtral_jax.quantize import gather_weight
 
 PROJECTIONS = ("query", "key", "value", "output")
 # (q (B, T, N, H), k and v (B, T, K, H)), all of new tokens -> (y (B, T, N, H), what the caller wants of the layer)
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
 
     def _linear(self, name: str, x: jax.Array, letters: str, rng: jax.Array | None) -> jax.Array:
         """A projection and its adapter, if it has one."""
-        y = jnp.einsum(letters, x, whole_weight(getattr(self, name), x.dtype))
+        y = jnp.einsum(letters, x, gather_weight(getattr(self, name), x.dtype))
         adapter = getattr(self, f"{name}_lora", None)
         if adapter is None:
             return y
@@ -84,7 +84,7 @@ def attend_row(tokens: Tokens, window: int | None, backend: Backend) -> Attend:
         part, keys = None, tokens
         if axis_size("context") > 1:
             part = Part(axis_size("context"), jnp.asarray(axis_index("context")))
-            k, v, *row = map(whole_row, (k, v, *tokens))
+            k, v, *row = map(gather_row, (k, v, *tokens))
             keys = Tokens(*row)
         return attend(q, k, v, queries=tokens, keys=keys, window=window, backend=backend, part=part), None
 

@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
-from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, shard_key
+from mixtral_jax.parallel.collectives import shard_key
+from mixtral_jax.parallel.mesh import TOKEN_AXES
+from mixtral_jax.parallel.sharding import gather
 from mixtral_jax.quantize import QuantizedWeight
 
 TARGETS = (

@@ -19,16 +19,9 @@ from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
 from mixtral_jax.moe.balance import RouterStats
 from mixtral_jax.moe.block import ApplyExperts, SparseMoe
 from mixtral_jax.moe.router import Routing
-from mixtral_jax.parallel.sharding import (
-    BATCH_AXES,
-    TOKEN_AXES,
-    batch_spec,
-    drop_padding,
-    gather,
-    psum,
-    shard_key,
-    sharded,
-)
+from mixtral_jax.parallel.collectives import psum, shard_key
+from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from mixtral_jax.parallel.sharding import batch_spec, drop_padding, gather, sharded
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.

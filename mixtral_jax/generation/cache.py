@@ -16,8 +16,9 @@ from mixtral_jax.generation.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.kernels.attention import attend
 from mixtral_jax.kernels.attention_tiled import Tokens
 from mixtral_jax.model import Block, Mixtral
+from mixtral_jax.parallel.collectives import assemble, devices_along
 from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.parallel.sharding import _devices, assemble, drop_padding
+from mixtral_jax.parallel.sharding import drop_padding
 
 
 class Cache(NamedTuple):
@@ -70,7 +71,7 @@ def decode(
     position_B1 = jnp.maximum(column - pad_B, 0)[:, None]
     query = Tokens(position_B1, jnp.ones_like(position_B1))
     angles_B1h, live_B1, stack = model.angles(position_B1), live_B[:, None].astype(jnp.int32), model.layers.moe
-    few = _devices(MESH_AXES) == 1 and token_B.shape[0] <= MAX_TOKENS
+    few = devices_along(MESH_AXES) == 1 and token_B.shape[0] <= MAX_TOKENS
 
     def layer(block: Block, x_B1D: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache, None]:
         # What of the layer is not used here, the experts above all where rows are few, is never sliced.

@@ -24,7 +24,7 @@ from mixtral_jax.kernels.attention_tiled import (
     tile,
     visible,
 )
-from mixtral_jax.parallel.sharding import platform
+from mixtral_jax.parallel.collectives import platform
 from mixtral_jax.parallel.zigzag import Part, places
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]

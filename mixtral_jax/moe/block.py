@@ -16,8 +16,10 @@ from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, psum
-from mixtral_jax.quantize import whole_weight
+from mixtral_jax.parallel.collectives import psum
+from mixtral_jax.parallel.mesh import TOKEN_AXES
+from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.quantize import gather_weight
 
 # (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x), fp32; expert number E is nobody's
 ApplyExperts = Callable[[Float[Array, "M D"], Int[Array, "M C"], Float[Array, "M C"]], Float[Array, "M D"]]
@@ -73,7 +75,7 @@ class SparseMoe(nnx.Module):
             if adapter is not None:
                 own_rng = None if rng is None else jax.random.fold_in(rng, 100 + index)
                 adapters[name] = adapter.ready(dtype, own_rng)
-        return ExpertWeights(whole_weight(self.w13, dtype), whole_weight(self.w2, dtype), adapters)
+        return ExpertWeights(gather_weight(self.w13, dtype), gather_weight(self.w2, dtype), adapters)
 
     def one_expert(self, layer: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
         """Of a stack of layers on one device: the matrices of one expert of one layer, as a stack of one.

@@ -13,7 +13,7 @@ from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
 from mixtral_jax.kernels.swiglu import grouped_down, swiglu
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
-from mixtral_jax.parallel.sharding import platform
+from mixtral_jax.parallel.collectives import platform
 
 
 class ExpertWeights(NamedTuple):
