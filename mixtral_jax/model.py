@@ -1,11 +1,12 @@
 """Mixtral: embed -> stacked, scanned, rematerialised blocks -> norm -> head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -31,6 +32,8 @@ POLICIES = {
     "minimal": jax.checkpoint_policies.save_only_these_names(*SAVED),
     "full": jax.checkpoint_policies.save_only_these_names("route"),
 }
+
+Tokens_BT = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
 
 
 def compute_dtype(dtype: str) -> jnp.dtype:
@@ -133,42 +136,26 @@ class Mixtral(nnx.Module):
             self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
 
     def __call__(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits, fp32.
+        """Logits, fp32. Compiled once for each shape.
 
         Args:
-            tokens_BT: token ids.
+            tokens: token ids (B, T): an array, or a list of rows of one length.
             positions: place of each token in its document; counts from 0 if not given.
             segment_ids: document of each token, 0 for padding; one document if not given. A document's tokens are
                 neighbours, in order.
+
+        Raises:
+            ValueError: rows of different lengths, or what are no rows of integers.
         """
-
-        def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-            x_BTD, _ = model.hidden(tokens, positions, segments)
-            return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
-
-        rows = fill_rows(tokens_BT, positions, segment_ids)
-        logits_BTV = sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
-        return drop_padding(logits_BTV, self.config.vocab_size)
+        return _logits(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
 
     def routing(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Routing:
         """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
-
-        def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Routing:
-            _, routing = model.hidden(tokens, positions, segments, collect=lambda seen: seen.routing)
-            return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(*tokens.shape, -1, a.shape[-1]), routing)
-
-        rows = fill_rows(tokens_BT, positions, segment_ids)
-        return sharded(local, self, rows, (batch_spec(),) * 3, batch_spec())
+        return _routing(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
 
     def hidden(
         self,
@@ -229,11 +216,53 @@ class Mixtral(nnx.Module):
         return gather(self.head.weight, dtype)
 
 
+def as_ids(rows: Tokens_BT | None) -> Int[Array, "B T"] | None:
+    """Rows of integers as an array.
+
+    Raises:
+        ValueError: rows of different lengths, or what are no rows of integers.
+    """
+    if rows is None:
+        return None
+    if not isinstance(rows, jax.Array | np.ndarray):
+        lengths = sorted({np.size(row) for row in rows})
+        if len(lengths) > 1:
+            few, most = lengths[0], lengths[-1]
+            raise ValueError(f"rows of {few} to {most} tokens: pad them to one length, segment_ids 0 in the padding")
+        rows = np.asarray(rows)
+    if rows.ndim != 2 or not (jnp.issubdtype(rows.dtype, jnp.integer) or rows.dtype == bool):
+        raise ValueError(f"tokens are rows of integers (B, T), as in [[1, 2, 3]], not {rows.dtype} {rows.shape}")
+    return rows if isinstance(rows, jax.Array) else jnp.asarray(rows, jnp.int32)
+
+
 def fill_rows(tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> tuple[jax.Array, ...]:
     """(tokens, positions, segments) with the defaults: one document, counted from 0."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     return tokens_BT, positions, jnp.ones_like(tokens_BT) if segments is None else segments
+
+
+@jax.jit
+def _logits(
+    model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None
+) -> Float[Array, "B T V"]:
+    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        x_BTD, _ = model.hidden(tokens, positions, segments)
+        return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
+
+    rows = fill_rows(tokens_BT, positions, segments)
+    logits_BTV = sharded(local, model, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+    return drop_padding(logits_BTV, model.config.vocab_size)
+
+
+@jax.jit
+def _routing(model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Routing:
+    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Routing:
+        _, routing = model.hidden(tokens, positions, segments, collect=lambda seen: seen.routing)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(*tokens.shape, -1, a.shape[-1]), routing)
+
+    rows = fill_rows(tokens_BT, positions, segments)
+    return sharded(local, model, rows, (batch_spec(),) * 3, batch_spec())
 
 
 def next_token_sums(
