@@ -1,7 +1,6 @@
 """The command line: parses, sets up the process, calls one function. Every import of ours waits for its command."""
 
 import argparse
-import glob
 import importlib
 import os
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 
 Parsed = argparse.Namespace
 OK, UNEXPECTED, USAGE = 0, 1, 2
-_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd")
 
 
 class Command:
@@ -76,13 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _environment() -> None:
-    """What must be in the environment before jax is imported. Nothing here changes a number."""
+    """What must be in the environment before jax is imported, beside what mixtral_jax sets. It changes no number."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(".cache", "mixtral-jax", "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's info and warning lines
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
-    if not any(map(glob.glob, _ACCELERATORS)):  # libtpu, there for `plan`, would look for a TPU, in vain and aloud
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _forward(calls: str, args: Parsed) -> int:

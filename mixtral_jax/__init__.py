@@ -1,7 +1,9 @@
 """Mixtral in JAX: the model, its parallelism, its kernels, its checkpoints; and the front door of all the rooms."""
 
+import glob
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +40,11 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):
         "mixtral_jax/train is no folder, as in a zip unpacked without symbolic links: git clone -c core.symlinks=true "
         "brings them; or copy train, data, configs and launch.py of the top level over their namesakes in mixtral_jax"
     )
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+if "jax" not in sys.modules and not any(map(glob.glob, _ACCELERATORS)):
+    # libtpu, there for `plan`, would look for a TPU, in vain and aloud
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,35 +1,30 @@
 """Grouped-query attention (2305.13245): parameters, projections, and the exchange of keys along `context`."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.kernels.attention import Backend, attend
+from mixtral_jax.kernels.attention_tiled import Tokens
 from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
-from mixtral_jax.parallel.sharding import axis_index, axis_size, psum
-from mixtral_jax.parallel.zigzag import Part, whole_row
-from mixtral_jax.quantize import whole_weight
+from mixtral_jax.parallel.collectives import axis_index, axis_size, psum
+from mixtral_jax.parallel.zigzag import Part, gather_row
+from mixtral_jax.quantize import gather_weight
 
 PROJECTIONS = ("query", "key", "value", "output")
-
-
-class Rows(NamedTuple):
-    """Where each token of a packed row stands: what attention masks and rotary angles are made of."""
-
-    positions_BT: Int[Array, "B T"]  # restart at 0 in every segment
-    segments_BT: Int[Array, "B T"]  # 0 is padding
-    angles_BTh: Float[Array, "B T half"]  # rotary angles of the positions
-    key: jax.Array | None = None  # of this layer's dropout in training
+# (q (B, T, N, H), k and v (B, T, K, H)), all of new tokens -> (y (B, T, N, H), what the caller wants of the layer)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Causal attention within segments, heads sharded over `tensor`, keys and values gathered over `context`."""
+    """Projections, rotation, and `attend` between them; heads sharded over `tensor`."""
 
     def __init__(
         self,
@@ -40,7 +35,6 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         lora: LoraConfig | None = None,
     ):
-        self.window = config.sliding_window
         hidden = {"embed": config.hidden_size}
         heads = {"heads": config.num_attention_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
@@ -55,39 +49,43 @@ class Attention(nnx.Module):
                 adapter = Adapter(lora, inputs, outputs, key=jax.random.fold_in(own_key, 1), stack=layers, dtype=dtype)
                 setattr(self, f"{name}_lora", adapter)
 
-    def _linear(self, name: str, x: jax.Array, letters: str, key: jax.Array | None) -> jax.Array:
+    def _linear(self, name: str, x: jax.Array, letters: str, rng: jax.Array | None) -> jax.Array:
         """A projection and its adapter, if it has one."""
-        y = jnp.einsum(letters, x, whole_weight(getattr(self, name), x.dtype))
+        y = jnp.einsum(letters, x, gather_weight(getattr(self, name), x.dtype))
         adapter = getattr(self, f"{name}_lora", None)
         if adapter is None:
             return y
-        own_key = None if key is None else jax.random.fold_in(key, PROJECTIONS.index(name))
+        own_rng = None if rng is None else jax.random.fold_in(rng, PROJECTIONS.index(name))
         x_MI = x.reshape(x.shape[0] * x.shape[1], -1)
-        return y + low_rank(x_MI, adapter.ready(x.dtype, own_key)).reshape(y.shape)
+        return y + low_rank(x_MI, adapter.ready(x.dtype, own_rng)).reshape(y.shape)
 
-    def project(
-        self, x_BTD: Float[Array, "B T D"], angles_BTh: Float[Array, "B T half"], key: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Rotated queries (B, T, N, H), rotated keys and values (B, T, K, H)."""
-        q, k, v = (self._linear(name, x_BTD, "BTD,DNH->BTNH", key) for name in ("query", "key", "value"))
-        return apply_rope(q, angles_BTh), apply_rope(k, angles_BTh), v
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        angles_BTh: Float[Array, "B T half"],
+        attend: Attend,
+        rng: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The output, summed over the heads of all devices, and what `attend` kept. `rng`: of adapter dropout."""
+        q, k, v = (self._linear(name, x_BTD, "BTD,DNH->BTNH", rng) for name in ("query", "key", "value"))
+        q, k = apply_rope(q, angles_BTh), apply_rope(k, angles_BTh)
+        y_BTNH, kept = attend(*map(checkpoint_name, (q, k, v), ("query", "key", "value")))
+        out_BTD = psum(self._linear("output", y_BTNH, "BTNH,NHD->BTD", rng), ("tensor",))
+        return checkpoint_name(out_BTD, "attention_output"), kept
 
-    def merge(self, y_BTNH: Float[Array, "B T N H"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """The output projection, summed over the heads of all devices."""
-        return psum(self._linear("output", y_BTNH, "BTNH,NHD->BTD", key), ("tensor",))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows, backend: Backend) -> Float[Array, "B T D"]:
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rows.angles_BTh, rows.key)
-        names = ("query", "key", "value")
-        q, k, v = map(checkpoint_name, (q_BTNH, k_BTKH, v_BTKH), names)
-        part, kv_positions, kv_segments = None, rows.positions_BT, rows.segments_BT
-        if axis_size("context") > 1:  # queries stay, keys and values come together from the whole row
+def attend_row(tokens: Tokens, window: int | None, backend: Backend) -> Attend:
+    """Causal attention within the segments of a row, of which this device may hold a part (`context`). Keeps nothing.
+
+    Queries stay; keys and values come together from the whole row.
+    """
+
+    def attend_part(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        part, keys = None, tokens
+        if axis_size("context") > 1:
             part = Part(axis_size("context"), jnp.asarray(axis_index("context")))
-            k, v, kv_positions, kv_segments = map(whole_row, (k, v, kv_positions, kv_segments))
-        y_BTNH = attend(
-            q, k, v,
-            q_positions_BT=rows.positions_BT, kv_positions_BS=kv_positions,
-            q_segments_BT=rows.segments_BT, kv_segments_BS=kv_segments,
-            window=self.window, backend=backend, part=part,
-        )  # fmt: skip
-        return checkpoint_name(self.merge(y_BTNH, rows.key), "attention_output")
+            k, v, *row = map(gather_row, (k, v, *tokens))
+            keys = Tokens(*row)
+        return attend(q, k, v, queries=tokens, keys=keys, window=window, backend=backend, part=part), None
+
+    return attend_part

@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
-from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, shard_key
+from mixtral_jax.parallel.collectives import shard_key
+from mixtral_jax.parallel.mesh import TOKEN_AXES
+from mixtral_jax.parallel.sharding import gather
 from mixtral_jax.quantize import QuantizedWeight
 
 TARGETS = (
@@ -96,12 +98,12 @@ class LowRank(NamedTuple):
     b: Float[Array, "*E r O"]
     scale: float
     dropout: float
-    key: jax.Array | None  # of the dropout; None: nothing is dropped
+    rng: jax.Array | None  # of the dropout; None: nothing is dropped
 
     @property
     def drops(self) -> bool:
         """Whether some of its inputs are dropped."""
-        return self.key is not None and self.dropout > 0
+        return self.rng is not None and self.dropout > 0
 
 
 class Adapter(nnx.Module):
@@ -126,11 +128,11 @@ class Adapter(nnx.Module):
         self.a = nnx.Param(a, axes=(*stack, *inputs, "lora_rank"))
         self.b = nnx.Param(jnp.zeros(b_shape, dtype), axes=(*stack, "lora_rank", *outputs))
 
-    def ready(self, dtype: jnp.dtype, key: jax.Array | None) -> LowRank:
+    def ready(self, dtype: jnp.dtype, rng: jax.Array | None) -> LowRank:
         """Both matrices gathered and flat: (..., I, r) and (..., r, O)."""
         a, b = gather(self.a, dtype), gather(self.b, dtype)
         a, b = a.reshape(*a.shape[: self.groups], -1, a.shape[-1]), b.reshape(*b.shape[: self.groups + 1], -1)
-        return LowRank(a, b, self.scale, self.dropout, key)
+        return LowRank(a, b, self.scale, self.dropout, rng)
 
 
 def low_rank(x: Float[Array, "M I"], adapter: LowRank) -> Float[Array, "M O"]:
@@ -148,9 +150,9 @@ def grouped_low_rank(
 
 
 def _dropped(x: jax.Array, adapter: LowRank) -> jax.Array:
-    if adapter.key is None or not adapter.drops:
+    if adapter.rng is None or not adapter.drops:
         return x
-    keep = jax.random.bernoulli(shard_key(adapter.key, TOKEN_AXES), 1 - adapter.dropout, x.shape)
+    keep = jax.random.bernoulli(shard_key(adapter.rng, TOKEN_AXES), 1 - adapter.dropout, x.shape)
     return jnp.where(keep, x / (1 - adapter.dropout), 0)
 
 

@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.parallel.sharding import TOKEN_AXES, alike, axis_index, axis_max, axis_size, psum, variance, varying
+from mixtral_jax.parallel.collectives import (
+    axis_index,
+    axis_max,
+    axis_size,
+    psum,
+    same_variance,
+    variance,
+    varying,
+    zeros,
+)
+from mixtral_jax.parallel.compiler_quirks import transposed
+from mixtral_jax.parallel.mesh import TOKEN_AXES
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at a time
 
@@ -44,7 +55,7 @@ def linear_cross_entropy(
     `vocab` of all shards together are padding. `entropy`: that of each prediction is summed too. `skip_masked`: logits
     of tokens without a weight are not computed, but for those that share a chunk with others.
     """
-    x_MD, w_DV, targets_M, weights_M = alike(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
+    x_MD, w_DV, targets_M, weights_M = same_variance(x_MD, w_DV, targets_M, jax.lax.stop_gradient(weights_M))
     size, used = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1], parts=2 if skip_masked else 1), None
     if skip_masked:
         order_M, used = _wanted_first(weights_M != 0, size)
@@ -68,7 +79,7 @@ def linear_logps(
     size = _chunk_size(chunk, x_MD.shape[0], w_DV.shape[1], parts=2)
     order_M, used = _wanted_first(wanted_M, size)
     wanted_M, targets_M = _permuted(wanted_M, order_M), _permuted(targets_M, order_M)
-    x_MD, w_DV, targets_M = alike(_permuted(x_MD, order_M), w_DV, targets_M)
+    x_MD, w_DV, targets_M = same_variance(_permuted(x_MD, order_M), w_DV, targets_M)
     logps_M = jnp.where(wanted_M, _logps((size, vocab), x_MD, w_DV, targets_M, used), 0)
     return jnp.zeros_like(logps_M).at[order_M].set(logps_M, unique_indices=True, mode="promise_in_bounds")
 
@@ -105,9 +116,7 @@ def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weight
 
 def _gradients(x_cD: jax.Array, w_DV: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of x and, in fp32, of W."""
-    dlogits_cV = dlogits_cV.astype(x_cD.dtype)
-    # transposed before its product: XLA's CPU matmul is a third slower on a transposed left side
-    x_Dc = jax.lax.optimization_barrier(x_cD.T)
+    dlogits_cV, x_Dc = dlogits_cV.astype(x_cD.dtype), transposed(x_cD)
     dx_cD = jnp.einsum("cV,DV->cD", dlogits_cV, w_DV)
     return dx_cD, jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 
@@ -175,13 +184,9 @@ def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M, used) -> CrossEntro
         sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
         return jax.tree.map(jnp.add, total, sums), None
 
-    start = CrossEntropy(*(_zero(x_MD),) * 3)
+    start = CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3)
     total, _ = _over_chunks(one, None, start, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
     return _reduced(total)
-
-
-def _zero(like: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-    return varying(jnp.zeros(shape, jnp.float32), sorted(variance(like)))
 
 
 def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
@@ -197,9 +202,9 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
         sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
         return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
 
-    start = (CrossEntropy(*(_zero(x_MD),) * 3), _zero(x_MD, w_DV.shape))
+    start = (CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3), zeros(w_DV.shape, jnp.float32, x_MD))
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M))
-    no_dx_cD = _zero(x_MD, chunks[0].shape[1:]).astype(x_MD.dtype)
+    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)
     (total, dw_DV), dx_ncD = _over_chunks(one, no_dx_cD, start, used, chunks)
     dx_MD = dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
     return _reduced(total), (dx_MD, dw_DV.astype(w_DV.dtype))
@@ -243,8 +248,8 @@ def _logps_bwd(static, saved, g_M):
         return dw_DV + more_DV, dx_cD
 
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g_M))
-    no_dx_cD = _zero(x_MD, chunks[0].shape[1:]).astype(x_MD.dtype)
-    dw_DV, dx_ncD = _over_chunks(one, no_dx_cD, _zero(x_MD, w_DV.shape), used, chunks)
+    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)
+    dw_DV, dx_ncD = _over_chunks(one, no_dx_cD, zeros(w_DV.shape, jnp.float32, x_MD), used, chunks)
     return dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype), None, None
 
 

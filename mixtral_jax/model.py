@@ -1,31 +1,28 @@
 """Mixtral: embed -> stacked, scanned, rematerialised blocks -> norm -> head."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.attention import Attention, Rows
+from mixtral_jax.attention import Attend, Attention, attend_row
 from mixtral_jax.config import ComputeConfig, MixtralConfig
+from mixtral_jax.kernels.attention_tiled import Tokens
 from mixtral_jax.layers import Embedding, Head, RMSNorm, rope_angles
 from mixtral_jax.lora import LoraConfig, base_dtype
 from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
 from mixtral_jax.moe.balance import RouterStats
-from mixtral_jax.moe.block import SparseMoe
-from mixtral_jax.parallel.sharding import (
-    BATCH_AXES,
-    TOKEN_AXES,
-    batch_spec,
-    drop_padding,
-    gather,
-    psum,
-    shard_key,
-    sharded,
-)
+from mixtral_jax.moe.block import ApplyExperts, SparseMoe
+from mixtral_jax.moe.router import Routing
+from mixtral_jax.parallel.collectives import psum, shard_key
+from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from mixtral_jax.parallel.sharding import batch_spec, drop_padding, gather, sharded
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.
@@ -36,12 +33,22 @@ POLICIES = {
     "full": jax.checkpoint_policies.save_only_these_names("route"),
 }
 
+Tokens_BT = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
+
 
 def compute_dtype(dtype: str) -> jnp.dtype:
     """The dtype that a ComputeConfig.dtype stands for on this machine."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(dtype)
+
+
+class Seen(NamedTuple):
+    """What a layer can tell of itself; callers of the stack collect what they need."""
+
+    kept: Any  # by `attend`
+    stats: RouterStats  # over the tokens of all devices
+    routing: Routing | None  # of this device's tokens; None in a dense model
 
 
 class Block(nnx.Module):
@@ -59,22 +66,36 @@ class Block(nnx.Module):
     ):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
         attention_key, moe_key = jax.random.split(key)
-        self.backend = compute.attention
         self.attention_norm = norm()
         self.attention = Attention(config, key=attention_key, stack=stack, dtype=dtype, lora=lora)
         self.moe_norm = norm()
         self.moe = SparseMoe(config, compute.moe, key=moe_key, stack=stack, dtype=dtype, lora=lora)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rows: Rows) -> tuple[Float[Array, "B T D"], RouterStats]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows, self.backend)
-        y_BTD, stats = self.moe(self.moe_norm(x_BTD), rows.segments_BT > 0, rows.key)
-        return x_BTD + y_BTD, stats
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        angles_BTh: Float[Array, "B T half"],
+        segments_BT: Int[Array, "B T"],
+        attend: Attend,
+        *,
+        rng: jax.Array | None = None,
+        apply_experts: ApplyExperts | None = None,
+    ) -> tuple[Float[Array, "B T D"], Seen]:
+        """`attend`, `apply_experts`: how queries meet keys, and tokens experts; `rng`: of adapter dropout."""
+        y_BTD, kept = self.attention(self.attention_norm(x_BTD), angles_BTh, attend, rng)
+        x_BTD = x_BTD + y_BTD
+        out = self.moe(self.moe_norm(x_BTD), segments_BT > 0, rng, apply_experts)
+        return x_BTD + out.y_BTD, Seen(kept, out.stats, out.routing)
+
+
+# (block, x, carry, this layer's input) -> (x, carry, this layer's output)
+Layer = Callable[[Block, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
 
 
 class Noise(NamedTuple):
     """What training may add at random; without it the model is a function of its inputs."""
 
-    key: jax.Array
+    rng: jax.Array
     embedding: float = 0.0  # NEFTune's alpha
 
 
@@ -82,8 +103,8 @@ def perturb(x_BTD: Float[Array, "B T D"], noise: Noise, segments_BT: Int[Array, 
     """x + uniform(-1, 1) * alpha / sqrt(T D), T the tokens of the row that are not padding (NEFTune 2310.05914)."""
     tokens_B = psum(jnp.sum(segments_BT > 0, axis=1), ("context",))
     bound_B = noise.embedding / jnp.sqrt(jnp.maximum(tokens_B, 1) * x_BTD.shape[-1])
-    key = shard_key(jax.random.fold_in(noise.key, 1), TOKEN_AXES)
-    uniform_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, -1, 1)
+    rng = shard_key(jax.random.fold_in(noise.rng, 1), TOKEN_AXES)
+    uniform_BTD = jax.random.uniform(rng, x_BTD.shape, jnp.float32, -1, 1)
     return x_BTD + (uniform_BTD * bound_B[:, None, None]).astype(x_BTD.dtype)
 
 
@@ -115,27 +136,26 @@ class Mixtral(nnx.Module):
             self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
 
     def __call__(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits, fp32.
+        """Logits, fp32. Compiled once for each shape.
 
         Args:
-            tokens_BT: token ids.
+            tokens: token ids (B, T): an array, or a list of rows of one length.
             positions: place of each token in its document; counts from 0 if not given.
             segment_ids: document of each token, 0 for padding; one document if not given. A document's tokens are
                 neighbours, in order.
+
+        Raises:
+            ValueError: rows of different lengths, or what are no rows of integers.
         """
+        return _logits(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
 
-        def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-            x_BTD, _ = model.hidden(tokens, positions, segments)
-            return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
-
-        rows = fill_rows(tokens_BT, positions, segment_ids)
-        logits_BTV = sharded(local, self, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
-        return drop_padding(logits_BTV, self.config.vocab_size)
+    def routing(
+        self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
+    ) -> Routing:
+        """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
+        return _routing(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
 
     def hidden(
         self,
@@ -143,22 +163,50 @@ class Mixtral(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
         noise: Noise | None = None,
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """This device's last hidden states after the final norm, and the router statistics of all devices, by layer."""
-        config = self.config
-        rows = Rows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
-        keys_L = None if noise is None else jax.random.split(noise.key, config.num_hidden_layers)
+        collect: Callable[[Seen], Any] = lambda seen: seen.stats,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """This device's last hidden states after the final norm, and what is collected of each layer, stacked.
 
-        def body(x_BTD: jax.Array, inputs: tuple[Block, jax.Array | None]) -> tuple[jax.Array, RouterStats]:
-            layer, key = inputs
-            return layer(x_BTD, rows._replace(key=key))
+        By default that is the router statistics of all devices.
+        """
+        angles_BTh = self.angles(positions_BT)
+        attend = attend_row(Tokens(positions_BT, segments_BT), self.config.sliding_window, self.compute.attention)
+        rngs_L = None if noise is None else jax.random.split(noise.rng, self.config.num_hidden_layers)
 
-        body = jax.checkpoint(body, policy=POLICIES[self.compute.remat], prevent_cse=False)
-        x_BTD = self.embed(tokens_BT, compute_dtype(self.compute.dtype))
+        def layer(block: Block, x_BTD: jax.Array, _: None, rng: jax.Array | None) -> tuple[jax.Array, None, Any]:
+            x_BTD, seen = block(x_BTD, angles_BTh, segments_BT, attend, rng=rng)
+            return x_BTD, None, collect(seen)
+
+        x_BTD = self.embedded(tokens_BT)
         if noise is not None and noise.embedding:
             x_BTD = perturb(x_BTD, noise, segments_BT)
-        x_BTD, stats = jax.lax.scan(body, x_BTD, (self.layers, keys_L))
-        return self.norm(x_BTD), stats
+        x_BTD, _, collected = self.run(x_BTD, layer, inputs=rngs_L)
+        return self.norm(x_BTD), collected
+
+    def run(
+        self, x_BTD: Float[Array, "B T D"], layer: Layer, carry: Any = None, inputs: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
+        """The loop over the layers: for training, for prompts and for single tokens, which differ in their `layer`.
+
+        `carry` goes from layer to layer beside x. `inputs` and what comes back as the third are by layer.
+        """
+
+        def body(held: tuple[jax.Array, Any], own: tuple[Block, Any]) -> tuple[tuple[jax.Array, Any], Any]:
+            (x_BTD, carry), (block, given) = held, own
+            x_BTD, carry, out = layer(block, x_BTD, carry, given)
+            return (x_BTD, carry), out
+
+        body = jax.checkpoint(body, policy=POLICIES[self.compute.remat], prevent_cse=False)
+        (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (self.layers, inputs))
+        return x_BTD, carry, outputs
+
+    def embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embeddings of tokens, in the compute dtype."""
+        return self.embed(tokens_BT, compute_dtype(self.compute.dtype))
+
+    def angles(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T half"]:
+        """Rotary angles of positions."""
+        return rope_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def head_weight(self) -> Float[Array, "D V"]:
         """The output matrix in the compute dtype: this device's shard of the vocabulary."""
@@ -168,11 +216,53 @@ class Mixtral(nnx.Module):
         return gather(self.head.weight, dtype)
 
 
+def as_ids(rows: Tokens_BT | None) -> Int[Array, "B T"] | None:
+    """Rows of integers as an array.
+
+    Raises:
+        ValueError: rows of different lengths, or what are no rows of integers.
+    """
+    if rows is None:
+        return None
+    if not isinstance(rows, jax.Array | np.ndarray):
+        lengths = sorted({np.size(row) for row in rows})
+        if len(lengths) > 1:
+            few, most = lengths[0], lengths[-1]
+            raise ValueError(f"rows of {few} to {most} tokens: pad them to one length, segment_ids 0 in the padding")
+        rows = np.asarray(rows)
+    if rows.ndim != 2 or not (jnp.issubdtype(rows.dtype, jnp.integer) or rows.dtype == bool):
+        raise ValueError(f"tokens are rows of integers (B, T), as in [[1, 2, 3]], not {rows.dtype} {rows.shape}")
+    return rows if isinstance(rows, jax.Array) else jnp.asarray(rows, jnp.int32)
+
+
 def fill_rows(tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> tuple[jax.Array, ...]:
     """(tokens, positions, segments) with the defaults: one document, counted from 0."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     return tokens_BT, positions, jnp.ones_like(tokens_BT) if segments is None else segments
+
+
+@jax.jit
+def _logits(
+    model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None
+) -> Float[Array, "B T V"]:
+    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        x_BTD, _ = model.hidden(tokens, positions, segments)
+        return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
+
+    rows = fill_rows(tokens_BT, positions, segments)
+    logits_BTV = sharded(local, model, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+    return drop_padding(logits_BTV, model.config.vocab_size)
+
+
+@jax.jit
+def _routing(model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Routing:
+    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Routing:
+        _, routing = model.hidden(tokens, positions, segments, collect=lambda seen: seen.routing)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(*tokens.shape, -1, a.shape[-1]), routing)
+
+    rows = fill_rows(tokens_BT, positions, segments)
+    return sharded(local, model, rows, (batch_spec(),) * 3, batch_spec())
 
 
 def next_token_sums(
@@ -192,18 +282,15 @@ def next_token_sums(
     `entropy`, `skip_masked`: see linear_cross_entropy.
     """
 
-    def local(model: Mixtral, tokens, targets, weights, positions, segments, *key):
-        x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
+    def score(x_MD: jax.Array, head_DV: jax.Array, targets: jax.Array, weights: jax.Array) -> CrossEntropy:
         sums = linear_cross_entropy(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), weights.reshape(-1),
-            chunk=model.compute.loss_chunk, entropy=entropy, vocab=model.config.vocab_size,
-            skip_masked=skip_masked,
+            x_MD, head_DV, targets.reshape(-1), weights.reshape(-1),
+            chunk=model.compute.loss_chunk, entropy=entropy, vocab=model.config.vocab_size, skip_masked=skip_masked,
         )  # fmt: skip
-        return psum(sums, TOKEN_AXES), stats
+        return psum(sums, TOKEN_AXES)
 
     rows = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
-    keys = () if noise is None else (noise.key,)
-    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 5) + (P(),) * len(keys), P())
+    return _scored(model, score, rows, noise, P())
 
 
 def target_logps(
@@ -217,22 +304,30 @@ def target_logps(
 ) -> tuple[Float[Array, "B T"], RouterStats]:
     """log p(target) at every wanted position and 0 at the others, fp32, and the router statistics."""
 
-    def local(model: Mixtral, tokens, targets, wanted, positions, segments, *key):
-        x_BTD, stats = model.hidden(tokens, positions, segments, _with_key(noise, key))
+    def score(x_MD: jax.Array, head_DV: jax.Array, targets: jax.Array, wanted: jax.Array) -> jax.Array:
         logps_M = linear_logps(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets.reshape(-1), wanted.reshape(-1),
+            x_MD, head_DV, targets.reshape(-1), wanted.reshape(-1),
             chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
         )  # fmt: skip
-        return logps_M.reshape(tokens.shape), stats
+        return logps_M.reshape(targets.shape)
 
     rows = (tokens_BT, targets_BT, wanted_BT, positions_BT, segments_BT)
-    keys = () if noise is None else (noise.key,)
-    return sharded(local, model, (*rows, *keys), ((batch_spec(),) * 5) + (P(),) * len(keys), (batch_spec(), P()))
+    return _scored(model, score, rows, noise, batch_spec())
 
 
-def _with_key(noise: Noise | None, key: tuple[jax.Array, ...]) -> Noise | None:
-    """The noise with its key as this device received it."""
-    return None if noise is None else noise._replace(key=key[0])
+def _scored(
+    model: Mixtral, score: Callable[..., Any], rows: tuple[jax.Array, ...], noise: Noise | None, out_spec: P
+) -> tuple[Any, RouterStats]:
+    """score(last hidden states, head, targets, weights) on every device's share of the rows, and the statistics."""
+
+    def local(model: Mixtral, tokens, targets, weights, positions, segments, *rng) -> tuple[Any, RouterStats]:
+        own = None if noise is None else noise._replace(rng=rng[0])  # as this device received it
+        x_BTD, stats = model.hidden(tokens, positions, segments, own)
+        return score(x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets, weights), stats
+
+    rngs = () if noise is None else (noise.rng,)
+    in_specs = (batch_spec(),) * len(rows) + (P(),) * len(rngs)
+    return sharded(local, model, (*rows, *rngs), in_specs, (out_spec, P()))
 
 
 def abstract_model(

@@ -89,7 +89,7 @@ class QuantizedWeight(nnx.Module):
         self.codes = nnx.Param(codes, axes=(*axes[: axis + 1], "quantized_block", *axes[axis + 1 :]))
         self.scales = nnx.Param(scales, axes=axes)
 
-    def whole(self, dtype: jnp.dtype) -> jax.Array:
+    def gathered(self, dtype: jnp.dtype) -> jax.Array:
         """The matrix in the compute dtype, gathered like any other; the codes are what travels."""
         axis = self.scales[...].ndim + self.from_end
         codes, scales = gather(self.codes, self.codes[...].dtype), gather(self.scales, jnp.float32)
@@ -97,6 +97,6 @@ class QuantizedWeight(nnx.Module):
         return checkpoint_name(w, "weights")
 
 
-def whole_weight(weight: nnx.Param | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
-    """A matrix in the compute dtype, however it is held; see mixtral_jax.sharding.gather."""
-    return weight.whole(dtype) if isinstance(weight, QuantizedWeight) else gather(weight, dtype)
+def gather_weight(weight: nnx.Param | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
+    """A matrix in the compute dtype, however it is held; see parallel.sharding.gather."""
+    return weight.gathered(dtype) if isinstance(weight, QuantizedWeight) else gather(weight, dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.kernels.attention_tiled import Tokens
 from tests.oracles.attention import mask_matrix
 
 
@@ -46,7 +47,7 @@ class Inputs(NamedTuple):
     """Numpy arrays of one case."""
 
     arrays: tuple[np.ndarray, ...]  # q, k, v, g
-    tokens: dict[str, np.ndarray]
+    tokens: dict[str, Tokens]  # queries and keys, as `attend` takes them
     mask: np.ndarray
 
 
@@ -64,15 +65,15 @@ def make(case: Case, seed: int = 0) -> Inputs:
             start = end
     order = rng.permutation(S) if case.shuffled else np.arange(S)
     mine = rng.permutation(S)[:T] if case.shuffled else np.arange(S - T, S)
-    tokens = {
-        "q_positions_BT": positions[:, mine],
-        "kv_positions_BS": positions[:, order],
-        "q_segments_BT": segments[:, mine],
-        "kv_segments_BS": segments[:, order],
-    }
-    mask = np.stack([mask_matrix(*(x[b] for x in tokens.values()), case.window) for b in range(B)])
+    queries, keys = (Tokens(positions[:, at], segments[:, at]) for at in (mine, order))
+    mask = np.stack([mask_between(queries, keys, b, case.window) for b in range(B)])
     shapes = (B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, case.H), (B, T, case.N, case.H)
-    return Inputs(tuple(rng.standard_normal(s, dtype=np.float32) for s in shapes), tokens, mask)
+    arrays = tuple(rng.standard_normal(s, dtype=np.float32) for s in shapes)
+    return Inputs(arrays, dict(queries=queries, keys=keys), mask)
+
+
+def mask_between(queries: Tokens, keys: Tokens, row: int, window: int | None) -> np.ndarray:
+    return mask_matrix(queries[0][row], keys[0][row], queries[1][row], keys[1][row], window)
 
 
 def out_and_gradients(f, arrays: tuple) -> list[np.ndarray]:

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mixtral_jax.attention import Rows
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.layers import rope_angles
 from mixtral_jax.model import Mixtral, abstract_model, next_token_sums
 from mixtral_jax.moe.balance import balance_loss, z_loss
-from mixtral_jax.moe.router import route
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import batch_sharding, param_shardings
 from mixtral_jax.train.optimizer import OptimizerConfig, apply_gradients, init_optimizer, make_optimizer
@@ -116,16 +113,8 @@ def smallest_routing_gap(params, rows):
     graphdef, _ = nnx.split(abstract_model(CONFIG))
     model, k = nnx.merge(graphdef, params), CONFIG.num_experts_per_tok
     tokens, _, _, positions, segments = rows
-    where = Rows(positions, segments, rope_angles(positions, CONFIG.head_dim, CONFIG.rope_theta))
-
-    def body(x_BTD, layer):
-        y_BTD = layer.moe_norm(x_BTD + layer.attention(layer.attention_norm(x_BTD), where, "reference"))
-        probs = route(y_BTD.reshape(-1, y_BTD.shape[-1]), layer.moe.router[...], k).probs_ME
-        ranked = jnp.sort(probs, axis=-1, descending=True)
-        gap = jnp.where(segments.reshape(-1) > 0, ranked[:, k - 1] - ranked[:, k], 1.0)
-        return layer(x_BTD, where)[0], jnp.min(gap)
-
-    return jnp.min(jax.lax.scan(body, model.embed(tokens, jnp.float32), model.layers)[1])
+    ranked = jnp.sort(model.routing(tokens, positions, segments).probs_ME, axis=-1, descending=True)
+    return jnp.min(jnp.where(segments[..., None] > 0, ranked[..., k - 1] - ranked[..., k], 1.0))
 
 
 def mesh_config(**sizes):

@@ -9,20 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.attention import Rows as TokenRows
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.load import load
 from mixtral_jax.convert.pipeline import open_source, write_hf
 from mixtral_jax.convert.stream import ChangedSource, ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
-from mixtral_jax.layers import rope_angles
-from mixtral_jax.model import Block, Mixtral, compute_dtype, fill_rows
-from mixtral_jax.moe.router import route
 
 # fp32 on both sides, another order of summation: what may differ, relative to the largest logit (at least 1).
 TRANSFORMERS_TOLERANCE = 1e-3
@@ -248,28 +243,12 @@ def our_outputs(path: PathLike, prompts: list[list[int]]) -> Outputs:
     length = max(map(len, prompts))
     tokens_BT = jnp.array([row + [0] * (length - len(row)) for row in prompts], jnp.int32)
     real_BT = np.array([[i < len(row) for i in range(length)] for row in prompts])
-    logits_BTV, experts_LMC = _run(model, tokens_BT, jnp.asarray(real_BT, jnp.int32))
-    experts = None if experts_LMC is None else np.asarray(experts_LMC)[:, real_BT.ravel()]
-    return Outputs(np.asarray(logits_BTV)[real_BT], experts)
-
-
-@jax.jit
-def _run(model: Mixtral, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Logits, and the indices (L, M, C) of the experts that each token is sent to in each layer."""
-    logits_BTV, config = model(tokens_BT, segment_ids=segments_BT), model.config
-    if config.is_dense:
-        return logits_BTV, None
-    _, positions_BT, _ = fill_rows(tokens_BT, None, segments_BT)
-    rows = TokenRows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
-
-    def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
-        attended = x_BTD + layer.attention(layer.attention_norm(x_BTD), rows, layer.backend)
-        x_MD = layer.moe_norm(attended).reshape(-1, config.hidden_size)
-        routing = route(x_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok)
-        return layer(x_BTD, rows)[0], routing.expert_MC
-
-    x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    return logits_BTV, jax.lax.scan(body, x_BTD, model.layers)[1]
+    segments_BT = jnp.asarray(real_BT, jnp.int32)
+    logits_BTV = model(tokens_BT, segment_ids=segments_BT)
+    if model.config.is_dense:
+        return Outputs(np.asarray(logits_BTV)[real_BT], None)
+    expert_BTLC = np.asarray(model.routing(tokens_BT, segment_ids=segments_BT).expert_MC)
+    return Outputs(np.asarray(logits_BTV)[real_BT], np.moveaxis(expert_BTLC[real_BT], 1, 0))
 
 
 def transformers_outputs(path: PathLike, prompts: list[list[int]]) -> tuple[Outputs | None, str]:

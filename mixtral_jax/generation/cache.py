@@ -9,18 +9,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.attention import Rows
 from mixtral_jax.generation.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.kernels.attention import attend
-from mixtral_jax.layers import rope_angles
-from mixtral_jax.model import Block, Mixtral, compute_dtype
-from mixtral_jax.moe.block import SparseMoe
-from mixtral_jax.moe.experts import ExpertWeights
-from mixtral_jax.moe.router import route
+from mixtral_jax.kernels.attention_tiled import Tokens
+from mixtral_jax.model import Block, Mixtral
+from mixtral_jax.parallel.collectives import assemble, devices_along
 from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.parallel.sharding import _devices, assemble, drop_padding
+from mixtral_jax.parallel.sharding import drop_padding
 
 
 class Cache(NamedTuple):
@@ -39,27 +37,20 @@ def prefill(
     model: Mixtral, tokens_BT: Int[Array, "B T"], pad_B: Int[Array, " B"], slots: int
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the last column, fp32, and the cache after all columns of the prompts."""
-    config, (_, T) = model.config, tokens_BT.shape
-    positions_BT = jnp.arange(T, dtype=jnp.int32)[None, :] - pad_B[:, None]
-    segments_BT = (positions_BT >= 0).astype(jnp.int32)
-    positions_BT = jnp.maximum(positions_BT, 0)
-    rows = Rows(positions_BT, segments_BT, rope_angles(positions_BT, config.head_dim, config.rope_theta))
+    positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :] - pad_B[:, None]
+    tokens = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
+    angles_BTh, window = model.angles(tokens.positions), model.config.sliding_window
 
-    def body(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        q, k, v = layer.attention.project(layer.attention_norm(x_BTD), rows.angles_BTh)
-        y_BTNH = attend(
-            q, k, v,
-            q_positions_BT=positions_BT, kv_positions_BS=positions_BT,
-            q_segments_BT=segments_BT, kv_segments_BS=segments_BT,
-            window=config.sliding_window, backend=layer.backend,
-        )  # fmt: skip
-        x_BTD = x_BTD + layer.attention.merge(y_BTNH)
-        x_BTD = x_BTD + _dropless(layer.moe)(layer.moe_norm(x_BTD), segments_BT > 0)[0]
-        return x_BTD, (_into_slots(k, slots).swapaxes(1, 2), _into_slots(v, slots).swapaxes(1, 2))
+    def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+        y = attend(q, k, v, queries=tokens, keys=tokens, window=window, backend=model.compute.attention)
+        return y, Cache(*(_into_slots(new, slots).swapaxes(1, 2) for new in (k, v)))
 
-    x_BTD = model.embed(tokens_BT, compute_dtype(model.compute.dtype))
-    x_BTD, (k_LBKSH, v_LBKSH) = jax.lax.scan(body, x_BTD, model.layers)
-    return _logits(model, x_BTD[:, -1]), Cache(k_LBKSH, v_LBKSH)
+    def layer(block: Block, x_BTD: jax.Array, _: None, __: None) -> tuple[jax.Array, None, Cache]:
+        x_BTD, seen = block(x_BTD, angles_BTh, tokens.segments, attend_prompt)
+        return x_BTD, None, seen.kept
+
+    x_BTD, _, cache = _dropless(model).run(model.embedded(tokens_BT), layer)
+    return _logits(model, x_BTD[:, -1]), cache
 
 
 def decode(
@@ -71,37 +62,40 @@ def decode(
     live_B: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after `token_B`, which stands in `column`, and the cache that holds it. Rows not live cost no experts."""
-    config, slots = model.config, cache.k_LBKSH.shape[3]
+    slots = cache.k_LBKSH.shape[3]
     slot = column % slots
     # the newest column that a slot can hold by now; a slot that holds none yet gets a negative one
     held_S = column - (column - jnp.arange(slots, dtype=jnp.int32)) % slots
-    kv_positions_BS = held_S[None, :] - pad_B[:, None]
-    seen_BS = ((held_S >= 0)[None, :] & (kv_positions_BS >= 0)).astype(jnp.int32)
+    positions_BS = held_S[None, :] - pad_B[:, None]
+    keys = Tokens(positions_BS, ((held_S >= 0)[None, :] & (positions_BS >= 0)).astype(jnp.int32))
     position_B1 = jnp.maximum(column - pad_B, 0)[:, None]
-    angles_B1h = rope_angles(position_B1, config.head_dim, config.rope_theta)
+    query = Tokens(position_B1, jnp.ones_like(position_B1))
+    angles_B1h, live_B1, stack = model.angles(position_B1), live_B[:, None].astype(jnp.int32), model.layers.moe
+    few = devices_along(MESH_AXES) == 1 and token_B.shape[0] <= MAX_TOKENS
 
-    def body(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        x_B1D, (k_LBKSH, v_LBKSH) = carry
-        # What of the layer is not used here, the experts above all, is never sliced.
-        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), model.layers)
-        q, k, v = layer.attention.project(layer.attention_norm(x_B1D), angles_B1h)
-        k_LBKSH, v_LBKSH = (
-            jax.lax.dynamic_update_slice(cached, new_B1KH.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
-            for cached, new_B1KH in ((k_LBKSH, k), (v_LBKSH, v))
-        )
-        y_B1NH = attend(
-            q,
-            jax.lax.dynamic_index_in_dim(k_LBKSH, index, keepdims=False).swapaxes(1, 2),
-            jax.lax.dynamic_index_in_dim(v_LBKSH, index, keepdims=False).swapaxes(1, 2),
-            q_positions_BT=position_B1, kv_positions_BS=kv_positions_BS,
-            q_segments_BT=jnp.ones_like(position_B1), kv_segments_BS=seen_BS,
-            window=config.sliding_window, backend="reference", ordered=False,
-        )  # fmt: skip
-        x_B1D = x_B1D + layer.attention.merge(y_B1NH)
-        return x_B1D + _experts(model.layers.moe, layer, index, x_B1D, live_B), Cache(k_LBKSH, v_LBKSH)
+    def layer(block: Block, x_B1D: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache, None]:
+        # What of the layer is not used here, the experts above all where rows are few, is never sliced.
+        def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+            written = Cache(*(
+                jax.lax.dynamic_update_slice(held, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+                for held, new in zip(cache, (k, v), strict=True)
+            ))  # fmt: skip
+            k, v = (jax.lax.dynamic_index_in_dim(held, index, keepdims=False).swapaxes(1, 2) for held in written)
+            window = model.config.sliding_window
+            y = attend(q, k, v, queries=query, keys=keys, window=window, backend="reference", ordered=False)
+            return y, written
 
-    x_B1D = model.embed(token_B[:, None], compute_dtype(model.compute.dtype))
-    x_B1D, cache = jax.lax.fori_loop(0, config.num_hidden_layers, body, (x_B1D, cache))
+        def apply_few(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
+            experts = model.config.num_local_experts
+            read = lambda expert: stack.one_expert(index, expert, x_MD.dtype)  # noqa: E731 - a word for the line below
+            return few_rows_swiglu(x_MD, expert_MC, gate_MC, experts, read)
+
+        apply_experts = apply_few if few else None
+        x_B1D, seen = block(x_B1D, angles_B1h, live_B1, attend_cache, apply_experts=apply_experts)
+        return x_B1D, seen.kept, None
+
+    layers = jnp.arange(model.config.num_hidden_layers)
+    x_B1D, cache, _ = _dropless(model).run(model.embedded(token_B[:, None]), layer, cache, layers)
     return _logits(model, x_B1D[:, 0]), cache
 
 
@@ -113,34 +107,12 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
     return jnp.roll(k_BTKH[:, columns - slots :], columns % slots, axis=1)
 
 
-def _dropless(moe: SparseMoe) -> SparseMoe:
-    """The block without capacity and chunks. `moe` must be a copy of ours: it is a slice of the stack here."""
-    moe.options = moe.options.model_copy(update={"capacity_factor": None, "chunk_tokens": None})
-    return moe
-
-
-def _experts(
-    stacked: SparseMoe, layer: Block, index: jax.Array, x_B1D: jax.Array, live_B: jax.Array
-) -> Float[Array, "B 1 D"]:
-    """The expert block of one layer on one token a row."""
-    h_B1D, config = layer.moe_norm(x_B1D), layer.moe.config
-    if _devices(MESH_AXES) > 1 or h_B1D.shape[0] > MAX_TOKENS:
-        return _dropless(layer.moe)(h_B1D, live_B[:, None])[0]
-    h_MD = h_B1D[:, 0]
-    if config.is_dense:
-        expert_MC = jnp.zeros((h_MD.shape[0], 1), jnp.int32)
-        gate_MC = jnp.ones((h_MD.shape[0], 1), jnp.float32)
-    else:
-        dtype = jnp.float32 if layer.moe.options.router_dtype == "float32" else h_MD.dtype
-        routing = route(h_MD, layer.moe.router[...].astype(jnp.float32), config.num_experts_per_tok, dtype)
-        expert_MC, gate_MC = routing.expert_MC, routing.gate_MC
-    expert_MC = jnp.where(live_B[:, None], expert_MC, config.num_local_experts)
-
-    def read(expert: jax.Array) -> ExpertWeights:
-        return stacked.one_expert(index, expert, h_MD.dtype)
-
-    y_MD = few_rows_swiglu(h_MD, expert_MC, gate_MC, config.num_local_experts, read)
-    return y_MD.astype(x_B1D.dtype)[:, None]
+def _dropless(model: Mixtral) -> Mixtral:
+    """The same model, its expert blocks without capacity and chunks."""
+    model = nnx.merge(*nnx.split(model))
+    options = model.layers.moe.options
+    model.layers.moe.options = options.model_copy(update={"capacity_factor": None, "chunk_tokens": None})
+    return model
 
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:

@@ -17,24 +17,17 @@ from jaxtyping import Array, Bool, Int
 from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
 from mixtral_jax.generation.sampling import Drawing, Sampler, make_sampler, sample
 from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel.sharding import (
-    BATCH_AXES,
-    TOKEN_AXES,
-    assemble,
-    axis_max,
-    psum,
-    shard_index,
-    sharded,
-    varying,
-)
+from mixtral_jax.parallel.collectives import assemble, axis_max, psum, shard_index, varying
+from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from mixtral_jax.parallel.sharding import sharded
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
-class Rows(NamedTuple):
-    """What is asked for, row by row."""
+class Aligned(NamedTuple):
+    """Prompts as one array, and what ends them."""
 
     tokens_BT: Int[Array, "B T"]  # right-aligned
     pad_B: Int[Array, " B"]  # columns before the prompt; all of them: no prompt, nothing is generated
@@ -53,7 +46,7 @@ class State(NamedTuple):
 _BATCH: Any = P(BATCH_AXES)
 _SLOTS: Any = P(None, BATCH_AXES, "tensor")
 _EVERYWHERE: Any = P()
-_ROWS = Rows(_BATCH, _BATCH, _EVERYWHERE)
+_ROWS = Aligned(_BATCH, _BATCH, _EVERYWHERE)
 _STATE = State(Cache(_SLOTS, _SLOTS), _BATCH, _BATCH, _EVERYWHERE)
 
 
@@ -124,20 +117,20 @@ def stream(
 
 
 @partial(jax.jit, static_argnames="slots")
-def _start(model: Mixtral, rows: Rows, sampler: Sampler, *, slots: int) -> State:
+def _start(model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int) -> State:
     """Prefill, and the first token."""
 
-    def local(model: Mixtral, rows: Rows, sampler: Sampler) -> State:
+    def local(model: Mixtral, rows: Aligned, sampler: Sampler) -> State:
         return _equal(_first(model, rows, sampler, slots))
 
     return sharded(local, model, (rows, sampler), (_ROWS, P()), _STATE)
 
 
 @partial(jax.jit, donate_argnames="state")
-def _step(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+def _step(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
     """One token more."""
 
-    def local(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+    def local(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
         return _equal(_next(model, _varying(state), rows, sampler))
 
     return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), _STATE)
@@ -145,11 +138,11 @@ def _step(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
 
 @partial(jax.jit, static_argnames=("slots", "columns"))
 def _run(
-    model: Mixtral, rows: Rows, sampler: Sampler, limit: Int[Array, ""], *, slots: int, columns: int
+    model: Mixtral, rows: Aligned, sampler: Sampler, limit: Int[Array, ""], *, slots: int, columns: int
 ) -> Int[Array, "B columns"]:
     """The tokens of each row up to `limit`, which is at most `columns`; behind a row's end its ending token."""
 
-    def local(model: Mixtral, rows: Rows, sampler: Sampler, limit: jax.Array) -> jax.Array:
+    def local(model: Mixtral, rows: Aligned, sampler: Sampler, limit: jax.Array) -> jax.Array:
         def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
             state, out_BN, _ = carry
             state = _varying(_next(model, state, rows, sampler))
@@ -168,20 +161,20 @@ def _run(
     return sharded(local, model, (rows, sampler, limit), (_ROWS, P(), P()), P())
 
 
-def _first(model: Mixtral, rows: Rows, sampler: Sampler, slots: int) -> State:
+def _first(model: Mixtral, rows: Aligned, sampler: Sampler, slots: int) -> State:
     logits_BV, cache = prefill(model, rows.tokens_BT, rows.pad_B, slots)
     done_B = rows.pad_B == rows.tokens_BT.shape[1]
     return _draw(logits_BV, cache, done_B, jnp.int32(0), rows, sampler)
 
 
-def _next(model: Mixtral, state: State, rows: Rows, sampler: Sampler) -> State:
+def _next(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
     column = rows.tokens_BT.shape[1] + state.drawn - 1
     logits_BV, cache = decode(model, state.cache, state.token_B, column, rows.pad_B, ~state.done_B)
     return _draw(logits_BV, cache, state.done_B, state.drawn, rows, sampler)
 
 
 def _draw(
-    logits_BV: jax.Array, cache: Cache, done_B: jax.Array, count: jax.Array, rows: Rows, sampler: Sampler
+    logits_BV: jax.Array, cache: Cache, done_B: jax.Array, count: jax.Array, rows: Aligned, sampler: Sampler
 ) -> State:
     size = logits_BV.shape[0]
     row_B = shard_index(BATCH_AXES) * size + jnp.arange(size, dtype=jnp.int32)
@@ -189,7 +182,7 @@ def _draw(
     return State(cache, token_B, done_B | _is_end(token_B, rows), count + 1)
 
 
-def _is_end(tokens: jax.Array, rows: Rows) -> jax.Array:
+def _is_end(tokens: jax.Array, rows: Aligned) -> jax.Array:
     return jnp.any(tokens[..., None] == jnp.expand_dims(rows.eos_N, tuple(range(tokens.ndim))), axis=-1)
 
 
@@ -240,7 +233,7 @@ def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | S
     return _Request(prompts, eos, model.config.sliding_window, is_array, single)
 
 
-def _right_align(request: _Request, new_columns: int) -> tuple[Rows, int]:
+def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
@@ -253,7 +246,7 @@ def _right_align(request: _Request, new_columns: int) -> tuple[Rows, int]:
         pad_B[b] = width - len(prompt)
         tokens_BT[b, pad_B[b] :] = prompt
     slots = cache_slots(request.window, width + new_columns)
-    return Rows(tokens_BT, pad_B, eos_N), slots
+    return Aligned(tokens_BT, pad_B, eos_N), slots
 
 
 def _round_up(size: int) -> int:

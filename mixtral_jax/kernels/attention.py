@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from mixtral_jax.kernels.attention_tiled import (
     NEVER,
@@ -24,7 +24,7 @@ from mixtral_jax.kernels.attention_tiled import (
     tile,
     visible,
 )
-from mixtral_jax.parallel.sharding import platform
+from mixtral_jax.parallel.collectives import platform
 from mixtral_jax.parallel.zigzag import Part, places
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
@@ -45,10 +45,8 @@ def attend(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     *,
-    q_positions_BT: Int[Array, "B T"],
-    kv_positions_BS: Int[Array, "B S"],
-    q_segments_BT: Int[Array, "B T"],
-    kv_segments_BS: Int[Array, "B S"],
+    queries: Tokens,
+    keys: Tokens,
     window: int | None,
     backend: Backend = "auto",
     ordered: bool = True,
@@ -59,6 +57,8 @@ def attend(
     What its backward pass needs carries the name "attended" for rematerialisation policies.
 
     Args:
+        queries: position and segment of the T queries, (B, T).
+        keys: the same of the S keys, (B, S).
         window: a query at position p sees positions p - window + 1 ... p; None: all up to p.
         backend: how it is computed; "auto" as `resolve_attention` says.
         ordered: the caller's word that queries and keys are the same T tokens and that each segment is a run of
@@ -79,12 +79,11 @@ def attend(
         # imported here: Pallas for TPU takes a second to load, and only TPUs need it
         from mixtral_jax.kernels.attention_splash import splash_attention
 
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, window=window, part=part)
-    queries, keys = Tokens(q_positions_BT, q_segments_BT), Tokens(kv_positions_BS, kv_segments_BS)
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, queries.segments, keys.segments, window=window, part=part)
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
-        bounds = segment_bounds(tiling, q_segments_BT) if ordered else None
+        bounds = segment_bounds(tiling, queries.segments) if ordered else None
         if part is not None:
             bounds = part_bounds(tiling, places(part, T), window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)

@@ -26,10 +26,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 
 from mixtral_jax.kernels.attention_tiled import SAVED
 from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.parallel.sharding import alike, variance, varying
+from mixtral_jax.parallel.collectives import same_variance, variance, varying
 from mixtral_jax.parallel.zigzag import Part, zigzag
 
-LANES = 128  # the kernel's tiles: T and H must be multiples
+SMALLEST_BLOCK = 128  # T must be a multiple
 
 
 def splash_attention(
@@ -49,7 +49,7 @@ def splash_attention(
     `interpret` runs on any device.
     """
     count, index = (1, jnp.zeros((), jnp.int32)) if part is None else (part.parts, part.own)
-    inputs = alike(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, index)
+    inputs = same_variance(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, index)
     out_BTNH = _attend(*inputs, window, count, interpret)
     # the kernel lets padding see padding
     return jnp.where((q_segments_BT != 0)[:, :, None, None], out_BTNH, 0)
@@ -135,7 +135,7 @@ def _kernel(S: int, N: int, window: int | None, count: int, interpret: bool) -> 
     if count > 1:
         mask.q_sequence = zigzag(S, count).astype(mask.q_sequence.dtype)
         piece = S // (2 * count)
-    block = next(b for b in (512, 384, 256, LANES) if piece % b == 0)
+    block = next(b for b in (512, 384, 256, SMALLEST_BLOCK) if piece % b == 0)
     return make_splash_mha(
         mask=MultiHeadMask([mask] * N),
         block_sizes=BlockSizes(*(block,) * 8),

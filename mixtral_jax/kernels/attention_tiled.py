@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.parallel.sharding import alike
+from mixtral_jax.parallel import compiler_quirks as quirks
+from mixtral_jax.parallel.collectives import same_variance
 
 # Name of what the backward pass needs besides q, k and v, for rematerialisation: a policy that saves it runs no
 # forward attention twice.
@@ -35,10 +36,10 @@ class Tiling(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Position and segment of each token, cut in blocks: (blocks, B, block)."""
+    """Where each token stands: all that a mask is made of. (B, T), or cut in blocks: (blocks, B, block)."""
 
-    positions: Array
-    segments: Array
+    positions: Array  # restart at 0 in every segment
+    segments: Array  # 0 is padding
 
 
 def tile(T: int, S: int, block_T: int, block_S: int, *, window: int | None, ordered: bool) -> Tiling:
@@ -134,7 +135,7 @@ def chunked_attention(
     keys = Tokens(*(_cut_tokens(x, tiling.block_S) for x in keys))
     # one type for all: a carry of the loop must vary over the same mesh axes as what is added to it
     first_i, stop_i = bounds or (jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32))
-    q, k, v, *tokens, first_i, stop_i = alike(q, k, v, *queries, *keys, first_i, stop_i)
+    q, k, v, *tokens, first_i, stop_i = same_variance(q, k, v, *queries, *keys, first_i, stop_i)
     queries, keys = Tokens(*tokens[:2]), Tokens(*tokens[2:])
     return _join(_attend(q, k, v, queries, keys, (first_i, stop_i), window), T, N)
 
@@ -187,7 +188,7 @@ def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]
     def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
         q, g, delta, lse, tokens, first, stop = block
         # Products over the rows take these transposes: turning the probabilities instead is what costs on a CPU.
-        q_T, g_T = lax.optimization_barrier((q.swapaxes(-1, -2), g.swapaxes(-1, -2)))
+        q_T, g_T = quirks.transposed((q, g))
 
         def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
@@ -217,8 +218,7 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _scores(q: Array, k: Array, queries: Tokens, keys: Tokens, window: int | None) -> Array:
     """Scaled and masked scores (B, K, R, S) of one tile, fp32; the mask is shared by all heads."""
     s = _einsum("BKRH,BKSH->BKRS", q, k)
-    # the barrier keeps the comparisons from being repeated for every head, inside each use of the scores
-    bias_BTS = lax.optimization_barrier(jnp.where(visible(queries, keys, window), 0.0, NEVER))
+    bias_BTS = quirks.barrier(quirks.REPEATS_COMPARISONS, jnp.where(visible(queries, keys, window), 0.0, NEVER))
     (B, K, R, S), T = s.shape, bias_BTS.shape[1]
     s_BKTGS = s.reshape(B, K, T, R // T, S) * q.shape[-1] ** -0.5
     return (s_BKTGS + bias_BTS[:, None, :, None, :]).reshape(s.shape)

@@ -17,7 +17,7 @@ TILE_ROWS = 512
 TILE_COLUMNS = {2: 1024, 4: 512}  # by bytes of an element
 
 
-def rows(
+def grouped_rows(
     backend: str,
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
@@ -40,7 +40,7 @@ def rows(
     return unchecked(run, _padded(x_RD, tiling[0]), w_EDF, sizes_E)[: x_RD.shape[0]]
 
 
-def weights(
+def grouped_weight_gradient(
     backend: str,
     x_RD: Float[Array, "R D"],
     dy_RF: Float[Array, "R F"],

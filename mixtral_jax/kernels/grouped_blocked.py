@@ -9,14 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.parallel.sharding import alike, variance, varying
+from mixtral_jax.parallel.collectives import same_variance, zeros
 
 BLOCK_ROWS = 128
-
-
-def zeros_like_rows(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """Zeros of the dtype of `like`, typed as varying over the same mesh axes."""
-    return varying(jnp.zeros(shape, like.dtype), sorted(variance(like)))
 
 
 def blocked_rows(
@@ -39,17 +34,17 @@ def blocked_rows(
 
         return jax.lax.fori_loop(0, (size + block - 1) // block, one_block, y_RF), None
 
-    y_RF = zeros_like_rows((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD)
+    y_RF = zeros((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD.dtype, x_RD)
     y_RF, _ = jax.lax.scan(group, y_RF, (w_EDF, starts_E, sizes_E))
     return y_RF[:rows]
 
 
-def blocked_weights(
+def blocked_weight_gradient(
     x_RD: Float[Array, "R D"], dy_RF: Float[Array, "R F"], sizes_E: Int[Array, " E"]
 ) -> Float[Array, "E D F"]:
     """x^T dy over the rows of each group, fp32."""
     block = min(BLOCK_ROWS, x_RD.shape[0])
-    x_RD, dy_RF = (jnp.pad(a, ((0, block), (0, 0))) for a in alike(x_RD, dy_RF))
+    x_RD, dy_RF = (jnp.pad(a, ((0, block), (0, 0))) for a in same_variance(x_RD, dy_RF))
     starts_E = jnp.cumsum(sizes_E) - sizes_E
 
     def group(_, inputs):
@@ -62,7 +57,7 @@ def blocked_weights(
             dy_bF = jnp.where(inside_b1, jax.lax.dynamic_slice_in_dim(dy_RF, row, block), 0)
             return dw_DF + jnp.einsum("bD,bF->DF", x_bD, dy_bF, preferred_element_type=jnp.float32)
 
-        zeros = zeros_like_rows((x_RD.shape[1], dy_RF.shape[1]), x_RD.astype(jnp.float32))
-        return None, jax.lax.fori_loop(0, (size + block - 1) // block, one_block, zeros)
+        none_DF = zeros((x_RD.shape[1], dy_RF.shape[1]), jnp.float32, x_RD)
+        return None, jax.lax.fori_loop(0, (size + block - 1) // block, one_block, none_DF)
 
     return jax.lax.scan(group, None, (starts_E, sizes_E))[1]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.grouped_blocked import blocked_rows, blocked_weights
-from mixtral_jax.parallel.sharding import alike, platform
+from mixtral_jax.kernels.grouped_blocked import blocked_rows, blocked_weight_gradient
+from mixtral_jax.parallel.collectives import platform, same_variance
 
 Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
 
@@ -43,7 +43,7 @@ def grouped_matmul(
     MegaBlocks (2211.15841).
     """
     backend = resolve_matmul(backend, platform())
-    return _grouped_matmul(backend, *alike(x_RD, w_EDF, group_sizes_E))
+    return _grouped_matmul(backend, *same_variance(x_RD, w_EDF, group_sizes_E))
 
 
 def _forward(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
@@ -57,7 +57,7 @@ def _forward(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
         return jax.lax.ragged_dot(x_RD, w, sizes_E).astype(x_RD.dtype)
     from mixtral_jax.kernels import grouped_accelerator as accelerator
 
-    return accelerator.rows(backend, x_RD, w_EDF, sizes_E, transpose)
+    return accelerator.grouped_rows(backend, x_RD, w_EDF, sizes_E, transpose)
 
 
 def _weight_gradient(
@@ -65,7 +65,7 @@ def _weight_gradient(
 ) -> jax.Array:
     """sum over the rows of each group of x^T dy, (E, D, F)."""
     if backend == "blocked":
-        return blocked_weights(x_RD, dy_RF, sizes_E).astype(dtype)
+        return blocked_weight_gradient(x_RD, dy_RF, sizes_E).astype(dtype)
     if backend in ("dense", "ragged_dot"):
         member_RE = _membership(x_RD.shape[0], sizes_E)
         inside_R1 = jnp.any(member_RE, axis=1, keepdims=True)
@@ -73,7 +73,7 @@ def _weight_gradient(
         return jnp.einsum("RE,RD,RF->EDF", member_RE.astype(x_RD.dtype), x_RD, dy_RF).astype(dtype)
     from mixtral_jax.kernels import grouped_accelerator as accelerator
 
-    return accelerator.weights(backend, x_RD, dy_RF, sizes_E, dtype)
+    return accelerator.grouped_weight_gradient(backend, x_RD, dy_RF, sizes_E, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

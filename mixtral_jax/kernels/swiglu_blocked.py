@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.grouped_blocked import zeros_like_rows
-from mixtral_jax.parallel.sharding import alike
+from mixtral_jax.kernels.swiglu import swiglu, swiglu_gradient
+from mixtral_jax.parallel.collectives import same_variance, zeros
+from mixtral_jax.parallel.compiler_quirks import transposed
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
 SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs
@@ -52,7 +53,7 @@ def blocked_swiglu(
     equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype.
     """
     leaves, tree = jax.tree.flatten((x_RD, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
-    return _ffn(*jax.tree.unflatten(tree, alike(*leaves)))
+    return _ffn(*jax.tree.unflatten(tree, same_variance(*leaves)))
 
 
 def _over_blocks(rows: int, start: jax.Array, size: jax.Array, body: Any, carry: Any) -> Any:
@@ -89,30 +90,10 @@ def _transpose_product(dy_bO: jax.Array, w_IO: jax.Array, low: Low | None) -> ja
     return _product(dy_bO, w_IO.T, None if low is None else Low(low.b.T, low.a.T))
 
 
-def _transposed(a: jax.Array) -> jax.Array:
-    # made before its product: XLA's CPU matmul is a third slower on a transposed left side
-    return jax.lax.optimization_barrier(a.T)
-
-
 def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
     """x^T (dy B^T) and (x A)^T dy, fp32."""
     g_br, u_br = (_dot(left, right).astype(x_bI.dtype) for left, right in ((dy_bO, low.b.T), (x_bI, low.a)))
-    return Low(_dot(_transposed(x_bI), g_br), _dot(_transposed(u_br), dy_bO))
-
-
-def _activation(h_b2F: jax.Array) -> jax.Array:
-    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(h1_bF) * h3_bF).astype(h_b2F.dtype)
-
-
-def _activation_gradient(h_b2F: jax.Array, da_bF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The activation again, and dh from da: silu' = s + silu (1 - s), s the sigmoid."""
-    h1_bF, h3_bF = jnp.split(h_b2F.astype(jnp.float32), 2, axis=-1)
-    s_bF = jax.nn.sigmoid(h1_bF)
-    silu_bF, da_bF = h1_bF * s_bF, da_bF.astype(jnp.float32)
-    dh1_bF = da_bF * h3_bF * (s_bF + silu_bF * (1 - s_bF))
-    dh_b2F = jnp.concatenate([dh1_bF, da_bF * silu_bF], axis=-1)
-    return (silu_bF * h3_bF).astype(h_b2F.dtype), dh_b2F.astype(h_b2F.dtype)
+    return Low(_dot(transposed(x_bI), g_br), _dot(transposed(u_br), dy_bO))
 
 
 def _flat(w: Weights) -> Weights:
@@ -136,13 +117,14 @@ def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax
         def one_block(block, row, buffers):
             y_RD, h_R2F = buffers
             h_b2F = _product(_slice(x_RD, row, block), w.w13, w.low13)
-            y_bD = _product(_activation(h_b2F), w.w2, w.low2)
+            y_bD = _product(swiglu(h_b2F), w.w2, w.low2)
             # where a block reaches past its group's end, the next group overwrites these rows
             return _put(y_RD, y_bD, row), _put(h_R2F, h_b2F, row)
 
         return _over_blocks(x_RD.shape[0], start, size, one_block, buffers), None
 
-    buffers = zeros_like_rows(x_RD.shape, x_RD), zeros_like_rows((x_RD.shape[0], 2 * weights.w2.shape[1]), x_RD)
+    h_shape = (x_RD.shape[0], 2 * weights.w2.shape[1])
+    buffers = tuple(zeros(shape, x_RD.dtype, x_RD) for shape in (x_RD.shape, h_shape))
     (y_RD, h_R2F), _ = jax.lax.scan(group, buffers, (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E))
     return y_RD[:rows], h_R2F
 
@@ -173,18 +155,18 @@ def _vjp_backward(saved, dy_RD):
             mine_b1 = (row + jnp.arange(block) < start + size)[:, None]
             x_bD, dy_bD = _slice(x_RD, row, block), jnp.where(mine_b1, _slice(dy_RD, row, block), 0)
             da_bF = _transpose_product(dy_bD, w.w2, w.low2)
-            a_bF, dh_b2F = _activation_gradient(_slice(h_R2F, row, block), da_bF)
+            dh_b2F, a_bF = swiglu_gradient(_slice(h_R2F, row, block), da_bF)
             dx_RD = _put(dx_RD, _transpose_product(dh_b2F, w.w13, w.low13), row)
             return dx_RD, jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
 
-        like, x_b32 = _only(wanted, w._replace(w2=w.w2.T)), x_RD.astype(jnp.float32)
-        sums = jax.tree.map(lambda leaf: zeros_like_rows(leaf.shape, x_b32), like)
+        like = _only(wanted, w._replace(w2=w.w2.T))
+        sums = jax.tree.map(lambda leaf: zeros(leaf.shape, jnp.float32, x_RD), like)
         dx_RD, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (dx_RD, sums))
         sums = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, like)
         return dx_RD, sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
 
     inputs = (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
-    dx_RD, dw = jax.lax.scan(group, zeros_like_rows(x_RD.shape, x_RD), inputs)
+    dx_RD, dw = jax.lax.scan(group, zeros(x_RD.shape, x_RD.dtype, x_RD), inputs)
     dw = jax.tree.map(lambda total, leaf: total.reshape(leaf.shape), dw, _only(wanted, weights))
     inside_R1 = (jnp.arange(rows) < jnp.sum(sizes_E))[:, None]
     return jnp.where(inside_R1, dx_RD[:rows], 0), dw, None
@@ -197,8 +179,8 @@ def _only(wanted: Any, values: Weights) -> Any:
 def _gradients(w: Any, wanted: Any, x_bD: jax.Array, dh_b2F: jax.Array, a_bF: jax.Array, dy_bD: jax.Array) -> Weights:
     """Of one block, fp32; that of w2 transposed, for it is dy that is cheap to transpose."""
     gradients = (
-        None if wanted.w13 is None else _dot(_transposed(x_bD), dh_b2F),
-        None if wanted.w2 is None else _dot(_transposed(dy_bD), a_bF),
+        None if wanted.w13 is None else _dot(transposed(x_bD), dh_b2F),
+        None if wanted.w2 is None else _dot(transposed(dy_bD), a_bF),
         None if wanted.low13 is None else _low_gradient(x_bD, dh_b2F, w.low13),
         None if wanted.low2 is None else _low_gradient(a_bF, dy_bD, w.low2),
     )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.router import Routing
-from mixtral_jax.parallel.sharding import TOKEN_AXES, psum
+from mixtral_jax.parallel.collectives import psum
+from mixtral_jax.parallel.mesh import TOKEN_AXES
 
 BalanceLoss = Literal["per_layer", "hf_pooled"]
 

@@ -1,22 +1,36 @@
 """The sparse feed-forward block: route -> dispatch -> grouped matmuls -> combine -> statistics."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight
 from mixtral_jax.moe.balance import RouterStats, router_stats
 from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
-from mixtral_jax.moe.router import route
+from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel.sharding import TOKEN_AXES, gather, psum
-from mixtral_jax.quantize import whole_weight
+from mixtral_jax.parallel.collectives import psum
+from mixtral_jax.parallel.mesh import TOKEN_AXES
+from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.quantize import gather_weight
+
+# (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x), fp32; expert number E is nobody's
+ApplyExperts = Callable[[Float[Array, "M D"], Int[Array, "M C"], Float[Array, "M C"]], Float[Array, "M D"]]
+
+
+class MoeOutput(NamedTuple):
+    """What the block gives: its output, and what became of the tokens."""
+
+    y_BTD: Float[Array, "B T D"]
+    stats: RouterStats  # over the tokens of all devices
+    routing: Routing | None  # of this device's tokens, padding included; None where there is no router
 
 
 class SparseMoe(nnx.Module):
@@ -53,15 +67,15 @@ class SparseMoe(nnx.Module):
                 own_key = jax.random.fold_in(key, index)
                 setattr(self, f"{name}_lora", Adapter(lora, inputs, outputs, key=own_key, stack=experts, dtype=dtype))
 
-    def weights(self, dtype: jnp.dtype, key: jax.Array | None = None) -> ExpertWeights:
-        """The matrices of all experts, gathered, in the compute dtype. `key`: of adapter dropout."""
+    def experts(self, dtype: jnp.dtype, rng: jax.Array | None = None) -> ExpertWeights:
+        """The matrices of all experts, gathered, in the compute dtype. `rng`: of adapter dropout."""
         adapters = {}
         for index, name in enumerate(("w1", "w3", "w2")):
             adapter = getattr(self, f"{name}_lora", None)
             if adapter is not None:
-                own_key = None if key is None else jax.random.fold_in(key, 100 + index)
-                adapters[name] = adapter.ready(dtype, own_key)
-        return ExpertWeights(whole_weight(self.w13, dtype), whole_weight(self.w2, dtype), adapters)
+                own_rng = None if rng is None else jax.random.fold_in(rng, 100 + index)
+                adapters[name] = adapter.ready(dtype, own_rng)
+        return ExpertWeights(gather_weight(self.w13, dtype), gather_weight(self.w2, dtype), adapters)
 
     def one_expert(self, layer: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
         """Of a stack of layers on one device: the matrices of one expert of one layer, as a stack of one.
@@ -77,56 +91,78 @@ class SparseMoe(nnx.Module):
 
         graphdef, state = nnx.split(self)
         sliced = jax.tree_util.tree_map_with_path(part, nnx.to_pure_dict(state))
-        return nnx.merge(graphdef, sliced).weights(dtype)
+        return nnx.merge(graphdef, sliced).experts(dtype)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], key: jax.Array | None = None
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """The block's output, and its router statistics over the tokens of all devices. `key`: of adapter dropout."""
+        self,
+        x_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"],
+        rng: jax.Array | None = None,
+        apply_experts: ApplyExperts | None = None,
+    ) -> MoeOutput:
+        """The experts' weighted sum for each token, and what became of the tokens.
+
+        Args:
+            valid_BT: what is no padding.
+            rng: of adapter dropout.
+            apply_experts: another way to apply the chosen experts than to all rows at once, sorted by expert.
+        """
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
-        weights = self.weights(x_BTD.dtype, key)
+        if apply_experts is None:
+            apply_experts = self._apply_grouped(self.experts(x_BTD.dtype, rng), x_MD.shape[0])
         if self.config.is_dense:
-            out_MD, stats = dense_swiglu(x_MD, weights), _dense_stats(valid_M)
+            routing, stats = None, _dense_stats(valid_M)
+            expert_MC = jnp.where(valid_M, 0, 1)[:, None]
+            gate_MC = jnp.ones(expert_MC.shape, jnp.float32)
         else:
-            out_MD, stats = self._sparse(x_MD, valid_M, gather(self.router, jnp.float32), weights)
-        return psum(out_MD, ("tensor",)).astype(x_BTD.dtype).reshape(x_BTD.shape), stats
+            dtype = jnp.float32 if self.options.router_dtype == "float32" else x_MD.dtype
+            routing = route(x_MD, gather(self.router, jnp.float32), self.config.num_experts_per_tok, dtype)
+            gate_MC = routing.gate_MC
+            # Padding goes to an expert that nobody has: never sent, never computed, never counted.
+            expert_MC = jnp.where(valid_M[:, None], routing.expert_MC, self.config.num_local_experts)
+            expert_MC, dropped = self._limited(expert_MC)
+            stats = router_stats(routing, valid_M.astype(jnp.float32), dropped)
+        out_MD = psum(apply_experts(x_MD, expert_MC, gate_MC), ("tensor",))
+        return MoeOutput(out_MD.astype(x_BTD.dtype).reshape(x_BTD.shape), stats, routing)
 
-    def _sparse(
-        self, x_MD: jax.Array, valid_M: jax.Array, router_DE: jax.Array, weights: ExpertWeights
-    ) -> tuple[jax.Array, RouterStats]:
-        experts, top_k, options = self.config.num_local_experts, self.config.num_experts_per_tok, self.options
-        dtype = jnp.float32 if options.router_dtype == "float32" else x_MD.dtype
-        routing = route(x_MD, router_DE, top_k, dtype)
-        # Padding goes to an expert that nobody has: never sent, never computed, never counted.
-        expert_MC = jnp.where(valid_M[:, None], routing.expert_MC, experts)
-        capacity, dropped = None, jnp.zeros((), jnp.float32)
-        if options.capacity_factor is not None:
-            capacity = min(x_MD.shape[0], math.ceil(options.capacity_factor * x_MD.shape[0] * top_k / experts))
-            kept_MC = limit_capacity(expert_MC, experts, capacity)
-            dropped = jnp.sum(kept_MC != expert_MC, dtype=jnp.float32)
-            expert_MC = kept_MC
-        stats = router_stats(routing, valid_M.astype(jnp.float32), dropped)
+    def _limited(self, expert_MC: Int[Array, "M C"]) -> tuple[Int[Array, "M C"], Float[Array, ""]]:
+        """The choices within capacity, and the number of those that were dropped."""
+        capacity = self._capacity(expert_MC.shape[0])
+        if capacity is None:
+            return expert_MC, jnp.zeros((), jnp.float32)
+        kept_MC = limit_capacity(expert_MC, self.config.num_local_experts, capacity)
+        return kept_MC, jnp.sum(kept_MC != expert_MC, dtype=jnp.float32)
 
-        def block(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array, weights: ExpertWeights) -> jax.Array:
+    def _capacity(self, tokens: int) -> int | None:
+        """Choices that one expert takes of a device's tokens, at most."""
+        if self.options.capacity_factor is None:
+            return None
+        share = tokens * self.config.num_experts_per_tok / self.config.num_local_experts
+        return min(tokens, math.ceil(self.options.capacity_factor * share))
+
+    def _apply_grouped(self, weights: ExpertWeights, tokens: int) -> ApplyExperts:
+        """All of a device's tokens at once, or `chunk_tokens` at a time; of a chunk only its inputs are kept."""
+        if self.config.is_dense:
+            return lambda x_MD, *_: dense_swiglu(x_MD, weights)
+        options = self.options
+
+        def apply(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
             return exchange_experts(
                 x_MD, expert_MC, gate_MC, lambda x, sizes: grouped_swiglu(x, weights, sizes, options.matmul),
-                experts=experts, transport=options.transport, capacity=capacity,
+                experts=self.config.num_local_experts, transport=options.transport, capacity=self._capacity(tokens),
             )  # fmt: skip
 
         chunk = options.chunk_tokens
-        if chunk is None or chunk >= x_MD.shape[0]:
-            return block(x_MD, expert_MC, routing.gate_MC, weights), stats
-        return _in_chunks(block, chunk, (x_MD, expert_MC, routing.gate_MC), weights), stats
+        if chunk is None or chunk >= tokens:
+            return apply
+        if tokens % chunk:
+            raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {tokens} tokens of one device")
 
+        def apply_chunks(*inputs: jax.Array) -> jax.Array:
+            parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in inputs)
+            return jax.lax.map(jax.checkpoint(lambda part: apply(*part)), parts).reshape(inputs[0].shape)
 
-def _in_chunks(block: Any, chunk: int, inputs: tuple[jax.Array, ...], weights: ExpertWeights) -> jax.Array:
-    """The block on `chunk` tokens at a time; only inputs are kept for the backward pass."""
-    shape = inputs[0].shape
-    if shape[0] % chunk:
-        raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {shape[0]} tokens of one device")
-    parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in inputs)
-    run = jax.checkpoint(lambda part: block(*part, weights))
-    return jax.lax.map(run, parts).reshape(shape)
+        return apply_chunks
 
 
 def _dense_stats(valid_M: Bool[Array, " M"]) -> RouterStats:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.parallel.sharding import alike
+from mixtral_jax.parallel.collectives import same_variance
 
 
 class Plan(NamedTuple):
@@ -65,7 +65,7 @@ _take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
 
 def dispatch(x_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "R D"]:
     """Each routed row's token. Its gradient gathers by the inverse permutation and sums over the choices in fp32."""
-    return _take_rows(*alike(x_MD, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _take_rows(*same_variance(x_MD, plan.order_R, plan.slot_MC, plan.here_MC))
 
 
 @jax.custom_vjp
@@ -95,4 +95,4 @@ def combine(y_RD: Float[Array, "R D"], gate_MC: Float[Array, "M C"], plan: Plan)
 
     Rows of `y_RD` behind the last group are never read, whatever they hold.
     """
-    return _weighted_sum(*alike(y_RD, gate_MC, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _weighted_sum(*same_variance(y_RD, gate_MC, plan.order_R, plan.slot_MC, plan.here_MC))

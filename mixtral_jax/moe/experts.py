@@ -10,16 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
+from mixtral_jax.kernels.swiglu import grouped_down, swiglu
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
-from mixtral_jax.kernels.swiglu_grouped import grouped_down
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
-from mixtral_jax.parallel.sharding import platform
-
-
-def swiglu(h_R2F: Float[Array, "R twoF"]) -> Float[Array, "R F"]:
-    """silu(h1) * h3, computed in fp32, for h = [h1, h3] side by side (GLU variants 2002.05202, eq. 6)."""
-    h1_RF, h3_RF = jnp.split(h_R2F, 2, axis=-1)
-    return (jax.nn.silu(h1_RF.astype(jnp.float32)) * h3_RF.astype(jnp.float32)).astype(h_R2F.dtype)
+from mixtral_jax.parallel.collectives import platform
 
 
 class ExpertWeights(NamedTuple):

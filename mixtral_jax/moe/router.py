@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.parallel.compiler_quirks import take_chosen
+
 
 class Routing(NamedTuple):
     """What the router decided for M tokens."""
@@ -33,7 +35,5 @@ def route(x_MD: Float[Array, "M D"], w_DE: Float[Array, "D E"], top_k: int, dtyp
     probs_ME = jax.nn.softmax(logits_ME, axis=-1)
     _, expert_MC = jax.lax.top_k(jax.lax.stop_gradient(probs_ME), top_k)
     expert_MC = checkpoint_name(expert_MC, "route")
-    # a selection, not a gather: the transpose of that is a scatter, for which the TPU compiler sorts
-    chosen_MCE = expert_MC[:, :, None] == jnp.arange(probs_ME.shape[1])[None, None, :]
-    gate_MC = jnp.sum(jnp.where(chosen_MCE, probs_ME[:, None, :], 0), axis=-1)
+    gate_MC = take_chosen(probs_ME, expert_MC)
     return Routing(expert_MC, gate_MC / jnp.sum(gate_MC, axis=-1, keepdims=True), probs_ME, logits_ME)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.dispatch import combine, dispatch, plan_rows
-from mixtral_jax.parallel.sharding import axis_index, axis_size, platform, variance, varying
+from mixtral_jax.parallel.collectives import axis_index, axis_size, platform, zeros
 
 # rows sorted by local expert (R, D), rows of each expert (E_local,) -> rows (R, D)
 Experts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]
@@ -97,7 +97,7 @@ def ragged_exchange(x_RD: Float[Array, "R D"], sizes_SR: Int[Array, "S S"], rows
         def mine(a_SR: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(a_SR, me, axis=0, keepdims=False)
 
-        out = varying(jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), sorted(variance(x_RD)))
+        out = zeros((rows, x_RD.shape[1]), x_RD.dtype, x_RD)
         send_sizes, receive_sizes = mine(sizes_SR), mine(sizes_SR.T)
         return jax.lax.ragged_all_to_all(
             x_RD, out, mine(before_send), send_sizes, mine(before_arrive), receive_sizes, axis_name="expert"

@@ -1,117 +1,131 @@
-"""Gathering a weight from its shards, with a gradient that stays a reduce-scatter on every machine.
+"""Collectives, and what a device knows of its place, inside the model's shard_map: the identity without a mesh.
 
-The transpose of an all-gather is a reduce-scatter. The TPU compiler has no such collective for a group that spans a
-torus of two or three dimensions: it reduces the whole gradient to every chip and throws most of it away. (Seen in
-compiled text: an all-reduce of the full (E, D, 2, F) gradient on v5p:4x4x2 and v5e:16x16.) Hence stages, each over part
-of the torus: first the mesh axes one after another, and one axis that fills the machine in two steps. Gathers become
-all-reduces of the whole, too: of small shards (keys' and values' projections on v5e:16x16), and of all on a cube
-(v5p:4x4x4). They are made in the same steps backwards; others at once, over all links of the torus.
+Each is written out once, and `check_vma=True` makes jax refuse a value that claims to be equal on all devices and was
+never reduced.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
-SMALL_SHARD = 64 * 2**10  # bytes; 32 kB were seen to be all-reduced, 128 kB not
-TILE_ROWS, SUBLANES = 16, 8  # of a tile of bf16, and the least rows of one
-
-# Chips along the innermost dimension of the torus, and whether it has three dimensions of more than 2, by mesh: a trace
-# sees only an abstract mesh, which does not know where its devices stand.
-_RINGS: dict[tuple[Any, ...], int] = {}
-_CUBES: set[tuple[Any, ...]] = set()
+from mixtral_jax.parallel import compiler_quirks as quirks
+from mixtral_jax.parallel.mesh import MESH_AXES
 
 
-def remember_torus(mesh: Mesh) -> None:
-    """Look up how the devices of `mesh` are wired, for the traces that follow."""
-    coords = [tuple(d.coords) for d in mesh.devices.flat] if hasattr(mesh.devices.flat[0], "coords") else []
-    key = _key(mesh.abstract_mesh)
-    _RINGS[key] = innermost(coords)
-    (_CUBES.add if is_cube(coords) else _CUBES.discard)(key)  # an earlier mesh of this key may be wired otherwise
+def platform() -> str:
+    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def is_cube(coords: list[tuple[int, ...]]) -> bool:
-    """Whether the devices fill three dimensions of a torus, more than 2 deep in each."""
-    return sum(len(set(places)) > 2 for places in zip(*coords, strict=True)) == 3
+def inside() -> bool:
+    """Whether this code is being traced for one device of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and len(mesh.manual_axes) > 0
 
 
-def innermost(coords: list[tuple[int, ...]]) -> int:
-    """Length of the first run of devices along one dimension of the torus; 1 where there is nothing to split."""
-    moved = [frozenset(d for d, (x, y) in enumerate(zip(coords[0], c, strict=True)) if x != y) for c in coords]
-    run = next((i for i, dims in enumerate(moved) if i and dims != moved[1]), len(coords))
-    return run if len(coords) % max(run, 1) == 0 and run < len(coords) else 1
+def axis_size(name: str) -> int:
+    """Devices along a mesh axis."""
+    return jax.lax.axis_size(name) if inside() else 1
+
+
+def axis_index(name: str) -> jax.Array | int:
+    """This device's place along a mesh axis."""
+    return jax.lax.axis_index(name) if inside() else 0
+
+
+def shard_key(key: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A random key of this device's own along `axes`."""
+    for axis in axes if inside() else ():
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def psum(x: Any, axes: Sequence[str]) -> Any:
+    """Sum over the devices along `axes`."""
+    return jax.tree.map(lambda a: jax.lax.psum(varying(a, axes), tuple(axes)), x) if inside() else x
+
+
+def axis_max(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Maximum over the devices along `axes`; no gradient."""
+    return jax.lax.pmax(varying(jax.lax.stop_gradient(x), axes), tuple(axes)) if inside() else x
+
+
+def variance(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which `x` differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x` typed as different on each device along `axes`; the transpose is the psum of its gradient."""
+    if not inside():
+        return x
+    missing = tuple(a for a in axes if a not in variance(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
+    """Zeros, typed as varying over the same mesh axes as `like`."""
+    return varying(jnp.zeros(shape, dtype), sorted(variance(like)))
+
+
+def same_variance(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays with one common variance: what a custom_vjp wants of its arguments."""
+    if not inside():
+        return arrays
+    axes = sorted(frozenset().union(*map(variance, arrays)))
+    return tuple(varying(a, axes) for a in arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_shards(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """`w` whole along `dim`, from the devices along `axes` (the first varies slowest), inside a shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if w.size * w.dtype.itemsize > SMALL_SHARD and _key(mesh) not in _CUBES:
-        return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-    for axis in reversed(axes):
-        if mesh.shape[axis] > 1:
-            for groups in reversed(stages(mesh.shape[axis], _ring(mesh, axis))):
-                w = jax.lax.all_gather(w, axis, axis=dim, axis_index_groups=groups, tiled=True)
-    # where all axes have one device the value must still be typed as what a gather gives
-    return w if any(mesh.shape[axis] > 1 for axis in axes) else jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    """`w` whole along `dim`, from the devices along `axes` (the first varies slowest), inside a shard_map.
+
+    Its gradient stays a reduce-scatter on every machine.
+    """
+    for axis, groups in quirks.gather_steps(jax.sharding.get_abstract_mesh(), axes, w):
+        w = jax.lax.all_gather(w, axis, axis=dim, axis_index_groups=groups, tiled=True)
+    return w
 
 
-def _forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
+def _gather_forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
     return gather_shards(w, axes, dim), None
 
 
-def _backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    mesh, shape = jax.sharding.get_abstract_mesh(), g.shape
-    shard = shape[dim] // math.prod(mesh.shape[axis] for axis in axes)
-    awkward = shard % TILE_ROWS != 0 or (g.ndim > 2 and math.prod(shape[:dim]) == 1 and dim > 0)
-    split = math.gcd(g.size // shape[dim], SUBLANES) if awkward else 1
-    # Of other forms the TPU compiler reduces some to every chip again: the first of two dimensions, the second or the
-    # last of three.
-    if split > 1:  # shards that end within a tile, or two dimensions in the guise of three: only the second of three
-        g, at = jnp.moveaxis(g, dim, 0), 1
-        rest = g.shape[1:]
-        g = jnp.swapaxes(g.reshape(shape[dim], split, -1), 0, 1)
-    elif dim == 0 or g.ndim == 2:
-        g, at = jnp.moveaxis(g, dim, 0), 0
-        rest = g.shape[1:]
-        g = g.reshape(shape[dim], -1)
-    elif dim == g.ndim - 1:
-        g, at = g.reshape(shape[0], -1, shape[dim]), 2
-    else:
-        g, at = g.reshape(math.prod(shape[:dim]), shape[dim], -1), 1
+def _gather_backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    g, at, back = quirks.scatter_form(g, dim, g.shape[dim] // math.prod(mesh.shape[axis] for axis in axes))
+    for axis, groups in quirks.scatter_steps(mesh, axes):
+        g = jax.lax.psum_scatter(g, axis, scatter_dimension=at, axis_index_groups=groups, tiled=True)
+    return (back(g),)
+
+
+gather_shards.defvjp(_gather_forward, _gather_backward)
+
+
+def assemble(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
+    """The whole array from the devices' shards along `dim`, the same on all of them; x itself without a mesh."""
+    if devices_along(MESH_AXES) == 1:
+        return x
+    shape = (*x.shape[:dim], x.shape[dim] * devices_along(axes), *x.shape[dim + 1 :])
+    start: list[Any] = [0] * x.ndim
+    start[dim] = shard_index(axes) * x.shape[dim]
+    return psum(jax.lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, start), axes)
+
+
+def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
+    """This device's place along several mesh axes taken as one."""
+    index: jax.Array | int = 0
     for axis in axes:
-        if mesh.shape[axis] > 1:
-            for groups in stages(mesh.shape[axis], _ring(mesh, axis)):
-                g = jax.lax.psum_scatter(g, axis, scatter_dimension=at, axis_index_groups=groups, tiled=True)
-    if split > 1:
-        return (jnp.moveaxis(jnp.swapaxes(g, 0, 1).reshape(-1, *rest), 0, dim),)
-    if at == 0:
-        return (jnp.moveaxis(g.reshape(-1, *rest), 0, dim),)
-    return (g.reshape(*shape[:dim], -1, *shape[dim + 1 :]),)
+        index = index * axis_size(axis) + axis_index(axis)
+    return index
 
 
-gather_shards.defvjp(_forward, _backward)
-
-
-def stages(size: int, ring: int) -> list[list[list[int]] | None]:
-    """Groups of each step of a reduce-scatter over `size` devices in rings of `ring`; None: all of them at once.
-
-    The first step leaves device i with the blocks of its ring, the second with its own.
-    """
-    if not 1 < ring < size:
-        return [None]
-    across = [[start * ring + place for start in range(size // ring)] for place in range(ring)]
-    along = [[start * ring + place for place in range(ring)] for start in range(size // ring)]
-    return [across, along]
-
-
-def _ring(mesh: AbstractMesh, axis: str) -> int:
-    """Where `axis` is all of the machine, the length of its innermost rings."""
-    return _RINGS.get(_key(mesh), 1) if mesh.shape[axis] == mesh.size else 1
-
-
-def _key(mesh: AbstractMesh) -> tuple[Any, ...]:
-    return (mesh.axis_names, mesh.axis_sizes, mesh.abstract_device)
+def devices_along(axes: tuple[str, ...]) -> int:
+    return math.prod(axis_size(a) for a in axes)

@@ -11,9 +11,11 @@ from jax.sharding import AxisType, Mesh
 from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
-from mixtral_jax.parallel.collectives import remember_torus
+from mixtral_jax.parallel.compiler_quirks import remember_torus
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("data", "fsdp", "expert")  # share the rows of a batch
+TOKEN_AXES = (*BATCH_AXES, "context")
 
 
 class MeshConfig(FrozenConfig):

@@ -17,16 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mixtral_jax.parallel.collectives import gather_shards
-from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel import compiler_quirks as quirks
+from mixtral_jax.parallel.collectives import axis_index, axis_size, gather_shards, inside, platform, varying
+from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from mixtral_jax.parallel.zigzag import spread, unspread, zigzag
-
-BATCH_AXES = ("data", "fsdp", "expert")
-TOKEN_AXES = (*BATCH_AXES, "context")
 
 # Logical axis of a parameter -> mesh axes that shard it. A name that is not here is an error.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -50,7 +47,6 @@ GATHERED = ("embed", "expert_embed")
 # A logical axis that is gathered as one with the axis behind it, as products use it: a tile of (2, F) is not one of
 # (2F), and joined after the gather the whole matrix would be copied.
 JOINED = "gate_up"
-LANES = 128  # the minor dimension of a TPU's tiles
 # Where its mesh axes do not divide it, it is stored whole on each of their devices and padded where it is used.
 PADDED = "vocab"
 
@@ -123,96 +119,16 @@ def batch_sharding(mesh: Mesh | None, leading: int = 1) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, batch_spec(leading))
 
 
-def platform() -> str:
-    """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-# ---- inside the shard_map: each is the identity without a mesh -------------------------------------------------------
-
-
-def _inside() -> bool:
-    """Whether this code is being traced for one device of a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and len(mesh.manual_axes) > 0
-
-
-def axis_size(name: str) -> int:
-    """Devices along a mesh axis."""
-    return jax.lax.axis_size(name) if _inside() else 1
-
-
-def axis_index(name: str) -> jax.Array | int:
-    """This device's place along a mesh axis."""
-    return jax.lax.axis_index(name) if _inside() else 0
-
-
-def shard_key(key: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A random key of this device's own along `axes`."""
-    for axis in axes if _inside() else ():
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    return key
-
-
-def psum(x: Any, axes: Sequence[str]) -> Any:
-    """Sum over the devices along `axes`."""
-    return jax.tree.map(lambda a: jax.lax.psum(varying(a, axes), tuple(axes)), x) if _inside() else x
-
-
-def axis_max(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Maximum over the devices along `axes`; no gradient."""
-    return jax.lax.pmax(varying(jax.lax.stop_gradient(x), axes), tuple(axes)) if _inside() else x
-
-
-def variance(x: jax.Array) -> frozenset[str]:
-    """The mesh axes along which `x` differs from device to device."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """`x` typed as different on each device along `axes`; the transpose is the psum of its gradient."""
-    if not _inside():
-        return x
-    missing = tuple(a for a in axes if a not in variance(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays with one common variance: what a custom_vjp wants of its arguments."""
-    if not _inside():
-        return arrays
-    axes = sorted(frozenset().union(*map(variance, arrays)))
-    return tuple(varying(a, axes) for a in arrays)
-
-
-def _cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`w` in `dtype`. To bf16 it is rounded before it is cast, which changes no value: the TPU compiler moves a bare
-    cast of a layer's slice out of the loop over layers (bfloat16-propagation) and so keeps all shards twice.
-    """
-    if (w.dtype, jnp.dtype(dtype)) == (jnp.float32, jnp.bfloat16):
-        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
-    return w.astype(dtype)
-
-
-def _as_stored(w: jax.Array) -> jax.Array:
-    """`w`, a layer's slice, pinned on TPUs to the layout of the stack that it was cut from. Without that the compiler
-    gives the whole stack the layout in which a slice is gathered, by a copy before the loop over layers.
-    """
-    if w.ndim != 3 or not _inside() or platform() != "tpu":
-        return w
-    return with_layout_constraint(w, Layout((0, 1, 2) if w.shape[2] % LANES == 0 else (0, 2, 1)))
-
-
 def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
 
     Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
     """
-    w = _cast(_as_stored(param[...]), dtype)
-    if not _inside():
+    w = param[...]
+    if inside() and platform() == "tpu":
+        w = quirks.as_stored(w)
+    w = quirks.cast(w, dtype)
+    if not inside():
         return checkpoint_name(w, "weights")
     w = varying(w, TOKEN_AXES)
     names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
@@ -280,7 +196,7 @@ def _splits_rows(spec: P) -> bool:
 
 def _along_context(move: Callable[[jax.Array], jax.Array], spec: P, x: Any) -> Any:
     """`move` where the spec shards the tokens of a row over more than one device."""
-    return move(x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
+    return jax.tree.map(move, x) if _splits_rows(spec) and jax.lax.axis_size("context") > 1 else x
 
 
 def _check_rows(x: Any, spec: P, mesh_shape: dict[str, int]) -> None:
@@ -295,25 +211,3 @@ def _check_rows(x: Any, spec: P, mesh_shape: dict[str, int]) -> None:
         )
     if mesh_shape["context"] > 1:
         zigzag(x.shape[1], mesh_shape["context"])
-
-
-def assemble(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
-    """The whole array from the devices' shards along `dim`, the same on all of them; x itself without a mesh."""
-    if _devices(MESH_AXES) == 1:
-        return x
-    shape = (*x.shape[:dim], x.shape[dim] * _devices(axes), *x.shape[dim + 1 :])
-    start: list[Any] = [0] * x.ndim
-    start[dim] = shard_index(axes) * x.shape[dim]
-    return psum(jax.lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, start), axes)
-
-
-def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
-    """This device's place along several mesh axes taken as one."""
-    index: jax.Array | int = 0
-    for axis in axes:
-        index = index * axis_size(axis) + axis_index(axis)
-    return index
-
-
-def _devices(axes: tuple[str, ...]) -> int:
-    return math.prod(axis_size(a) for a in axes)

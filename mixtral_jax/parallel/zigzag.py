@@ -66,7 +66,7 @@ def unspread(x_BT: jax.Array) -> jax.Array:
     return jnp.concatenate([even, odd], axis=1)
 
 
-def whole_row(x_BT: jax.Array) -> jax.Array:
+def gather_row(x_BT: jax.Array) -> jax.Array:
     """All tokens of the row in order, gathered from the parts; the transpose is a reduce-scatter."""
     x_BCT = jax.lax.all_gather(x_BT, AXIS, axis=1)
     low, high = jnp.split(x_BCT, 2, axis=2)

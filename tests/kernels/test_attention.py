@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.kernels.attention import AttentionShape, attend, resolve_attention
+from mixtral_jax.kernels.attention_tiled import Tokens
 from tests.attention_cases import CASES, Case, compare, make, out_and_gradients
 from tests.oracles.attention import attention
 
@@ -87,8 +88,8 @@ def compiled_training_step(T: int):
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        ids = dict(q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments)
-        return attend(q, k, v, **ids, window=None, backend="chunked").sum()
+        tokens = Tokens(positions, segments)
+        return attend(q, k, v, queries=tokens, keys=tokens, window=None, backend="chunked").sum()
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     return step.lower(q, k, k, tokens, tokens).compile()
@@ -110,13 +111,12 @@ def test_inside_scan_remat_and_checked_shard_map() -> None:
     case = Case(B=2, T=64, N=4, K=2, lengths=(40, 20))
     inputs = make(case, seed=4)
     q, k, v, _ = inputs.arrays
-    names = ("q_positions_BT", "kv_positions_BS", "q_segments_BT", "kv_segments_BS")
-    positions, segments = inputs.tokens["q_positions_BT"], inputs.tokens["q_segments_BT"]
+    positions, segments = inputs.tokens["queries"]
     mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "context"), axis_types=(AxisType.Auto,) * 3)
 
     def loss(q, k, v, positions, segments, gather, add, backend):
         keys = gather(k), gather(v)
-        tokens = dict(zip(names, (positions, gather(positions), segments, gather(segments)), strict=True))
+        tokens = dict(queries=Tokens(positions, segments), keys=Tokens(gather(positions), gather(segments)))
 
         def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return x + attend(x, *keys, **tokens, window=9, backend=backend, ordered=False), None
@@ -196,7 +196,7 @@ def test_auto_chooses_by_platform_and_shape(backend, platform: str, shape: Atten
 def test_what_does_not_fit_is_one_sentence() -> None:
     q, k = jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 4, 2, 8))
     ids = jnp.zeros((1, 4), jnp.int32)
-    tokens = dict(q_positions_BT=ids, kv_positions_BS=ids, q_segments_BT=ids, kv_segments_BS=ids)
+    tokens = dict(queries=Tokens(ids, ids), keys=Tokens(ids, ids))
     with pytest.raises(ValueError, match=r"do not fit together"):
         attend(q, k, jnp.zeros((1, 4, 2, 6)), **tokens, window=None)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):

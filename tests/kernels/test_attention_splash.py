@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.kernels.attention import attend
 from mixtral_jax.kernels.attention_splash import splash_attention
+from mixtral_jax.kernels.attention_tiled import Tokens
 from tests.oracles.attention import attention, mask_matrix
 
 
@@ -47,12 +48,10 @@ def test_compiles_for_a_tpu_inside_scan_remat_and_checked_shard_map(window: int 
     heads, ids = P("data", None, "tensor"), P("data")
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple:
-        tokens = dict(
-            q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments
-        )
+        tokens = Tokens(positions, segments)
 
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            layer = jax.checkpoint(lambda x, _: (attend(x, k, v, **tokens, window=window), None))
+            layer = jax.checkpoint(lambda x, _: (attend(x, k, v, queries=tokens, keys=tokens, window=window), None))
             y = jax.lax.scan(layer, q, None, length=2)[0]
             return jax.lax.psum(y.astype(jnp.float32).sum(), ("data", "tensor"))
 

@@ -15,13 +15,12 @@ from tests.oracles.attention import attention, mask_matrix
 def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> None:
     case = CASES[name]
     inputs = make(case, seed=1)
-    q_positions, positions, q_segments, segments = inputs.tokens.values()
     ordered = not case.shuffled and case.S is None
     tiling = tile(case.T, case.S or case.T, *blocks, window=case.window, ordered=ordered)
     got = out_and_gradients(
         lambda q, k, v: chunked_attention(
-            q, k, v, Tokens(q_positions, q_segments), Tokens(positions, segments), window=case.window, tiling=tiling,
-            bounds=segment_bounds(tiling, segments) if ordered else None,
+            q, k, v, *inputs.tokens.values(), window=case.window, tiling=tiling,
+            bounds=segment_bounds(tiling, inputs.tokens["keys"].segments) if ordered else None,
         ),
         inputs.arrays,
     )  # fmt: skip
@@ -33,7 +32,7 @@ def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> 
 def test_no_tile_before_its_oldest_segment_is_visited(window: int | None, blocks: tuple[int, int]) -> None:
     inputs = make(Case(T=77, lengths=(30, 5, 34), window=window))
     tiling = tile(77, 77, *blocks, window=window, ordered=True)
-    bounds = jax.jit(lambda segments: segment_bounds(tiling, segments))(inputs.tokens["q_segments_BT"])
+    bounds = jax.jit(lambda segments: segment_bounds(tiling, segments))(inputs.tokens["queries"].segments)
     visited = 0
     for i, (first, stop) in enumerate(zip(*map(np.asarray, bounds), strict=True)):
         rows = inputs.mask[:, i * blocks[0] : (i + 1) * blocks[0]]
@@ -48,12 +47,14 @@ def test_no_tile_before_its_oldest_segment_is_visited(window: int | None, blocks
 def test_padding_inside_a_document_ends_nothing() -> None:
     """A row as an attention mask with holes makes it: positions count what is there."""
     inputs = make(Case(T=150, N=2, K=1, lengths=(90, 50)))
-    segments = inputs.tokens["q_segments_BT"].copy()
+    segments = inputs.tokens["queries"].segments.copy()
     segments[:, [0, 1, 60, 61, 62, 100]] = 0
     positions = np.cumsum(segments != 0, axis=1).astype(np.int32)
-    tokens = dict(q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments)
+    tokens = Tokens(positions, segments)
     mask = np.stack([mask_matrix(p, p, s, s, None) for p, s in zip(positions, segments, strict=True)])
-    got = out_and_gradients(lambda q, k, v: attend(q, k, v, **tokens, window=None, backend="chunked"), inputs.arrays)
+    got = out_and_gradients(
+        lambda q, k, v: attend(q, k, v, queries=tokens, keys=tokens, window=None, backend="chunked"), inputs.arrays
+    )
     compare(got, attention(*inputs.arrays[:3], mask, inputs.arrays[3]), 1e-5)
 
 

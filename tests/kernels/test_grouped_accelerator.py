@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.grouped_accelerator import rows, weights
+from mixtral_jax.kernels.grouped_accelerator import grouped_rows, grouped_weight_gradient
 
 CASES = {  # rows of the buffer, D, F, rows of each group
     "whole tiles": (256, 128, 256, (128, 0, 128)),
@@ -34,8 +34,8 @@ def case(request):
 
 def test_rows_times_the_matrix_of_their_group(case):
     x_RD, dy_RF, w_EDF, sizes_E, spans = case
-    y_RF = np.asarray(rows("megablox", x_RD, w_EDF, sizes_E, transpose=False, interpret=True))
-    dx_RD = np.asarray(rows("megablox", dy_RF, w_EDF, sizes_E, transpose=True, interpret=True))
+    y_RF = np.asarray(grouped_rows("megablox", x_RD, w_EDF, sizes_E, transpose=False, interpret=True))
+    dx_RD = np.asarray(grouped_rows("megablox", dy_RF, w_EDF, sizes_E, transpose=True, interpret=True))
     assert y_RF.shape == dy_RF.shape and dx_RD.shape == x_RD.shape
     for e, span in enumerate(spans):
         np.testing.assert_allclose(y_RF[span], x_RD[span] @ w_EDF[e], atol=1e-4)
@@ -44,7 +44,7 @@ def test_rows_times_the_matrix_of_their_group(case):
 
 def test_gradient_of_each_matrix_comes_from_its_rows_alone(case):
     x_RD, dy_RF, _, sizes_E, spans = case
-    dw_EDF = np.asarray(weights("megablox", x_RD, dy_RF, sizes_E, jnp.float32, interpret=True))
+    dw_EDF = np.asarray(grouped_weight_gradient("megablox", x_RD, dy_RF, sizes_E, jnp.float32, interpret=True))
     for e, span in enumerate(spans):
         np.testing.assert_allclose(dw_EDF[e], x_RD[span].T @ dy_RF[span], atol=1e-4)
 
@@ -71,8 +71,8 @@ def test_tokamax_lowers_to_its_gpu_kernels(monkeypatch, product):
 
     def run(a, b, sizes_E):
         if product == "weights":
-            return weights("tokamax", a, b, sizes_E, jnp.bfloat16)
-        return rows("tokamax", a, b, sizes_E, transpose=product == "rows transposed")
+            return grouped_weight_gradient("tokamax", a, b, sizes_E, jnp.bfloat16)
+        return grouped_rows("tokamax", a, b, sizes_E, transpose=product == "rows transposed")
 
     given, result = {
         "rows": ((array(R, D), array(E, D, F)), (R, F)),

@@ -155,6 +155,49 @@ def test_defaults_are_one_document_from_zero():
     np.testing.assert_array_equal(default, run_logits(tokens, positions, np.ones_like(tokens)))
 
 
+def test_a_call_compiles_once_for_each_shape_and_takes_lists(monkeypatch):
+    model = Mixtral(CONFIG, compute(), key=jax.random.key(0))
+    traced, hidden = [], Mixtral.hidden
+    monkeypatch.setattr(Mixtral, "hidden", lambda *args, **options: traced.append(1) or hidden(*args, **options))
+    tokens = draw_batch()[0][:, :7]  # a shape that no other test has
+    first = model(tokens.tolist())
+    assert first.shape == (B, 7, 23) and traced == [1]
+    other = Mixtral(CONFIG, compute(), key=jax.random.key(1))
+    for again in (model(tokens), model(tokens.astype(np.int64)), model(jnp.asarray(tokens)), other(tokens)):
+        assert again.shape == first.shape
+    assert traced == [1]
+    np.testing.assert_array_equal(model(tokens), first)
+    np.testing.assert_array_equal(jax.jit(lambda m, t: m(t))(model, tokens), first)
+    gradient = jax.grad(lambda m: jnp.sum(m(tokens) ** 2))(model)
+    assert float(jnp.abs(gradient.head.weight[...]).sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2], [3]], "rows of 1 to 2 tokens: pad them to one length"),
+        ([1, 2], r"rows of integers \(B, T\), as in \[\[1, 2, 3\]\], not int64 \(2,\)"),
+        ([[0.5]], "rows of integers .* not float64"),
+    ],
+)
+def test_what_are_no_rows_is_refused_in_a_sentence(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Mixtral(CONFIG, compute(), key=jax.random.key(0))(tokens)
+
+
+def test_router_choices_come_from_the_same_pass():
+    tokens, *_, positions, segments = draw_batch()
+    model = nnx.merge(nnx.split(abstract_model(CONFIG, compute()))[0], params_of(CONFIG))
+    routing = model.routing(tokens, positions, segments)
+    p = oracle.tensors(jax.tree.map(np.asarray, params_of(CONFIG)))
+    _, every = oracle.hidden(p, CONFIG, tokens, POSITIONS.tolist(), SEGMENTS.tolist())
+    assert routing.expert_MC.shape == (B, T, 2, 2) and routing.probs_ME.shape == (B, T, 2, 4)
+    real = SEGMENTS > 0
+    for layer, stats in enumerate(every):
+        counts = np.bincount(np.asarray(routing.expert_MC)[:, :, layer][real].reshape(-1), minlength=4)
+        np.testing.assert_array_equal(counts, stats["counts"])
+
+
 def test_sums_and_log_probabilities_are_those_of_the_logits():
     tokens, targets, weights, positions, segments = draw_batch()
     graphdef, _ = nnx.split(abstract_model(CONFIG, compute()))

@@ -47,7 +47,7 @@ def compiled(options):
 
     def run(weights, x, valid, g):
         def loss(weights, x):
-            y, stats = nnx.merge(graphdef, weights)(x, valid)
+            y, stats, _ = nnx.merge(graphdef, weights)(x, valid)
             return jnp.sum(y * g) + 0.3 * jnp.sum(jnp.sin(stats.probs_LE)) + 0.1 * stats.z_L, (y, stats)
 
         (_, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, x)

@@ -14,7 +14,7 @@ from mixtral_jax.kernels.attention_tiled import Tokens, chunked_attention, part_
 from mixtral_jax.model import abstract_model, next_token_sums, target_logps
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import batch_sharding, param_shardings
-from mixtral_jax.parallel.zigzag import Part, places, spread, unspread, whole_row, zigzag
+from mixtral_jax.parallel.zigzag import Part, gather_row, places, spread, unspread, zigzag
 from tests.mesh_cases import CONFIG, FAST_TO_COMPILE, make_batches, make_params
 from tests.oracles.attention import attention, mask_matrix
 
@@ -65,7 +65,7 @@ def test_tokens_move_to_their_part_and_back(count):
     @partial(jax.shard_map, mesh=mesh, in_specs=row, out_specs=(row, row, P("data", None, "context")))
     def moved(x_BT):
         inside = spread(x_BT)
-        return inside, unspread(inside), whole_row(inside)[..., None]
+        return inside, unspread(inside), gather_row(inside)[..., None]
 
     inside, back, whole = moved(x_BT)
     np.testing.assert_array_equal(inside, x_BT[:, zigzag(32, count)])
@@ -95,9 +95,9 @@ def run_in_parts(count, kernel, arrays, positions, segments):
     def local(q, k, v, g, positions, segments):
         q, k, v, g, positions, segments = map(spread, (q, k, v, g, positions, segments))
         part = Part(count, jax.lax.axis_index("context"))
-        queries, keys = Tokens(positions, segments), Tokens(whole_row(positions), whole_row(segments))
+        queries, keys = Tokens(positions, segments), Tokens(gather_row(positions), gather_row(segments))
         out, pull_back = jax.vjp(
-            lambda q, k, v: kernel(q, whole_row(k), whole_row(v), queries, keys, part), q, k, v
+            lambda q, k, v: kernel(q, gather_row(k), gather_row(v), queries, keys, part), q, k, v
         )  # fmt: skip
         return tuple(map(unspread, (out, *pull_back(g))))
 

@@ -263,3 +263,15 @@ def test_as_a_process(file: str) -> None:
     done = subprocess.run([*command, "nope=1"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_notebook_on_a_machine_without_accelerators_has_a_quiet_cpu() -> None:
+    """Set when the library is imported, before jax: libtpu, which is there for `plan`, looks for no TPU."""
+    code = (
+        "import os, glob; glob.glob = lambda pattern: FOUND; import mixtral_jax; print(os.environ.get('JAX_PLATFORMS'))"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    for found, first, platforms in (("[]", "", "cpu"), ("['x']", "", "None"), ("[]", "import jax; ", "None")):
+        command = [sys.executable, "-c", first + code.replace("FOUND", found)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+        assert (done.stdout.strip(), done.stderr) == (platforms, ""), done

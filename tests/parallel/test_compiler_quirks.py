@@ -1,0 +1,127 @@
+"""Each habit of a compiler is still there, and gone with its work-around: where not, `gone` wants a version.
+
+The habits that show as memory only, COPIES_STACKS, READS_AGAIN and RECOMPUTES_LATE, need a whole layer at full size:
+they are held by the plans of the presets (docs/sharding.md).
+"""
+
+import os
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mixtral_jax.parallel import compiler_quirks as quirks
+from mixtral_jax.parallel.collectives import gather_shards
+from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
+
+bf16, fp32 = jnp.bfloat16, jnp.float32
+
+
+def compile_for(topology, make, *arrays, specs=None):
+    """Text of `make(x, ...)` inside a shard_map on a slice that one axis fills; by default rows are sharded."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (extra: aot)")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+    specs = specs or (P("fsdp"),) * len(arrays)
+    run = jax.shard_map(make, mesh=mesh, in_specs=specs, out_specs=specs[-1])
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, dtype), spec in zip(arrays, specs, strict=True)
+    ]
+    return jax.jit(run).lower(*shapes).compile().as_text()
+
+
+def all_reduced(text, *shape):
+    return bool(re.findall(rf"bf16\[{','.join(map(str, shape))}\]\S* all-reduce\(", text))
+
+
+def scatters(topology, rows, columns, stacked=False):
+    """Whether a weight's gradient is reduced to every chip, before each keeps its shard."""
+    shape, dim = ((1, rows, columns), 1) if stacked else ((rows, columns), 0)
+    spec = P(*(None,) * dim, "fsdp")
+
+    def gradient(x, dy, w):
+        use = lambda w: x @ gather_shards(w, ("fsdp",), dim).reshape(rows, columns)  # noqa: E731 - used once, below
+        return jax.vjp(use, w)[1](dy)[0]
+
+    arrays = ((8192, rows), bf16), ((8192, columns), bf16), (shape, bf16)
+    return compile_for(topology, gradient, *arrays, specs=(P("fsdp"), P("fsdp"), spec))
+
+
+def gathers(topology, rows, columns):
+    def product(x, w):
+        return x @ gather_shards(w, ("fsdp",), 0)
+
+    text = compile_for(topology, product, ((8192, rows), bf16), ((rows, columns), bf16))
+    return all_reduced(text, rows, columns)
+
+
+def hoists_a_cast():
+    """Whether the whole stack of shards exists in bf16."""
+
+    def layers(w_LDD, x_MD):
+        def layer(x_MD, w_DD):
+            return jax.nn.silu(x_MD @ gather_shards(quirks.cast(w_DD, bf16), ("fsdp",), 0)), None
+
+        return jax.lax.scan(layer, x_MD, w_LDD)[0]
+
+    arrays, specs = (((8, 1024, 1024), fp32), ((512, 1024), bf16)), (P(None, "fsdp"), P("fsdp"))
+    return "bf16[8,256,1024]" in compile_for("v5e:2x2", layers, *arrays, specs=specs)
+
+
+def sorts():
+    """Whether the gradient of gates, taken by their experts, scatters."""
+
+    def gradient(p_ME, g_MC):
+        chosen_MC = jax.lax.top_k(p_ME, 2)[1]
+        return jax.vjp(lambda p: quirks.take_chosen(p, chosen_MC), p_ME)[1](g_MC)[0]
+
+    text = compile_for("v5e:2x2", gradient, ((8192, 8), fp32), ((8192, 2), fp32))
+    return " scatter(" in text
+
+
+def slow_on_a_transposed_left():
+    """Whether a product with x^T misses the fast library of XLA on CPUs."""
+    run = jax.jit(lambda x, g: jnp.dot(quirks.transposed(x), g, preferred_element_type=fp32))
+    arrays = (jax.ShapeDtypeStruct((512, n), fp32) for n in (256, 896))
+    return "ynn" not in run.lower(*arrays).compile().as_text()
+
+
+CASES = {
+    "SCATTERS_TORUS_BY_ALL_REDUCE": lambda: all_reduced(scatters("v5e:4x4", 2048, 1024), 2048, 1024),
+    "SCATTERS_FORMS_BY_ALL_REDUCE": lambda: all_reduced(scatters("v5e:4x4", 2048, 1024, stacked=True), 1, 2048, 1024),
+    "GATHERS_CUBE_BY_ALL_REDUCE": partial(gathers, "v5p:4x4x4", 8192, 1024),
+    "GATHERS_SMALL_BY_ALL_REDUCE": partial(gathers, "v5e:16x16", 8192, 256),
+    "HOISTS_CASTS": hoists_a_cast,
+    "SORTS_FOR_SCATTERS": sorts,
+    "SLOW_ON_TRANSPOSED_LEFT": slow_on_a_transposed_left,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_habit_is_there_and_its_work_around_works(monkeypatch, name):
+    habit = getattr(quirks, name)
+    assert not CASES[name]()
+    monkeypatch.setattr(quirks, name, quirks.Habit("jaxlib", "0", gone="0"))
+    assert CASES[name]() == habit.here, f"{name}: is it gone? say so in mixtral_jax/parallel/compiler_quirks.py"
+
+
+@pytest.mark.parametrize("topology", ["v5p:4x4x2", "v5e:16x16"])
+def test_no_weight_is_reduced_to_every_chip_of_a_slice(topology):
+    text = scatters(topology, 8192, 1024)
+    fused = len(re.findall(r"AllReduceScatterFusion", text)) + len(re.findall(r" reduce-scatter(?:-start)?\(", text))
+    assert fused >= 2
+    assert not all_reduced(text, 8192, 1024)
+
+
+def test_versions_are_compared_as_numbers():
+    assert quirks.Habit("jaxlib", "0.10.2").here
+    assert quirks.Habit("jaxlib", "0.10.2", gone="99.0.0.1").here
+    assert not quirks.Habit("jaxlib", "0.1", gone="0.2").here
