@@ -59,7 +59,7 @@ class _Static(NamedTuple):
     """What the kernel is made for, beside its shapes."""
 
     window: int | None
-    count: int  # parts of a row
+    parts: int  # of a row
     interpret: bool
 
 
@@ -77,7 +77,7 @@ def _forward(
     kernel = _kernel(S, N, static)
     # the kernel knows no scale, and wants heads before tokens
     q, k, v = ((x * scale).swapaxes(1, 2) for x, scale in ((q, H**-0.5), (k, 1), (v, 1)))
-    ids, masks = SegmentIds(q_segments, kv_segments), _masks(kernel, index, static.count)
+    ids, masks = SegmentIds(q_segments, kv_segments), _masks(kernel, index, static.parts)
 
     def run(masks: Any, q: Array, k: Array, v: Array, ids: SegmentIds) -> tuple[Array, Array]:
         own = SplashAttentionKernel(*masks, **kernel.kwargs)
@@ -100,7 +100,7 @@ def _backward(static: _Static, saved: Any, g_BTNH: Array) -> tuple[Any, ...]:
 
         return jax.vmap(one)(*rows)
 
-    dq, dk, dv = unchecked(run, _masks(kernel, index, static.count), *saved, g_BTNH.swapaxes(1, 2))
+    dq, dk, dv = unchecked(run, _masks(kernel, index, static.parts), *saved, g_BTNH.swapaxes(1, 2))
     return (dq * H**-0.5).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None, None, None
 
 
