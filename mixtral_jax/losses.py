@@ -175,21 +175,15 @@ def _over_chunks(one: Callable[..., Any], skip: Any, start: Any, used: jax.Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M, used) -> CrossEntropy:
-    chunk, vocab, entropy = static
-
-    def one(total, xtw):
-        x_cD, targets_c, weights_c = xtw
-        logits_cV = _logits(x_cD, w_DV, vocab)
-        _, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
-        sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
-        return jax.tree.map(jnp.add, total, sums), None
-
-    start = CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3)
-    total, _ = _over_chunks(one, None, start, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M)))
-    return _reduced(total)
+    return _sums_and_gradients(static, False, x_MD, w_DV, targets_M, weights_M, used)[0]
 
 
 def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
+    return _sums_and_gradients(static, True, x_MD, w_DV, targets_M, weights_M, used)
+
+
+def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) -> tuple[CrossEntropy, Any]:
+    """The sums, and where it is wanted the gradients of the loss with respect to x and W."""
     chunk, vocab, entropy = static
 
     def one(carry, xtw):
@@ -197,17 +191,20 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
         x_cD, targets_c, weights_c = xtw
         logits_cV = _logits(x_cD, w_DV, vocab)
         column_c, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
-        dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, weights_c))
-        dw_DV += more_DV
+        dx_cD = None
+        if wanted:
+            dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, weights_c))
+            dw_DV += more_DV
         sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
         return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
 
-    start = (CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3), zeros(w_DV.shape, jnp.float32, x_MD))
+    start = CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3), zeros(w_DV.shape, jnp.float32, x_MD) if wanted else None
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M))
-    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)
+    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD) if wanted else None
     (total, dw_DV), dx_ncD = _over_chunks(one, no_dx_cD, start, used, chunks)
-    dx_MD = dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
-    return _reduced(total), (dx_MD, dw_DV.astype(w_DV.dtype))
+    if not wanted:
+        return _reduced(total), None
+    return _reduced(total), (dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype))
 
 
 def _cross_entropy_bwd(static, saved, g):

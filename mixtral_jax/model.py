@@ -18,7 +18,7 @@ from mixtral_jax.layers import Embedding, Head, RMSNorm, rope_angles
 from mixtral_jax.lora import LoraConfig, base_dtype
 from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
 from mixtral_jax.moe.balance import RouterStats
-from mixtral_jax.moe.block import ApplyExperts, SparseMoe
+from mixtral_jax.moe.block import ApplyExperts, MoeOutput, SparseMoe
 from mixtral_jax.moe.router import Routing
 from mixtral_jax.parallel.collectives import psum, shard_key
 from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
@@ -41,14 +41,6 @@ def compute_dtype(dtype: str) -> jnp.dtype:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(dtype)
-
-
-class Seen(NamedTuple):
-    """What a layer can tell of itself; callers of the stack collect what they need."""
-
-    kept: Any  # by `attend`
-    stats: RouterStats  # over the tokens of all devices
-    routing: Routing | None  # of this device's tokens; None in a dense model
 
 
 class Block(nnx.Module):
@@ -80,12 +72,15 @@ class Block(nnx.Module):
         *,
         rng: jax.Array | None = None,
         apply_experts: ApplyExperts | None = None,
-    ) -> tuple[Float[Array, "B T D"], Seen]:
-        """`attend`, `apply_experts`: how queries meet keys, and tokens experts; `rng`: of adapter dropout."""
+    ) -> tuple[Any, MoeOutput]:
+        """What `attend` kept, and the layer's output, with what became of its tokens.
+
+        `attend`, `apply_experts`: how queries meet keys, and tokens experts; `rng`: of adapter dropout.
+        """
         y_BTD, kept = self.attention(self.attention_norm(x_BTD), angles_BTh, attend, rng)
         x_BTD = x_BTD + y_BTD
         out = self.moe(self.moe_norm(x_BTD), segments_BT > 0, rng, apply_experts)
-        return x_BTD + out.y_BTD, Seen(kept, out.stats, out.routing)
+        return kept, out._replace(y_BTD=x_BTD + out.y_BTD)
 
 
 # (block, x, carry, this layer's input) -> (x, carry, this layer's output)
@@ -163,7 +158,7 @@ class Mixtral(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
         noise: Noise | None = None,
-        collect: Callable[[Seen], Any] = lambda seen: seen.stats,
+        collect: Callable[[MoeOutput], Any] = lambda out: out.stats,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """This device's last hidden states after the final norm, and what is collected of each layer, stacked.
 
@@ -174,8 +169,8 @@ class Mixtral(nnx.Module):
         rngs_L = None if noise is None else jax.random.split(noise.rng, self.config.num_hidden_layers)
 
         def layer(block: Block, x_BTD: jax.Array, _: None, rng: jax.Array | None) -> tuple[jax.Array, None, Any]:
-            x_BTD, seen = block(x_BTD, angles_BTh, segments_BT, attend, rng=rng)
-            return x_BTD, None, collect(seen)
+            _, out = block(x_BTD, angles_BTh, segments_BT, attend, rng=rng)
+            return out.y_BTD, None, collect(out)
 
         x_BTD = self.embedded(tokens_BT)
         if noise is not None and noise.embedding:
@@ -258,7 +253,7 @@ def _logits(
 @jax.jit
 def _routing(model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Routing:
     def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Routing:
-        _, routing = model.hidden(tokens, positions, segments, collect=lambda seen: seen.routing)
+        _, routing = model.hidden(tokens, positions, segments, collect=lambda out: out.routing)
         return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(*tokens.shape, -1, a.shape[-1]), routing)
 
     rows = fill_rows(tokens_BT, positions, segments)

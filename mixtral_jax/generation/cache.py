@@ -46,8 +46,8 @@ def prefill(
         return y, Cache(*(_into_slots(new, slots).swapaxes(1, 2) for new in (k, v)))
 
     def layer(block: Block, x_BTD: jax.Array, _: None, __: None) -> tuple[jax.Array, None, Cache]:
-        x_BTD, seen = block(x_BTD, angles_BTh, tokens.segments, attend_prompt)
-        return x_BTD, None, seen.kept
+        kept, out = block(x_BTD, angles_BTh, tokens.segments, attend_prompt)
+        return out.y_BTD, None, kept
 
     x_BTD, _, cache = _dropless(model).run(model.embedded(tokens_BT), layer)
     return _logits(model, x_BTD[:, -1]), cache
@@ -91,8 +91,8 @@ def decode(
             return few_rows_swiglu(x_MD, expert_MC, gate_MC, experts, read)
 
         apply_experts = apply_few if few else None
-        x_B1D, seen = block(x_B1D, angles_B1h, live_B1, attend_cache, apply_experts=apply_experts)
-        return x_B1D, seen.kept, None
+        kept, out = block(x_B1D, angles_B1h, live_B1, attend_cache, apply_experts=apply_experts)
+        return out.y_BTD, kept, None
 
     layers = jnp.arange(model.config.num_hidden_layers)
     x_B1D, cache, _ = _dropless(model).run(model.embedded(token_B[:, None]), layer, cache, layers)

@@ -7,7 +7,7 @@ shard_map, and under check_vma they need the wrapper and the custom_vjp below (t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,56 +50,48 @@ def splash_attention(
     """
     count, index = (1, jnp.zeros((), jnp.int32)) if part is None else (part.parts, part.own)
     inputs = same_variance(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, index)
-    out_BTNH = _attend(*inputs, window, count, interpret)
+    out_BTNH = _attend(_Static(window, count, interpret), *inputs)
     # the kernel lets padding see padding
     return jnp.where((q_segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+class _Static(NamedTuple):
+    """What the kernel is made for, beside its shapes."""
+
+    window: int | None
+    parts: int  # of a row
+    interpret: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segments: Array,
-    kv_segments: Array,
-    index: Array,
-    window: int | None,
-    count: int,
-    interpret: bool,
+    static: _Static, q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, index: Array
 ) -> Array:
-    return _forward(q, k, v, q_segments, kv_segments, index, window, count, interpret)[0]
+    return _forward(static, q, k, v, q_segments, kv_segments, index)[0]
 
 
 def _forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segments: Array,
-    kv_segments: Array,
-    index: Array,
-    window: int | None,
-    count: int,
-    interpret: bool,
+    static: _Static, q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, index: Array
 ) -> tuple[Array, Any]:
     (N, H), S = q.shape[2:], k.shape[1]
-    kernel = _kernel(S, N, window, count, interpret)
+    kernel = _kernel(S, N, static)
     # the kernel knows no scale, and wants heads before tokens
     q, k, v = ((x * scale).swapaxes(1, 2) for x, scale in ((q, H**-0.5), (k, 1), (v, 1)))
-    ids = SegmentIds(q_segments, kv_segments)
+    ids, masks = SegmentIds(q_segments, kv_segments), _masks(kernel, index, static.parts)
 
     def run(masks: Any, q: Array, k: Array, v: Array, ids: SegmentIds) -> tuple[Array, Array]:
         own = SplashAttentionKernel(*masks, **kernel.kwargs)
         out, (lse,) = jax.vmap(own)(q, k, v, ids)
         return out, lse
 
-    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED) for x in unchecked(run, _masks(kernel, index, count), q, k, v, ids))
+    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED) for x in unchecked(run, masks, q, k, v, ids))
     return out_BNTH.swapaxes(1, 2), (q, k, v, ids, out_BNTH, lse_BNT, index)
 
 
-def _backward(window: int | None, count: int, interpret: bool, saved: Any, g_BTNH: Array) -> tuple[Any, ...]:
+def _backward(static: _Static, saved: Any, g_BTNH: Array) -> tuple[Any, ...]:
     *saved, index = saved
     (N, _, H), S = saved[0].shape[1:], saved[1].shape[2]
-    kernel = _kernel(S, N, window, count, interpret)
+    kernel = _kernel(S, N, static)
     options = [kernel.kwargs[name] for name in _BACKWARD_OPTIONS]
 
     def run(masks: Any, *rows: Any) -> tuple[Array, ...]:
@@ -108,7 +100,7 @@ def _backward(window: int | None, count: int, interpret: bool, saved: Any, g_BTN
 
         return jax.vmap(one)(*rows)
 
-    dq, dk, dv = unchecked(run, _masks(kernel, index, count), *saved, g_BTNH.swapaxes(1, 2))
+    dq, dk, dv = unchecked(run, _masks(kernel, index, static.parts), *saved, g_BTNH.swapaxes(1, 2))
     return (dq * H**-0.5).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None, None, None
 
 
@@ -128,8 +120,9 @@ _BACKWARD_OPTIONS = (
 )
 
 
-def _kernel(S: int, N: int, window: int | None, count: int, interpret: bool) -> SplashAttentionKernel:
+def _kernel(S: int, N: int, static: _Static) -> SplashAttentionKernel:
     """The kernel for a row of S tokens, its queries in zig-zag order in `count` parts."""
+    window, count, interpret = static
     mask = CausalMask((S, S)) if window is None else LocalMask((S, S), (window - 1, 0), 0)
     piece = S
     if count > 1:
