@@ -19,7 +19,7 @@ from mixtral_jax.train.commands.read_model import read_model
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.hooks.evaluate import add_up, token_metrics
+from mixtral_jax.train.hooks.evaluate import measure_sources
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.run.peers import agree
 
@@ -70,8 +70,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
         def ask(batch: Any) -> Any:
             return _sums(model, put(batch), skip_masked=config.stage == "sft")
 
-        sums = {name: add_up(ask, source, config.eval.batches) for name, source in sources.items()}
-    return token_metrics(sums, sources)
+        return measure_sources(ask, sources, config.eval.batches)
 
 
 @functools.partial(jax.jit, static_argnames="skip_masked")
