@@ -141,7 +141,9 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     steps = saved_steps(root)
     if isinstance(resume, int):
         if resume not in steps:
-            raise UserError(f"resume: {resume}: {root} has no such checkpoint; it has {_listed(steps)}")
+            raise UserError(
+                f"resume: {resume}: {root} has no such checkpoint; it has {', '.join(map(str, steps)) or 'none'}"
+            )
         steps = [resume]
     broken: list[str] = []
     for step in reversed(steps):
@@ -191,7 +193,3 @@ def discard_unfinished(directory: epath.PathLike) -> None:
     for step in {name.partition(".")[0] for name in names if "." in name}:
         if step.isdigit():
             checkpoint.discard_unfinished(root / step)
-
-
-def _listed(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"

@@ -16,17 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.loader import eval_sources
-from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.generation.generate import generate
 from mixtral_jax.train.base import base_weights
-from mixtral_jax.train.commands.evaluate import measure
+from mixtral_jax.train.commands.evaluate import measure, open_validation
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.feed import make_put
 from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.weights import abstract_params, make_base_merge
 
@@ -70,9 +67,8 @@ def pair_logps(config: RunConfig, run: str) -> dict[str, np.ndarray]:
     """Source or "all" -> (pairs, 2): log-probabilities of chosen and rejected answers of the held-out pairs."""
     config = config.model_copy(update={"init_from": run})
     sequence_logps = make_sequence_logps(make_base_merge(config), None)
-    weights, put = base_weights(config, abstract_params(config, None)), make_put(None, (0, 1))
-    rows = config.eval.batch_size or config.rows_per_micro_batch
-    sources = eval_sources(prepare(config.data, config.seq_len, config.seed, train=False), batch_size=rows)
+    weights = base_weights(config, abstract_params(config, None))
+    sources, put = open_validation(config, None)
     found = {}
     for name, source in sources.items():
         batches = [put(batch) for batch in itertools.islice(source, config.eval.batches)]

@@ -5,12 +5,12 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from mixtral_jax.data.loader import eval_sources
+from mixtral_jax.data.loader import EvalSource, eval_sources
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.model import Mixtral
@@ -61,16 +61,23 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             )
         if mesh is not None:
             check_sizes(config, mesh.shape, training=False)
-        rows = config.eval.batch_size or config.rows_per_micro_batch
-        share = batch_share(mesh, rows)
-        sources = eval_sources(prepare(data, config.seq_len, config.seed, train=False), batch_size=rows, shard=share)
-        put = make_put(mesh, share)
+        sources, put = open_validation(config, mesh)
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
 
         def ask(batch: Any) -> Any:
             return _sums(model, put(batch), skip_masked=config.stage == "sft")
 
         return measure_sources(ask, sources, config.eval.batches)
+
+
+def open_validation(
+    config: RunConfig, mesh: jax.sharding.Mesh | None
+) -> tuple[dict[str, EvalSource], Callable[[Any], Any]]:
+    """The validation sources of a run file, prepared, and the way of their batches onto the devices."""
+    rows = config.eval.batch_size or config.rows_per_micro_batch
+    share = batch_share(mesh, rows)
+    prepared = prepare(config.data, config.seq_len, config.seed, train=False)
+    return eval_sources(prepared, batch_size=rows, shard=share), make_put(mesh, share)
 
 
 @functools.partial(jax.jit, static_argnames="skip_masked")

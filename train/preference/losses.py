@@ -62,20 +62,12 @@ def known_of(pairs: Pairs, config: DpoConfig) -> Known:
         # Selected before any maths: infinity times the mask's 0 would be NaN, in gradients too.
         return jnp.where(mask > 0, jnp.asarray(value, jnp.float32), harmless)
 
-    policy_w, policy_l = fill(pairs.policy_chosen, 0, -1), fill(pairs.policy_rejected, 0, -1)
-    ref_w, ref_l = fill(pairs.ref_chosen, 0, -1), fill(pairs.ref_rejected, 0, -1)
-    return Known(
-        policy_w,
-        policy_l,
-        ref_w,
-        ref_l,
-        policy_w - ref_w,
-        policy_l - ref_l,
-        jnp.maximum(fill(pairs.chosen_lengths, 1, 1), 1),
-        jnp.maximum(fill(pairs.rejected_lengths, 1, 1), 1),
-        -policy_w if pairs.chosen_nll is None else fill(pairs.chosen_nll, 0, 0),
-        mask,
-    )
+    given = (pairs.policy_chosen, pairs.policy_rejected, pairs.ref_chosen, pairs.ref_rejected)
+    policy_w, policy_l, ref_w, ref_l = (fill(logps, 0, -1) for logps in given)
+    ratio_w, ratio_l = policy_w - ref_w, policy_l - ref_l
+    n_w, n_l = (jnp.maximum(fill(n, 1, 1), 1) for n in (pairs.chosen_lengths, pairs.rejected_lengths))
+    nll_w = -policy_w if pairs.chosen_nll is None else fill(pairs.chosen_nll, 0, 0)
+    return Known(policy_w, policy_l, ref_w, ref_l, ratio_w, ratio_l, n_w, n_l, nll_w, mask)
 
 
 # ---- one function for each loss type: (known, config) -> (P,)
