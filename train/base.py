@@ -48,7 +48,7 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
     if config.init_from is None:
         return random_weights(config, base)
     path = newest_step(config.init_from)
-    if (epath.Path(path) / checkpoint.STATE).exists() and any(map(is_adapter, checkpoint.tree_shapes(path))):
+    if holds_adapters(path):
         raise UserError(
             f"init_from: {path} holds adapters only: fold them into their base first with "
             f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
@@ -106,6 +106,11 @@ def newest_step(path: str) -> str:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def holds_adapters(path: str) -> bool:
+    """Whether it is a step of a run that trained adapters."""
+    return (epath.Path(path) / checkpoint.STATE).exists() and any(map(is_adapter, checkpoint.tree_shapes(path)))
 
 
 def read_weights(path: str, abstract: Tree) -> Tree:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,20 +80,22 @@ def train_line(step: int, steps: int, metrics: Mapping[str, float | None], eta_s
     return " | ".join(p for p in parts if p)
 
 
-def eval_lines(step: int, metrics: Mapping[str, float | None], sources: list[str], show: Callable[[str], None]) -> None:
-    """The evaluation: all sources together, then bits per byte of each, or its loss where only answers count."""
-    show(f"eval at step {step}: loss {metrics['eval/loss']:.4f}, perplexity {metrics['eval/perplexity']:.2f}")
+def eval_lines(step: int, metrics: Mapping[str, float | None], sources: list[str]) -> str:
+    """Two lines of an evaluation: all sources together, then each.
+
+    Of each source its bits per byte, its loss where only answers count, or the reward accuracy of its pairs.
+    """
+
+    def each(key: str, form: str) -> str:
+        return " | ".join(f"{name} {metrics[f'eval/{name}/{key}']:{form}}" for name in sources)
+
+    head = f"eval at step {step}: loss {metrics['eval/loss']:.4f}"
+    if "eval/pairs" in metrics:
+        key, pairs = "rewards/accuracies", metrics["eval/pairs"]
+        return f"{head}, chosen before rejected {metrics[f'eval/{key}']:.1%} of {pairs:.0f}\n  {each(key, '.1%')}"
     key = "bits_per_byte" if "eval/bits_per_byte" in metrics else "loss"
-    parts = [f"{name} {metrics[f'eval/{name}/{key}']:.3f}" for name in sources]
-    show(f"  {key.replace('_', ' ')}: {' | '.join(parts)}")
-
-
-def pair_lines(step: int, metrics: Mapping[str, float | None], sources: list[str], show: Callable[[str], None]) -> None:
-    """The evaluation of pairs: loss and reward accuracy of all sources together, then the accuracy of each."""
-    key = "rewards/accuracies"
-    loss, accuracy, pairs = (metrics[f"eval/{name}"] for name in ("loss", key, "pairs"))
-    show(f"eval at step {step}: loss {loss:.4f}, chosen before rejected {accuracy:.1%} of {pairs:.0f}")
-    show("  " + " | ".join(f"{name} {metrics[f'eval/{name}/{key}']:.1%}" for name in sources))
+    head += f", perplexity {metrics['eval/perplexity']:.2f}"
+    return f"{head}\n  {key.replace('_', ' ')}: {each(key, '.3f')}"
 
 
 def clock(seconds: float) -> str:

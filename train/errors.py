@@ -32,7 +32,7 @@ def is_for_the_user(error: BaseException) -> bool:
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
     room = frames[-1][0].f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, ValueError) and room in ("launch", "train", "data", "mixtral_jax", "__main__")
+    return isinstance(error, ValueError) and room in ("launch", "mixtral_jax", "__main__")
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """What is minimised: an objective is two functions, weight(batch) and loss(model, frozen, batch, divisor)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ class NextTokenParts(NamedTuple):
     aux_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     accuracy: Float[Array, ""]
-    entropy: Float[Array, ""]  # of the prediction, nats, mean over the targets by weight
+    entropy: Float[Array, ""] | None  # of the prediction, nats, mean over the targets by weight; where asked for
     tokens: Float[Array, ""]  # not padding
     learned_tokens: Float[Array, ""]  # targets with a weight
     stats: RouterStats
@@ -98,20 +99,14 @@ def next_token(
         aux, z = router_terms(router, model, stats, share)
         ce, accuracy = sums.nll / divisor.weight, sums.correct / divisor.weight
         learned = jnp.sum(rows.weights > 0).astype(jnp.float32)
-        spread = sums.entropy / divisor.weight
+        spread = sums.entropy / divisor.weight if entropy else None
         parts = NextTokenParts(ce, aux, z, accuracy, spread, share * divisor.tokens, learned, stats)
         return ce + aux + z, jax.lax.stop_gradient(parts)
-
-    def report(parts: NextTokenParts) -> Report:
-        scalars = {f"train/{name}": getattr(parts, name) for name in NextTokenParts._fields[:-1]}
-        if not entropy:
-            del scalars["train/entropy"]
-        return with_router_health(scalars, parts.stats, model)
 
     def evaluate(model_: Mixtral, rows: Any) -> EvalSums:
         return token_sums(model_, rows, skip_masked=skip_masked)[0]
 
-    return Objective(batch_divisor, loss, report, evaluate)
+    return Objective(batch_divisor, loss, partial(report, model), evaluate)
 
 
 def router_terms(
@@ -127,8 +122,11 @@ def router_terms(
     return aux, z
 
 
-def with_router_health(scalars: dict[str, Float[Array, ""]], stats: RouterStats, model: MixtralConfig) -> Report:
-    """Metrics of an objective and, of a sparse model, moe/* and the counts of its experts."""
+def report(model: MixtralConfig, parts: Any) -> Report:
+    """Parts as metrics: train/* or their own names and, of a sparse model, moe/* and the counts of its experts."""
+    values = parts._asdict()
+    stats, rewards = values.pop("stats"), values.pop("rewards", {})
+    scalars = {f"train/{name}": value for name, value in values.items() if value is not None} | rewards
     if model.is_dense:
         return Report(scalars, None)
     health = load_metrics(stats, model.num_experts_per_tok)

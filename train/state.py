@@ -1,5 +1,6 @@
 """TrainState: what changes from step to step, and where it lives."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,14 +30,14 @@ def abstract_state(abstract_params: Params, optimizer: Optimizer) -> TrainState:
         abstract_params: ShapeDtypeStruct leaves with their shardings.
     """
     state = jax.eval_shape(lambda p: create_state(p, optimizer), abstract_params)
-    by_path = {_names(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params)}
+    dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
+    by_path = {dotted(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params)}
     everywhere = next(iter(by_path.values()))
     if isinstance(everywhere, jax.sharding.NamedSharding):
         everywhere = jax.sharding.NamedSharding(everywhere.mesh, jax.sharding.PartitionSpec())
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = _names(path)
-        sharding = next((s for own, s in by_path.items() if names[-len(own) :] == own), everywhere)
+        sharding = next((s for own, s in by_path.items() if dotted(path).endswith(f".{own}")), everywhere)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -47,7 +48,3 @@ def start_from(params: Params, optimizer: Optimizer, abstract: TrainState) -> Tr
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     make = jax.jit(lambda p: create_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
     return make(params)
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

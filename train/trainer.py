@@ -22,7 +22,7 @@ from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import ExitCode
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks.checkpoint import Checkpoint
-from mixtral_jax.train.hooks.evaluate import PAIRS, TOKENS, Evaluate
+from mixtral_jax.train.hooks.evaluate import Evaluate
 from mixtral_jax.train.hooks.ledger import Diverged, Ledger
 from mixtral_jax.train.hooks.log import Log
 from mixtral_jax.train.hooks.moment import Hook, Moment
@@ -144,9 +144,8 @@ class Trainer:
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
         self._evaluate = Evaluate(
-            config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console,
-            measure=PAIRS if config.stage == "dpo" else TOKENS, best=self._best,
-        )  # fmt: skip
+            config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best
+        )
         # A checkpoint holds what the evaluation of its step said.
         self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint]
         if config.sample.every is not None and config.sample.prompts:

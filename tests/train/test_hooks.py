@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_jax.train.checkpoints.best import Best
 from mixtral_jax.train.console import Console, clock, train_line
-from mixtral_jax.train.hooks.evaluate import TOKENS, EvalConfig, Evaluate, token_metrics
+from mixtral_jax.train.hooks.evaluate import EvalConfig, Evaluate, metrics_of
 from mixtral_jax.train.hooks.log import Log, LogConfig
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.profile import Profile, ProfileConfig
@@ -71,9 +71,6 @@ class Source(list):
     text_bytes, targets = 10, 4
 
 
-ALONE = {"measure": TOKENS, "best": Best(None)}
-
-
 def fake_eval(params, batch):
     return EvalSums(jnp.float32(batch), jnp.float32(2), jnp.float32(1))
 
@@ -86,8 +83,7 @@ def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
         lambda b: b,
         writer,
         console,
-        measure=TOKENS,
-        best=Best(None),
+        Best(None),
     )
     assert due_steps(hook) == [4, 8, 12]
     hook.run(moment(4))
@@ -100,9 +96,7 @@ def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
 
 def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writer):
     config = EvalConfig(every=None, batches=1)
-    hook = Evaluate(
-        config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console, measure=TOKENS, best=Best(None)
-    )
+    hook = Evaluate(config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console, Best(None))
     assert due_steps(hook) == [12]
     hook.run(moment(12))
     (line,) = lines(tmp_path / "metrics.jsonl")
@@ -111,7 +105,7 @@ def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writ
 
 def test_sources_together_are_weighted_by_tokens():
     sources = {"a": SimpleNamespace(text_bytes=8, targets=10), "b": SimpleNamespace(text_bytes=32, targets=30)}
-    metrics = token_metrics({"a": EvalSums(10.0, 10.0, 5.0), "b": EvalSums(90.0, 30.0, 3.0)}, sources)
+    metrics = metrics_of({"a": EvalSums(10.0, 10.0, 5.0), "b": EvalSums(90.0, 30.0, 3.0)}, sources)
     assert metrics["eval/loss"] == 100 / 40
     assert metrics["eval/bits_per_byte"] == pytest.approx(100 / (math.log(2) * 40))
     assert (metrics["eval/a/loss"], metrics["eval/b/loss"]) == (1.0, 3.0)

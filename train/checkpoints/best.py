@@ -51,61 +51,63 @@ class Best:
     def __init__(self, config: EarlyStoppingConfig | None, record: Mapping[str, Any] | None = None):
         """`record` is what a checkpoint says; that of another metric counts for nothing."""
         self._config = config
-        known = record if config is not None and record is not None and record["metric"] == config.metric else {}
-        self.step: int | None = known.get("step")
-        self._value: float | None = known.get("value")
-        self._mark: float | None = known.get("mark")  # what patience compares with
-        self._waited: int = known.get("waited", 0)
-
-    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation. One that is not a number is no improvement."""
-        if self._config is None:
-            return
-        value = float(metrics[self._config.metric])
-        if self._gain(value, self._value) > 0:
-            self._value, self.step = value, step
-        if self._gain(value, self._mark) > self._config.min_delta:
-            self._mark, self._waited = value, 0
-        else:
-            self._waited += 1
-
-    def _gain(self, value: float, before: float | None) -> float:
-        """How much better; infinite where there was nothing."""
-        if before is None:
-            return -math.inf if math.isnan(value) else math.inf
-        larger = any(goes_up for kind in MEASURED.values() for what, goes_up in kind.items() if self._names(what))
-        return value - before if larger else before - value
-
-    def _names(self, what: str) -> bool:
-        return self._config is not None and self._config.metric.endswith(f"/{what}")
+        self._record: dict[str, Any] | None = None
+        if config is not None:
+            # patience compares with `mark`, and has waited for so many evaluations
+            self._record = {"metric": config.metric, "step": None, "value": None, "mark": None, "waited": 0}
+            if record is not None and record["metric"] == config.metric:
+                self._record |= record
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of it."""
-        if self._config is None:
-            return None
-        metric = self._config.metric
-        return {
-            "metric": metric, "step": self.step, "value": self._value, "mark": self._mark, "waited": self._waited
-        }  # fmt: skip
+        """What a checkpoint keeps of it, which may be written while evaluations go on: a copy."""
+        return None if self._record is None else dict(self._record)
+
+    @property
+    def step(self) -> int | None:
+        """That of the best evaluation."""
+        return None if self._record is None else self._record["step"]
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation. One that is not a number is no improvement."""
+        if self._config is None or self._record is None:
+            return
+        value = float(metrics[self._config.metric])
+        if self._gain(value, self._record["value"]) > 0:
+            self._record |= {"value": value, "step": step}
+        if self._gain(value, self._record["mark"]) > self._config.min_delta:
+            self._record |= {"mark": value, "waited": 0}
+        else:
+            self._record["waited"] += 1
+
+    def _gain(self, value: float, before: float | None) -> float:
+        """How much better; infinite where there was nothing."""
+        assert self._config is not None
+        if before is None:
+            return -math.inf if math.isnan(value) else math.inf
+        directions = {what: goes_up for kind in MEASURED.values() for what, goes_up in kind.items()}
+        larger = any(goes_up and self._config.metric.endswith(f"/{what}") for what, goes_up in directions.items())
+        return value - before if larger else before - value
 
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
-        return self._config is not None and self._config.patience is not None and self._waited >= self._config.patience
+        if self._config is None or self._record is None or self._config.patience is None:
+            return False
+        return self._record["waited"] >= self._config.patience
 
     def __str__(self) -> str:
         """As a part of a sentence; empty where there is none."""
-        if self._config is None or self.step is None:
+        if self._record is None or self.step is None:
             return ""
-        return f"the best {self._config.metric}, {self._value:.4f}, is that of checkpoint {self.step}"
+        return f"the best {self._record['metric']}, {self._record['value']:.4f}, is that of checkpoint {self.step}"
 
     @property
     def why_stopped(self) -> str:
         """The reason that STATUS gives."""
-        assert self._config is not None
-        evaluations = "1 evaluation" if self._waited == 1 else f"{self._waited} evaluations"
-        return f"{self._config.metric} has not improved for {evaluations}; {self}"
+        assert self._record is not None
+        waited = self._record["waited"]
+        return f"{self._record['metric']} has not improved for {waited} evaluation{'s' * (waited != 1)}; {self}"
 
 
 def point_to(directory: epath.PathLike, step: int | None) -> None:

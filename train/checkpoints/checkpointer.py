@@ -1,9 +1,9 @@
 """Which step is saved when, and which one is resumed from."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -46,8 +46,8 @@ class Saved(NamedTuple):
     """A checkpoint that is complete on disk."""
 
     step: int
-    seconds: float
     bytes: int
+    seconds: float
 
 
 class Checkpointer:
@@ -57,8 +57,8 @@ class Checkpointer:
         self._config = config
         self.directory = epath.Path(directory)
         self._newest: int | None = None
-        self._thread: threading.Thread | None = None
-        self._outcome: Saved | Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[Saved] | None = None
 
     def due(self, step: int, last: bool) -> bool:
         """Is a checkpoint to be made after `step` updates?"""
@@ -84,19 +84,13 @@ class Checkpointer:
         pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
         self._newest = step
 
-        def finish() -> None:
-            try:
-                size = pending.result()
-                self._outcome = Saved(step, time.perf_counter() - started, size)
-                self._prune(best)
-            except Exception as error:
-                self._outcome = error
+        def finish() -> Saved:
+            saved = Saved(step, bytes=pending.result(), seconds=time.perf_counter() - started)
+            self._prune(best)
+            return saved
 
-        self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
-        self._thread.start()
-        if not self._config.asynchronous:
-            return self.wait()
-        return before
+        self._under_way = self._thread.submit(finish)
+        return before if self._config.asynchronous else self.wait()
 
     def wait(self) -> Saved | None:
         """Until nothing is being written. The finished save that was not reported yet, if any.
@@ -104,19 +98,8 @@ class Checkpointer:
         Raises:
             OSError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
-        return self.poll()
-
-    def poll(self) -> Saved | None:
-        """The finished save that was not reported yet, without waiting."""
-        if self._thread is not None and self._thread.is_alive():
-            return None
-        outcome, self._outcome = self._outcome, None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        under_way, self._under_way = self._under_way, None
+        return None if under_way is None else under_way.result()
 
     def _prune(self, best: int | None) -> None:
         """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`."""
@@ -158,7 +141,9 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     steps = saved_steps(root)
     if isinstance(resume, int):
         if resume not in steps:
-            raise UserError(f"resume: {resume}: {root} has no such checkpoint; it has {_listed(steps)}")
+            raise UserError(
+                f"resume: {resume}: {root} has no such checkpoint; it has {', '.join(map(str, steps)) or 'none'}"
+            )
         steps = [resume]
     broken: list[str] = []
     for step in reversed(steps):
@@ -208,7 +193,3 @@ def discard_unfinished(directory: epath.PathLike) -> None:
     for step in {name.partition(".")[0] for name in names if "." in name}:
         if step.isdigit():
             checkpoint.discard_unfinished(root / step)
-
-
-def _listed(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"

@@ -6,9 +6,9 @@ python -m mixtral_jax.train.commands.demo BASE_RUN SFT_RUN DPO_RUN HF_DIRECTORY
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,17 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.loader import eval_sources
-from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.generation.generate import generate
 from mixtral_jax.train.base import base_weights
-from mixtral_jax.train.commands.evaluate import measure
+from mixtral_jax.train.commands.evaluate import measure, open_validation
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.feed import make_put
 from mixtral_jax.train.preference.objective import make_sequence_logps
 from mixtral_jax.train.weights import abstract_params, make_base_merge
 
@@ -39,13 +36,6 @@ PROMPTS = (
 NEW_TOKENS = 32
 
 
-class Answered(NamedTuple):
-    """What a model makes of the prompts."""
-
-    who: str
-    texts: list[str]
-
-
 def main(base: str, sft: str, dpo: str, exported: str) -> int:
     """Print losses, preferences and answers before and after; 1 where a stage did not do what it is for."""
     console = Console(highlight=False, soft_wrap=True)
@@ -54,15 +44,19 @@ def main(base: str, sft: str, dpo: str, exported: str) -> int:
     console.print(_loss_table([source.name for source in tuned.data.validation], losses))
     before, after = (pair_logps(preferred, run) for run in (sft, dpo))
     console.print(_preference_table(before, after))
-    answers = list(_answers(preferred, {"base": base, "SFT": sft, "DPO": dpo}))
-    _print_answers(console, answers)
-    elsewhere, agrees = _load_elsewhere(exported, preferred, answers[-1].texts[0])
+    answers = {who: _answers(preferred, run) for who, run in {"base": base, "SFT": sft, "DPO": dpo}.items()}
+    console.print(f"\nAnswers (the likeliest token each time; ... where {NEW_TOKENS} tokens did not end it):")
+    for number, prompt in enumerate(PROMPTS):
+        console.print(f"  [bold]{' '.join(prompt.split())}[/bold]")
+        for who, texts in answers.items():
+            console.print(f"    {who:5}{texts[number]}", markup=False)
+    elsewhere, agrees = _load_elsewhere(exported, preferred, answers["DPO"][0])
     console.print(elsewhere)
     console.print(_NEXT.format(exported=exported))
     failed = [] if agrees else ["transformers answers differently from the exported directory"]
     if not losses[1]["eval/loss"] < losses[0]["eval/loss"]:
         failed.append("SFT did not lower the validation loss")
-    if not reward_accuracy(list(before.values()), list(after.values())) > 0.5:
+    if not reward_accuracy(before["all"], after["all"]) > 0.5:
         failed.append("DPO's reward accuracy on held-out pairs is not above chance")
     if failed:
         print(f"exit 1: {'; '.join(failed)}", file=sys.stderr)
@@ -70,24 +64,26 @@ def main(base: str, sft: str, dpo: str, exported: str) -> int:
 
 
 def pair_logps(config: RunConfig, run: str) -> dict[str, np.ndarray]:
-    """Source -> (pairs, 2): log-probabilities of the chosen and the rejected answer of each held-out pair."""
+    """Source or "all" -> (pairs, 2): log-probabilities of chosen and rejected answers of the held-out pairs."""
     config = config.model_copy(update={"init_from": run})
     sequence_logps = make_sequence_logps(make_base_merge(config), None)
-    weights, put = base_weights(config, abstract_params(config, None)), make_put(None, (0, 1))
-    rows = config.eval.batch_size or config.rows_per_micro_batch
-    sources = eval_sources(prepare(config.data, config.seq_len, config.seed, train=False), batch_size=rows)
+    weights = base_weights(config, abstract_params(config, None))
+    sources, put = open_validation(config, None)
     found = {}
     for name, source in sources.items():
         batches = [put(batch) for batch in itertools.islice(source, config.eval.batches)]
         parts = [np.asarray(sequence_logps(weights, b))[np.asarray(b.mask) > 0] for b in batches]
         found[name] = np.concatenate(parts)
-    return found
+    return found | {"all": np.concatenate(list(found.values()))}
 
 
-def reward_accuracy(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
+def reward_accuracy(before: np.ndarray, after: np.ndarray) -> float:
     """Share of pairs whose chosen answer gained more log-probability than the rejected one (TRL's accuracy)."""
-    gain = np.concatenate(list(after)) - np.concatenate(list(before))
-    return float(np.mean(gain[:, 0] > gain[:, 1]))
+    return _chosen_first(after - before)
+
+
+def _chosen_first(pairs: np.ndarray) -> float:
+    return float(np.mean(pairs[:, 0] > pairs[:, 1]))
 
 
 def _loss_table(sources: list[str], losses: Sequence[dict[str, float]]) -> Table:
@@ -104,21 +100,20 @@ def _preference_table(before: dict[str, np.ndarray], after: dict[str, np.ndarray
     table = Table(title="Held-out pairs: the better answer is likelier; it gained more (reward accuracy)")
     for name in ("source", "pairs", "likelier\nafter SFT", "\nafter DPO", "reward acc.\nbefore", "\nafter DPO"):
         table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
-    rows: list[tuple[str, Any, Any]] = [(name, [before[name]], [after[name]]) for name in before]
-    for name, old, new in [*rows, ("all", list(before.values()), list(after.values()))]:
-        likelier = (float(np.mean((pairs := np.concatenate(p))[:, 0] > pairs[:, 1])) for p in (old, new))
+    for name, old in before.items():
+        new = after[name]
         # before DPO the policy is its own reference: every pair is a tie
-        shares = (*likelier, 0.5, reward_accuracy(old, new))
-        table.add_row(name, str(sum(map(len, old))), *(f"{share:.1%}" for share in shares))
+        shares = (_chosen_first(old), _chosen_first(new), 0.5, reward_accuracy(old, new))
+        table.add_row(name, str(len(old)), *(f"{share:.1%}" for share in shares))
     return table
 
 
-def _answers(config: RunConfig, runs: dict[str, str]) -> Iterator[Answered]:
+def _answers(config: RunConfig, run: str) -> list[str]:
+    """What the model of a run makes of the prompts."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     ids = _prompt_ids(config, tokenizer)
-    for who, run in runs.items():
-        rows = generate(load(run), ids, max_new_tokens=NEW_TOKENS, temperature=0.0, eos_id=tokenizer.eos_id)
-        yield Answered(who, [_text(tokenizer, row) for row in rows])
+    rows = generate(load(run), ids, max_new_tokens=NEW_TOKENS, temperature=0.0, eos_id=tokenizer.eos_id)
+    return [_text(tokenizer, row) for row in rows]
 
 
 def _prompt_ids(config: RunConfig, tokenizer: Tokenizer) -> list[list[int]]:
@@ -130,14 +125,6 @@ def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """One line; an answer that came to its end says so."""
     text = " ".join(tokenizer.decode([t for t in ids if t != tokenizer.eos_id]).split())
     return text if tokenizer.eos_id in ids else text + " ..."
-
-
-def _print_answers(console: Console, answers: Sequence[Answered]) -> None:
-    console.print(f"\nAnswers (the likeliest token each time; ... where {NEW_TOKENS} tokens did not end it):")
-    for number, prompt in enumerate(PROMPTS):
-        console.print(f"  [bold]{' '.join(prompt.split())}[/bold]")
-        for answer in answers:
-            console.print(f"    {answer.who:5}{answer.texts[number]}", markup=False)
 
 
 def _load_elsewhere(directory: str, config: RunConfig, expected: str) -> tuple[str, bool]:

@@ -5,12 +5,12 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from mixtral_jax.data.loader import eval_sources
+from mixtral_jax.data.loader import EvalSource, eval_sources
 from mixtral_jax.data.prepare.prepare import prepare
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.model import Mixtral
@@ -19,7 +19,7 @@ from mixtral_jax.train.commands.read_model import read_model
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.hooks.evaluate import add_up, token_metrics
+from mixtral_jax.train.hooks.evaluate import measure_sources
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.run.peers import agree
 
@@ -61,17 +61,23 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             )
         if mesh is not None:
             check_sizes(config, mesh.shape, training=False)
-        rows = config.eval.batch_size or config.rows_per_micro_batch
-        share = batch_share(mesh, rows)
-        sources = eval_sources(prepare(data, config.seq_len, config.seed, train=False), batch_size=rows, shard=share)
-        put = make_put(mesh, share)
+        sources, put = open_validation(config, mesh)
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
 
         def ask(batch: Any) -> Any:
             return _sums(model, put(batch), skip_masked=config.stage == "sft")
 
-        sums = {name: add_up(ask, source, config.eval.batches) for name, source in sources.items()}
-    return token_metrics(sums, sources)
+        return measure_sources(ask, sources, config.eval.batches)
+
+
+def open_validation(
+    config: RunConfig, mesh: jax.sharding.Mesh | None
+) -> tuple[dict[str, EvalSource], Callable[[Any], Any]]:
+    """The validation sources of a run file, prepared, and the way of their batches onto the devices."""
+    rows = config.eval.batch_size or config.rows_per_micro_batch
+    share = batch_share(mesh, rows)
+    prepared = prepare(config.data, config.seq_len, config.seed, train=False)
+    return eval_sources(prepared, batch_size=rows, shard=share), make_put(mesh, share)
 
 
 @functools.partial(jax.jit, static_argnames="skip_masked")

@@ -17,9 +17,9 @@ from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps, source_files
 from mixtral_jax.data.text.tokenizer import load_tokenizer
-from mixtral_jax.generation.generate import generate
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.text import generate
 
 LANGUAGES = {
     "en": "The following example shows how to",
@@ -81,13 +81,13 @@ def compare(config: RunConfig, metrics: dict[str, Any], console: Console) -> boo
 
 def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
     """A few lines in each language."""
-    tokenizer, model = load_tokenizer(config.data.tokenizer), load(run_dir)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in LANGUAGES.values()]
-    answers = generate(model, prompts, max_new_tokens=48, temperature=0.5, top_p=0.95, seed=1)
+    answers = generate(
+        load(run_dir), list(LANGUAGES.values()), tokenizer=load_tokenizer(config.data.tokenizer),
+        max_new_tokens=48, temperature=0.5, top_p=0.95, seed=1,
+    )  # fmt: skip
     console.print("\nWhat it writes (temperature 0.5), three minutes after knowing nothing:")
-    for language, prompt, answer in zip(LANGUAGES, prompts, answers, strict=True):
-        text = tokenizer.decode([*prompt[1:], *(t for t in answer if t != tokenizer.eos_id)])
-        console.print(f"  [bold]{language:4}[/bold] {' '.join(text.split())}")
+    for (language, prompt), answer in zip(LANGUAGES.items(), answers, strict=True):
+        console.print(f"  [bold]{language:4}[/bold] {' '.join((prompt + answer).split())}")
 
 
 _NEXT = """

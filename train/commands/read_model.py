@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from mixtral_jax.checkpoint import trees as arrays
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
 from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import base_weights, newest_step
+from mixtral_jax.train.base import base_weights, holds_adapters, newest_step
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.errors import UserError
@@ -33,7 +31,7 @@ def read_model(
         ValueError: the checkpoint is not whole, or of no known kind.
     """
     run, path = run_config(checkpoint), newest_step(checkpoint)
-    if run is None or run.adapters is None or not _holds_adapters(path):
+    if run is None or run.adapters is None or not holds_adapters(path):
         return load(path, mesh, dtype=dtype, compute=compute)
     if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():
         raise UserError(
@@ -72,7 +70,3 @@ def run_config(checkpoint: str) -> RunConfig | None:
         if (place / "config.yaml").is_file():
             return load_config(place / "config.yaml").config
     return None
-
-
-def _holds_adapters(path: str) -> bool:
-    return (epath.Path(path) / arrays.STATE).exists() and any(is_adapter(name) for name in arrays.tree_shapes(path))

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.loader import EvalSource
 from mixtral_jax.train.checkpoints.best import Best
-from mixtral_jax.train.console import Console, eval_lines, pair_lines
+from mixtral_jax.train.console import Console, eval_lines
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
 from mixtral_jax.train.objective import EvalSums
@@ -28,22 +28,15 @@ class EvalConfig(FrozenConfig):
     batch_size: int | None = Field(None, gt=0, description="sequences per batch; null: micro_batch_size")
 
 
-class Measure(NamedTuple):
-    """What an evaluation makes of the sums of an objective over each source."""
-
-    metrics: Callable[[Mapping[str, Any], Mapping[str, EvalSource]], dict[str, float]]  # eval/* and eval/<source>/*
-    show: Callable[[int, Mapping[str, float], list[str], Callable[[str], None]], None]
-
-
 class Evaluate:
     """The hook: measures every source, and tells `best`."""
 
     def __init__(
         self, config: EvalConfig, sources: Mapping[str, EvalSource], eval_step: Callable[[Params, Any], Any],
-        put: Callable[[Any], Any], writer: Writer, console: Console, *, measure: Measure, best: Best,
+        put: Callable[[Any], Any], writer: Writer, console: Console, best: Best,
     ):  # fmt: skip
         self._config, self._sources, self._eval_step, self._put = config, sources, eval_step, put
-        self._writer, self._console, self._measure, self._best = writer, console, measure, best
+        self._writer, self._console, self._best = writer, console, best
 
     def due(self, step: int, last: bool) -> bool:
         return bool(self._sources) and (last or (self._config.every is not None and step % self._config.every == 0))
@@ -51,68 +44,48 @@ class Evaluate:
     def run(self, moment: Moment) -> None:
         metrics = self.measure(moment.state.params)
         self._writer.write(moment.step, metrics)
-        self._measure.show(moment.step, metrics, list(self._sources), self._console.say)
+        self._console.say(eval_lines(moment.step, metrics, list(self._sources)))
         self._best.judge(moment.step, metrics)
 
     def measure(self, params: Params) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""
-        if not self._sources:
-            return {}
-
-        def ask(batch: Any) -> Any:
-            return self._eval_step(params, self._put(batch))
-
-        sums = {name: add_up(ask, source, self._config.batches) for name, source in self._sources.items()}
-        return self._measure.metrics(sums, self._sources)
+        return measure_sources(
+            lambda batch: self._eval_step(params, self._put(batch)), self._sources, self._config.batches
+        )
 
 
-def add_up(ask: Callable[[Any], Any], source: EvalSource, batches: int | None) -> Any:
-    """The sums that `ask` makes of the first batches of a source (None: of all), added in fp64."""
-    sums = [jax.device_get(ask(batch)) for batch in itertools.islice(source, batches)]
-    return jax.tree.map(lambda *column: np.sum(column, dtype=np.float64), *sums)
+def measure_sources(
+    ask: Callable[[Any], Any], sources: Mapping[str, EvalSource], batches: int | None
+) -> dict[str, float]:
+    """eval/* and eval/<source>/* of the sums that `ask` makes of the first batches of each source (None: of all)."""
+    sums = {}
+    for name, source in sources.items():
+        found = [jax.device_get(ask(batch)) for batch in itertools.islice(source, batches)]
+        sums[name] = jax.tree.map(lambda *column: np.sum(column, dtype=np.float64), *found)
+    return metrics_of(sums, sources) if sums else {}
 
 
-class _Measured(NamedTuple):
-    """Sums over documents or answers."""
-
-    sums: EvalSums
-    utf8_bytes: Any
-
-
-def token_metrics(sums: Mapping[str, EvalSums], sources: Mapping[str, EvalSource]) -> dict[str, float]:
-    """Loss, perplexity, accuracy and, of documents, bits per byte: of all sources together, and of each."""
+def metrics_of(sums: Mapping[str, EvalSums | PairSums], sources: Mapping[str, EvalSource]) -> dict[str, float]:
+    """Ratios of the sums over documents, answers or pairs: of all sources together, and of each."""
     measured = {}
     for name, own in sums.items():
-        # part of the text only: its bytes in proportion to the targets
-        share = own.weight / max(sources[name].targets, 1)
-        measured[name] = _Measured(own, sources[name].text_bytes * share)
-    return _each(measured, _ratios)
-
-
-def pair_metrics(sums: Mapping[str, PairSums], sources: Mapping[str, EvalSource]) -> dict[str, float]:
-    """Loss, reward accuracy and margin: of the pairs of all sources together, and of each."""
-    del sources
-    return _each(sums, _pair_ratios)
-
-
-TOKENS, PAIRS = Measure(token_metrics, eval_lines), Measure(pair_metrics, pair_lines)
-
-
-def _each(sums: Mapping[str, Any], ratios: Callable[[Any], dict[str, float]]) -> dict[str, float]:
-    total = jax.tree.map(lambda *column: sum(column), *sums.values())
+        # of a part of the text, its bytes in proportion to the targets
+        share = own.weight / max(sources[name].targets, 1) if isinstance(own, EvalSums) else 0.0
+        measured[f"{name}/"] = (own, sources[name].text_bytes * share)
+    together = jax.tree.map(lambda *column: sum(column), *measured.values())
     return {
         f"eval/{prefix}{key}": value
-        for prefix, own in {"": total, **{f"{name}/": own for name, own in sums.items()}}.items()
-        for key, value in ratios(own).items()
+        for prefix, (own, utf8_bytes) in {"": together, **measured}.items()
+        for key, value in (_pair_ratios(own) if isinstance(own, PairSums) else _ratios(own, utf8_bytes)).items()
     }
 
 
-def _ratios(measured: _Measured) -> dict[str, float]:
-    nll, weight, correct, _ = (float(x) for x in measured.sums)
+def _ratios(sums: EvalSums, utf8_bytes: float) -> dict[str, float]:
+    nll, weight, correct, _ = (float(x) for x in sums)
     loss = nll / max(weight, 1.0)
     ratios = {"loss": loss, "perplexity": perplexity(loss), "accuracy": correct / max(weight, 1.0)}
-    if measured.utf8_bytes:  # 0: only answers are predicted, there is no text that bits would be of
-        ratios["bits_per_byte"] = bits_per_byte(nll, float(measured.utf8_bytes))
+    if utf8_bytes:  # 0: only answers are predicted, there is no text that bits would be of
+        ratios["bits_per_byte"] = bits_per_byte(nll, float(utf8_bytes))
     return ratios
 
 

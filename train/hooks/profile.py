@@ -21,12 +21,8 @@ class Profile:
     """A jax.profiler trace over a few steps."""
 
     def __init__(self, config: ProfileConfig, directory: Path, console: Console):
-        self._first, self._end, self._directory, self._console = (
-            config.start,
-            config.start + config.steps,
-            directory,
-            console,
-        )
+        self._first, self._end = config.start, config.start + config.steps
+        self._directory, self._console = directory, console
         self._tracing = False
 
     def due(self, step: int, last: bool) -> bool:

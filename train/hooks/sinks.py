@@ -5,12 +5,15 @@ parameters, plus attention over the pairs that the causal mask lets through (Mix
 recomputation does not count, padding does. Peaks are dense bf16. On a CPU, which has no agreed peak, mfu is null.
 """
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from mixtral_jax.data.prepare.cache import write_atomically
 
 Metrics = Mapping[str, float | None]
 
@@ -82,17 +85,20 @@ class Writer:
         if self._jsonl is not None:
             self._jsonl.write(step, metrics)
         for tracker in list(self._trackers):
-            self._attempt(tracker, lambda t: t.write(step, metrics))
+            with self._dropped_if_it_fails(tracker):
+                tracker.write(step, metrics)
 
     def close(self) -> None:
         for tracker in list(self._trackers):
-            self._attempt(tracker, lambda t: t.close())
+            with self._dropped_if_it_fails(tracker):
+                tracker.close()
         if self._jsonl is not None:
             self._jsonl.close()
 
-    def _attempt(self, tracker: Sink, action: Any) -> None:
+    @contextlib.contextmanager
+    def _dropped_if_it_fails(self, tracker: Sink) -> Iterator[None]:
         try:
-            action(tracker)
+            yield
         except Exception as error:
             self._trackers.remove(tracker)
             name = type(tracker).__name__
@@ -121,6 +127,4 @@ def _keep_lines_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))

@@ -1,31 +1,16 @@
 """What a user says of preference learning, checked across fields before any device is touched."""
 
-import difflib
 from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import FrozenConfig
+from mixtral_jax.train.errors import did_you_mean
 
 LossType = Literal[
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-    "simpo",
-    "orpo",
-]
+    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo",
+]  # fmt: skip
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha", "js_divergence", "alpha_divergence"]
 Reference = Literal["frozen", "lora_base", "precomputed", "none"]
 ALPHA_IS_ONE = 1e-6  # nearer to 1 than this, the alpha divergence is reverse KL
@@ -51,7 +36,7 @@ class DpoConfig(FrozenConfig):
     )
     gamma: float = Field(0.5, description="target margin of simpo")
     discopop_tau: float = Field(0.05, gt=0, description="temperature of discopop")
-    reference: Literal["auto", "frozen", "lora_base", "precomputed", "none"] = Field(
+    reference: Literal["auto", Reference] = Field(
         "auto", description="auto: none where no loss reads it, else lora_base under LoRA, else frozen"
     )
     aot_per_micro_batch: bool = Field(False, description="let aot sort each micro-batch by itself")
@@ -133,8 +118,7 @@ def check_options(config: DpoConfig) -> None:
     known = get_args(LossType)
     for kind in config.loss_type:
         if kind not in known:
-            near = difflib.get_close_matches(str(kind), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {_names(known)}"
+            hint = did_you_mean(kind, known).removeprefix("; ") or f"known are {_names(known)}"
             raise ValueError(f"loss_type {kind!r} is unknown: {hint}")
     if config.loss_weights is not None and len(config.loss_weights) != len(config.loss_type):
         raise ValueError(

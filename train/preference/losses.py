@@ -62,20 +62,12 @@ def known_of(pairs: Pairs, config: DpoConfig) -> Known:
         # Selected before any maths: infinity times the mask's 0 would be NaN, in gradients too.
         return jnp.where(mask > 0, jnp.asarray(value, jnp.float32), harmless)
 
-    policy_w, policy_l = fill(pairs.policy_chosen, 0, -1), fill(pairs.policy_rejected, 0, -1)
-    ref_w, ref_l = fill(pairs.ref_chosen, 0, -1), fill(pairs.ref_rejected, 0, -1)
-    return Known(
-        policy_w,
-        policy_l,
-        ref_w,
-        ref_l,
-        policy_w - ref_w,
-        policy_l - ref_l,
-        jnp.maximum(fill(pairs.chosen_lengths, 1, 1), 1),
-        jnp.maximum(fill(pairs.rejected_lengths, 1, 1), 1),
-        -policy_w if pairs.chosen_nll is None else fill(pairs.chosen_nll, 0, 0),
-        mask,
-    )
+    given = (pairs.policy_chosen, pairs.policy_rejected, pairs.ref_chosen, pairs.ref_rejected)
+    policy_w, policy_l, ref_w, ref_l = (fill(logps, 0, -1) for logps in given)
+    ratio_w, ratio_l = policy_w - ref_w, policy_l - ref_l
+    n_w, n_l = (jnp.maximum(fill(n, 1, 1), 1) for n in (pairs.chosen_lengths, pairs.rejected_lengths))
+    nll_w = -policy_w if pairs.chosen_nll is None else fill(pairs.chosen_nll, 0, 0)
+    return Known(policy_w, policy_l, ref_w, ref_l, ratio_w, ratio_l, n_w, n_l, nll_w, mask)
 
 
 # ---- one function for each loss type: (known, config) -> (P,)
@@ -206,24 +198,14 @@ def _orpo(k: Known, c: DpoConfig) -> Array:
     return -c.beta * log_sigmoid(log_odds(k))
 
 
+# Each is called what a user calls it, behind the underscore.
 PAIR_LOSSES: dict[str, Callable[[Known, DpoConfig], Array]] = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "aot": _aot,
-    "aot_unpaired": _aot_unpaired,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "discopop": _discopop,
-    "sigmoid_norm": _sigmoid_norm,
-    "simpo": _simpo,
-    "orpo": _orpo,
-}
+    function.__name__.removeprefix("_"): function
+    for function in (
+        _sigmoid, _robust, _hinge, _ipo, _exo_pair, _nca_pair, _bco_pair, _sppo_hard, _aot, _aot_unpaired,
+        _apo_zero, _apo_down, _discopop, _sigmoid_norm, _simpo, _orpo,
+    )
+}  # fmt: skip
 
 
 def loss(
@@ -263,34 +245,21 @@ def loss(
     config = DpoConfig.model_construct(
         loss_type=(loss_type,) if isinstance(loss_type, str) else tuple(loss_type),
         loss_weights=None if loss_weights is None else tuple(loss_weights),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        f_divergence=f_divergence,
-        f_alpha=f_alpha,
-        gamma=gamma,
+        beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha, gamma=gamma,
         discopop_tau=discopop_tau,
-    )
+    )  # fmt: skip
     check_options(config)
     pairs = Pairs(
-        policy_chosen,
-        policy_rejected,
-        ref_chosen,
-        ref_rejected,
-        chosen_lengths,
-        rejected_lengths,
-        chosen_nll,
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, chosen_nll,
         pair_mask,
-    )
+    )  # fmt: skip
     return dpo_loss(config, pairs, num_pairs=num_pairs, num_chosen_tokens=num_chosen_tokens)
 
 
 def dpo_loss(
-    config: DpoConfig,
-    pairs: Pairs,
-    *,
-    num_pairs: Array | float | None = None,
+    config: DpoConfig, pairs: Pairs, *, num_pairs: Array | float | None = None,
     num_chosen_tokens: Array | float | None = None,
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """`loss` with its options in a validated configuration."""
     known = known_of(pairs, config)
     num_pairs = known.mask.sum() if num_pairs is None else num_pairs

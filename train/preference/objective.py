@@ -1,6 +1,7 @@
 """The objective of DPO and its relatives: log-probabilities of both answers, then the loss of losses.py."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.model import Mixtral, Noise, target_logps
 from mixtral_jax.moe.balance import RouterStats
-from mixtral_jax.train.objective import Objective, Report, RouterConfig, router_terms, with_router_health
+from mixtral_jax.train.objective import Objective, RouterConfig, report, router_terms
 from mixtral_jax.train.preference.config import DpoConfig
 from mixtral_jax.train.preference.losses import Pairs, completion_weights, dpo_loss, dpo_metrics
 
@@ -104,10 +105,6 @@ def preference(config: DpoConfig, router: RouterConfig, model: MixtralConfig, ne
         parts = PreferenceParts(pair_loss, aux, z, share * divisor.tokens, learned, jnp.sum(rows.mask), metrics, stats)
         return pair_loss + aux + z, jax.lax.stop_gradient(parts)
 
-    def report(parts: PreferenceParts) -> Report:
-        scalars = {f"train/{name}": getattr(parts, name) for name in PreferenceParts._fields[:-2]}
-        return with_router_health(scalars | parts.rewards, parts.stats, model)
-
     def evaluate(model_: Mixtral, rows: Any) -> PairSums:
         pairs = pairs_of(rows, pair_logps(model_, rows, config.ld_alpha)[0])
         count = jnp.sum(rows.mask)
@@ -116,7 +113,7 @@ def preference(config: DpoConfig, router: RouterConfig, model: MixtralConfig, ne
         mean = dpo_loss(config, pairs, num_pairs=jnp.maximum(count, 1.0))
         return PairSums(mean * count, count, metrics["rewards/accuracies"], metrics["rewards/margins"])
 
-    return Objective(pair_divisor, loss, report, evaluate)
+    return Objective(pair_divisor, loss, partial(report, model), evaluate)
 
 
 def pair_divisor(batch: Any) -> PairDivisor:

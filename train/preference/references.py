@@ -100,37 +100,26 @@ def _numbers(
         raise UserError(f"{directory} holds reference numbers of another {', '.join(other)}: remove the directory")
     if jax.process_index() == 0:
         write_atomically(meta, described)
-    batches = list(range(-(-source.rows // rows)))
-    parts = [batches[i : i + PART_BATCHES] for i in range(0, len(batches), PART_BATCHES)]
-    files = [directory / f"part-{i:05d}-of-{len(parts):05d}.npy" for i in range(len(parts))]
-    missing = [file for file in files if not file.exists()]
+    batches = range(-(-source.rows // rows))
+    parts = [batches[first : first + PART_BATCHES] for first in batches[::PART_BATCHES]]
+    files = {directory / f"part-{i:05d}-of-{len(parts):05d}.npy": part for i, part in enumerate(parts)}
+    missing = {file: part for file, part in files.items() if not file.exists()}
     if missing:
         say(f"reference: computing {source.rows:,} rows of {source.name}, {len(missing)} of {len(parts)} parts")
-        _compute(files, parts, EvalSource(source, rows, share), ask)
+        _compute(missing, EvalSource(source, rows, share), ask)
     numbers = np.concatenate([np.load(file) for file in files])[: source.rows]
     if numbers.shape != (source.rows, source.format.pairs, 2):
         raise UserError(f"{directory} holds numbers of shape {numbers.shape}: it is damaged, remove the directory")
     return numbers
 
 
-def _compute(files: list[Path], parts: list[list[int]], source: EvalSource, ask: Put) -> None:
-    for file, wanted in zip(files, parts, strict=True):
-        if file.exists():
-            continue
-        found = [_on_host(ask(source.batch(step)).ref_logps)[0] for step in wanted]
+def _compute(files: Mapping[Path, Iterable[int]], source: EvalSource, ask: Put) -> None:
+    for file, batches in files.items():
+        answers = (ask(source.batch(number)).ref_logps for number in batches)
+        found = [multihost_utils.process_allgather(answer, tiled=True)[0] for answer in answers]
         if jax.process_index() == 0:
-            _save(file, np.concatenate(found))
+            stream = io.BytesIO()
+            np.save(stream, np.concatenate(found).astype(np.float32))
+            write_atomically(file, stream.getvalue())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("reference")
-
-
-def _on_host(values: jax.Array) -> np.ndarray:
-    if jax.process_count() > 1:
-        return np.asarray(multihost_utils.process_allgather(values, tiled=True))
-    return np.asarray(values)
-
-
-def _save(file: Path, numbers: np.ndarray) -> None:
-    stream = io.BytesIO()
-    np.save(stream, numbers.astype(np.float32))
-    write_atomically(file, stream.getvalue())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from mixtral_jax.data.prepare.cache import write_atomically
 from mixtral_jax.train.config.load import Provenance, resolved_yaml
 from mixtral_jax.train.config.schema import RunConfig
 from mixtral_jax.train.errors import UserError
@@ -42,17 +43,17 @@ class RunDirectory:
         """Write what the run is made of: the resolved configuration, the one that was given, and the environment."""
         if jax.process_index() != 0:
             return
-        replace_text(self.path / "config.yaml", resolved_yaml(config))
+        write_atomically(self.path / "config.yaml", resolved_yaml(config))
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
-            replace_text(self.path / "config.input.yaml", overrides + provenance.text)
-        replace_text(self.path / "env.json", json.dumps(environment(mesh), indent=2) + "\n")
+            write_atomically(self.path / "config.input.yaml", overrides + provenance.text)
+        write_atomically(self.path / "env.json", json.dumps(environment(mesh), indent=2) + "\n")
 
     def write_status(self, state: str, step: int, reason: str, exit_code: int | None) -> None:
         """One JSON object: state (running, done, preempted, diverged, failed), step, reason, exit_code."""
         if jax.process_index() == 0:
             status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code}
-            replace_text(self.path / "STATUS", json.dumps(status) + "\n")
+            write_atomically(self.path / "STATUS", json.dumps(status) + "\n")
 
     def forget_results(self) -> None:
         """A run that begins again leaves no metrics of the old one."""
@@ -61,10 +62,3 @@ class RunDirectory:
         for directory in (self.samples, self.tensorboard):
             for file in directory.glob("*"):
                 file.unlink()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -47,9 +47,9 @@ def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit of this source tree, with + where it was changed; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    describe = [*git, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

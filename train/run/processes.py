@@ -36,13 +36,9 @@ class ProcessSetup:
 
 
 def detect(
-    env: Mapping[str, str],
-    *,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    tpu_chips: int = 0,
-) -> ProcessSetup | None:
+    env: Mapping[str, str], *, coordinator: str | None = None, num_processes: int | None = None,
+    process_id: int | None = None, tpu_chips: int = 0,
+) -> ProcessSetup | None:  # fmt: skip
     """What this process is part of; None means that it is alone.
 
     In order: explicit settings, JAX_* variables, TPU variables (GKE), Kubernetes indexed jobs and JobSets, SLURM,
@@ -51,12 +47,8 @@ def detect(
     Raises:
         UserError: some of a scheme's settings are there and others are missing (named), or one makes no sense.
     """
-    explicit = {
-        "--coordinator": coordinator,
-        "--num-processes": None if num_processes is None else str(num_processes),
-        "--process-id": None if process_id is None else str(process_id),
-    }
-    given = {key: value for key, value in explicit.items() if value is not None}
+    explicit = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    given = {key: str(value) for key, value in explicit.items() if value is not None}
     if given == {"--num-processes": "1"}:
         return None
     if given:
@@ -86,22 +78,16 @@ def initialize(
         UserError: see `detect`.
     """
     setup = detect(
-        os.environ,
-        coordinator=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
+        os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id,
         tpu_chips=count_tpu_chips(),
-    )
+    )  # fmt: skip
     if setup is None:
         return None
     import jax  # after the environment was read: importing it takes a second that a usage error need not wait for
 
-    if setup.coordinator is None:
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(
-            setup.coordinator, setup.num_processes, setup.process_id, local_device_ids=setup.local_device_ids
-        )
+    jax.distributed.initialize(
+        setup.coordinator, setup.num_processes, setup.process_id, local_device_ids=setup.local_device_ids
+    )
     return setup
 
 
@@ -154,14 +140,9 @@ def _number(key: str, text: str) -> int:
 
 
 def _setup(
-    source: str,
-    address: str,
-    num_processes: int,
-    process_id: int,
-    *,
-    port: str | None = None,
+    source: str, address: str, num_processes: int, process_id: int, *, port: str | None = None,
     local_device_ids: tuple[int, ...] | None = None,
-) -> ProcessSetup | None:
+) -> ProcessSetup | None:  # fmt: skip
     if not 0 <= process_id < num_processes:
         raise UserError(f"{source}: process id {process_id} is not below the number of processes, {num_processes}")
     if num_processes == 1:
@@ -218,22 +199,12 @@ def _slurm(env: Mapping[str, str]) -> ProcessSetup | None:
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # "2(x3)": 2 on each of 3
     sees_one = len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     devices = None if per_node == "1" or sees_one else (_number("SLURM_LOCALID", local),)
-    return _setup(
-        "slurm",
-        first_host(nodes),
-        _number("SLURM_NTASKS", tasks),
-        _number("SLURM_PROCID", index),
-        port=port,
-        local_device_ids=devices,
-    )
+    count, process_id = _number("SLURM_NTASKS", tasks), _number("SLURM_PROCID", index)
+    return _setup("slurm", first_host(nodes), count, process_id, port=port, local_device_ids=devices)
 
 
 def _skypilot(env: Mapping[str, str]) -> ProcessSetup | None:
     """One process per node; the first node of the list coordinates."""
     count, rank, hosts = _require(env, _SKYPILOT_THREE, "SkyPilot")
-    return _setup(
-        "skypilot",
-        hosts.split()[0],
-        _number("SKYPILOT_NUM_NODES", count),
-        _number("SKYPILOT_NODE_RANK", rank),
-    )
+    num_processes, process_id = _number("SKYPILOT_NUM_NODES", count), _number("SKYPILOT_NODE_RANK", rank)
+    return _setup("skypilot", hosts.split()[0], num_processes, process_id)
