@@ -102,7 +102,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 def _load(args: Parsed, command: str | None = None) -> Any:
-    return _function("train.config.load", "load_config")(args.config, args.overrides, command=command)
+    return _function("train.config", "load_config")(args.config, args.overrides, command=command)
 
 
 def _explain(error: Exception, with_traceback: bool) -> int:
@@ -133,11 +133,11 @@ def _version() -> str:
 
 def _train(args: Parsed) -> int:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        _function("train.run.memory", "keep_freed_memory")()
+        _function("train.memory", "keep_freed_memory")()
     config, provenance = _load(args, args.command)
     if args.dry_run:
-        return _function("train.run.first_screen", "dry_run")(config, provenance)
-    _function("train.run.processes", "initialize")(
+        return _function("train.run", "dry_run")(config, provenance)
+    _function("train.run", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
     )
     return _function("train.trainer", "run")(config, provenance, force=args.force)
@@ -154,7 +154,7 @@ def _plan(args: Parsed) -> int:
 
 def _show(args: Parsed) -> int:
     config, provenance = _load(args)
-    print(_function("train.config.load", "resolved_yaml")(config, provenance), end="")
+    print(_function("train.config", "resolved_yaml")(config, provenance), end="")
     return OK
 
 

@@ -7,9 +7,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from mixtral_jax.data.prepare.cache import PreparedSource
-from mixtral_jax.data.prepare.prepare import PreparedData
-from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.prepare import PreparedData, PreparedSource
+from mixtral_jax.data.rows import Batch, PairBatch
 
 _THREADS = 2
 _AHEAD = 4  # batches

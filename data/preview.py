@@ -7,10 +7,9 @@ from rich.text import Text
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import RowReader
-from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.data.rows.batch import Batch, PairBatch
-from mixtral_jax.data.rows.order import GlobalOrder
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.prepare import prepare
+from mixtral_jax.data.rows import Batch, GlobalOrder, PairBatch
+from mixtral_jax.data.text import Tokenizer, load_tokenizer
 
 _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import sentencepiece as spm
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.prepare.cache import write_atomically
+from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.data.progress import meter
-from mixtral_jax.data.records.lump import Census
-from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
-from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer
+from mixtral_jax.data.records import Census, read_lumps, source_files, text_size_estimate
+from mixtral_jax.data.text import SentencePieceTokenizer
 
 _MAX_BYTES = 200_000_000  # of text
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
-    from mixtral_jax.convert.load import load, save_hf
+    from mixtral_jax.convert import load, save_hf
     from mixtral_jax.model import Mixtral, abstract_model
-    from mixtral_jax.train.commands.read_model import read_tokenizer as load_tokenizer
-    from mixtral_jax.train.config.load import read_config as load_config
+    from mixtral_jax.train.config import read_config as load_config
+    from mixtral_jax.train.read_model import read_tokenizer as load_tokenizer
     from mixtral_jax.train.text import generate
     from mixtral_jax.train.trainer import Trainer
 
@@ -25,10 +25,10 @@ _PLACES = {
     "Trainer": "train.trainer:Trainer",
     "abstract_model": "model:abstract_model",
     "generate": "train.text:generate",
-    "load": "convert.load:load",
-    "load_config": "train.config.load:read_config",
-    "load_tokenizer": "train.commands.read_model:read_tokenizer",
-    "save_hf": "convert.load:save_hf",
+    "load": "convert:load",
+    "load_config": "train.config:read_config",
+    "load_tokenizer": "train.read_model:read_tokenizer",
+    "save_hf": "convert:save_hf",
 }
 __all__ = [
     "ComputeConfig", "Mixtral", "MixtralConfig", "MoeConfig", "Trainer", "abstract_model", "generate", "load",

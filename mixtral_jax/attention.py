@@ -10,12 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.kernels.attention import Backend, attend
-from mixtral_jax.kernels.attention_tiled import Tokens
+from mixtral_jax.kernels import Backend, Tokens, attend
 from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
-from mixtral_jax.parallel.collectives import axis_index, axis_size, psum
-from mixtral_jax.parallel.zigzag import Part, gather_row
+from mixtral_jax.parallel import Part, axis_index, axis_size, gather_row, psum
 from mixtral_jax.quantize import gather_weight
 
 PROJECTIONS = ("query", "key", "value", "output")

@@ -11,8 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.parallel.collectives import axis_index, axis_size, psum
-from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.parallel import axis_index, axis_size, gather, psum
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:

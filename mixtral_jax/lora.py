@@ -15,10 +15,8 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul
-from mixtral_jax.parallel.collectives import shard_key
-from mixtral_jax.parallel.mesh import TOKEN_AXES
-from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.kernels import grouped_matmul
+from mixtral_jax.parallel import TOKEN_AXES, gather, shard_key
 from mixtral_jax.quantize import QuantizedWeight
 
 TARGETS = (

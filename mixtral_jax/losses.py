@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.parallel.collectives import (
+from mixtral_jax.parallel import (
+    TOKEN_AXES,
     axis_index,
     axis_max,
     axis_size,
     psum,
     same_variance,
+    transposed,
     variance,
     varying,
     zeros,
 )
-from mixtral_jax.parallel.compiler_quirks import transposed
-from mixtral_jax.parallel.mesh import TOKEN_AXES
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at a time
 

@@ -13,16 +13,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.attention import Attend, Attention, attend_row
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.kernels.attention_tiled import Tokens
+from mixtral_jax.kernels import Tokens
 from mixtral_jax.layers import Embedding, Head, RMSNorm, rope_angles
 from mixtral_jax.lora import LoraConfig, base_dtype
 from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
-from mixtral_jax.moe.balance import RouterStats
-from mixtral_jax.moe.block import ApplyExperts, MoeOutput, SparseMoe
-from mixtral_jax.moe.router import Routing
-from mixtral_jax.parallel.collectives import psum, shard_key
-from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from mixtral_jax.parallel.sharding import batch_spec, drop_padding, gather, sharded
+from mixtral_jax.moe import ApplyExperts, MoeOutput, RouterStats, Routing, SparseMoe
+from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, batch_spec, drop_padding, gather, psum, shard_key, sharded
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
 # the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.

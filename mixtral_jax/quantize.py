@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int8, UInt8
 
-from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.parallel import gather
 
 Bits = Literal["int8", "nf4"]
 # Appendix E of 2305.14314: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0.

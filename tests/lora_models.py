@@ -13,7 +13,7 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.convert import table
 from mixtral_jax.convert.adapter import NativeAdapter
-from mixtral_jax.convert.load import read_leaf
+from mixtral_jax.convert.models import read_leaf
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 

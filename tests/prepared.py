@@ -9,7 +9,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare.cache import PreparedSource
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

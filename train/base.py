@@ -19,21 +19,16 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.files import is_remote
-from mixtral_jax.convert.load import place_leaf, read_leaf
-from mixtral_jax.convert.orbax import newest_step as newest_whole_step
-from mixtral_jax.convert.pipeline import open_source
-from mixtral_jax.convert.stream import Source
-from mixtral_jax.convert.table import Leaf
-from mixtral_jax.convert.table import leaves as stored_leaves
+from mixtral_jax.convert import Leaf, Source, is_remote, open_source, place_leaf, read_leaf
+from mixtral_jax.convert import leaves as stored_leaves
+from mixtral_jax.convert import newest_step as newest_whole_step
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import abstract_model
 from mixtral_jax.quantize import QuantizedWeight, quantize
-from mixtral_jax.train.checkpoints.checkpointer import find
-from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.checkpoints import find
+from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import Tree, keep, leaves, random_weights
 

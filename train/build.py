@@ -10,25 +10,19 @@ import numpy as np
 
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
-from mixtral_jax.data.prepare.cache import digest
-from mixtral_jax.data.prepare.prepare import PreparedData, prepare
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.prepare import PreparedData, digest, prepare
+from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_warnings, base_weights
-from mixtral_jax.train.checkpoints.checkpointer import Found, Say, restore_state
-from mixtral_jax.train.config.load import check_vocabulary, read_config
-from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes
+from mixtral_jax.train.checkpoints import Found, Say, restore_state
+from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
-from mixtral_jax.train.plan.placement import placement_warnings
-from mixtral_jax.train.preference.objective import make_sequence_logps
-from mixtral_jax.train.preference.references import Put, live, precomputed, weights_digest
-from mixtral_jax.train.run.first_screen import first_screen
-from mixtral_jax.train.run.masks import mask_lines
-from mixtral_jax.train.run.peers import agree
-from mixtral_jax.train.run.resume import check_same_base, check_same_data, config_differences
+from mixtral_jax.train.plan import placement_warnings
+from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed, weights_digest
+from mixtral_jax.train.run import agree, check_same_base, check_same_data, config_differences, first_screen, mask_lines
 from mixtral_jax.train.state import TrainState, abstract_state, start_from
 from mixtral_jax.train.step import make_eval_step, make_train_step
 from mixtral_jax.train.weights import (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.parallel.sharding import batch_sharding
+from mixtral_jax.parallel import batch_sharding
 
 
 def batch_share(mesh: jax.sharding.Mesh | None, rows: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mixtral_jax.config import FrozenConfig, MixtralConfig
 from mixtral_jax.model import Mixtral, Noise, next_token_sums
-from mixtral_jax.moe.balance import RouterStats, balance_loss, load_metrics, z_loss
+from mixtral_jax.moe import RouterStats, balance_loss, load_metrics, z_loss
 
 
 class RouterConfig(FrozenConfig):

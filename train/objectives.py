@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mixtral_jax.train.objective import Objective, next_token
-from mixtral_jax.train.preference.objective import preference
+from mixtral_jax.train.preference import preference
 
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "pretrain": lambda config: next_token(config.router, config.model),

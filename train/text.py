@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixtral_jax.data.text.chat import encode_prompt
-from mixtral_jax.data.text.template import load_template
-from mixtral_jax.data.text.tokenizer import Tokenizer
-from mixtral_jax.generation.generate import Prompts
-from mixtral_jax.generation.generate import generate as generate_tokens
-from mixtral_jax.generation.generate import stream as stream_tokens
+from mixtral_jax.data.text import Tokenizer, encode_prompt, load_template
+from mixtral_jax.generation import Prompts
+from mixtral_jax.generation import generate as generate_tokens
+from mixtral_jax.generation import stream as stream_tokens
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError
 
@@ -29,7 +27,7 @@ def generate(
         prompt: token ids (a prompt, a list of prompts, an array), a text, a chat, or a list of texts or chats.
         tokenizer: of texts and chats; `load_tokenizer` reads one.
         template: format of chats: v1, v3, chatml or a description; None: by the tokenizer's control tokens.
-        options: of `mixtral_jax.generation.generate.generate`: max_new_tokens, temperature, top_k, top_p, seed.
+        options: of `mixtral_jax.generation.engine.generate`: max_new_tokens, temperature, top_k, top_p, seed.
 
     Returns:
         For token ids the new ones, as that function does. What follows a text, the answer to a chat; a list for a list.

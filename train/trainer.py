@@ -10,34 +10,36 @@ from typing import Any, NamedTuple, Self
 import jax
 from etils import epath
 
-from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel.mesh import make_mesh
+from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.build import Parts, build, settle_steps
-from mixtral_jax.train.checkpoints.best import Best
-from mixtral_jax.train.checkpoints.checkpointer import Checkpointer, saved_steps
-from mixtral_jax.train.config.load import Provenance
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.checkpoints import Best, Checkpointer, saved_steps
+from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import ExitCode
 from mixtral_jax.train.feed import Feed
-from mixtral_jax.train.hooks.checkpoint import Checkpoint
-from mixtral_jax.train.hooks.evaluate import Evaluate
-from mixtral_jax.train.hooks.ledger import Diverged, Ledger
-from mixtral_jax.train.hooks.log import Log
-from mixtral_jax.train.hooks.moment import Hook, Moment
-from mixtral_jax.train.hooks.profile import Profile
-from mixtral_jax.train.hooks.sample import Sample
-from mixtral_jax.train.hooks.sinks import JsonLines, TensorBoard, Wandb, Writer, open_trackers
-from mixtral_jax.train.hooks.throughput import Throughput
-from mixtral_jax.train.hooks.watchdog import Watchdog
+from mixtral_jax.train.hooks import (
+    Checkpoint,
+    Diverged,
+    Evaluate,
+    Hook,
+    JsonLines,
+    Ledger,
+    Log,
+    Moment,
+    Profile,
+    Sample,
+    TensorBoard,
+    Throughput,
+    Wandb,
+    Watchdog,
+    Writer,
+    open_trackers,
+)
+from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.optimizer import Params
-from mixtral_jax.train.run.directory import RunDirectory
-from mixtral_jax.train.run.first_screen import compiled_line
-from mixtral_jax.train.run.memory import drop_freed_memory
-from mixtral_jax.train.run.peers import failures_reported, meet
-from mixtral_jax.train.run.resume import where_to_start
-from mixtral_jax.train.run.signals import Interrupts
+from mixtral_jax.train.run import Interrupts, RunDirectory, compiled_line, failures_reported, meet, where_to_start
 from mixtral_jax.train.text import generate
 
 

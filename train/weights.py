@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
-from mixtral_jax.parallel.sharding import param_shardings
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.parallel import param_shardings
+from mixtral_jax.train.config import RunConfig
 
 Tree = Any  # nested dict with a leaf for each parameter
 ROUTER = "layers.moe.router"

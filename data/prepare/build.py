@@ -16,13 +16,9 @@ from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import spill
 from mixtral_jax.data.prepare.cache import PreparedSource, load_prepared, write_atomically
 from mixtral_jax.data.prepare.workers import Workers
-from mixtral_jax.data.records.lump import Census, Lump
-from mixtral_jax.data.records.sources import read_lumps
-from mixtral_jax.data.rows.packing import PACKINGS, pair_pieces
-from mixtral_jax.data.rows.row import WRITER_OPTIONS, RowFormat
-from mixtral_jax.data.text.examples import columns, text_documents, tuning_documents
-from mixtral_jax.data.text.template import load_template
-from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.data.records import Census, Lump, read_lumps
+from mixtral_jax.data.rows import PACKINGS, WRITER_OPTIONS, RowFormat, pair_pieces
+from mixtral_jax.data.text import columns, load_template, load_tokenizer, text_documents, tuning_documents
 
 Advance = Callable[[int, str], None]  # of a progress bar
 process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import FrozenConfig
-from mixtral_jax.data.records.sources import data_files
-from mixtral_jax.data.rows.row import RowFormat
+from mixtral_jax.data.records import data_files
+from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 1
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtral_jax.data.rows.order import hash64
-from mixtral_jax.data.text.examples import Documents
+from mixtral_jax.data.rows import hash64
+from mixtral_jax.data.text import Documents
 
 BUCKET_BYTES = 64 << 20  # of text
 

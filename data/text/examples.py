@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Census, Lump
+from mixtral_jax.data.records import Census, Lump
 from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
 from mixtral_jax.data.text.template import Template
 from mixtral_jax.data.text.tokenizer import Tokenizer

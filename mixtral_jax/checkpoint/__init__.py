@@ -1,0 +1,15 @@
+"""Arrays on disk: whole trees onto any mesh, and slices of leaves. Orbax and tensorstore are imported here alone."""
+
+from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
+from mixtral_jax.checkpoint.trees import (
+    COMMIT,
+    FORMAT,
+    STATE,
+    damage,
+    discard_unfinished,
+    read_item,
+    restore,
+    save,
+    save_async,
+    tree_shapes,
+)

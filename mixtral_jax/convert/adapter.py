@@ -7,7 +7,7 @@ of an adapter are slots of the one table (convert/table.py), so that it streams 
 import json
 from pathlib import Path
 
-from mixtral_jax.checkpoint.trees import FORMAT
+from mixtral_jax.checkpoint import FORMAT
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.hf import one_line

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mixtral_jax.checkpoint import trees as checkpoint
-from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
+from mixtral_jax import checkpoint
+from mixtral_jax.checkpoint import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import read_config, read_shape

@@ -13,12 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.generation.few_rows import MAX_TOKENS, few_rows_swiglu
-from mixtral_jax.kernels.attention import attend
-from mixtral_jax.kernels.attention_tiled import Tokens
+from mixtral_jax.kernels import Tokens, attend
 from mixtral_jax.model import Block, Mixtral
-from mixtral_jax.parallel.collectives import assemble, devices_along
-from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.parallel.sharding import drop_padding
+from mixtral_jax.parallel import MESH_AXES, assemble, devices_along, drop_padding
 
 
 class Cache(NamedTuple):

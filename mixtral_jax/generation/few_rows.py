@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu
+from mixtral_jax.moe import ExpertWeights, dense_swiglu
 
 MAX_TOKENS = 128  # up to here every chosen expert on every token costs less than blocks of rows for each expert
 

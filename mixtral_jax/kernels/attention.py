@@ -24,8 +24,7 @@ from mixtral_jax.kernels.attention_tiled import (
     tile,
     visible,
 )
-from mixtral_jax.parallel.collectives import platform
-from mixtral_jax.parallel.zigzag import Part, places
+from mixtral_jax.parallel import Part, places, platform
 
 Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
 

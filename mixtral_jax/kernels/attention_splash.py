@@ -26,8 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 
 from mixtral_jax.kernels.attention_tiled import SAVED
 from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.parallel.collectives import same_variance, variance, varying
-from mixtral_jax.parallel.zigzag import Part, zigzag
+from mixtral_jax.parallel import Part, same_variance, variance, varying, zigzag
 
 SMALLEST_BLOCK = 128  # T must be a multiple
 

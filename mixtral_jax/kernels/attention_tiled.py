@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.parallel import compiler_quirks as quirks
-from mixtral_jax.parallel.collectives import same_variance
+from mixtral_jax.parallel import same_variance
 
 # Name of what the backward pass needs besides q, k and v, for rematerialisation: a policy that saves it runs no
 # forward attention twice.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.parallel.collectives import same_variance, zeros
+from mixtral_jax.parallel import same_variance, zeros
 
 BLOCK_ROWS = 128
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from mixtral_jax.parallel.collectives import variance, varying
+from mixtral_jax.parallel import variance, varying
 
 
 def unchecked(run: Callable[..., Any], *args: Any) -> Any:

@@ -15,9 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.swiglu import swiglu, swiglu_gradient
-from mixtral_jax.parallel.collectives import same_variance, zeros
-from mixtral_jax.parallel.compiler_quirks import transposed
+from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
+from mixtral_jax.parallel import same_variance, transposed, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
 SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.router import Routing
-from mixtral_jax.parallel.collectives import psum
-from mixtral_jax.parallel.mesh import TOKEN_AXES
+from mixtral_jax.parallel import TOKEN_AXES, psum
 
 BalanceLoss = Literal["per_layer", "hf_pooled"]
 

@@ -16,9 +16,7 @@ from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel.collectives import psum
-from mixtral_jax.parallel.mesh import TOKEN_AXES
-from mixtral_jax.parallel.sharding import gather
+from mixtral_jax.parallel import TOKEN_AXES, gather, psum
 from mixtral_jax.quantize import gather_weight
 
 # (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x), fp32; expert number E is nobody's

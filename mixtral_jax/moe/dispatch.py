@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.parallel.collectives import same_variance
+from mixtral_jax.parallel import same_variance
 
 
 class Plan(NamedTuple):

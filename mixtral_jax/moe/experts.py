@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
-from mixtral_jax.kernels.swiglu import grouped_down, swiglu
-from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
+from mixtral_jax.kernels import Low, blocked_swiglu, grouped_down, grouped_matmul, resolve_matmul, swiglu
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
-from mixtral_jax.parallel.collectives import platform
+from mixtral_jax.parallel import platform
 
 
 class ExpertWeights(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.parallel.compiler_quirks import take_chosen
+from mixtral_jax.parallel import take_chosen
 
 
 class Routing(NamedTuple):

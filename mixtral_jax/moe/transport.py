@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.dispatch import combine, dispatch, plan_rows
-from mixtral_jax.parallel.collectives import axis_index, axis_size, platform, zeros
+from mixtral_jax.parallel import axis_index, axis_size, platform, zeros
 
 # rows sorted by local expert (R, D), rows of each expert (E_local,) -> rows (R, D)
 Experts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]

@@ -1,0 +1,22 @@
+"""The mesh, what lies where on it, and what devices say to each other."""
+
+from mixtral_jax.parallel import compiler_quirks
+from mixtral_jax.parallel.collectives import (
+    assemble,
+    axis_index,
+    axis_max,
+    axis_size,
+    devices_along,
+    platform,
+    psum,
+    same_variance,
+    shard_index,
+    shard_key,
+    variance,
+    varying,
+    zeros,
+)
+from mixtral_jax.parallel.compiler_quirks import take_chosen, transposed
+from mixtral_jax.parallel.context import Part, gather_row, places, zigzag
+from mixtral_jax.parallel.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, MeshConfig, make_mesh
+from mixtral_jax.parallel.sharding import batch_sharding, batch_spec, drop_padding, gather, param_shardings, sharded

@@ -128,4 +128,5 @@ def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
 
 
 def devices_along(axes: tuple[str, ...]) -> int:
+    """Devices along several mesh axes taken together; 1 without a mesh."""
     return math.prod(axis_size(a) for a in axes)

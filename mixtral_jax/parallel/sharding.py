@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.collectives import axis_index, axis_size, gather_shards, inside, platform, varying
+from mixtral_jax.parallel.context import spread, unspread, zigzag
 from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from mixtral_jax.parallel.zigzag import spread, unspread, zigzag
 
 # Logical axis of a parameter -> mesh axes that shard it. A name that is not here is an error.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -167,7 +167,7 @@ def sharded(
     """local(model, *args) on every device's shards; a plain call without a mesh.
 
     Outputs that `out_specs` calls replicated must have been reduced: jax checks it while tracing. What a spec shards
-    over `context` in its second dimension `local` sees, and returns, in zig-zag parts (mixtral_jax/parallel/zigzag.py).
+    over `context` in its second dimension `local` sees, and returns, in zig-zag parts (parallel/context.py).
 
     Raises:
         ValueError: rows or their length that the mesh does not divide.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 
 SAMPLES = Path("data/samples")
 QUICKSTART = "configs/pretrain/quickstart.yaml"

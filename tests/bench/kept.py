@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from mixtral_jax.train.run.memory import keep_freed_memory
+from mixtral_jax.train.memory import keep_freed_memory
 
 if __name__ == "__main__":
     keep_freed_memory()

@@ -13,9 +13,9 @@ from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.train.hooks.ledger import pause_for_memory
+from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
-from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
 from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse

@@ -19,11 +19,11 @@ from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.train.hooks.ledger import pause_for_memory
+from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.preference.config import DpoConfig
 from mixtral_jax.train.preference.objective import make_sequence_logps, preference
-from mixtral_jax.train.run.memory import drop_freed_memory
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import join, keep

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.convert import hf2orbax, load, load_config, load_params, save_hf
-from mixtral_jax.convert.load import read_leaf
+from mixtral_jax.convert.models import read_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.table import leaves
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.convert import hf2orbax, resize_vocab, verify
-from mixtral_jax.convert.verify import Outputs, compare_logits
+from mixtral_jax.convert.compare import Outputs, compare_logits
 from tests.convert_files import BF16, DENSE, TINY, random_tensors, write_hub
 
 NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"

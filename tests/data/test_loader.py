@@ -13,7 +13,7 @@ import pytest
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import EvalSource, Loader, RowReader, eval_sources, shard_rows
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
@@ -194,7 +194,7 @@ def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
 def test_preparing_imports_neither_jax_nor_grain() -> None:
     """A worker of the preparation starts in a fraction of a second."""
     program = (
-        "import sys, mixtral_jax.data.prepare.prepare\n"
+        "import sys, mixtral_jax.data.prepare.prepared\n"
         "print([m for m in ('jax', 'grain', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

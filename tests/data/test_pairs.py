@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import Loader, RowReader
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.data.text.chat import Example

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtral_jax.data.prepare import prepare as prepare_module
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare import prepared as prepare_module
+from mixtral_jax.data.prepare.prepared import prepare
 from tests.prepared import (
     MODEL,
     SAMPLES,

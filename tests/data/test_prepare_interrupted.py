@@ -26,7 +26,7 @@ import sys, time
 from mixtral_jax.data.prepare import build, spill
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 
 sources.LUMP_BYTES, sources._READ_BYTES, spill.BUCKET_BYTES = 4000, 2000, 40_000
 config, slow = DataConfig.model_validate_json(sys.argv[1]), sys.argv[2]
@@ -92,7 +92,7 @@ def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
     shutil.copy(SAMPLES / "fr.train.jsonl.gz", tmp_path / "a.jsonl.gz")
     config = config_of(tmp_path / "cache", tmp_path / "*.gz", workers=2)
     script = tmp_path / "run.py"
-    script.write_text("from mixtral_jax.data.prepare import prepare as p; p._SERIAL_BYTES = 0\n" + _PROGRAM)
+    script.write_text("from mixtral_jax.data.prepare import prepared as p; p._SERIAL_BYTES = 0\n" + _PROGRAM)
     process = subprocess.Popen(
         [sys.executable, str(script), config.model_dump_json(), "", "0", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import Loader
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.preview import mixture_lines, preview
 from mixtral_jax.data.rows.order import GlobalOrder
 from mixtral_jax.data.text.tokenizer import load_tokenizer

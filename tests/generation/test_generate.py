@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.generation.cache import cache_slots, decode, prefill
-from mixtral_jax.generation.generate import generate, stream
+from mixtral_jax.generation.engine import generate, stream
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings

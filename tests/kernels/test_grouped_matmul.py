@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve_matmul
+from mixtral_jax.kernels.grouped import grouped_matmul, resolve_matmul
 from tests.oracles.moe import grouped_matmul as oracle
 
 BACKENDS = ("dense", "blocked", "ragged_dot")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import swiglu as module
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul
-from mixtral_jax.kernels.swiglu import gradient_in_place, grouped_down, swiglu
+from mixtral_jax.kernels import activation as module
+from mixtral_jax.kernels.activation import gradient_in_place, grouped_down, swiglu
+from mixtral_jax.kernels.grouped import grouped_matmul
 
 R, F, D = 96, 20, 12
 

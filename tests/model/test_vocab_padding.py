@@ -9,7 +9,7 @@ from flax import nnx
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.convert import hf2orbax, load, save_hf
-from mixtral_jax.generation.generate import generate
+from mixtral_jax.generation.engine import generate
 from mixtral_jax.model import Mixtral, fill_rows, target_logps
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings

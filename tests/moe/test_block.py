@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
-from mixtral_jax.kernels import grouped_matmul as kernel
+from mixtral_jax.kernels import grouped as kernel
 from mixtral_jax.moe.block import SparseMoe
 from tests.optional import torch
 from tests.oracles import mixtral as oracle

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import grouped_matmul as kernel
-from mixtral_jax.kernels.swiglu import swiglu
+from mixtral_jax.kernels import grouped as kernel
+from mixtral_jax.kernels.activation import swiglu
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from tests.optional import torch

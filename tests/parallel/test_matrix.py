@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ComputeConfig, MoeConfig
-from mixtral_jax.kernels import grouped_matmul
+from mixtral_jax.kernels import grouped
 from mixtral_jax.moe.transport import resolve_transport
 from tests.mesh_cases import (
     CONFIG,
@@ -78,13 +78,13 @@ def _gap(seed):
 
 @pytest.fixture(autouse=True)
 def nan_behind_the_last_group(monkeypatch):
-    clean = grouped_matmul._forward
+    clean = grouped._forward
 
     def with_nan(backend, x_RD, w_EDF, sizes_E, transpose):
         y_RF = clean(backend, x_RD, w_EDF, sizes_E, transpose)
         return jnp.where((jnp.arange(y_RF.shape[0]) < jnp.sum(sizes_E))[:, None], y_RF, jnp.nan)
 
-    monkeypatch.setattr(grouped_matmul, "_forward", with_nan)
+    monkeypatch.setattr(grouped, "_forward", with_nan)
 
 
 def worst_difference(result, reference):

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.kernels.attention_tiled import Tokens, chunked_attention, part_bounds, tile
 from mixtral_jax.model import abstract_model, next_token_sums, target_logps
+from mixtral_jax.parallel.context import Part, gather_row, places, spread, unspread, zigzag
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import batch_sharding, param_shardings
-from mixtral_jax.parallel.zigzag import Part, gather_row, places, spread, unspread, zigzag
 from tests.mesh_cases import CONFIG, FAST_TO_COMPILE, make_batches, make_params
 from tests.oracles.attention import attention, mask_matrix
 

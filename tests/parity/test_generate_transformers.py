@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mixtral_jax.convert import load
-from mixtral_jax.generation.generate import generate
+from mixtral_jax.generation.engine import generate
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

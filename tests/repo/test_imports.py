@@ -29,8 +29,8 @@ ONLY_IN = {
     "wandb": {"train/hooks/sinks.py"},
     "tensorboardX": {"train/hooks/sinks.py"},
     # oracles, in tests alone; `verify` and the demo use them where the user has them, and say so where not
-    "torch": {"mixtral_jax/convert/verify.py", "train/commands/demo.py"},
-    "transformers": {"mixtral_jax/convert/verify.py", "train/commands/demo.py"},
+    "torch": {"mixtral_jax/convert/compare.py", "train/commands/demo.py"},
+    "transformers": {"mixtral_jax/convert/compare.py", "train/commands/demo.py"},
     "trl": set(),
     "peft": set(),
     "tensorflow": set(),
@@ -133,7 +133,7 @@ def test_the_library_loads_without_the_other_rooms() -> None:
         "import sys, mixtral_jax as mj\n"
         "assert 'jax' not in sys.modules\n"
         "mj.Mixtral, mj.MixtralConfig\n"
-        "from mixtral_jax.generation.generate import generate\n"
+        "from mixtral_jax.generation.engine import generate\n"
         "foreign = {f'mixtral_jax.{r}' for r in ('train', 'data')} | {'torch', 'tensorflow', 'orbax', 'grain'}\n"
         "foreign &= set(sys.modules)\n"
         "assert not foreign, foreign\n"

@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, result: Any = 0) -> list[tuple[tuple,
     monkeypatch.setattr(
         launch,
         "_function",
-        lambda module, name: real(module, name) if module == "train.config.load" else record,
+        lambda module, name: real(module, name) if module == "train.config" else record,
     )
     return seen
 

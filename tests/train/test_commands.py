@@ -13,7 +13,7 @@ import mixtral_jax as mj
 from mixtral_jax import launch
 from mixtral_jax.convert import load, save_hf
 from mixtral_jax.data.text.tokenizer import load_tokenizer
-from mixtral_jax.generation.generate import generate
+from mixtral_jax.generation.engine import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.text import grow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.loader import Loader
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import PairBatch
 from mixtral_jax.moe.balance import balance_loss
 from mixtral_jax.train import build

@@ -10,7 +10,7 @@ from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.plan.placement import human_bytes, memory_line, resident
-from mixtral_jax.train.run.first_screen import batch_line, model_line
+from mixtral_jax.train.run.screen import batch_line, model_line
 from mixtral_jax.train.weights import abstract_params, leaves
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file

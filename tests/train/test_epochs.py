@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.trainer import settle_steps

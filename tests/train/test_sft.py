@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.loader import Loader
-from mixtral_jax.data.prepare.prepare import prepare
+from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config

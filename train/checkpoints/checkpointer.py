@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from pydantic import Field
 
-from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
 from mixtral_jax.train.errors import UserError

@@ -16,15 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.text.chat import encode_prompt
-from mixtral_jax.data.text.template import load_template
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.generation.generate import generate
+from mixtral_jax.data.text import Tokenizer, encode_prompt, load_template, load_tokenizer
+from mixtral_jax.generation import generate
 from mixtral_jax.train.base import base_weights
 from mixtral_jax.train.commands.evaluate import measure, open_validation
-from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.config.schema import RunConfig
-from mixtral_jax.train.preference.objective import make_sequence_logps
+from mixtral_jax.train.config import RunConfig, load_config
+from mixtral_jax.train.preference import make_sequence_logps
 from mixtral_jax.train.weights import abstract_params, make_base_merge
 
 PROMPTS = (

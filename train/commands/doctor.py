@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mixtral_jax.train.run.environment import OPTIONAL, installed
+from mixtral_jax.train.run import OPTIONAL, installed
 
 SMALLEST_FREE_GIB = 5
 

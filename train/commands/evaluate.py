@@ -11,17 +11,17 @@ from typing import Any
 import jax
 
 from mixtral_jax.data.loader import EvalSource, eval_sources
-from mixtral_jax.data.prepare.prepare import prepare
-from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.data.prepare import prepare
+from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel.mesh import make_mesh
-from mixtral_jax.train.commands.read_model import read_model
-from mixtral_jax.train.config.schema import RunConfig, check_sizes
+from mixtral_jax.parallel import make_mesh
+from mixtral_jax.train.config import RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.hooks.evaluate import measure_sources
+from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.objective import token_sums
-from mixtral_jax.train.run.peers import agree
+from mixtral_jax.train.read_model import read_model
+from mixtral_jax.train.run import agree
 
 
 def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.train import text
-from mixtral_jax.train.commands.read_model import read_model, read_tokenizer, run_config
+from mixtral_jax.train.read_model import read_model, read_tokenizer, run_config
 
 
 def generate(

@@ -14,11 +14,9 @@ from rich.table import Table
 
 from mixtral_jax.convert import load
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.lump import Census
-from mixtral_jax.data.records.sources import read_lumps, source_files
-from mixtral_jax.data.text.tokenizer import load_tokenizer
-from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.data.records import Census, read_lumps, source_files
+from mixtral_jax.data.text import load_tokenizer
+from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.text import generate
 
 LANGUAGES = {

@@ -9,9 +9,8 @@ from rich.console import Console
 from mixtral_jax import convert
 from mixtral_jax.data import preview as previewing
 from mixtral_jax.data import train_tokenizer as tokenizing
-from mixtral_jax.data.prepare import prepare as preparing
-from mixtral_jax.train.config.load import json_schema
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.data.prepare import prepare as prepare_data
+from mixtral_jax.train.config import RunConfig, json_schema
 from mixtral_jax.train.errors import ExitCode, UserError
 
 
@@ -28,7 +27,7 @@ def prepare(config: RunConfig, *, part: str | None = None) -> int:
     Raises:
         UserError: `part` is not I/N; see also data.prepare.
     """
-    prepared = preparing.prepare(config.data, config.seq_len, config.seed, part=parse_part(part))
+    prepared = prepare_data(config.data, config.seq_len, config.seed, part=parse_part(part))
     if prepared.complete:
         print(prepared.summary())
     else:

@@ -1,0 +1,11 @@
+"""The run file: its schema, and every problem of it named at once."""
+
+from mixtral_jax.train.config.load import (
+    Provenance,
+    check_vocabulary,
+    json_schema,
+    load_config,
+    read_config,
+    resolved_yaml,
+)
+from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes

@@ -10,15 +10,12 @@ from pydantic import Field, model_validator
 from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.lora import LoraConfig
-from mixtral_jax.parallel.mesh import MeshConfig
-from mixtral_jax.train.checkpoints.best import EarlyStoppingConfig, watching_problems
-from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig
-from mixtral_jax.train.hooks.evaluate import EvalConfig
-from mixtral_jax.train.hooks.log import LogConfig
-from mixtral_jax.train.hooks.sample import SampleConfig
+from mixtral_jax.parallel import MeshConfig
+from mixtral_jax.train.checkpoints import CheckpointConfig, EarlyStoppingConfig, watching_problems
+from mixtral_jax.train.hooks import EvalConfig, LogConfig, SampleConfig
 from mixtral_jax.train.objective import RouterConfig
 from mixtral_jax.train.optimizer import OptimizerConfig
-from mixtral_jax.train.preference.config import DpoConfig, Reference
+from mixtral_jax.train.preference import DpoConfig, Reference
 
 
 class RunConfig(FrozenConfig):

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mixtral_jax.train.checkpoints.best import Best
-from mixtral_jax.train.checkpoints.checkpointer import Checkpointer, Saved, saved_steps
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Saved, saved_steps
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.hooks.moment import Moment

@@ -11,13 +11,13 @@ from pydantic import Field
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.loader import EvalSource
-from mixtral_jax.train.checkpoints.best import Best
+from mixtral_jax.train.checkpoints import Best
 from mixtral_jax.train.console import Console, eval_lines
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
 from mixtral_jax.train.objective import EvalSums
 from mixtral_jax.train.optimizer import Params
-from mixtral_jax.train.preference.objective import PairSums
+from mixtral_jax.train.preference import PairSums
 
 
 class EvalConfig(FrozenConfig):

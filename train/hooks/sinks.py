@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixtral_jax.data.prepare.cache import write_atomically
+from mixtral_jax.data.prepare import write_atomically
 
 Metrics = Mapping[str, float | None]
 

@@ -2,7 +2,3 @@
 
 from mixtral_jax.train.plan.placement import axis_lines, human_bytes, memory_line, passing_line, placement_warnings
 from mixtral_jax.train.plan.planner import best_plans, plan, run
-
-__all__ = [
-    "axis_lines", "best_plans", "human_bytes", "memory_line", "passing_line", "placement_warnings", "plan", "run",
-]  # fmt: skip

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import placement
 from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
 from mixtral_jax.train.plan.placement import asks_reference, local_tokens

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mixtral_jax.data.rows.batch import Batch, PairBatch
+from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.lora import is_adapter
-from mixtral_jax.parallel.mesh import make_mesh
-from mixtral_jax.parallel.sharding import batch_sharding
-from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
+from mixtral_jax.parallel import batch_sharding, make_mesh
+from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.plan.chips import Topology
 from mixtral_jax.train.plan.placement import Memory, asks_reference, copies_reference
-from mixtral_jax.train.preference.objective import make_sequence_logps
+from mixtral_jax.train.preference import make_sequence_logps
 from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge

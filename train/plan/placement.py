@@ -12,9 +12,8 @@ from jax.sharding import AbstractMesh
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import abstract_model, compute_dtype
-from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.parallel.sharding import param_shardings
-from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig
+from mixtral_jax.parallel import MESH_AXES, param_shardings
+from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.weights import is_trained, leaves
 
 # What each axis of the mesh shares out.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mixtral_jax.train.config.schema import RunConfig, check_sizes
+from mixtral_jax.train.config import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
 from mixtral_jax.train.plan.closed_form import Flops, attention_pairs, roofline

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology
 from mixtral_jax.train.plan.closed_form import Flops, Roofline

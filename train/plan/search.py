@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.parallel import MESH_AXES
+from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan.chips import Topology, larger
 from mixtral_jax.train.plan.report import PlanReport, estimate, gb, mesh_text
 

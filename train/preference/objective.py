@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.model import Mixtral, Noise, target_logps
-from mixtral_jax.moe.balance import RouterStats
+from mixtral_jax.moe import RouterStats
 from mixtral_jax.train.objective import Objective, RouterConfig, report, router_terms
 from mixtral_jax.train.preference.config import DpoConfig
 from mixtral_jax.train.preference.losses import Pairs, completion_weights, dpo_loss, dpo_metrics

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
-from mixtral_jax.data.prepare.cache import PreparedSource, digest, write_atomically
+from mixtral_jax.data.prepare import PreparedSource, digest, write_atomically
 from mixtral_jax.train.errors import UserError
 
 PART_BATCHES = 64  # micro-batches in a file: what a killed job computes again at most

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.data.prepare.cache import write_atomically
-from mixtral_jax.train.config.load import Provenance, resolved_yaml
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run.environment import environment
 

@@ -6,10 +6,9 @@ from contextlib import closing
 import numpy as np
 
 from mixtral_jax.data.loader import RowReader
-from mixtral_jax.data.prepare.cache import PreparedSource
-from mixtral_jax.data.text.template import load_template
-from mixtral_jax.data.text.tokenizer import Tokenizer
-from mixtral_jax.train.config.schema import TuningConfig
+from mixtral_jax.data.prepare import PreparedSource
+from mixtral_jax.data.text import Tokenizer, load_template
+from mixtral_jax.train.config import TuningConfig
 from mixtral_jax.train.errors import UserError
 
 LOOKED_AT = 8  # rows of each source

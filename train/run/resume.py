@@ -8,9 +8,9 @@ import jax
 from etils import epath
 
 from mixtral_jax.lora import LoraConfig
-from mixtral_jax.train.checkpoints import checkpointer as checkpoint
-from mixtral_jax.train.checkpoints.checkpointer import Found, Say
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train import checkpoints
+from mixtral_jax.train.checkpoints import Found, Say
+from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.peers import agree, meet
@@ -20,9 +20,9 @@ def where_to_start(
     config: RunConfig, directory: epath.PathLike, force: bool, place: RunDirectory, say: Say
 ) -> Found | None:
     """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
-    existing = checkpoint.saved_steps(directory)
+    existing = checkpoints.saved_steps(directory)
     agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
-    _together(lambda: checkpoint.discard_unfinished(directory))
+    _together(lambda: checkpoints.discard_unfinished(directory))
     newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
     if force and not isinstance(config.resume, int):
         _together(lambda: _begin_anew(directory, existing, place))
@@ -37,14 +37,14 @@ def where_to_start(
             f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
             "another run_name, or --force to delete them"
         )
-    found = checkpoint.find(directory, config.resume, say)
+    found = checkpoints.find(directory, config.resume, say)
     # One meeting whatever was found, so that processes that found different checkpoints reach the comparison in build
-    _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoint.discard(directory, newer))
+    _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoints.discard(directory, newer))
     return found
 
 
 def _begin_anew(directory: epath.PathLike, steps: list[int], place: RunDirectory) -> None:
-    checkpoint.discard(directory, steps)
+    checkpoints.discard(directory, steps)
     place.forget_results()
 
 

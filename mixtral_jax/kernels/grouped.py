@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.grouped_blocked import blocked_rows, blocked_weight_gradient
-from mixtral_jax.parallel.collectives import platform, same_variance
+from mixtral_jax.parallel import platform, same_variance
 
 Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
 

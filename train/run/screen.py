@@ -8,16 +8,14 @@ from typing import Any
 import jax
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.data.prepare.prepare import PreparedData
-from mixtral_jax.kernels.attention import AttentionShape, resolve_attention
-from mixtral_jax.kernels.grouped_matmul import resolve_matmul
+from mixtral_jax.data.prepare import PreparedData
+from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmul
 from mixtral_jax.model import compute_dtype
-from mixtral_jax.moe.transport import resolve_transport
-from mixtral_jax.parallel.mesh import MESH_AXES
-from mixtral_jax.train.checkpoints.checkpointer import Say
-from mixtral_jax.train.config.load import Provenance, resolved_yaml
-from mixtral_jax.train.config.schema import RunConfig, check_sizes
-from mixtral_jax.train.hooks.throughput import peak_flops
+from mixtral_jax.moe import resolve_transport
+from mixtral_jax.parallel import MESH_AXES
+from mixtral_jax.train.checkpoints import Say
+from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
+from mixtral_jax.train.hooks import peak_flops
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.kernels.grouped import grouped_matmul
 from mixtral_jax.parallel import compiler_quirks as quirks
-from mixtral_jax.parallel.collectives import same_variance
+from mixtral_jax.parallel import same_variance
 
 CHUNK = 1024  # rows that are read before any is written over
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.load import load
+from mixtral_jax.convert.models import load
 from mixtral_jax.convert.pipeline import open_source, write_hf
 from mixtral_jax.convert.stream import ChangedSource, ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot

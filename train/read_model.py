@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.checkpoint import trees as arrays
+from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step
-from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.config.schema import RunConfig
+from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, make_merge
 

@@ -17,7 +17,7 @@ from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
 from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
 from mixtral_jax.model import Mixtral, abstract_model
-from mixtral_jax.parallel.sharding import param_shardings
+from mixtral_jax.parallel import param_shardings
 
 Index = tuple[slice, ...]
 _READERS = 4

@@ -18,12 +18,9 @@ from mixtral_jax.data.prepare.build import Recipe, pack, tokenise
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, locked
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter, say
-from mixtral_jax.data.records import sources
-from mixtral_jax.data.records.sources import source_files, text_size_estimate
-from mixtral_jax.data.rows.order import GlobalOrder, shares
-from mixtral_jax.data.rows.row import RowFormat
-from mixtral_jax.data.text.examples import columns, token_dtype
-from mixtral_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.data.records import source_files, sources, text_size_estimate
+from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
+from mixtral_jax.data.text import Tokenizer, columns, load_tokenizer, token_dtype
 
 _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
 

@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Int
 from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
 from mixtral_jax.generation.sampling import Drawing, Sampler, make_sampler, sample
 from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel.collectives import assemble, axis_max, psum, shard_index, varying
-from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from mixtral_jax.parallel.sharding import sharded
+from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, psum, shard_index, sharded, varying
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
