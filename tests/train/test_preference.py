@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.train import preference
 from mixtral_jax.train.preference.config import DpoConfig, LossType
 from mixtral_jax.train.preference.losses import Pairs, completion_weights, dpo_loss, dpo_metrics, loss
 from tests.oracles import preference as oracle
@@ -249,6 +250,15 @@ def test_refused_calls(call, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         loss(kind, **{**draw(), **changed})
     assert "\n" not in str(error.value)
+
+
+def test_the_package_has_the_loss_as_a_pure_function_of_log_probabilities():
+    chosen, rejected, ref_chosen, ref_rejected = (jnp.array([x]) for x in (-10.0, -12.0, -11.0, -11.5))
+    value = preference.loss(
+        "sigmoid", policy_chosen=chosen, policy_rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected,
+        beta=0.1,
+    )  # fmt: skip
+    assert float(value) == pytest.approx(math.log1p(math.exp(-0.1 * 1.5)), rel=1e-6)
 
 
 def test_losses_at_the_reference():

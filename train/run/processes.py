@@ -52,10 +52,10 @@ def detect(
     if given == {"--num-processes": "1"}:
         return None
     if given:
-        return _from_three(given, tuple(explicit), "explicit settings", None)
+        return _from_three(given, tuple(explicit), "explicit settings")
     indexed = "JOB_COMPLETION_INDEX" in env
     if "JAX_PROCESS_ID" in env or (not indexed and any(key in env for key in _JAX_THREE)):
-        return _from_three(env, _JAX_THREE, "environment", env.get("JAX_COORDINATOR_PORT"))
+        return _from_three(env, _JAX_THREE, "environment")
     tpu = _tpu_variables(env)
     if tpu:
         return tpu
@@ -115,9 +115,10 @@ _MEGASCALE_THREE = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COO
 _SKYPILOT_THREE = ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS")
 
 
-def _from_three(env: Mapping[str, str], keys: tuple[str, ...], source: str, port: str | None) -> ProcessSetup | None:
+def _from_three(env: Mapping[str, str], keys: tuple[str, ...], source: str) -> ProcessSetup | None:
     """Coordinator, process count and process id under the three given names."""
     address, count, index = _require(env, keys, source)
+    port = env.get("JAX_COORDINATOR_PORT")
     return _setup(source, address, _number(keys[1], count), _number(keys[2], index), port=port)
 
 
