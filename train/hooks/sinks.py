@@ -1,9 +1,4 @@
-"""Where metrics go: metrics.jsonl always; TensorBoard and W&B as asked.
-
-MFU here = useful FLOPs / (seconds * peak FLOPs of the chips), where useful = forward + backward of the active
-parameters, plus attention over the pairs that the causal mask lets through (MixtralConfig.flops_per_token, "causal");
-recomputation does not count, padding does. Peaks are dense bf16. On a CPU, which has no agreed peak, mfu is null.
-"""
+"""Where metrics go: metrics.jsonl always; TensorBoard and W&B as asked."""
 
 import contextlib
 import json

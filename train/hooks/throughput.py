@@ -1,4 +1,9 @@
-"""Tokens per second and MFU, of the time that was training."""
+"""Tokens per second and MFU, of the time that was training.
+
+MFU here = useful FLOPs / (seconds * peak FLOPs of the chips), where useful = forward + backward of the active
+parameters, plus attention over the pairs that the causal mask lets through (MixtralConfig.flops_per_token, "causal");
+recomputation does not count, padding does. Peaks are dense bf16. On a CPU, which has no agreed peak, mfu is null.
+"""
 
 import time
 
