@@ -101,6 +101,7 @@ class Trainer:
         self._began, self._provenance, self._interrupted = time.perf_counter(), provenance, interrupted
         self.outcome: Outcome | None = None  # how the run ended; None: steps are left
         self.config, self.run = settle_steps(config), RunDirectory(config.run_dir)
+        self.mesh: jax.sharding.Mesh | None = None
         self._parts: Parts | None = None
         self._program: Any = None
         self.run.create()

@@ -1,23 +1,27 @@
 """The conversions: open a source, check it, stream it into a new directory, put the small files beside it."""
 
 import sys
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mixtral_jax.convert.atomic import check_destination, new_directory
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import ARCHITECTURES, HfSource, export_config, parse_size
 from mixtral_jax.convert.mistral import MistralSource, is_mistral
 from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step
-from mixtral_jax.convert.progress import progress_bar
 from mixtral_jax.convert.safetensors import TensorSink
 from mixtral_jax.convert.stream import DtypeOf, Sink, Source, copy
 from mixtral_jax.dtypes import SHORT, WEIGHTS
 
 SHARD = "5GB"
+_SECONDS_BETWEEN_LINES = 10.0
 SIDE_FILES = {
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tekken.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -183,3 +187,27 @@ def _bytes(source: Source, dtype_of: DtypeOf) -> int:
 
 def _config(source: Source, dtype_of: DtypeOf) -> tuple[str, dict[str, Any]]:
     return "config.json", export_config(source.hf_config, source.config, dtype_of(source.slots[0]).name)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told the bytes done; bytes, rate and time left go to stderr."""
+    terminal = sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not (show and terminal)
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        began = last = time.monotonic()
+
+        def advance(n: int) -> None:
+            nonlocal last
+            bar.advance(task, n)
+            now, done = time.monotonic(), bar.tasks[0].completed
+            if terminal or not show or (now - last < _SECONDS_BETWEEN_LINES and done < total):
+                return
+            last, rate = now, done / max(now - began, 1e-9)
+            text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+            print(f"{title}: {text}, {(total - done) / max(rate, 1.0):.0f} s left", file=sys.stderr, flush=True)
+
+        yield advance

@@ -51,7 +51,7 @@ def _version(package: str) -> tuple[int, ...]:
 
 SCATTERS_TORUS_BY_ALL_REDUCE = Habit("libtpu", "0.0.50.1")  # v5p:4x4x2, v5e:16x16: the full (E, D, 2, F) gradient
 # In steps too, where shards end within a tile, or a matrix comes as the only one of a stack.
-SCATTERS_FORMS_BY_ALL_REDUCE = Habit("libtpu", "0.0.50.1")
+SCATTERS_FORMS_BY_ALL_REDUCE = Habit("libtpu", "0.0.42.1")
 # Of every matrix on a cube (v5p:4x4x4), and of small shards (keys' and values' projections on v5e:16x16); in steps not.
 GATHERS_CUBE_BY_ALL_REDUCE = Habit("libtpu", "0.0.50.1")
 GATHERS_SMALL_BY_ALL_REDUCE = Habit("libtpu", "0.0.50.1")
