@@ -105,7 +105,7 @@ bench: $(VENV)/test.stamp $(VENV)/parity.stamp
 
 $(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
 	rm -rf $(VENV)-maxtext
-	$(PYTHON312) -m venv $(VENV)-maxtext
+	$(or $(PYTHON312),python3.12) -m venv $(VENV)-maxtext
 	$(VENV)-maxtext/bin/pip install -q --no-deps -r $<
 	touch $@
 
