@@ -1,7 +1,7 @@
 """Mixtral in JAX: the model, its parallelism, its kernels, its checkpoints; and the front door of all the rooms."""
 
 import glob
-import importlib
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):
     )
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
-if "jax" not in sys.modules and not any(map(glob.glob, _ACCELERATORS)):
+if "jax" not in sys.modules and importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
     # libtpu, there for `plan`, would look for a TPU, in vain and aloud
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -140,13 +140,18 @@ class Mixtral(nnx.Module):
         Raises:
             ValueError: rows of different lengths, or what are no rows of integers.
         """
-        return _logits(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
+        return _logits(self, *self._rows(tokens, positions, segment_ids))
 
     def routing(
         self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Routing:
         """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
-        return _routing(self, as_ids(tokens), as_ids(positions), as_ids(segment_ids))
+        return _routing(self, *self._rows(tokens, positions, segment_ids))
+
+    def _rows(self, *rows: Tokens_BT | None) -> tuple[Any, ...]:
+        names = ("tokens", "positions", "segment_ids")
+        limits = (self.config.vocab_size, 2**31, 2**31)
+        return tuple(as_ids(*each) for each in zip(rows, names, limits, strict=True))
 
     def hidden(
         self,
@@ -207,11 +212,11 @@ class Mixtral(nnx.Module):
         return gather(self.head.weight, dtype)
 
 
-def as_ids(rows: Tokens_BT | None) -> Int[Array, "B T"] | None:
-    """Rows of integers as an array.
+def as_ids(rows: Tokens_BT | None, name: str, limit: int) -> Int[Array, "B T"] | None:
+    """Rows of integers as an array. What is on a device already is taken as it is, since looking would wait for it.
 
     Raises:
-        ValueError: rows of different lengths, or what are no rows of integers.
+        ValueError: rows of different lengths, what are no rows of integers, or numbers that are not below `limit`.
     """
     if rows is None:
         return None
@@ -219,11 +224,15 @@ def as_ids(rows: Tokens_BT | None) -> Int[Array, "B T"] | None:
         lengths = sorted({np.size(row) for row in rows})
         if len(lengths) > 1:
             few, most = lengths[0], lengths[-1]
-            raise ValueError(f"rows of {few} to {most} tokens: pad them to one length, segment_ids 0 in the padding")
+            raise ValueError(f"{name}: rows of {few} to {most}: pad them to one length, segment_ids 0 in the padding")
         rows = np.asarray(rows)
     if rows.ndim != 2 or not (jnp.issubdtype(rows.dtype, jnp.integer) or rows.dtype == bool):
-        raise ValueError(f"tokens are rows of integers (B, T), as in [[1, 2, 3]], not {rows.dtype} {rows.shape}")
-    return rows if isinstance(rows, jax.Array) else jnp.asarray(rows, jnp.int32)
+        raise ValueError(f"{name} are rows of integers (B, T), as in [[1, 2, 3]], not {rows.dtype} {rows.shape}")
+    if isinstance(rows, jax.Array):
+        return rows
+    if rows.size and not 0 <= rows.min() <= rows.max() < limit:
+        raise ValueError(f"{name} are from 0 to {limit - 1}, not {rows.min()} to {rows.max()}")
+    return jnp.asarray(rows, jnp.int32)
 
 
 def fill_rows(tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> tuple[jax.Array, ...]:

@@ -91,16 +91,19 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         for line in lines:
             say(f"{title:>8}  {line}")
 
-    frozen = base = None
+    share = batch_share(mesh, config.rows_per_micro_batch)
+    put, references, frozen, base = make_put(mesh, share), None, None, None
+    if isinstance(config, DpoStageConfig):
+        say(f"{'reference':>8}  {config.reference}")
+        if config.reference == "precomputed":  # before the run's own weights: one model in memory at a time
+            references = numbers_of_reference(config, weights, prepared, put, share, say)
     if found is None or config.adapters is not None:
         base = base_weights(config, weights)
     if config.adapters is not None:
         frozen = keep(base, lambda path: not trained(path))
-    share = batch_share(mesh, config.rows_per_micro_batch)
-    put, references = make_put(mesh, share), None
-    if isinstance(config, DpoStageConfig):
-        say(f"{'reference':>8}  {config.reference}")
-        put, references = reference_of(config, weights, frozen, prepared, put, share, say)
+    if isinstance(config, DpoStageConfig) and config.reference in ("frozen", "lora_base"):
+        whole = frozen is not None and not config.router_factor  # else a copy: the base is trained on
+        put = live(sequence_logps_of(config), frozen if whole else base_weights(config, weights), put)
     layout = partial(
         Loader, prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,
         shard=share, references=references,
@@ -147,30 +150,23 @@ def _first_row(config: RunConfig, found: Found | None, fingerprint: str, say: Sa
     return row
 
 
-def reference_of(
-    config: DpoStageConfig,
-    weights: Any,
-    frozen: Any,
-    prepared: PreparedData,
-    put: Put,
-    share: tuple[int, int],
-    say: Say,
-) -> tuple[Put, dict[str, np.ndarray] | None]:
-    """`put`, which asks a live reference of every batch; or the numbers of all rows, which the loader then adds."""
-    if config.reference == "none":
-        return put, None
-    sequence_logps = make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
-    whole = config.reference != "precomputed" and frozen is not None and not config.router_factor
-    model = frozen if whole else base_weights(config, weights)  # a copy where the base is trained on
-    ask = live(sequence_logps, model, put)
-    if config.reference != "precomputed":
-        return ask, None
+def sequence_logps_of(config: DpoStageConfig) -> Callable[[Any, Any], jax.Array]:
+    """What a reference says of a batch, of parameters without adapters."""
+    return make_sequence_logps(make_base_merge(config), config.dpo.ld_alpha)
+
+
+def numbers_of_reference(
+    config: DpoStageConfig, weights: Any, prepared: PreparedData, put: Put, share: tuple[int, int], say: Say
+) -> dict[str, np.ndarray]:
+    """The log-probabilities of all rows under the weights that the run starts from, for the loader to add."""
+    reference = base_weights(config, weights)
     made_of = {
-        "weights": weights_digest(model),
+        "weights": weights_digest(reference),
         "model": config.model.model_dump(mode="json"),
         "compute": config.compute.model_dump(mode="json"),
         "ld_alpha": config.dpo.ld_alpha,
         "micro_batch": config.rows_per_micro_batch,
     }
+    ask = live(sequence_logps_of(config), reference, put)
     sources, cache = (*prepared.train, *prepared.validation), config.data.cache_dir
-    return put, precomputed(sources, ask, made_of, cache, config.rows_per_micro_batch, share, say)
+    return precomputed(sources, ask, made_of, cache, config.rows_per_micro_batch, share, say)

@@ -50,13 +50,17 @@ class Console:
 
     def close(self) -> None:
         """Take the bar away and close the log."""
-        warnings.showwarning = self._previous_showwarning
+        if warnings.showwarning == self._show_warning:
+            warnings.showwarning = self._previous_showwarning
         if self._progress is not None:
             self._progress.stop()
         self._log.close()
 
     def _show_warning(self, message: Warning | str, *where: Any, **more: Any) -> None:
-        """Each warning once, as one line."""
+        """Each warning once, as one line; after the end of this run as it was before."""
+        if self._log.closed:
+            self._previous_showwarning(message, *where, **more)
+            return
         text = f"warning: {message}"
         if text not in self._warned:
             self._warned.add(text)

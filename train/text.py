@@ -42,8 +42,8 @@ def generate(
         return generate_tokens(model, prompts, **options)
     codec = _Codec(model, tokenizer, template, prompts)
     ids = [codec.encode(p) for p in prompts]
-    answers = generate_tokens(model, ids, eos_id=codec.ends, **options)
-    texts = ["".join(codec.decode(*each)) for each in zip(prompts, ids, answers, strict=True)]
+    answers = generate_tokens(model, ids, **{"eos_id": codec.ends, **options})
+    texts = [codec.text(*each) for each in zip(prompts, ids, answers, strict=True)]
     return texts[0] if single else texts
 
 
@@ -58,8 +58,9 @@ def stream(
     """The text of `generate` for one prompt, piece by piece as it grows."""
     codec = _Codec(model, tokenizer, template, [prompt])
     ids = codec.encode(prompt)
-    rows = stream_tokens(model, [ids], eos_id=codec.ends, **options)
-    yield from codec.decode(prompt, ids, (row[0] for row in rows if row[0] is not None))
+    rows = stream_tokens(model, [ids], **{"eos_id": codec.ends, **options})
+    new = (row[0] for row in rows if row[0] is not None)
+    yield from grow(tokenizer, codec.lead(prompt, ids), filter(codec.shown, new))
 
 
 def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
@@ -101,11 +102,18 @@ class _Codec:
         assert self._template is not None
         return encode_prompt(prompt, self._template)
 
-    def decode(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> Iterator[str]:
-        """The new tokens as text: without those that end it, and those that the tokenizer has no piece for."""
-        lead = ids[1:] if isinstance(prompt, str) else ()  # a piece's leading space shows only after others
-        known = (token for token in new if token not in self.ends and token < self._tokenizer.vocab_size)
-        return grow(self._tokenizer, lead, known)
+    def lead(self, prompt: str | Chat, ids: Sequence[int]) -> list[int]:
+        """What stands before the new tokens: a piece's leading space shows only after others."""
+        return list(ids[1:]) if isinstance(prompt, str) else []
+
+    def shown(self, token: int) -> bool:
+        """Neither one that ends the text, nor one that the tokenizer has no piece for."""
+        return token not in self.ends and token < self._tokenizer.vocab_size
+
+    def text(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> str:
+        """The new tokens as text."""
+        lead = self.lead(prompt, ids)
+        return self._tokenizer.decode(lead + list(filter(self.shown, new)))[len(self._tokenizer.decode(lead)) :]
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -17,7 +17,7 @@ from mixtral_jax.train.build import Parts, build, settle_steps
 from mixtral_jax.train.checkpoints import Best, Checkpointer, saved_steps
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import ExitCode
+from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks import (
     Checkpoint,
@@ -58,15 +58,16 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
     Raises:
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
-    with (
-        failures_reported(RunDirectory(config.run_dir)),
-        Interrupts() as interrupts,
-        Trainer(config, provenance, force=force, interrupted=interrupts.requested) as trainer,
-    ):
-        for _ in trainer.steps():
-            pass
-        assert trainer.outcome is not None
-        return trainer.outcome.exit_code
+    with failures_reported(RunDirectory(config.run_dir)):
+        config = settle_steps(config)  # it may tokenise: a signal ends that at once
+        with (
+            Interrupts() as interrupts,
+            Trainer(config, provenance, force=force, interrupted=interrupts.requested) as trainer,
+        ):
+            for _ in trainer.steps():
+                pass
+            assert trainer.outcome is not None
+            return trainer.outcome.exit_code
 
 
 class Trainer:
@@ -144,8 +145,9 @@ class Trainer:
         throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
         self._ledger = Ledger(parts.tokens, metrics, throughput)
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
-        checkpointer = Checkpointer(config.checkpoint, self._checkpoints)
+        checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
+        self._opened.callback(lambda: self._checkpoint.finish(self.step))
         self._evaluate = Evaluate(
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best
         )
@@ -188,18 +190,21 @@ class Trainer:
         self._compile()
         bite = partial(self.run.write_status, "watchdog", -1, exit_code=ExitCode.WATCHDOG)
         with contextlib.closing(Watchdog(self.config.log.watchdog_seconds, bite)) as watchdog:
-            self._ledger.throughput.restart()
+            self._ledger.throughput.restart(self._feed.waited)
+            if self.step >= self.config.steps:  # the last save had failed
+                self._end_where_due("")
             while self.outcome is None:
-                watchdog.beat()
                 try:
                     with self._on_mesh():
-                        moment = self._one_step()
+                        moment, signal = self._one_step()
                 except Diverged as error:
                     self._diverged(error)
                     return
                 watchdog.rest()
+                self._end_where_due(signal)
                 with self._ledger.pause(counted=False):
                     yield moment
+                watchdog.beat()
 
     def _compile(self) -> None:
         """The first batch, and exactly one program for it."""
@@ -219,18 +224,21 @@ class Trainer:
         meet("compiled")
         self._console.start(self.config.steps, self.step)
 
-    def _one_step(self) -> Moment:
-        """Step, next batch, hooks; the last step of the run ends it."""
-        parts, step, steps = self._ready(), self.step + 1, self.config.steps
-        first, last = step == self._start + 1, step == steps
-        self._state, report = self._program(self._state, parts.frozen, self._batch)
+    def _one_step(self) -> tuple[Moment, str | None]:
+        """Step, next batch, hooks; and the signal that asked to stop."""
+        parts, step, batch = self._ready(), self.step + 1, self._batch
+        first, last = step == self._start + 1, step == self.config.steps
+        if batch is None:  # the loop was interrupted while it read it
+            batch = next(self._feed)
+        self._state, report = self._program(self._state, parts.frozen, batch)
+        self.step, self._batch = step, None
+        self._ledger.enter(step, report)
         if not last:
             self._batch = next(self._feed)  # while the step runs
-        self._ledger.enter(step, report)
+        self._ledger.follow()
         signal = self._interrupted(step)
         if first or signal or any(hook.due(step, last) for hook in self._hooks):
             self._ledger.settle()
-        self.step = step
         if first:
             self.say(f"step {step} done {time.perf_counter() - self._began:.1f} s after the start")
         moment = Moment(step, self._state, report, self._ledger.tokens, last)
@@ -239,19 +247,22 @@ class Trainer:
                 with self._ledger.pause(counted=isinstance(hook, Log)):
                     hook.run(moment)
         self._console.advance(step)
-        if last:
-            self._checkpoint.finish(step)
+        return moment, signal
+
+    def _end_where_due(self, signal: str | None) -> None:
+        """After the last step, where patience ran out, or at a signal: save what is not, and say how it ended."""
+        step, steps = self.step, self.config.steps
+        if step < steps and not signal and not self._best.exhausted:
+            return
+        self.save()
+        if step >= steps:
             best = f"; {self._best}" if str(self._best) else ""
             self._end("done", f"{steps} steps are done; everything is in {self.run.path}{best}", ExitCode.DONE)
-        elif signal or self._best.exhausted:
-            self._checkpoint.run(moment)
-            self._checkpoint.finish(step)
-            if self._best.exhausted:
-                self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", ExitCode.DONE)
-            else:
-                reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
-                self._end("preempted", reason, ExitCode.STOPPED)
-        return moment
+        elif self._best.exhausted:
+            self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", ExitCode.DONE)
+        else:
+            reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
+            self._end("preempted", reason, ExitCode.STOPPED)
 
     def _diverged(self, error: Diverged) -> None:
         self.step = error.step - 1
@@ -288,11 +299,15 @@ class Trainer:
         """Save a checkpoint of the step that was done last, and wait until it is whole.
 
         Raises:
-            UserError: it could not be written; those before stand.
+            UserError: it could not be written, or the step was not finite; those before stand.
         """
         self._ready()
         with self._on_mesh():
-            self._ledger.settle()
+            try:
+                self._ledger.settle()
+            except Diverged as error:
+                self._diverged(error)
+                raise UserError(f"there is nothing to save: {error}") from error
             self._checkpoint.run(Moment(self.step, self._state, None, self._ledger.tokens, False))
             self._checkpoint.finish(self.step)
         return epath.Path(self._checkpoints) / str(self.step)
@@ -302,7 +317,11 @@ class Trainer:
         self._console.say(line)
 
     def close(self) -> None:
-        """End the readers and close the files; a save under way goes on to its end."""
+        """Wait for a save under way, end the readers, close the files.
+
+        Raises:
+            UserError: the save could not be written; those before stand.
+        """
         self._opened.close()
 
     def __enter__(self) -> Self:

@@ -134,10 +134,9 @@ def parse_size(text: str | int) -> int:
     Raises:
         ValueError: not a positive size.
     """
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        size = ByteSize(0)
+    # pydantic alone takes what follows a number and a unit for nothing: 1,5GB would be one byte
+    whole = re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B?", str(text).strip(), re.IGNORECASE)
+    size = TypeAdapter(ByteSize).validate_python(text) if whole else 0
     if size <= 0:
         raise ValueError(f"max_shard_size {text!r} is no size: write it as 5GB, 500MB or a number of bytes")
     return int(size)

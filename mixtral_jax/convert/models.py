@@ -32,7 +32,7 @@ def load(
     """The model at `path`: an Orbax model directory, a step of a training run, or a Hugging Face directory.
 
     Args:
-        mesh: where the parameters are placed, by the rules of mixtral_jax.sharding; each process reads only the parts
+        mesh: where the parameters are placed, by the rules of mixtral_jax.parallel; each process reads only the parts
             of its own devices. None: the default device.
         dtype: of the parameters in memory; None keeps each one's dtype on disk.
         compute: how the maths is carried out.

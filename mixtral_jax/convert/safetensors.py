@@ -139,6 +139,12 @@ class TensorSource(Source):
         """Whole tensors where rows of the hub's matrix are no rows on disk."""
         return None if self.places[slot.name].plain else slot.rows
 
+    def cost(self, slot: Slot) -> int:
+        """Where columns are cut out of rows, the whole rows are held too."""
+        where = self.places[slot.name]
+        rows = 0 if where.columns is None else slot.rows * math.prod(where.shape[1:])
+        return super().cost(slot) + rows * self.dtype(slot).itemsize
+
     def side_files(self) -> Directory | None:
         return self.directory
 

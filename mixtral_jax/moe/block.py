@@ -135,8 +135,8 @@ class SparseMoe(nnx.Module):
         """Choices that one expert takes of a device's tokens, at most."""
         if self.options.capacity_factor is None:
             return None
-        share = tokens * self.config.num_experts_per_tok / self.config.num_local_experts
-        return min(tokens, math.ceil(self.options.capacity_factor * share))
+        choices = self.options.capacity_factor * tokens * self.config.num_experts_per_tok
+        return min(tokens, math.ceil(choices / self.config.num_local_experts))
 
     def _apply_grouped(self, weights: ExpertWeights, tokens: int) -> ApplyExperts:
         """All of a device's tokens at once, or `chunk_tokens` at a time; of a chunk only its inputs are kept."""

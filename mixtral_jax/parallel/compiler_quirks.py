@@ -1,4 +1,5 @@
-"""Habits of compilers that cost time or memory, and how the code here gets round each. No work-around changes a number.
+"""Habits of compilers that cost time or memory, and how the code here gets round each. No work-around changes a number,
+but that a reduction in steps adds in another order.
 
 A habit names the compiler and the newest version that was seen to have it. tests/parallel/test_compiler_quirks.py
 compiles each without its work-around and fails where the habit is gone: `gone` then takes that version, newer compilers

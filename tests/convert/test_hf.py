@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.convert import hf2orbax
-from mixtral_jax.convert.hf import HfSource
+from mixtral_jax.convert.hf import HfSource, parse_size
 from tests.convert_files import TINY, fuse, random_tensors, write_hub
 
 NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -156,3 +156,14 @@ def test_old_rotary_buffers_are_passed_over(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
     write_hub(tmp_path / "hf", TINY, tensors)
     assert len(HfSource(tmp_path / "hf").slots) == len(tensors) - 1
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 GiB", 3 * 2**29), ("800", 800), (800, 800)])
+def test_a_size(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["1,5GB", "1,000MB", "5GB junk", "5GB!", "5Gbit", "big", "", "0", "-1", True])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match=r"max_shard_size .* is no size: write it as 5GB, 500MB"):
+        parse_size(text)

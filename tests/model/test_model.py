@@ -175,9 +175,11 @@ def test_a_call_compiles_once_for_each_shape_and_takes_lists(monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([[1, 2], [3]], "rows of 1 to 2 tokens: pad them to one length"),
+        ([[1, 2], [3]], "tokens: rows of 1 to 2: pad them to one length"),
         ([1, 2], r"rows of integers \(B, T\), as in \[\[1, 2, 3\]\], not int64 \(2,\)"),
         ([[0.5]], "rows of integers .* not float64"),
+        ([[2**40]], rf"tokens are from 0 to {CONFIG.vocab_size - 1}, not {2**40} to {2**40}"),
+        ([[3, -1]], rf"tokens are from 0 to {CONFIG.vocab_size - 1}, not -1 to 3"),
     ],
 )
 def test_what_are_no_rows_is_refused_in_a_sentence(tokens, message):

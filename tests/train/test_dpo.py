@@ -217,14 +217,14 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
     config = load_config(tmp_path / "run.yaml").config
     abstract = abstract_params(config, None)
     weights, prepared = base_weights(config, abstract), prepare(config.data, config.seq_len, config.seed)
-    again = build.reference_of(config, abstract, None, prepared, make_put(None, (0, 1)), (0, 1), print)[1]
+    again = build.numbers_of_reference(config, abstract, prepared, make_put(None, (0, 1)), (0, 1), print)
     assert len(asked) == 2 and len(again) == 2
     other = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), weights)
     assert references.weights_digest(other) != references.weights_digest(weights)
     for meta in (tmp_path / "cache" / "references").glob("*/meta.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "others"}))
     with pytest.raises(UserError, match="reference numbers of another weights"):
-        build.reference_of(config, abstract, None, prepared, make_put(None, (0, 1)), (0, 1), print)
+        build.numbers_of_reference(config, abstract, prepared, make_put(None, (0, 1)), (0, 1), print)
 
 
 def test_the_base_under_adapters_is_the_reference_that_a_frozen_copy_is(start):

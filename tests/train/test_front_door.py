@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 
 import mixtral_jax as mj
+from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.train import trainer as training
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.feed import Feed
+from mixtral_jax.train.hooks.ledger import Ledger
 from tests.tiny import write_run_file
 
 
@@ -115,3 +120,73 @@ def test_a_run_on_a_mesh(make, monkeypatch):
     assert jax.sharding.get_abstract_mesh().empty  # the loop's body runs outside of it
     with jax.set_mesh(trainer.mesh):
         assert trainer.model(jnp.zeros((8, 32), jnp.int32)).shape == (8, 32, 320)
+
+
+def test_a_save_under_way_is_waited_for(make, tmp_path):
+    with make(checkpoint={"every": 2}) as trainer:
+        list(itertools.islice(trainer.steps(), 2))
+    assert (tmp_path / "runs/run/checkpoints/2/meta").is_dir()
+
+
+def test_a_save_that_failed_can_be_tried_again_and_no_whole_one_is_lost(make, monkeypatch):
+    trainer = make()
+    list(itertools.islice(trainer.steps(), 3))
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.PendingSave, "result", full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            trainer.save()
+    assert (trainer.save() / "meta").is_dir()
+    trainer.close()
+    again = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.PendingSave, "result", full_disk)
+        assert (again.save() / "meta").is_dir()  # the checkpoint that it began from is whole
+
+
+def full_disk(pending, result=checkpoint.PendingSave.result):
+    """What a file system that is full leaves: nothing under the final name."""
+    result(pending)
+    pending._path.rmtree()
+    raise OSError(28, "No space left on device")
+
+
+def test_a_last_save_that_failed_is_made_up_for_and_no_step_follows(make, monkeypatch):
+    trainer = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.PendingSave, "result", full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            list(trainer.steps())
+    assert list(trainer.steps()) == [] and trainer.step == 8
+    assert trainer.outcome.state == "done" and len(losses(trainer)) == 8
+
+
+def test_a_cell_that_is_interrupted_loses_no_step(make, monkeypatch):
+    whole = make("run_name=whole")
+    list(whole.steps())
+    trainer = make()
+    with monkeypatch.context() as interrupted:
+        for place, name in ((Ledger, "follow"), (Feed, "__next__")):
+            steps = trainer.steps()
+            next(steps)
+            interrupted.setattr(place, name, lambda *_: raise_(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                next(steps)
+            interrupted.undo()
+            interrupted.setattr(training, "make_mesh", lambda config: None)
+            assert trainer.step == int(trainer._state.step)
+    list(trainer.steps())
+    assert trainer.step == 8 == int(trainer._state.step)
+    np.testing.assert_array_equal(trainer.model(np.arange(8)[None]), whole.model(np.arange(8)[None]))
+
+
+def raise_(error):
+    raise error
+
+
+def test_two_trainers_close_in_any_order(make):
+    first, second = make("run_name=first"), make("run_name=second")
+    first.close()
+    second.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.warn("still heard", stacklevel=1)

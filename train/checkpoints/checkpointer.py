@@ -53,10 +53,11 @@ class Saved(NamedTuple):
 class Checkpointer:
     """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}."""
 
-    def __init__(self, config: CheckpointConfig, directory: epath.PathLike):
+    def __init__(self, config: CheckpointConfig, directory: epath.PathLike, newest: int | None = None):
+        """`newest` is a step whose checkpoint is whole: it is not saved again."""
         self._config = config
         self.directory = epath.Path(directory)
-        self._newest: int | None = None
+        self._newest = newest
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[Saved] | None = None
 
@@ -98,8 +99,16 @@ class Checkpointer:
         Raises:
             OSError: it could not be written.
         """
-        under_way, self._under_way = self._under_way, None
-        return None if under_way is None else under_way.result()
+        if self._under_way is None:
+            return None
+        try:
+            return self._under_way.result()
+        except Exception:
+            self._newest = None  # it may be tried again
+            raise
+        finally:
+            if self._under_way.done():  # else it was the waiting that was interrupted
+                self._under_way = None
 
     def _prune(self, best: int | None) -> None:
         """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`."""

@@ -64,7 +64,7 @@ class Tree:
 
     def merge(self, path: str, value: Any, origin: str) -> None:
         """Set the keys of a dict one by one where a section stands; `{preset: ...}` and all else as `set` does."""
-        if isinstance(value, dict) and value and "preset" not in value and isinstance(self.find(path)[1], dict):
+        if isinstance(value, dict) and "preset" not in value and isinstance(self.find(path)[1], dict):
             for key, child in value.items():
                 self.merge(f"{path}.{key}", child, origin)
         else:

@@ -34,6 +34,9 @@ class Ledger:
         """Check the step before, remember this one."""
         self.settle()
         self._open = (step, report)
+
+    def follow(self) -> None:
+        """Wait for the newest step where nothing is gained by not waiting."""
         if not self._late:
             began = time.perf_counter()
             self.settle()

@@ -35,7 +35,6 @@ class Throughput:
         self._flops_per_token = flops_per_token
         self._devices = jax.device_count()
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._wait = 0.0
         self.restart()
 
     def add(self, tokens: int) -> None:
@@ -60,10 +59,10 @@ class Throughput:
             "perf/mfu": flops / self._peak if self._peak else None,
             "perf/data_wait_seconds": (data_wait - self._wait) / max(self._steps, 1),
         }
-        self._wait = data_wait
-        self.restart()
+        self.restart(data_wait)
         return result
 
-    def restart(self) -> None:
-        """Count from now."""
+    def restart(self, data_wait: float = 0.0) -> None:
+        """Count from now; `data_wait` seconds were waited for data before."""
+        self._wait = data_wait
         self._start, self._steps, self._tokens = time.perf_counter(), 0, 0
