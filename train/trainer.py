@@ -147,7 +147,6 @@ class Trainer:
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
-        self._opened.callback(lambda: self._checkpoint.finish(self.step))
         self._evaluate = Evaluate(
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best
         )
@@ -322,13 +321,20 @@ class Trainer:
         Raises:
             UserError: the save could not be written; those before stand.
         """
-        self._opened.close()
+        try:
+            if self._parts is not None:
+                self._checkpoint.finish(self.step)
+        finally:
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and jax.process_count() > 1:
+            self._opened.close()  # the save may wait for a process that is gone
+        else:
+            self.close()
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
