@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.generation.few_rows import MAX_TOKENS, few_rows_swiglu
 from mixtral_jax.kernels import Tokens, attend
 from mixtral_jax.model import Block, Mixtral
+from mixtral_jax.moe import ExpertWeights
 from mixtral_jax.parallel import MESH_AXES, assemble, devices_along, drop_padding
 
 
@@ -83,9 +84,10 @@ def decode(
             return y, written
 
         def apply_few(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
-            experts = model.config.num_local_experts
-            read = lambda expert: stack.one_expert(index, expert, x_MD.dtype)  # noqa: E731 - a word for the line below
-            return few_rows_swiglu(x_MD, expert_MC, gate_MC, experts, read)
+            def read(expert: jax.Array) -> ExpertWeights:
+                return stack.one_expert(index, expert, x_MD.dtype)
+
+            return few_rows_swiglu(x_MD, expert_MC, gate_MC, model.config.num_local_experts, read)
 
         apply_experts = apply_few if few else None
         kept, out = block(x_B1D, angles_B1h, live_B1, attend_cache, apply_experts=apply_experts)
