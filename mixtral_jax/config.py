@@ -216,7 +216,12 @@ class MoeConfig(FrozenConfig):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="null: dropless; else an expert takes at most ceil(factor * tokens * k / E) rows",
+        description="null: dropless; else an expert takes at most ceil(factor * tokens * k / E) rows in training",
+    )
+    capacity_order: Literal["probability", "choice", "token"] = Field(
+        "probability",
+        description="which rows an expert takes first: those of the largest gates (as Megatron), all first choices "
+        "(as GShard), or those of the first tokens",
     )
     router_dtype: Literal["float32", "compute"] = Field("float32", description="precision of the router logits")
     chunk_tokens: int | None = Field(
@@ -232,9 +237,16 @@ class ComputeConfig(FrozenConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute precision; auto: bfloat16 on accelerators, float32 on CPU"
     )
-    remat: Literal["none", "minimal", "full"] = Field(
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="where products are bfloat16: the dtype in which gradients are summed over devices; twice the "
+        "traffic in float32",
+    )
+    remat: Literal["none", "minimal", "attention", "experts_input", "offload", "full"] = Field(
         "minimal",
-        description="the backward pass finds saved: all (none), the outputs of matmuls (minimal), the routing (full)",
+        description="the backward pass finds saved, beside the routing: all (none), the outputs of matmuls (minimal), "
+        "those of attention (attention), these in the host's memory (offload), the rows that reach the experts "
+        "(experts_input), nothing (full)",
     )
     attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = Field(
         "auto", description="attention back-end"

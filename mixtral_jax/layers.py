@@ -11,14 +11,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.parallel import axis_index, axis_size, gather, psum
+from mixtral_jax.parallel import axis_index, axis_size, gather, psum, same_variance, zeros
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """scale * x / sqrt(mean(x^2) + eps). Statistics in fp32, cast to x's dtype, then times the scale (1910.07467)."""
+    """scale * x / sqrt(mean(x^2) + eps). Statistics in fp32, cast to x's dtype, then times the scale (1910.07467).
+
+    The product is one of fp32 numbers, which rounds alike, so that the scale's gradient is added up in fp32.
+    """
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse).astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
+    unit, scale = (a.astype(x.dtype).astype(jnp.float32) for a in (x32 * inverse, scale))
+    return (unit * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -29,7 +33,26 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*stack, dim), dtype), axes=("layers",) * len(stack) + ("norm",))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.scale[...], self.eps)
+        return rms_norm(x, gather(self.scale, x.dtype), self.eps)
+
+
+@jax.custom_vjp
+def look_up(w_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """w[token]. Its gradient adds in fp32: in bf16 the row of a frequent token stops growing."""
+    return jnp.take(w_VD, tokens_BT, axis=0, mode="clip")
+
+
+def _look_up_forward(w_VD, tokens_BT):
+    return look_up(w_VD, tokens_BT), (jnp.zeros((w_VD.shape[0], 0), w_VD.dtype), tokens_BT)
+
+
+def _look_up_backward(saved, g_BTD):
+    like, tokens_BT = saved
+    none_VD = zeros((like.shape[0], g_BTD.shape[-1]), jnp.float32, g_BTD)
+    return none_VD.at[tokens_BT].add(g_BTD.astype(jnp.float32), mode="clip").astype(like.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Embedding(nnx.Module):
@@ -42,10 +65,10 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         w_VD = gather(self.weight, dtype)
         if axis_size("tensor") == 1:
-            return psum(jnp.take(w_VD, tokens_BT, axis=0, mode="clip"), ("tensor",))
+            return psum(look_up(*same_variance(w_VD, tokens_BT)), ("tensor",))
         local_BT = tokens_BT - axis_index("tensor") * w_VD.shape[0]
         here_BT = (local_BT >= 0) & (local_BT < w_VD.shape[0])
-        x_BTD = jnp.take(w_VD, jnp.where(here_BT, local_BT, 0), axis=0, mode="clip")
+        x_BTD = look_up(*same_variance(w_VD, jnp.where(here_BT, local_BT, 0)))
         return psum(jnp.where(here_BT[..., None], x_BTD, 0), ("tensor",))
 
 

@@ -6,7 +6,8 @@ B at 0, so that an adapted model begins as its base. Each of w1, w3 and w2 of an
 
 import fnmatch
 import math
-from typing import Literal, NamedTuple, Self
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -89,19 +90,25 @@ def base_dtype(lora: LoraConfig | None, dtype: jnp.dtype) -> jnp.dtype:
     return dtype if lora is None or lora.base_dtype == "float32" else jnp.dtype(jnp.bfloat16)
 
 
-class LowRank(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
     """An adapter ready for use: gathered, in the compute dtype."""
 
     a: Float[Array, "*E I r"]
     b: Float[Array, "*E r O"]
-    scale: float
-    dropout: float
+    scale: float = field(metadata={"static": True})
+    dropout: float = field(metadata={"static": True})
     rng: jax.Array | None  # of the dropout; None: nothing is dropped
 
     @property
     def drops(self) -> bool:
         """Whether some of its inputs are dropped."""
         return self.rng is not None and self.dropout > 0
+
+    def part(self, index: jax.Array) -> Self:
+        """The same for some of the rows, which drop otherwise than the others."""
+        return self if self.rng is None else replace(self, rng=jax.random.fold_in(self.rng, index))
 
 
 class Adapter(nnx.Module):

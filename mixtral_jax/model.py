@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,51 @@ from mixtral_jax.kernels import Tokens
 from mixtral_jax.layers import Embedding, Head, RMSNorm, rope_angles
 from mixtral_jax.lora import LoraConfig, base_dtype
 from mixtral_jax.losses import CrossEntropy, linear_cross_entropy, linear_logps
-from mixtral_jax.moe import ApplyExperts, MoeOutput, RouterStats, Routing, SparseMoe
-from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, batch_spec, drop_padding, gather, psum, shard_key, sharded
+from mixtral_jax.moe import ApplyExperts, MoeOutput, RouterStats, Routing, SparseMoe, over_devices
+from mixtral_jax.parallel import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    batch_spec,
+    drop_padding,
+    gather,
+    platform,
+    psum,
+    shard_key,
+    sharded,
+)
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
-# the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only.
-SAVED = ("route", "query", "key", "value", "attended", "attention_output", "expert_hidden", "expert_output")
-POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
-    "minimal": jax.checkpoint_policies.save_only_these_names(*SAVED),
-    "full": jax.checkpoint_policies.save_only_these_names("route"),
+# the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only. Where the
+# experts work on some tokens at a time (moe.chunk_tokens), of them nothing is saved but the routing.
+ATTENTION = ("query", "key", "value", "attended", "attention_output")
+SAVED: dict[str, tuple[str, ...]] = {
+    "minimal": ("route", *ATTENTION, "expert_hidden"),
+    "attention": ("route", *ATTENTION),
+    "experts_input": ("route", "expert_input"),
+    "offload": ("route",),  # and what `attention` saves in the memory of the host
+    "full": ("route",),
 }
 
+
+def saving(remat: str) -> Callable[..., Any]:
+    """The policy of a ComputeConfig.remat. What has no memory of its own, a CPU, keeps in place what it would move."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return policies.save_anything_except_these_names("weights")
+    if remat == "offload" and platform() == "cpu":
+        remat = "attention"
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=SAVED[remat],
+            names_which_can_be_offloaded=ATTENTION,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return policies.save_only_these_names(*SAVED[remat])
+
+
 Tokens_BT = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
+Choices = Routing | Int[Array, "B T L C"] | np.ndarray  # of experts, by layer
 
 
 def compute_dtype(dtype: str) -> jnp.dtype:
@@ -37,6 +69,11 @@ def compute_dtype(dtype: str) -> jnp.dtype:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(dtype)
+
+
+def reduce_dtype(compute: ComputeConfig) -> jnp.dtype:
+    """Of gradients that are summed over devices: never less than the compute dtype."""
+    return jnp.promote_types(compute.reduce_dtype, compute_dtype(compute.dtype))
 
 
 class Block(nnx.Module):
@@ -68,14 +105,16 @@ class Block(nnx.Module):
         *,
         rng: jax.Array | None = None,
         apply_experts: ApplyExperts | None = None,
+        chosen_MC: Int[Array, "M C"] | None = None,
     ) -> tuple[Any, MoeOutput]:
         """What `attend` kept, and the layer's output, with what became of its tokens.
 
-        `attend`, `apply_experts`: how queries meet keys, and tokens experts; `rng`: of adapter dropout.
+        `attend`, `apply_experts`: how queries meet keys, and tokens experts; `rng`: of adapter dropout; `chosen`: the
+        experts to take in place of the router's choices.
         """
         y_BTD, kept = self.attention(self.attention_norm(x_BTD), angles_BTh, attend, rng)
         x_BTD = x_BTD + y_BTD
-        out = self.moe(self.moe_norm(x_BTD), segments_BT > 0, rng, apply_experts)
+        out = self.moe(self.moe_norm(x_BTD), segments_BT > 0, rng, apply_experts, chosen_MC)
         return kept, out._replace(y_BTD=x_BTD + out.y_BTD)
 
 
@@ -125,28 +164,47 @@ class Mixtral(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
         if not config.tie_word_embeddings:
             self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
+        for _, leaf in nnx.iter_graph(self):
+            if isinstance(leaf, nnx.Param):
+                leaf.set_metadata(reduce_dtype=compute.reduce_dtype)  # for `gather`
 
     def __call__(
-        self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
+        self,
+        tokens: Tokens_BT,
+        positions: Tokens_BT | None = None,
+        segment_ids: Tokens_BT | None = None,
+        *,
+        routing: Choices | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits, fp32. Compiled once for each shape.
+        """Logits, fp32. Compiled once for each shape. Nothing is dropped: a capacity is for training.
 
         Args:
             tokens: token ids (B, T): an array, or a list of rows of one length.
             positions: place of each token in its document; counts from 0 if not given.
             segment_ids: document of each token, 0 for padding; one document if not given. A document's tokens are
                 neighbours, in order.
+            routing: the experts that every layer takes for each token, in place of its router's choices: what
+                `routing` gave, or indices (B, T, L, k). The gates still come of this model's own logits.
 
         Raises:
-            ValueError: rows of different lengths, or what are no rows of integers.
+            ValueError: rows of different lengths, what are no rows of integers, or a routing of another shape.
         """
-        return _logits(self, *self._rows(tokens, positions, segment_ids))
+        return _logits(self.dropless(), *self._rows(tokens, positions, segment_ids), routing)
 
     def routing(
         self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Routing:
         """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
-        return _routing(self, *self._rows(tokens, positions, segment_ids))
+        return _routing(self.dropless(), *self._rows(tokens, positions, segment_ids))
+
+    def dropless(self) -> Self:
+        """The same model without a capacity."""
+        options = self.layers.moe.options
+        if options.capacity_factor is None:
+            return self
+        model = nnx.merge(*nnx.split(self))
+        model.layers.moe.options = options.model_copy(update={"capacity_factor": None})
+        return model
 
     def _rows(self, *rows: Tokens_BT | None) -> tuple[Any, ...]:
         names = ("tokens", "positions", "segment_ids")
@@ -159,24 +217,30 @@ class Mixtral(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
         noise: Noise | None = None,
+        chosen_BTLC: Int[Array, "B T L C"] | None = None,
         collect: Callable[[MoeOutput], Any] = lambda out: out.stats,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """This device's last hidden states after the final norm, and what is collected of each layer, stacked.
 
-        By default that is the router statistics of all devices.
+        By default that is the router statistics. `chosen`: the experts to take in place of the routers' choices.
         """
         angles_BTh = self.angles(positions_BT)
         attend = attend_row(Tokens(positions_BT, segments_BT), self.config.sliding_window, self.compute.attention)
-        rngs_L = None if noise is None else jax.random.split(noise.rng, self.config.num_hidden_layers)
+        layers = self.config.num_hidden_layers
+        rngs_L = None if noise is None else jax.random.split(noise.rng, layers)
+        chosen_LMC = None
+        if chosen_BTLC is not None:
+            chosen_LMC = jnp.moveaxis(chosen_BTLC.reshape(-1, layers, chosen_BTLC.shape[-1]), 1, 0)
 
-        def layer(block: Block, x_BTD: jax.Array, _: None, rng: jax.Array | None) -> tuple[jax.Array, None, Any]:
-            _, out = block(x_BTD, angles_BTh, segments_BT, attend, rng=rng)
+        def layer(block: Block, x_BTD: jax.Array, _: None, given: Any) -> tuple[jax.Array, None, Any]:
+            rng, chosen_MC = given
+            _, out = block(x_BTD, angles_BTh, segments_BT, attend, rng=rng, chosen_MC=chosen_MC)
             return out.y_BTD, None, collect(out)
 
         x_BTD = self.embedded(tokens_BT)
         if noise is not None and noise.embedding:
             x_BTD = perturb(x_BTD, noise, segments_BT)
-        x_BTD, _, collected = self.run(x_BTD, layer, inputs=rngs_L)
+        x_BTD, _, collected = self.run(x_BTD, layer, inputs=(rngs_L, chosen_LMC))
         return self.norm(x_BTD), collected
 
     def run(
@@ -192,7 +256,7 @@ class Mixtral(nnx.Module):
             x_BTD, carry, out = layer(block, x_BTD, carry, given)
             return (x_BTD, carry), out
 
-        body = jax.checkpoint(body, policy=POLICIES[self.compute.remat], prevent_cse=False)
+        body = jax.checkpoint(body, policy=saving(self.compute.remat), prevent_cse=False)
         (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (self.layers, inputs))
         return x_BTD, carry, outputs
 
@@ -242,16 +306,37 @@ def fill_rows(tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.A
     return tokens_BT, positions, jnp.ones_like(tokens_BT) if segments is None else segments
 
 
+def _chosen(routing: Choices | None, config: MixtralConfig, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """The experts (B, T, L, k) as a row of one argument, or of none where the routers decide."""
+    if routing is None:
+        return ()
+    chosen: Any = routing.expert_MC if isinstance(routing, Routing) else routing
+    wanted = (*tokens_BT.shape, config.num_hidden_layers, config.num_experts_per_tok)
+    if np.shape(chosen) != wanted or not jnp.issubdtype(chosen.dtype, jnp.integer):
+        raise ValueError(f"routing: indices of experts (B, T, L, k) = {wanted}, not {chosen.dtype} {np.shape(chosen)}")
+    if config.is_dense:
+        raise ValueError("routing: a dense model has no router")
+    if isinstance(chosen, np.ndarray) and not (chosen >= 0).all() & (chosen < config.num_local_experts).all():
+        raise ValueError(
+            f"routing: experts are from 0 to {config.num_local_experts - 1}, not {chosen.min()} to {chosen.max()}"
+        )
+    return (jnp.asarray(chosen, jnp.int32),)
+
+
 @jax.jit
 def _logits(
-    model: Mixtral, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None
+    model: Mixtral,
+    tokens_BT: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+    routing: Choices | None,
 ) -> Float[Array, "B T V"]:
-    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        x_BTD, _ = model.hidden(tokens, positions, segments)
+    def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array, *chosen) -> jax.Array:
+        x_BTD, _ = model.hidden(tokens, positions, segments, None, *chosen)
         return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
 
-    rows = fill_rows(tokens_BT, positions, segments)
-    logits_BTV = sharded(local, model, rows, (batch_spec(),) * 3, P(BATCH_AXES, "context", "tensor"))
+    rows = (*fill_rows(tokens_BT, positions, segments), *_chosen(routing, model.config, tokens_BT))
+    logits_BTV = sharded(local, model, rows, (batch_spec(),) * len(rows), P(BATCH_AXES, "context", "tensor"))
     return drop_padding(logits_BTV, model.config.vocab_size)
 
 
@@ -274,12 +359,13 @@ def next_token_sums(
     segments_BT: Int[Array, "B T"],
     noise: Noise | None = None,
     *,
+    routing: Choices | None = None,
     entropy: bool = False,
     skip_masked: bool = False,
 ) -> tuple[CrossEntropy, RouterStats]:
     """Weighted sums of the next-token cross-entropy, and router statistics, over the tokens of all devices.
 
-    `entropy`, `skip_masked`: see linear_cross_entropy.
+    `routing`: see Mixtral.__call__; `entropy`, `skip_masked`: see linear_cross_entropy.
     """
 
     def score(x_MD: jax.Array, head_DV: jax.Array, targets: jax.Array, weights: jax.Array) -> CrossEntropy:
@@ -290,7 +376,7 @@ def next_token_sums(
         return psum(sums, TOKEN_AXES)
 
     rows = (tokens_BT, targets_BT, weights_BT, positions_BT, segments_BT)
-    return _scored(model, score, rows, noise, P())
+    return _scored(model, score, rows, noise, routing, P())
 
 
 def target_logps(
@@ -301,8 +387,13 @@ def target_logps(
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
     noise: Noise | None = None,
+    *,
+    routing: Choices | None = None,
 ) -> tuple[Float[Array, "B T"], RouterStats]:
-    """log p(target) at every wanted position and 0 at the others, fp32, and the router statistics."""
+    """log p(target) at every wanted position and 0 at the others, fp32, and the router statistics.
+
+    `routing`: see Mixtral.__call__.
+    """
 
     def score(x_MD: jax.Array, head_DV: jax.Array, targets: jax.Array, wanted: jax.Array) -> jax.Array:
         logps_M = linear_logps(
@@ -312,22 +403,27 @@ def target_logps(
         return logps_M.reshape(targets.shape)
 
     rows = (tokens_BT, targets_BT, wanted_BT, positions_BT, segments_BT)
-    return _scored(model, score, rows, noise, batch_spec())
+    return _scored(model, score, rows, noise, routing, batch_spec())
 
 
 def _scored(
-    model: Mixtral, score: Callable[..., Any], rows: tuple[jax.Array, ...], noise: Noise | None, out_spec: P
+    model: Mixtral,
+    score: Callable[..., Any],
+    rows: tuple[jax.Array, ...],
+    noise: Noise | None,
+    routing: Choices | None,
+    out_spec: P,
 ) -> tuple[Any, RouterStats]:
     """score(last hidden states, head, targets, weights) on every device's share of the rows, and the statistics."""
 
-    def local(model: Mixtral, tokens, targets, weights, positions, segments, *rng) -> tuple[Any, RouterStats]:
-        own = None if noise is None else noise._replace(rng=rng[0])  # as this device received it
-        x_BTD, stats = model.hidden(tokens, positions, segments, own)
-        return score(x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets, weights), stats
+    def local(model: Mixtral, rng, tokens, targets, weights, positions, segments, *chosen) -> tuple[Any, RouterStats]:
+        own = None if noise is None else noise._replace(rng=rng)  # as this device received it
+        x_BTD, stats = model.hidden(tokens, positions, segments, own, *chosen)
+        return score(x_BTD.reshape(-1, x_BTD.shape[-1]), model.head_weight(), targets, weights), over_devices(stats)
 
-    rngs = () if noise is None else (noise.rng,)
-    in_specs = (batch_spec(),) * len(rows) + (P(),) * len(rngs)
-    return sharded(local, model, (*rows, *rngs), in_specs, (out_spec, P()))
+    rows = (*rows, *_chosen(routing, model.config, rows[0]))
+    args = (None if noise is None else noise.rng, *rows)
+    return sharded(local, model, args, (P(), *(batch_spec(),) * len(rows)), (out_spec, P()))
 
 
 def abstract_model(

@@ -104,7 +104,7 @@ def next_token(
         return ce + aux + z, jax.lax.stop_gradient(parts)
 
     def evaluate(model_: Mixtral, rows: Any) -> EvalSums:
-        return token_sums(model_, rows, skip_masked=skip_masked)[0]
+        return token_sums(model_.dropless(), rows, skip_masked=skip_masked)[0]
 
     return Objective(batch_divisor, loss, partial(report, model), evaluate)
 

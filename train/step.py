@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from mixtral_jax.model import reduce_dtype
+from mixtral_jax.parallel import replicas, sum_replicas
 from mixtral_jax.train.objective import Objective
 from mixtral_jax.train.optimizer import Optimizer, Params, apply_gradients
 from mixtral_jax.train.state import TrainState
@@ -66,7 +68,11 @@ def make_train_step(
 def loss_and_gradients(
     objective: Objective, merge: Merge, params: Params, frozen: Frozen, batch: Any, key: jax.Array | None = None
 ) -> tuple[Float[Array, ""], Any, Params]:
-    """Loss, the objective's additive parts, and gradients, summed over the A micro-batches in fp32."""
+    """Loss, the objective's additive parts, and gradients, summed over the A micro-batches in fp32.
+
+    Of several micro-batches the gradients are summed over `data` once, behind them all; of one the sum belongs to the
+    backward pass, which hides it.
+    """
     divisor = objective.weight(batch)
 
     def loss_of(params: Params, rows: Any, key: jax.Array | None) -> tuple[Float[Array, ""], Any]:
@@ -80,13 +86,19 @@ def loss_and_gradients(
         (loss, parts), grads = differentiate(params, *first)
         return loss, parts, grads
 
+    model: Any = merge(params, frozen)
+    shared = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1) > 1
+    if shared:
+        params = replicas(model, params)
+
     def accumulate(carry: Any, rows_and_key: Any) -> tuple[Any, None]:
         (loss, parts), grads = differentiate(params, *rows_and_key)
         return jax.tree.map(jnp.add, carry, (loss, parts, grads)), None
 
     (loss, parts), grads = jax.eval_shape(differentiate, params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, parts, grads))
-    return jax.lax.scan(accumulate, zeros, (batch, keys))[0]
+    loss, parts, grads = jax.lax.scan(accumulate, zeros, (batch, keys))[0]
+    return loss, parts, sum_replicas(model, grads, reduce_dtype(model.compute)) if shared else grads
 
 
 def make_eval_step(objective: Objective, merge: Merge) -> Callable[[Params, Frozen, Any], Any]:

@@ -1,4 +1,5 @@
-"""SwiGLU, silu(h1) * h3 for h = [h1, h3] (GLU variants 2002.05202, eq. 6): one formula and one derivative, in fp32.
+"""SwiGLU, gate * silu(h1) * h3 for h = [h1, h3] (GLU variants 2002.05202, eq. 6), the gate being the router's weight
+of the row's expert: one formula and one derivative, in fp32.
 
 Here for the grouped matmul back-ends, together with the product behind it: left to autodiff the gradient holds h, its
 gradient in two halves, their concatenation and the activation at once: at 8 sequences a chip 3.8 GB more than the loop
@@ -8,6 +9,7 @@ both products: kernels/swiglu_blocked.py.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +22,41 @@ from mixtral_jax.parallel import same_variance
 CHUNK = 1024  # rows that are read before any is written over
 
 
-def swiglu(h_R2F: Float[Array, "R twoF"], inside_R1: Bool[Array, "R 1"] | None = None) -> Float[Array, "R F"]:
-    """silu(h1) * h3 in the dtype of h. `inside`: rows that count, the others are taken as 0."""
+class SwigluGradient(NamedTuple):
+    """Of a = gate * silu(h1) * h3, and a itself, which the gradient of the matrix behind it needs."""
+
+    dh_R2F: Float[Array, "R twoF"]
+    a_RF: Float[Array, "R F"]
+    dgate_R: Float[Array, " R"]  # fp32
+
+
+def swiglu(
+    h_R2F: Float[Array, "R twoF"],
+    gate_R: Float[Array, " R"] | None = None,
+    inside_R1: Bool[Array, "R 1"] | None = None,
+) -> Float[Array, "R F"]:
+    """gate * silu(h1) * h3 in the dtype of h. `inside`: rows that count, the others are taken as 0."""
     h1_RF, h3_RF = (_selected(x_RF, inside_R1) for x_RF in jnp.split(h_R2F, 2, axis=-1))
-    return (jax.nn.silu(h1_RF) * h3_RF).astype(h_R2F.dtype)
+    a_RF = jax.nn.silu(h1_RF) * h3_RF
+    return (a_RF if gate_R is None else a_RF * _selected(gate_R[:, None], inside_R1)).astype(h_R2F.dtype)
 
 
 def swiglu_gradient(
-    h_R2F: Float[Array, "R twoF"], da_RF: Float[Array, "R F"], inside_R1: Bool[Array, "R 1"] | None = None
-) -> tuple[Float[Array, "R twoF"], Float[Array, "R F"]]:
-    """dh from da, and the activation again: silu' = s + silu (1 - s), s the sigmoid."""
+    h_R2F: Float[Array, "R twoF"],
+    da_RF: Float[Array, "R F"],
+    gate_R: Float[Array, " R"],
+    inside_R1: Bool[Array, "R 1"] | None = None,
+) -> SwigluGradient:
+    """From da, that of the gated activation: silu' = s + silu (1 - s), s the sigmoid; dgate sums over F in fp32."""
     h1_RF, h3_RF = (_selected(x_RF, inside_R1) for x_RF in jnp.split(h_R2F, 2, axis=-1))
-    da_RF = _selected(da_RF, inside_R1)
+    da_RF, gate_R1 = _selected(da_RF, inside_R1), _selected(gate_R[:, None], inside_R1)
     s_RF = jax.nn.sigmoid(h1_RF)
     silu_RF = h1_RF * s_RF
+    dgate_R = jnp.sum(da_RF * silu_RF * h3_RF, axis=-1)
+    da_RF = da_RF * gate_R1
     dh1_RF = da_RF * h3_RF * (s_RF + silu_RF * (1 - s_RF))
     dh_R2F = jnp.concatenate([dh1_RF, da_RF * silu_RF], axis=-1)
-    return dh_R2F.astype(h_R2F.dtype), (silu_RF * h3_RF).astype(h_R2F.dtype)
+    return SwigluGradient(dh_R2F.astype(h_R2F.dtype), (gate_R1 * silu_RF * h3_RF).astype(h_R2F.dtype), dgate_R)
 
 
 def _selected(x_RF: jax.Array, inside_R1: jax.Array | None) -> jax.Array:
@@ -48,15 +68,23 @@ def _selected(x_RF: jax.Array, inside_R1: jax.Array | None) -> jax.Array:
 
 
 def grouped_down(
-    h_R2F: Float[Array, "R twoF"], w_EFD: Float[Array, "E F D"], group_sizes_E: Int[Array, " E"], *, backend: str
+    h_R2F: Float[Array, "R twoF"],
+    gate_R: Float[Array, " R"],
+    w_EFD: Float[Array, "E F D"],
+    group_sizes_E: Int[Array, " E"],
+    *,
+    backend: str,
 ) -> Float[Array, "R D"]:
-    """swiglu(h) @ w[group of r]; rows behind the last group are undefined."""
-    return _grouped_down(backend, *same_variance(h_R2F, w_EFD, group_sizes_E))
+    """swiglu(h, gate) @ w[group of r]; rows behind the last group are undefined.
+
+    The gate stands before the product: behind it, its gradient would need the product again.
+    """
+    return _grouped_down(backend, *same_variance(h_R2F, gate_R, w_EFD, group_sizes_E))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_down(backend: str, h_R2F: jax.Array, w_EFD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    a_RF = swiglu(h_R2F, (jnp.arange(h_R2F.shape[0]) < jnp.sum(sizes_E))[:, None])
+def _grouped_down(backend: str, h_R2F: jax.Array, gate_R: jax.Array, w_EFD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    a_RF = swiglu(h_R2F, gate_R, (jnp.arange(h_R2F.shape[0]) < jnp.sum(sizes_E))[:, None])
     # typed as varying like the rows: else the transpose would sum over devices
     anywhere_RD, a_RF = same_variance(jnp.zeros((a_RF.shape[0], w_EFD.shape[2]), a_RF.dtype), a_RF)
     return jax.vjp(_up(backend, w_EFD, sizes_E), anywhere_RD)[1](a_RF)[0]
@@ -69,39 +97,35 @@ def _up(backend: str, w_EFD: jax.Array, sizes_E: jax.Array) -> Callable[[jax.Arr
     return lambda g_RD: grouped_matmul(g_RD, jnp.swapaxes(w_EFD, 1, 2), sizes_E, backend=backend)
 
 
-def _vjp_forward(backend, h_R2F, w_EFD, sizes_E):
-    y_RD = _grouped_down(backend, h_R2F, w_EFD, sizes_E)
-    return y_RD, (h_R2F, w_EFD, sizes_E, y_RD)
+def _vjp_forward(backend, h_R2F, gate_R, w_EFD, sizes_E):
+    return _grouped_down(backend, h_R2F, gate_R, w_EFD, sizes_E), (h_R2F, gate_R, w_EFD, sizes_E)
 
 
 def _vjp_backward(backend, saved, dy_RD):
-    h_R2F, w_EFD, sizes_E, y_RD = saved
-    # Where y is computed again (the gates' gradient needs it) that comes first, before there is a gradient to hold.
-    dy_RD, _ = quirks.barrier(quirks.RECOMPUTES_LATE, (dy_RD, y_RD))
+    h_R2F, gate_R, w_EFD, sizes_E = saved
     da_RF = _up(backend, w_EFD, sizes_E)(dy_RD)
-    dh_R2F, a_RF = gradient_in_place(h_R2F, da_RF, jnp.sum(sizes_E))
+    dh_R2F, a_RF, dgate_R = gradient_in_place(h_R2F, da_RF, gate_R, jnp.sum(sizes_E))
     (dw_EFD,) = jax.vjp(lambda w_EFD: _up(backend, w_EFD, sizes_E)(dy_RD), w_EFD)[1](a_RF)
-    return dh_R2F, dw_EFD, None
+    return dh_R2F, dgate_R, dw_EFD, None
 
 
 _grouped_down.defvjp(_vjp_forward, _vjp_backward)
 
 
 def gradient_in_place(
-    h_R2F: Float[Array, "R twoF"], da_RF: Float[Array, "R F"], rows: Int[Array, ""]
-) -> tuple[Float[Array, "R twoF"], Float[Array, "R F"]]:
-    """swiglu_gradient in the memory of h and da; 0 in rows from `rows` on."""
+    h_R2F: Float[Array, "R twoF"], da_RF: Float[Array, "R F"], gate_R: Float[Array, " R"], rows: Int[Array, ""]
+) -> SwigluGradient:
+    """swiglu_gradient in the memory of h, da and the gates; 0 in rows from `rows` on."""
     chunks, rest = divmod(h_R2F.shape[0], CHUNK)
 
     def one(start: jax.Array | int, size: int, held: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # read both before either is written
+        # read all before any is written
         read = tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in held)
-        h_c2F, da_cF = quirks.barrier(quirks.READS_AGAIN, read)
-        new = swiglu_gradient(h_c2F, da_cF, (start + jnp.arange(size) < rows)[:, None])
+        h_c2F, da_cF, gate_c = quirks.barrier(quirks.READS_AGAIN, read)
+        new = swiglu_gradient(h_c2F, da_cF, gate_c, (start + jnp.arange(size) < rows)[:, None])
         return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, start, 0) for x, y in zip(held, new, strict=True))
 
-    held: tuple[jax.Array, ...] = (h_R2F, da_RF)
+    held: tuple[jax.Array, ...] = (h_R2F, da_RF, gate_R)
     if chunks:
         held = jax.lax.fori_loop(0, chunks, lambda i, held: one(i * CHUNK, CHUNK, held), held)
-    dh_R2F, a_RF = one(chunks * CHUNK, rest, held) if rest else held
-    return dh_R2F, a_RF
+    return SwigluGradient(*(one(chunks * CHUNK, rest, held) if rest else held))

@@ -40,18 +40,19 @@ class Weights(NamedTuple):
 
 def blocked_swiglu(
     x_RD: Float[Array, "R D"],
+    gate_R: Float[Array, " R"],
     w13_ED2F: Float[Array, "E D *twoF"],
     w2_EFD: Float[Array, "E F D"],
     group_sizes_E: Int[Array, " E"],
     low13: Low | None = None,
     low2: Low | None = None,
 ) -> Float[Array, "R D"]:
-    """w2( silu(w1 x) * w3 x ) with the matrices of each row's group; rows behind the last group are undefined.
+    """w2( gate * silu(w1 x) * w3 x ) with the matrices of each row's group; rows behind the last are undefined.
 
     `low13` (E, D, r), (E, r, 2F) is added to w13, `low2` (E, F, r), (E, r, D) to w2. Source: GLU variants (2002.05202),
     equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype.
     """
-    leaves, tree = jax.tree.flatten((x_RD, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
+    leaves, tree = jax.tree.flatten((x_RD, gate_R, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
     return _ffn(*jax.tree.unflatten(tree, same_variance(*leaves)))
 
 
@@ -72,10 +73,11 @@ _put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def _inside(x_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _inside(sizes_E: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
     """The rows of nobody, which may hold anything, as zeros, and room for the last block behind them."""
-    inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E))[:, None]
-    return jnp.pad(jnp.where(inside_R1, x_RD, 0), ((0, BLOCKS[-1]), (0, 0)))
+    inside_R = jnp.arange(arrays[0].shape[0]) < jnp.sum(sizes_E)
+    own = [jnp.where(inside_R.reshape(-1, *(1,) * (x.ndim - 1)), x, 0) for x in arrays]
+    return [jnp.pad(x, ((0, BLOCKS[-1]), *((0, 0),) * (x.ndim - 1))) for x in own]
 
 
 def _product(x_bI: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
@@ -100,14 +102,14 @@ def _flat(w: Weights) -> Weights:
 
 
 @jax.custom_vjp
-def _ffn(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> jax.Array:
-    return _forward(x_RD, weights, sizes_E)[0]
+def _ffn(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.Array) -> jax.Array:
+    return _forward(x_RD, gate_R, weights, sizes_E)[0]
 
 
-def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     """y, and h with some rows of no meaning behind the last."""
     rows = x_RD.shape[0]
-    x_RD = _inside(x_RD, sizes_E)
+    x_RD, gate_R = _inside(sizes_E, x_RD, gate_R)
 
     def group(buffers, inputs):
         w, start, size = inputs
@@ -116,7 +118,7 @@ def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax
         def one_block(block, row, buffers):
             y_RD, h_R2F = buffers
             h_b2F = _product(_slice(x_RD, row, block), w.w13, w.low13)
-            y_bD = _product(swiglu(h_b2F), w.w2, w.low2)
+            y_bD = _product(swiglu(h_b2F, _slice(gate_R, row, block)), w.w2, w.low2)
             # where a block reaches past its group's end, the next group overwrites these rows
             return _put(y_RD, y_bD, row), _put(h_R2F, h_b2F, row)
 
@@ -128,47 +130,48 @@ def _forward(x_RD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax
     return y_RD[:rows], h_R2F
 
 
-def _vjp_forward(x_RD, weights, sizes_E):
+def _vjp_forward(x_RD, gate_R, weights, sizes_E):
     # saved values are arrays only, so what is differentiated by is told by structure: () or None
     wanted = Weights._make(() if any(leaf.perturbed for leaf in jax.tree.leaves(field)) else None for field in weights)
-    x_RD, sizes_E = x_RD.value, sizes_E.value
-    weights = jax.tree.map(lambda leaf: leaf.value, weights)
-    y_RD, h_R2F = _forward(x_RD, weights, sizes_E)
-    return y_RD, (x_RD, weights, sizes_E, checkpoint_name(h_R2F, SAVED), wanted)
+    x_RD, gate_R, weights, sizes_E = jax.tree.map(lambda leaf: leaf.value, (x_RD, gate_R, weights, sizes_E))
+    y_RD, h_R2F = _forward(x_RD, gate_R, weights, sizes_E)
+    return y_RD, (x_RD, gate_R, weights, sizes_E, checkpoint_name(h_R2F, SAVED), wanted)
 
 
 def _vjp_backward(saved, dy_RD):
-    x_RD, weights, sizes_E, h_R2F, wanted = saved
+    x_RD, gate_R, weights, sizes_E, h_R2F, wanted = saved
     if isinstance(dy_RD, SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     rows = x_RD.shape[0]
-    x_RD, dy_RD = _inside(x_RD, sizes_E), _inside(dy_RD, sizes_E)
+    x_RD, gate_R, dy_RD = _inside(sizes_E, x_RD, gate_R, dy_RD)
 
-    def group(dx_RD, inputs):
+    def group(rows_gradients, inputs):
         w, start, size = inputs
         w = _flat(w)
 
         def one_block(block, row, carry):
-            dx_RD, sums = carry
+            dx_RD, dgate_R, sums = carry
             # the rows past the group's end count as zeros in dw, and their dx is overwritten by the next group
             mine_b1 = (row + jnp.arange(block) < start + size)[:, None]
             x_bD, dy_bD = _slice(x_RD, row, block), jnp.where(mine_b1, _slice(dy_RD, row, block), 0)
             da_bF = _transpose_product(dy_bD, w.w2, w.low2)
-            dh_b2F, a_bF = swiglu_gradient(_slice(h_R2F, row, block), da_bF)
+            dh_b2F, a_bF, dgate_b = swiglu_gradient(_slice(h_R2F, row, block), da_bF, _slice(gate_R, row, block))
             dx_RD = _put(dx_RD, _transpose_product(dh_b2F, w.w13, w.low13), row)
-            return dx_RD, jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
+            sums = jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
+            return dx_RD, _put(dgate_R, dgate_b, row), sums
 
         like = _only(wanted, w._replace(w2=w.w2.T))
         sums = jax.tree.map(lambda leaf: zeros(leaf.shape, jnp.float32, x_RD), like)
-        dx_RD, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (dx_RD, sums))
+        *rows_gradients, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (*rows_gradients, sums))
         sums = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, like)
-        return dx_RD, sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
+        return tuple(rows_gradients), sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
 
     inputs = (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
-    dx_RD, dw = jax.lax.scan(group, zeros(x_RD.shape, x_RD.dtype, x_RD), inputs)
+    none = tuple(zeros(x.shape, x.dtype, x_RD) for x in (x_RD, gate_R))
+    (dx_RD, dgate_R), dw = jax.lax.scan(group, none, inputs)
     dw = jax.tree.map(lambda total, leaf: total.reshape(leaf.shape), dw, _only(wanted, weights))
     inside_R1 = (jnp.arange(rows) < jnp.sum(sizes_E))[:, None]
-    return jnp.where(inside_R1, dx_RD[:rows], 0), dw, None
+    return jnp.where(inside_R1, dx_RD[:rows], 0), dgate_R[:rows], dw, None
 
 
 def _only(wanted: Any, values: Weights) -> Any:

@@ -1,6 +1,6 @@
 """The sparse feed-forward: router, balance losses, dispatch, transport between devices, experts."""
 
-from mixtral_jax.moe.balance import RouterStats, balance_loss, load_metrics, z_loss
+from mixtral_jax.moe.balance import RouterStats, balance_loss, load_metrics, over_devices, z_loss
 from mixtral_jax.moe.block import ApplyExperts, MoeOutput, SparseMoe
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu
 from mixtral_jax.moe.router import Routing

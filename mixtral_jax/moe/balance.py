@@ -1,13 +1,14 @@
-"""Router losses and load statistics, all from sums over the tokens of the global micro-batch.
+"""Router losses and load statistics, all from sums over the tokens of the global micro-batch, in fp32.
 
 Two balance losses are in use and are not interchangeable; both are here, by name.
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.moe.router import Routing
 from mixtral_jax.parallel import TOKEN_AXES, psum
@@ -16,31 +17,43 @@ BalanceLoss = Literal["per_layer", "hf_pooled"]
 
 
 class RouterStats(NamedTuple):
-    """Sums over the valid (non-padding) tokens of all devices; inside one layer the leading L is absent."""
+    """Sums over the valid (non-padding) tokens; inside one layer the leading L is absent."""
 
     counts_LE: Float[Array, "*L E"]  # choices that fell on each expert, before any dropping; no gradient
     probs_LE: Float[Array, "*L E"]  # sum of router probabilities
     z_L: Float[Array, "*L"]  # sum of logsumexp(logits)^2
     entropy_L: Float[Array, "*L"]  # sum of the entropy of the router probabilities, nats
     dropped_L: Float[Array, "*L"]  # choices dropped by the capacity limit
+    dropped_first_L: Float[Array, "*L"]  # of them first choices
     tokens_L: Float[Array, "*L"]  # number of valid tokens, the same in every layer
 
 
-def router_stats(routing: Routing, valid_M: Float[Array, " M"], dropped: Float[Array, ""]) -> RouterStats:
-    """Statistics of one layer, summed over the devices that share the tokens."""
+def router_stats(
+    routing: Routing, valid_M: Float[Array, " M"], dropped_MC: Bool[Array, "M C"] | None = None
+) -> RouterStats:
+    """Statistics of one layer over this device's tokens."""
     experts = routing.probs_ME.shape[-1]
     chosen_ME = jnp.sum(jax.nn.one_hot(routing.expert_MC, experts, dtype=jnp.float32), axis=1)
     log_z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1)
     entropy_M = log_z_M - jnp.sum(routing.probs_ME * routing.logits_ME, axis=-1)
-    sums = RouterStats(
+    dropped_C = jnp.zeros((2,)) if dropped_MC is None else jnp.sum(dropped_MC, axis=0, dtype=jnp.float32)
+    return RouterStats(
         counts_LE=jax.lax.stop_gradient(valid_M @ chosen_ME),
         probs_LE=valid_M @ routing.probs_ME,
         z_L=jnp.sum(valid_M * jnp.square(log_z_M)),
         entropy_L=jax.lax.stop_gradient(jnp.sum(valid_M * entropy_M)),
-        dropped_L=dropped,
+        dropped_L=jnp.sum(dropped_C),
+        dropped_first_L=dropped_C[0],
         tokens_L=jnp.sum(valid_M),
     )
-    return psum(sums, TOKEN_AXES)
+
+
+def over_devices(stats: RouterStats) -> RouterStats:
+    """Of all layers, summed over the devices that share the tokens: one all-reduce of (L, 2 E + 5) numbers."""
+    columns = [field.reshape(field.shape[0], -1) for field in stats]
+    ends = list(itertools.accumulate(column.shape[1] for column in columns))
+    sums = jnp.split(psum(jnp.concatenate(columns, axis=1), TOKEN_AXES), ends[:-1], axis=1)
+    return RouterStats(*(column.reshape(field.shape) for column, field in zip(sums, stats, strict=True)))
 
 
 def balance_loss(stats: RouterStats, kind: BalanceLoss, top_k: int) -> Float[Array, ""]:
@@ -75,6 +88,7 @@ def load_metrics(stats: RouterStats, top_k: int) -> dict[str, Float[Array, ""]]:
         "moe/dead_fraction": jnp.mean((stats.counts_LE == 0).astype(jnp.float32)),
         "moe/entropy": jnp.mean(stats.entropy_L / jnp.maximum(stats.tokens_L, 1.0)),
         "moe/dropped_fraction": jnp.mean(stats.dropped_L / choices_L),
+        "moe/dropped_first": jnp.mean(stats.dropped_first_L * top_k / choices_L),
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight
 from mixtral_jax.moe.balance import RouterStats, router_stats
+from mixtral_jax.moe.chunks import by_chunks
 from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel import TOKEN_AXES, gather, psum
+from mixtral_jax.parallel import gather, psum
 from mixtral_jax.quantize import gather_weight
 
-# (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x), fp32; expert number E is nobody's
+# (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x); expert number E is nobody's
 ApplyExperts = Callable[[Float[Array, "M D"], Int[Array, "M C"], Float[Array, "M C"]], Float[Array, "M D"]]
 
 
@@ -27,7 +29,7 @@ class MoeOutput(NamedTuple):
     """What the block gives: its output, and what became of the tokens."""
 
     y_BTD: Float[Array, "B T D"]
-    stats: RouterStats  # over the tokens of all devices
+    stats: RouterStats  # over this device's tokens
     routing: Routing | None  # of this device's tokens, padding included; None where there is no router
 
 
@@ -97,6 +99,7 @@ class SparseMoe(nnx.Module):
         valid_BT: Bool[Array, "B T"],
         rng: jax.Array | None = None,
         apply_experts: ApplyExperts | None = None,
+        chosen_MC: Int[Array, "M C"] | None = None,
     ) -> MoeOutput:
         """The experts' weighted sum for each token, and what became of the tokens.
 
@@ -104,32 +107,30 @@ class SparseMoe(nnx.Module):
             valid_BT: what is no padding.
             rng: of adapter dropout.
             apply_experts: another way to apply the chosen experts than to all rows at once, sorted by expert.
+            chosen_MC: the experts to take, in place of the router's own choices.
         """
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
         if apply_experts is None:
-            apply_experts = self._apply_grouped(self.experts(x_BTD.dtype, rng), x_MD.shape[0])
+            apply_experts = self._apply_grouped(x_BTD.dtype, rng, x_MD.shape[0])
         if self.config.is_dense:
             routing, stats = None, _dense_stats(valid_M)
             expert_MC = jnp.where(valid_M, 0, 1)[:, None]
             gate_MC = jnp.ones(expert_MC.shape, jnp.float32)
         else:
             dtype = jnp.float32 if self.options.router_dtype == "float32" else x_MD.dtype
-            routing = route(x_MD, gather(self.router, jnp.float32), self.config.num_experts_per_tok, dtype)
+            router_DE = gather(self.router, jnp.float32)
+            routing = route(x_MD, router_DE, self.config.num_experts_per_tok, dtype, chosen_MC=chosen_MC)
             gate_MC = routing.gate_MC
             # Padding goes to an expert that nobody has: never sent, never computed, never counted.
             expert_MC = jnp.where(valid_M[:, None], routing.expert_MC, self.config.num_local_experts)
-            expert_MC, dropped = self._limited(expert_MC)
-            stats = router_stats(routing, valid_M.astype(jnp.float32), dropped)
-        out_MD = psum(apply_experts(x_MD, expert_MC, gate_MC), ("tensor",))
-        return MoeOutput(out_MD.astype(x_BTD.dtype).reshape(x_BTD.shape), stats, routing)
-
-    def _limited(self, expert_MC: Int[Array, "M C"]) -> tuple[Int[Array, "M C"], Float[Array, ""]]:
-        """The choices within capacity, and the number of those that were dropped."""
-        capacity = self._capacity(expert_MC.shape[0])
-        if capacity is None:
-            return expert_MC, jnp.zeros((), jnp.float32)
-        kept_MC = limit_capacity(expert_MC, self.config.num_local_experts, capacity)
-        return kept_MC, jnp.sum(kept_MC != expert_MC, dtype=jnp.float32)
+            wanted_MC, capacity = expert_MC, self._capacity(x_MD.shape[0])
+            if capacity is not None:
+                order = self.options.capacity_order
+                expert_MC = limit_capacity(wanted_MC, gate_MC, self.config.num_local_experts, capacity, order)
+            dropped_MC = None if capacity is None else expert_MC != wanted_MC
+            stats = router_stats(routing, valid_M.astype(jnp.float32), dropped_MC)
+        out_MD = psum(apply_experts(x_MD, expert_MC, gate_MC).astype(x_BTD.dtype), ("tensor",))
+        return MoeOutput(out_MD.reshape(x_BTD.shape), stats, routing)
 
     def _capacity(self, tokens: int) -> int | None:
         """Choices that one expert takes of a device's tokens, at most."""
@@ -138,32 +139,30 @@ class SparseMoe(nnx.Module):
         choices = self.options.capacity_factor * tokens * self.config.num_experts_per_tok
         return min(tokens, math.ceil(choices / self.config.num_local_experts))
 
-    def _apply_grouped(self, weights: ExpertWeights, tokens: int) -> ApplyExperts:
-        """All of a device's tokens at once, or `chunk_tokens` at a time; of a chunk only its inputs are kept."""
+    def _apply_grouped(self, dtype: jnp.dtype, rng: jax.Array | None, tokens: int) -> ApplyExperts:
+        """All of a device's tokens at once, or `chunk_tokens` at a time."""
+        weights, options = self.experts(dtype, rng), self.options
         if self.config.is_dense:
             return lambda x_MD, *_: dense_swiglu(x_MD, weights)
-        options = self.options
 
-        def apply(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
+        def apply(weights: ExpertWeights, x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
+            def run(x_RD: jax.Array, gate_R: jax.Array, sizes_E: jax.Array) -> jax.Array:
+                return grouped_swiglu(x_RD, gate_R, weights, sizes_E, options.matmul)
+
             return exchange_experts(
-                x_MD, expert_MC, gate_MC, lambda x, sizes: grouped_swiglu(x, weights, sizes, options.matmul),
+                x_MD, expert_MC, gate_MC, run,
                 experts=self.config.num_local_experts, transport=options.transport, capacity=self._capacity(tokens),
             )  # fmt: skip
 
         chunk = options.chunk_tokens
         if chunk is None or chunk >= tokens:
-            return apply
+            return partial(apply, weights)
         if tokens % chunk:
             raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {tokens} tokens of one device")
-
-        def apply_chunks(*inputs: jax.Array) -> jax.Array:
-            parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in inputs)
-            return jax.lax.map(jax.checkpoint(lambda part: apply(*part)), parts).reshape(inputs[0].shape)
-
-        return apply_chunks
+        return lambda *rows: by_chunks(apply, chunk, weights, *rows)
 
 
 def _dense_stats(valid_M: Bool[Array, " M"]) -> RouterStats:
-    tokens = psum(jnp.sum(valid_M, dtype=jnp.float32), TOKEN_AXES)
+    tokens = jnp.sum(valid_M, dtype=jnp.float32)
     none = jnp.zeros_like(tokens)
-    return RouterStats(tokens[None], tokens[None], none, none, none, tokens)
+    return RouterStats(tokens[None], tokens[None], none, none, none, none, tokens)

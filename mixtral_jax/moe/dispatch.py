@@ -4,7 +4,7 @@ A routed row is one (token, choice) pair. Rows are ordered by expert; a choice w
 dropped, or on another device) sorts behind all others and is not computed.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.parallel import same_variance
+
+CapacityOrder = Literal["probability", "choice", "token"]
 
 
 class Plan(NamedTuple):
@@ -36,12 +38,28 @@ def plan_rows(expert_MC: Int[Array, "M C"], experts: int, rows: int) -> Plan:
     return Plan(order_R[:rows], slot_R.reshape(shape), (flat_R < experts).reshape(shape), sizes_E)
 
 
-def limit_capacity(expert_MC: Int[Array, "M C"], experts: int, capacity: int) -> Int[Array, "M C"]:
-    """Give every expert its first `capacity` choices in token order; the others become expert number `experts`."""
-    flat_R = expert_MC.reshape(-1)
-    onehot_RE = (flat_R[:, None] == jnp.arange(experts, dtype=flat_R.dtype)[None, :]).astype(jnp.int32)
-    rank_R = jnp.sum((jnp.cumsum(onehot_RE, axis=0) - 1) * onehot_RE, axis=1)
-    return jnp.where(rank_R < capacity, flat_R, experts).reshape(expert_MC.shape)
+def limit_capacity(
+    expert_MC: Int[Array, "M C"], gate_MC: Float[Array, "M C"], experts: int, capacity: int, order: CapacityOrder
+) -> Int[Array, "M C"]:
+    """Give every expert `capacity` of its choices at most; the others become expert number `experts`.
+
+    Kept are, of equals the first in token order: `probability`, those with the largest gates (Megatron-Core's
+    token_drop_policy "probs"); `choice`, all first choices before any second one (GShard 2006.16668, algorithm 1);
+    `token`, those of the first tokens.
+    """
+    flat_R = jnp.minimum(expert_MC.reshape(-1), experts)
+    position_R = jnp.arange(flat_R.shape[0], dtype=jnp.int32)
+    rank_R = {
+        "probability": -jax.lax.stop_gradient(gate_MC).reshape(-1),
+        "choice": position_R % expert_MC.shape[1],
+        "token": position_R,
+    }[order]
+    sorted_R, _, order_R = jax.lax.sort((flat_R, rank_R, position_R), num_keys=2, is_stable=True)
+    first_R = jax.lax.cummax(jnp.where(jnp.diff(sorted_R, prepend=-1) != 0, position_R, 0))  # of the same expert
+    kept_R = jnp.where(position_R - first_R < capacity, sorted_R, experts)
+    kept_R = jnp.zeros_like(kept_R).at[order_R].set(kept_R, unique_indices=True)
+    # saved: gates that are computed again may differ in the last bit, and so in who is dropped
+    return checkpoint_name(kept_R.reshape(expert_MC.shape), "route")
 
 
 @jax.custom_vjp
@@ -69,30 +87,49 @@ def dispatch(x_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "R D"]:
 
 
 @jax.custom_vjp
-def _weighted_sum(y_RD, gate_MC, order_R, slot_MC, here_MC):
+def _take_gates(gate_MC: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC: jax.Array) -> jax.Array:
+    return gate_MC.reshape(-1)[order_R]
+
+
+def _take_gates_fwd(gate_MC, order_R, slot_MC, here_MC):
+    return _take_gates(gate_MC, order_R, slot_MC, here_MC), (slot_MC, here_MC)
+
+
+def _take_gates_bwd(saved, g_R):
+    slot_MC, here_MC = saved
+    return jnp.where(here_MC, jnp.take(g_R, slot_MC, mode="clip"), 0), None, None, None
+
+
+_take_gates.defvjp(_take_gates_fwd, _take_gates_bwd)
+
+
+def dispatch_gates(gate_MC: Float[Array, "M C"], plan: Plan) -> Float[Array, " R"]:
+    """Each routed row's gate."""
+    return _take_gates(*same_variance(gate_MC, plan.order_R, plan.slot_MC, plan.here_MC))
+
+
+@jax.custom_vjp
+def _sum_choices(y_RD: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC: jax.Array) -> jax.Array:
     y_MCD = jnp.where(here_MC[..., None], jnp.take(y_RD, slot_MC, axis=0, mode="clip"), 0)
-    return jnp.sum(y_MCD.astype(jnp.float32) * gate_MC[..., None], axis=1)
+    return jnp.sum(y_MCD, axis=1, dtype=jnp.float32)
 
 
-def _weighted_sum_fwd(y_RD, gate_MC, order_R, slot_MC, here_MC):
-    return _weighted_sum(y_RD, gate_MC, order_R, slot_MC, here_MC), (y_RD, gate_MC, order_R, slot_MC, here_MC)
+def _sum_choices_fwd(y_RD, order_R, slot_MC, here_MC):
+    like = jnp.zeros((0,), y_RD.dtype)
+    return _sum_choices(y_RD, order_R, slot_MC, here_MC), (like, order_R, slot_MC)
 
 
-def _weighted_sum_bwd(saved, g_MD):
-    y_RD, gate_MC, order_R, slot_MC, here_MC = saved
-    gate_R = jnp.where(here_MC, gate_MC, 0).reshape(-1)[order_R]
-    g_RD = gate_R[:, None] * jnp.take(g_MD, order_R // slot_MC.shape[1], axis=0, mode="clip")
-    y_MCD = jnp.where(here_MC[..., None], jnp.take(y_RD, slot_MC, axis=0, mode="clip"), 0)
-    g_gate_MC = jnp.sum(y_MCD.astype(jnp.float32) * g_MD[:, None, :], axis=-1)
-    return g_RD.astype(y_RD.dtype), g_gate_MC, None, None, None
+def _sum_choices_bwd(saved, g_MD):
+    like, order_R, slot_MC = saved
+    return jnp.take(g_MD.astype(like.dtype), order_R // slot_MC.shape[1], axis=0, mode="clip"), None, None, None
 
 
-_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+_sum_choices.defvjp(_sum_choices_fwd, _sum_choices_bwd)
 
 
-def combine(y_RD: Float[Array, "R D"], gate_MC: Float[Array, "M C"], plan: Plan) -> Float[Array, "M D"]:
-    """sum over the choices of gate * y, in fp32, in the order of the choices; choices without a row give 0.
+def combine(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "M D"]:
+    """sum over the choices of y, in fp32, in the order of the choices; choices without a row give 0.
 
-    Rows of `y_RD` behind the last group are never read, whatever they hold.
+    Rows of `y_RD` behind the last group are never read, whatever they hold; their gradient means nothing.
     """
-    return _weighted_sum(*same_variance(y_RD, gate_MC, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _sum_choices(*same_variance(y_RD, plan.order_R, plan.slot_MC, plan.here_MC))

@@ -1,6 +1,7 @@
 """The experts: SwiGLU feed-forward networks over rows sorted by expert."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,19 +24,25 @@ class ExpertWeights(NamedTuple):
 
 
 def grouped_swiglu(
-    x_RD: Float[Array, "R D"], weights: ExpertWeights, group_sizes_E: Int[Array, " E"], backend: str
+    x_RD: Float[Array, "R D"],
+    gate_R: Float[Array, " R"],
+    weights: ExpertWeights,
+    group_sizes_E: Int[Array, " E"],
+    backend: str,
 ) -> Float[Array, "R D"]:
-    """w2( silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last group are undefined."""
+    """w2( gate * silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last are undefined."""
+    x_RD, gate_R = (checkpoint_name(a, "expert_input") for a in (x_RD, gate_R))
     kernel = resolve_matmul(backend, platform())
     if kernel == "blocked" and not any(adapter.drops for adapter in weights.adapters.values()):
-        y_RD = blocked_swiglu(x_RD, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *_factors(weights.adapters))
-        return checkpoint_name(y_RD, "expert_output")
+        low = _factors(weights.adapters)
+        return blocked_swiglu(x_RD, gate_R, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *low)
     if kernel != "dense" and not weights.adapters:
         h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
-        return checkpoint_name(grouped_down(h_R2F, weights.w2_EFD, group_sizes_E, backend=kernel), "expert_output")
+        return grouped_down(h_R2F, gate_R, weights.w2_EFD, group_sizes_E, backend=kernel)
     inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(group_sizes_E))[:, None]
     return _feed_forward(
         x_RD,
+        gate_R,
         weights,
         lambda x, w: grouped_matmul(x, w, group_sizes_E, backend=backend),
         lambda x, adapter: grouped_low_rank(x, adapter, group_sizes_E, backend),
@@ -63,15 +70,17 @@ def dense_swiglu(x_MD: Float[Array, "M D"], weights: ExpertWeights) -> Float[Arr
     """The one expert of a dense model."""
     return _feed_forward(
         x_MD,
+        None,
         weights,
         lambda x, w: jnp.dot(x, w[0].reshape(w.shape[1], -1)),
-        lambda x, adapter: low_rank(x, adapter._replace(a=adapter.a[0], b=adapter.b[0])),
+        lambda x, adapter: low_rank(x, replace(adapter, a=adapter.a[0], b=adapter.b[0])),
         lambda h: h,
     )
 
 
 def _feed_forward(
     x: jax.Array,
+    gate: jax.Array | None,
     weights: ExpertWeights,
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
     low_rank: Callable[[jax.Array, LowRank], jax.Array],
@@ -88,8 +97,8 @@ def _feed_forward(
     h_R2F = checkpoint_name(h_R2F, "expert_hidden")
 
     @partial(jax.checkpoint, prevent_cse=False)  # of the activation nothing is kept but h
-    def down(h_R2F: jax.Array, w2_EFD: jax.Array) -> jax.Array:
-        a_RF = swiglu(clean(h_R2F))
+    def down(h_R2F: jax.Array, gate: jax.Array | None, w2_EFD: jax.Array) -> jax.Array:
+        a_RF = swiglu(clean(h_R2F), gate)
         return adapted("w2", a_RF, matmul(a_RF, w2_EFD))
 
-    return checkpoint_name(down(h_R2F, weights.w2_EFD), "expert_output")
+    return down(h_R2F, gate, weights.w2_EFD)

@@ -19,12 +19,20 @@ class Routing(NamedTuple):
     logits_ME: Float[Array, "M E"]  # fp32
 
 
-def route(x_MD: Float[Array, "M D"], w_DE: Float[Array, "D E"], top_k: int, dtype: jnp.dtype = jnp.float32) -> Routing:
+def route(
+    x_MD: Float[Array, "M D"],
+    w_DE: Float[Array, "D E"],
+    top_k: int,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    chosen_MC: Int[Array, "M C"] | None = None,
+) -> Routing:
     """softmax(x W) over all experts, the k largest, renormalised (Mixtral 2401.04088, section 2.1).
 
     In exact arithmetic the gates equal the paper's softmax over the top-k logits. With k = 1 the gate is always 1, and
     the router learns from the balance loss alone, as in transformers. The chosen indices carry the name `route`, which
     every rematerialisation policy saves: recomputing a near-tie could route elsewhere and give a wrong gradient.
+    `chosen`: the experts are these, whatever the logits say; the gates are the softmax of the logits all the same.
     """
     logits_ME = jnp.dot(
         x_MD.astype(dtype),
@@ -33,7 +41,8 @@ def route(x_MD: Float[Array, "M D"], w_DE: Float[Array, "D E"], top_k: int, dtyp
         preferred_element_type=jnp.float32,
     )
     probs_ME = jax.nn.softmax(logits_ME, axis=-1)
-    _, expert_MC = jax.lax.top_k(jax.lax.stop_gradient(probs_ME), top_k)
-    expert_MC = checkpoint_name(expert_MC, "route")
+    if chosen_MC is None:
+        _, chosen_MC = jax.lax.top_k(jax.lax.stop_gradient(probs_ME), top_k)
+    expert_MC = checkpoint_name(chosen_MC, "route")
     gate_MC = take_chosen(probs_ME, expert_MC)
     return Routing(expert_MC, gate_MC / jnp.sum(gate_MC, axis=-1, keepdims=True), probs_ME, logits_ME)

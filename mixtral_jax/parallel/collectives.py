@@ -83,23 +83,25 @@ def same_variance(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(varying(a, axes) for a in arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_shards(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """`w` whole along `dim`, from the devices along `axes` (the first varies slowest), inside a shard_map.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_shards(w: jax.Array, dtype: jnp.dtype, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """`w` in `dtype`, whole along `dim`, from the devices along `axes` (the first varies slowest), in a shard_map.
 
-    Its gradient stays a reduce-scatter on every machine.
+    What travels has `dtype`. The gradient travels and is added up in the dtype of `w`: a reduce-scatter on every
+    machine.
     """
+    w = quirks.cast(w, dtype)
     for axis, groups in quirks.gather_steps(jax.sharding.get_abstract_mesh(), axes, w):
         w = jax.lax.all_gather(w, axis, axis=dim, axis_index_groups=groups, tiled=True)
     return w
 
 
-def _gather_forward(w: jax.Array, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
-    return gather_shards(w, axes, dim), None
+def _gather_forward(w: jax.Array, dtype: jnp.dtype, axes: tuple[str, ...], dim: int) -> tuple[jax.Array, jax.Array]:
+    return gather_shards(w, dtype, axes, dim), jnp.zeros((0,), w.dtype)
 
 
-def _gather_backward(axes: tuple[str, ...], dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    mesh = jax.sharding.get_abstract_mesh()
+def _gather_backward(_: jnp.dtype, axes: tuple[str, ...], dim: int, like: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    mesh, g = jax.sharding.get_abstract_mesh(), g.astype(like.dtype)
     g, at, back = quirks.scatter_form(g, dim, g.shape[dim] // math.prod(mesh.shape[axis] for axis in axes))
     for axis, groups in quirks.scatter_steps(mesh, axes):
         g = jax.lax.psum_scatter(g, axis, scatter_dimension=at, axis_index_groups=groups, tiled=True)

@@ -174,8 +174,6 @@ SLOW_ON_TRANSPOSED_LEFT = Habit("jaxlib", "0.10.2")
 REPEATS_COMPARISONS = Habit("jaxlib", "0.10.2")
 # What is read of a buffer that a loop writes over is read again behind the first write, and so from a copy.
 READS_AGAIN = Habit("libtpu", "0.0.42.1")
-# What is computed again for the backward pass comes as late as it can, beside gradients that then exist already.
-RECOMPUTES_LATE = Habit("libtpu", "0.0.42.1")
 # The transpose of a gather is a scatter, for which a TPU sorts.
 SORTS_FOR_SCATTERS = Habit("libtpu", "0.0.50.1")
 

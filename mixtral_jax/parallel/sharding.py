@@ -11,11 +11,13 @@ transpose of that gather is a reduce-scatter, so gradients and optimizer state s
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -49,6 +51,11 @@ GATHERED = ("embed", "expert_embed")
 JOINED = "gate_up"
 # Where its mesh axes do not divide it, it is stored whole on each of their devices and padded where it is used.
 PADDED = "vocab"
+
+
+def is_spec(x: Any) -> bool:
+    """Whether it is a PartitionSpec, which jax takes for a tree."""
+    return isinstance(x, P)
 
 
 # ---- placement, decided once -----------------------------------------------------------------------------------------
@@ -94,19 +101,44 @@ def param_specs(model: nnx.Module, mesh: Any) -> Any:
     graphdef, state = nnx.split(model)
     specs = []
     for path, variable in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        specs.append(param_spec(variable.get_metadata()["axes"], variable.shape, mesh_shape, name))
+        name, axes, shape = ".".join(map(str, path)), variable.get_metadata()["axes"], variable.shape
+        own = ("data",) * (len(shape) - len(axes))  # see `replicas`
+        specs.append(P(*own, *param_spec(axes, shape[len(own) :], mesh_shape, name)))
     return jax.tree.unflatten(jax.tree.structure(state), specs), graphdef
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh | None) -> dict | None:
     """NamedShardings as a nested dict with the keys of `nnx.to_pure_dict(nnx.state(model))`; None without a mesh."""
-    if mesh is None:
-        return None
+    return None if mesh is None else jax.tree.map(partial(NamedSharding, mesh), _pure_specs(model, mesh))
+
+
+def _pure_specs(model: nnx.Module, mesh: Any) -> dict:
+    """With the keys of `nnx.to_pure_dict(nnx.state(model))`."""
     specs, _ = param_specs(model, mesh)
     pure = nnx.to_pure_dict(nnx.state(model))
-    named = [NamedSharding(mesh, s) for s in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))]
-    return jax.tree.unflatten(jax.tree.structure(pure), named)
+    return jax.tree.unflatten(jax.tree.structure(pure), jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def replicas(model: nnx.Module, params: dict) -> dict:
+    """Some parameters of `model` with an axis in front along `data`: each place's own, so that a gradient by them is
+    not summed over `data`. Nothing is copied. `sharded` takes a model of such parameters as any other.
+    """
+    return _over_data(model, params, lambda x: varying(x, ("data",))[None], to_replicas=True)
+
+
+def sum_replicas(model: nnx.Module, grads: dict, dtype: jnp.dtype) -> dict:
+    """Gradients by `replicas`, summed over `data` in `dtype`; in their own dtype, and without that axis, again."""
+    sum_of = lambda g: jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype)  # noqa: E731 - a word for the line below
+    return _over_data(model, grads, sum_of, to_replicas=False)
+
+
+def _over_data(model: nnx.Module, tree: dict, run: Callable[[jax.Array], jax.Array], *, to_replicas: bool) -> dict:
+    mesh = jax.sharding.get_abstract_mesh()
+    by_path = flatten_dict(_pure_specs(model, mesh))
+    whole = unflatten_dict({path: by_path[path] for path in flatten_dict(tree)})
+    own = jax.tree.map(lambda spec: P("data", *spec), whole, is_leaf=is_spec)
+    ins, outs = (whole, own) if to_replicas else (own, whole)
+    return jax.shard_map(partial(jax.tree.map, run), mesh=mesh, in_specs=(ins,), out_specs=outs)(tree)
 
 
 def batch_spec(leading: int = 0) -> P:
@@ -122,14 +154,16 @@ def batch_sharding(mesh: Mesh | None, leading: int = 1) -> NamedSharding | None:
 def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the compute dtype, whole along the axes that only store it (fsdp), still sharded along the others.
 
-    Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated.
+    Gradient: reduce-scatter over the gathered axes, then a sum over the axes on which the parameter is replicated; in
+    the compute dtype, or in that of the parameter where its metadata say `reduce_dtype` float32.
     """
     w = param[...]
     if inside() and platform() == "tpu":
         w = quirks.as_stored(w)
-    w = quirks.cast(w, dtype)
     if not inside():
-        return checkpoint_name(w, "weights")
+        return checkpoint_name(quirks.cast(w, dtype), "weights")
+    if param.get_metadata().get("reduce_dtype") != "float32":  # else cast behind the gathers, whose transposes add up
+        w = quirks.cast(w, dtype)
     w = varying(w, TOKEN_AXES)
     names = param.get_metadata()["axes"][-w.ndim :]  # inside the scan over layers the leading axis is gone
     if JOINED in names:
@@ -139,10 +173,10 @@ def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
         w = _own_rows(w, names.index(PADDED), param.get_metadata()["vocab"])
     for dim, name in enumerate(names):
         if name == "expert_embed" and dim == 2:  # rows of the last dimension are no neighbours: gather columns
-            w = jnp.swapaxes(gather_shards(jnp.swapaxes(w, 1, 2), LOGICAL_AXES[name], 1), 1, 2)
+            w = jnp.swapaxes(gather_shards(jnp.swapaxes(w, 1, 2), dtype, LOGICAL_AXES[name], 1), 1, 2)
         elif name in GATHERED:
-            w = gather_shards(w, LOGICAL_AXES[name], dim)
-    return checkpoint_name(w, "weights")
+            w = gather_shards(w, dtype, LOGICAL_AXES[name], dim)
+    return checkpoint_name(quirks.cast(w, dtype), "weights")
 
 
 def _own_rows(w: jax.Array, dim: int, vocab: int) -> jax.Array:
@@ -182,8 +216,8 @@ def sharded(
 
     def body(state: Any, *args: Any) -> Any:
         args = tuple(_along_context(spread, s, x) for s, x in zip(in_specs, args, strict=True))
+        state = jax.tree.map(lambda s, x: x[0] if s[:1] == ("data",) else x, specs, state, is_leaf=is_spec)
         out = local(nnx.merge(graphdef, state), *args)
-        is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a word for the line below
         return jax.tree.map(lambda s, x: _along_context(unspread, s, x), out_specs, out, is_leaf=is_spec)
 
     run = jax.shard_map(body, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=True)

@@ -232,7 +232,70 @@ def count(jaxpr, name):
     return total
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
+def test_replayed_choices_give_the_same_bits():
+    """Logits and gradients under the routing that the model would choose itself; under another they differ."""
+    params, batch = params_of(CONFIG), draw_batch()
+    graphdef, _ = nnx.split(abstract_model(CONFIG, compute()))
+    model, rows = nnx.merge(graphdef, params), (batch[0], POSITIONS, SEGMENTS)
+    routing = model.routing(*rows)
+    np.testing.assert_array_equal(model(*rows, routing=routing), model(*rows))
+    other = (np.asarray(routing.expert_MC) + 1) % CONFIG.num_local_experts
+    assert not np.allclose(model(*rows, routing=other), model(*rows), atol=1e-3)
+
+    @jax.jit
+    def gradients(params, routing):
+        loss = lambda p: next_token_sums(nnx.merge(graphdef, p), *batch, routing=routing)[0].loss_sum  # noqa: E731 - short
+        return jax.grad(loss)(params)
+
+    for a, b in zip(
+        *map(jax.tree.leaves, (gradients(params, None), gradients(params, routing.expert_MC))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    scored = [target_logps(model, *batch, routing=r)[0] for r in (None, routing)]
+    np.testing.assert_array_equal(*scored)
+
+
+def test_the_gates_of_given_choices_come_of_the_models_own_logits():
+    params, batch = params_of(CONFIG), draw_batch()
+    graphdef, _ = nnx.split(abstract_model(CONFIG, compute()))
+    chosen = np.broadcast_to(np.array([3, 1], np.int32), (B, T, CONFIG.num_hidden_layers, 2))
+    loss = lambda p: next_token_sums(nnx.merge(graphdef, p), *batch, routing=chosen)[0].loss_sum  # noqa: E731 - short
+    grads = jax.jit(jax.grad(loss))(params)
+    assert np.abs(grads["layers"]["moe"]["router"]).max() > 1e-3
+    w2 = np.abs(grads["layers"]["moe"]["w2"]).max(axis=(2, 3))
+    assert (w2[:, [0, 2]] == 0).all() and (w2[:, [1, 3]] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (
+            np.zeros((B, T, 2), np.int32),
+            r"routing: indices of experts \(B, T, L, k\) = \(2, 10, 2, 2\), not int32 \(2, 10, 2\)",
+        ),
+        (np.zeros((B, T, 2, 2)), "not float64"),
+        (np.full((B, T, 2, 2), 4), "routing: experts are from 0 to 3, not 4 to 4"),
+    ],
+)
+def test_a_routing_of_another_shape_is_refused(chosen, message):
+    model = Mixtral(CONFIG, compute(), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        model(draw_batch()[0], routing=chosen)
+
+
+def test_a_capacity_is_for_training_only():
+    """Logits and routing drop nothing, whatever the configuration; the losses of training do."""
+    params, batch = params_of(CONFIG), draw_batch()
+    tight = compute(moe=MoeConfig(matmul="blocked", capacity_factor=0.5))
+    rows = (batch[0], POSITIONS, SEGMENTS)
+    models = [nnx.merge(nnx.graphdef(abstract_model(CONFIG, c)), params) for c in (compute(), tight)]
+    np.testing.assert_array_equal(*(model(*rows) for model in models))
+    np.testing.assert_array_equal(*(model.routing(*rows).logits_ME for model in models))
+    _, stats = next_token_sums(models[1], *batch)
+    assert (stats.dropped_L > 0).all() and (stats.dropped_first_L <= stats.dropped_L).all()
+
+
+@pytest.mark.parametrize("remat", ["none", "minimal", "attention", "experts_input", "offload", "full"])
 def test_rematerialisation_keeps_gradients_and_never_routes_again(remat):
     params, batch = params_of(CONFIG), draw_batch()
     graphdef, _ = nnx.split(abstract_model(CONFIG, compute(remat=remat)))
@@ -248,15 +311,22 @@ def test_rematerialisation_keeps_gradients_and_never_routes_again(remat):
 
 
 def test_what_each_policy_recomputes():
-    """full computes every expert product again in the backward pass, minimal those that it did not save, none none."""
+    """With this back-end a product of the experts is one equation: two forward, and two backward for the rows."""
 
-    def products(remat):
-        graphdef, _ = nnx.split(abstract_model(CONFIG, compute(remat=remat)))
+    def products(remat, name):
+        moe = MoeConfig(matmul="ragged_dot")
+        graphdef, _ = nnx.split(abstract_model(CONFIG, compute(remat=remat, moe=moe, attention="reference")))
         grad = jax.grad(lambda p: objective(nnx.merge(graphdef, p), draw_batch()))
-        return count(jax.make_jaxpr(grad)(params_of(CONFIG)).jaxpr, "dot_general")
+        return count(jax.make_jaxpr(grad)(params_of(CONFIG)).jaxpr, name)
 
-    none, minimal, full = map(products, ("none", "minimal", "full"))
-    assert none < minimal < full
+    remats = ("none", "minimal", "attention", "offload", "experts_input", "full")
+    experts = {remat: products(remat, "ragged_dot_general") for remat in remats}
+    # the product with w1 and w3 is computed again, that with w2 never: the gate stands before it
+    assert experts == dict(zip(remats, (4, 4, 5, 5, 5, 5), strict=True))
+    dots = {remat: products(remat, "dot_general") for remat in remats}
+    # the router is computed again by all; query, key, value, scores, values and output by those that save nothing of it
+    assert dots["minimal"] == dots["attention"] == dots["offload"] == dots["none"] + 1
+    assert dots["full"] == dots["experts_input"] == dots["minimal"] + 6
 
 
 def test_bfloat16_compute_keeps_fp32_parameters_and_gradients():

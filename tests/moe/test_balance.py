@@ -14,7 +14,7 @@ L, M, E = 3, 30, 6
 
 
 def stats_of(logits_LME, valid_M, top_k):
-    layers = [router_stats(route(x, jnp.eye(E), top_k), valid_M, jnp.zeros(())) for x in logits_LME]
+    layers = [router_stats(route(x, jnp.eye(E), top_k), valid_M) for x in logits_LME]
     return jax.tree.map(lambda *a: jnp.stack(a), *layers)
 
 
@@ -87,7 +87,7 @@ def made_of(counts_LE, tokens=80.0, top_k=2):
     """Statistics of a router whose probabilities are exactly its loads."""
     counts = jnp.asarray(counts_LE, jnp.float32)
     zero = jnp.zeros(len(counts_LE))
-    return RouterStats(counts, counts / top_k, zero, zero, zero, jnp.full(len(counts_LE), tokens))
+    return RouterStats(counts, counts / top_k, zero, zero, zero, zero, jnp.full(len(counts_LE), tokens))
 
 
 def test_balanced_values():
@@ -117,12 +117,13 @@ def test_conversion_between_the_two_where_layers_route_alike():
 
 def test_load_metrics():
     counts = np.array([[80.0, 40, 40, 0], [40, 40, 40, 40]])
-    stats = made_of(counts)._replace(dropped_L=jnp.asarray([16.0, 0.0]), entropy_L=jnp.asarray([80.0, 40.0]))
+    drops = dict(dropped_L=jnp.asarray([16.0, 0.0]), dropped_first_L=jnp.asarray([8.0, 0.0]))
+    stats = made_of(counts)._replace(**drops, entropy_L=jnp.asarray([80.0, 40.0]))
     got = {k: float(v) for k, v in load_metrics(stats, 2).items()}
     assert got["moe/load_max"] == pytest.approx(2.0) and got["moe/load_min"] == 0
     assert got["moe/dead_fraction"] == pytest.approx(1 / 8)
     assert got["moe/entropy"] == pytest.approx(0.75)
-    assert got["moe/dropped_fraction"] == pytest.approx(0.05)
+    assert got["moe/dropped_fraction"] == pytest.approx(0.05) == got["moe/dropped_first"]  # of 160 and of 80
 
 
 def test_no_token_at_all_gives_zero_not_nan():

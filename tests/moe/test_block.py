@@ -10,6 +10,7 @@ from flax import nnx
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.kernels import grouped as kernel
+from mixtral_jax.lora import LoraConfig
 from mixtral_jax.moe.block import SparseMoe
 from tests.optional import torch
 from tests.oracles import mixtral as oracle
@@ -56,9 +57,9 @@ def compiled(options):
     return jax.jit(run)
 
 
-def expected(weights, x, valid, g, capacity=None):
+def expected(weights, x, valid, g, capacity=None, order="probability"):
     weights, x = oracle.tensors(weights), oracle.tensors(x)
-    y, stats = oracle.moe(x.reshape(-1, D), weights, K, valid.reshape(-1), capacity)
+    y, stats = oracle.moe(x.reshape(-1, D), weights, K, valid.reshape(-1), capacity, order)
     y = y.reshape(x.shape)
     loss = (y * torch.tensor(g)).sum() + 0.3 * torch.sin(stats["probs"]).sum() + 0.1 * stats["z"]
     if valid.any():
@@ -73,6 +74,7 @@ def check(got, want):
     np.testing.assert_array_equal(stats.counts_LE, want_stats["counts"])
     np.testing.assert_allclose(stats.probs_LE, want_stats["probs"].detach(), atol=1e-5)
     assert float(stats.dropped_L) == want_stats["dropped"]
+    assert float(stats.dropped_first_L) == want_stats["dropped_first"]
     np.testing.assert_allclose(dx, want_dx, atol=3e-5)
     for name, grad in want_grads.items():
         np.testing.assert_allclose(grads[name], grad, atol=1e-4, err_msg=name)
@@ -90,16 +92,19 @@ def test_dropless(backend, load):
         np.testing.assert_array_equal(stats.counts_LE, [0, 0, B * T, B * T, 0])
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+@pytest.mark.parametrize(
+    ("factor", "order"),
+    [(0.5, "probability"), (0.5, "choice"), (0.5, "token"), (1.0, "probability"), (1.25, "choice"), (4.0, "token")],
+)
 @pytest.mark.parametrize("load", LOADS)
-def test_capacity_drops_what_the_definition_drops(factor, load):
-    """At most ceil(factor * tokens * k / E) choices an expert, the first in token order; every drop is counted."""
+def test_capacity_drops_what_the_definition_drops(factor, order, load):
+    """At most ceil(factor * tokens * k / E) choices an expert, in the order asked for; every drop is counted."""
     given = numbers(load)
     capacity = int(np.ceil(factor * B * T * K / E))
-    want = expected(*given, capacity)
-    check(compiled(MoeConfig(matmul="blocked", capacity_factor=factor))(*given), want)
+    want = expected(*given, capacity, order)
+    check(compiled(MoeConfig(matmul="blocked", capacity_factor=factor, capacity_order=order))(*given), want)
     if load == "two_experts_take_all":
-        assert want[1]["dropped"] == 2 * (B * T - capacity)
+        assert want[1]["dropped"] == max(0, 2 * (B * T - capacity))
     if load == "all_padding":
         assert want[1]["dropped"] == 0
 
@@ -120,6 +125,25 @@ def test_chunks_of_tokens_change_nothing(options, load):
     parts = compiled(MoeConfig(matmul="blocked", chunk_tokens=8, **options))(*given)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_each_chunk_drops_otherwise():
+    """Adapter dropout on the same 8 tokens three times, a chunk each."""
+    lora = LoraConfig(rank=4, dropout=0.5, targets=("moe.w*",))
+    make = lambda chunk: SparseMoe(  # noqa: E731 - short
+        CONFIG, MoeConfig(chunk_tokens=chunk), key=jax.random.key(0), dtype=jnp.float32, lora=lora
+    )
+    x = jnp.tile(jax.random.normal(jax.random.key(2), (1, 8, D)), (1, 3, 1))
+    outs = {}
+    for chunk in (8, 12, None):
+        moe = make(chunk)
+        for name in ("w1", "w3", "w2"):
+            b = getattr(moe, f"{name}_lora").b
+            b[...] = jax.random.normal(jax.random.key(1), b.shape)
+        y = moe(x, jnp.ones((1, 24), bool), jax.random.key(3)).y_BTD.reshape(3, 8, D)
+        assert all(np.abs(y[0] - y[i]).max() > 0.01 for i in (1, 2))
+        outs[chunk] = moe(x, jnp.ones((1, 24), bool), None).y_BTD
+    np.testing.assert_allclose(outs[8], outs[None], atol=1e-5)
 
 
 def test_a_chunk_that_does_not_divide_the_tokens_is_refused():

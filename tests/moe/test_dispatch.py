@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.moe.dispatch import combine, dispatch, limit_capacity, plan_rows
+from mixtral_jax.moe.dispatch import combine, dispatch, dispatch_gates, limit_capacity, plan_rows
 from tests.oracles import moe as oracle
 
 M, C, D, E = 9, 2, 4, 5
@@ -59,8 +59,8 @@ def test_dispatch_and_combine_with_gradients(kind, rows):
         plan = plan_rows(expert, E, rows)
 
         def block(x, gate):
-            x_RD = jnp.where(inside, dispatch(x, plan), 0) * scale
-            return combine(jnp.where(inside, x_RD, jnp.nan), gate, plan)
+            x_RD = jnp.where(inside, dispatch(x, plan), 0) * scale * dispatch_gates(gate, plan)[:rows, None]
+            return combine(jnp.where(inside, x_RD, jnp.nan), plan)
 
         out, pull = jax.vjp(block, x, gate)
         return out, *pull(g)
@@ -80,15 +80,18 @@ def test_dispatch_and_combine_with_gradients(kind, rows):
 def test_combine_adds_in_fp32_for_bf16_rows():
     plan = plan_rows(jnp.asarray([[0, 1, 2, 3]]), 4, 4)
     y = jnp.asarray([[256.0], [1.0], [1.0], [1.0]], jnp.bfloat16)  # 256 + 1 is 256 in bf16
-    out = combine(y, jnp.ones((1, 4)), plan)
+    out = combine(y, plan)
     assert out.dtype == jnp.float32 and float(out[0, 0]) == 259
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["probability", "choice", "token"])
 @pytest.mark.parametrize("capacity", [1, 2, 4, 100])
-def test_capacity_keeps_the_first_in_token_order(kind, capacity):
+def test_capacity_keeps_those_of_the_highest_standing(kind, order, capacity):
+    """Of equals, and many gates are equal here, the first in token order."""
     expert = draw_experts(kind)
-    got = np.asarray(limit_capacity(jnp.asarray(expert), E, capacity))
-    np.testing.assert_array_equal(got, oracle.limit(expert, E, capacity))
+    gate = np.random.default_rng(4).integers(1, 4, expert.shape).astype(np.float32) / 4
+    got = np.asarray(limit_capacity(jnp.asarray(expert), jnp.asarray(gate), E, capacity, order))
+    np.testing.assert_array_equal(got, oracle.limit(expert, gate, E, capacity, order))
     if capacity == 100:
         np.testing.assert_array_equal(got, expert)

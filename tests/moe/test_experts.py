@@ -18,28 +18,30 @@ SIZES = np.array([5, 0, 9, 3], np.int32)  # 4 rows are nobody's
 
 def draw():
     rng = np.random.default_rng(0)
-    shapes = (R, D), (E, D, 2, F), (E, F, D), (R, D)
+    shapes = (R, D), R, (E, D, 2, F), (E, F, D), (R, D)
     return [rng.normal(0, 0.7, s).astype(np.float32) for s in shapes]
 
 
-def value_and_gradients(x, w13, w2, g, backend="blocked"):
+def value_and_gradients(x, gate, w13, w2, g, backend="blocked"):
     inside = (np.arange(R) < SIZES.sum())[:, None]
 
-    def run(x, w13, w2):
-        return jnp.where(inside, grouped_swiglu(x, ExpertWeights(w13, w2), jnp.asarray(SIZES), backend), 0)
+    def run(x, gate, w13, w2):
+        return jnp.where(inside, grouped_swiglu(x, gate, ExpertWeights(w13, w2), jnp.asarray(SIZES), backend), 0)
 
-    y, pull = jax.vjp(run, x, w13, w2)
+    y, pull = jax.vjp(run, x, gate, w13, w2)
     return y, *pull(g)
 
 
 def check(got, numbers):
-    x, w13, w2 = map(oracle.tensors, numbers[:3])
+    x, gate, w13, w2 = map(oracle.tensors, numbers[:4])
     group = np.repeat(np.arange(E), SIZES)
-    rows = [oracle.expert(x[r], w13[e], w2[e]) for r, e in enumerate(group)]
+    rows = [gate[r] * oracle.expert(x[r], w13[e], w2[e]) for r, e in enumerate(group)]
     want = torch.stack([*rows, *[torch.zeros(D, dtype=torch.float64)] * (R - len(rows))])
-    want.backward(torch.tensor(numbers[3], dtype=torch.float64))
+    want.backward(torch.tensor(numbers[4], dtype=torch.float64))
     np.testing.assert_allclose(got[0], want.detach(), atol=2e-6)
-    for grad, t in zip(got[1:], (x, w13, w2), strict=True):
+    inside = np.arange(R) < SIZES.sum()
+    got = [*got[:2], np.where(inside, got[2], 0), *got[3:]]  # a gate of nobody has no gradient that means anything
+    for grad, t in zip(got[1:], (x, gate, w13, w2), strict=True):
         np.testing.assert_allclose(grad, t.grad, atol=1e-5)
 
 
@@ -53,18 +55,19 @@ def test_value_and_gradients(backend):
 def test_blocks_of_both_sizes_and_rows_of_nobody(sizes):
     """Groups above, at and below the sizes of the blocks; what lies behind them is NaN and reaches nothing."""
     rows, rng = 500, np.random.default_rng(1)
-    x, w13, w2, g = (rng.normal(0, 0.5, s).astype(np.float32) for s in ((rows, D), (E, D, 2, F), (E, F, D), (rows, D)))
+    shapes = (rows, D), (rows, 1), (E, D, 2, F), (E, F, D), (rows, D)
+    x, gate, w13, w2, g = (rng.normal(0, 0.5, s).astype(np.float32) for s in shapes)
     inside = (np.arange(rows) < sum(sizes))[:, None]
-    x, g = np.where(inside, x, np.nan), np.where(inside, g, np.nan)
-    y, pull = jax.vjp(lambda *a: blocked_swiglu(*a, jnp.asarray(sizes, jnp.int32)), x, w13, w2)
-    dx, dw13, dw2 = pull(jnp.asarray(g))
+    x, gate, g = (np.where(inside, a, np.nan) for a in (x, gate, g))
+    y, pull = jax.vjp(lambda *a: blocked_swiglu(*a, jnp.asarray(sizes, jnp.int32)), x, gate[:, 0], w13, w2)
+    dx, dgate, dw13, dw2 = pull(jnp.asarray(g))
     group = np.repeat(np.arange(E), sizes)
-    tx, t13, t2 = map(oracle.tensors, (np.nan_to_num(x), w13, w2))
-    want = [oracle.expert(tx[r], t13[e], t2[e]) for r, e in enumerate(group)]
+    tx, tgate, t13, t2 = map(oracle.tensors, (np.nan_to_num(x), np.nan_to_num(gate[:, 0]), w13, w2))
+    want = [tgate[r] * oracle.expert(tx[r], t13[e], t2[e]) for r, e in enumerate(group)]
     if want:
         torch.stack(want).backward(torch.tensor(g[: len(want)], dtype=torch.float64))
         np.testing.assert_allclose(y[: len(want)], torch.stack(want).detach(), atol=2e-6)
-    for grad, t in ((dx, tx), (dw13, t13), (dw2, t2)):
+    for grad, t in ((dx, tx), (np.where(inside[:, 0], dgate, 0), tgate), (dw13, t13), (dw2, t2)):
         np.testing.assert_allclose(grad, np.zeros(t.shape) if t.grad is None else t.grad, atol=2e-5)
 
 
@@ -80,16 +83,16 @@ def test_low_rank_factors_equal_their_merged_matrices(sizes, which):
     """Value, and the gradients of x, of the factors (by the chain rule through W + A B) and of the matrices."""
     rows, rng = 750, np.random.default_rng(2)
     x, w13, w2, g = (rng.normal(0, 0.5, s).astype(np.float32) for s in ((rows, D), (E, D, 2, F), (E, F, D), (rows, D)))
-    inside = (np.arange(rows) < sum(sizes))[:, None]
+    inside, gate = (np.arange(rows) < sum(sizes))[:, None], rng.random(rows).astype(np.float32)
     x, g = np.where(inside, x, np.nan), jnp.where(inside, g, np.nan)
     lows = [low if given else None for low, given in zip(low_rank_numbers(rng), which, strict=True)]
     count = jnp.asarray(sizes, jnp.int32)
 
     def merged(x, w13, w2, low13, low2):
         w13 = w13 if low13 is None else w13 + jnp.matmul(*low13).reshape(w13.shape)
-        return blocked_swiglu(x, w13, w2 if low2 is None else w2 + jnp.matmul(*low2), count)
+        return blocked_swiglu(x, gate, w13, w2 if low2 is None else w2 + jnp.matmul(*low2), count)
 
-    y, pull = jax.vjp(lambda x, w13, w2, *low: blocked_swiglu(x, w13, w2, count, *low), x, w13, w2, *lows)
+    y, pull = jax.vjp(lambda x, w13, w2, *low: blocked_swiglu(x, gate, w13, w2, count, *low), x, w13, w2, *lows)
     want, want_pull = jax.vjp(merged, x, w13, w2, *lows)
     np.testing.assert_allclose(y[: sum(sizes)], want[: sum(sizes)], atol=5e-6)
     got, wanted = jax.tree.leaves(pull(g)), jax.tree.leaves(want_pull(g))
@@ -101,13 +104,13 @@ def test_low_rank_factors_equal_their_merged_matrices(sizes, which):
 @pytest.mark.parametrize("trained", ["w13", "w2", "low13", "low2", "x"])
 def test_no_product_is_computed_for_what_is_frozen(trained):
     """Also where the matrices are slices of a stack of layers, rematerialised, as in the model."""
-    x, w13, w2, _ = draw()
+    x, gate, w13, w2, _ = draw()
     low13, low2 = low_rank_numbers(np.random.default_rng(3))
     layers = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), dict(w13=w13, w2=w2, low13=low13, low2=low2))
 
     @jax.checkpoint
     def layer(x, w):
-        return blocked_swiglu(x, w["w13"], w["w2"], jnp.asarray(SIZES), w["low13"], w["low2"]), None
+        return blocked_swiglu(x, gate, w["w13"], w["w2"], jnp.asarray(SIZES), w["low13"], w["low2"]), None
 
     def loss(part):
         own = {"x": x, **layers, trained: part}
@@ -135,7 +138,7 @@ def test_a_backend_that_leaves_nan_behind_the_groups(monkeypatch):
 
 
 def test_dense_is_one_expert():
-    x, w13, w2, g = draw()
+    x, _, w13, w2, g = draw()
     y, pull = jax.vjp(lambda x, w13, w2: dense_swiglu(x, ExpertWeights(w13[None], w2[None])), x, w13[0], w2[0])
     tensors = [oracle.tensors(a) for a in (x, w13[0], w2[0])]
     want = oracle.expert(*tensors)

@@ -4,7 +4,10 @@ Written from the papers' formulas, not from the code under test; torch's autogra
 the native parameter tree.
 """
 
+import numpy as np
+
 from tests.optional import torch
+from tests.oracles.moe import limit
 
 
 def tensors(tree, grad=True):
@@ -73,31 +76,44 @@ def choose(probs_E, k):
     return sorted(range(len(probs_E)), key=lambda e: (-float(probs_E[e].detach()), e))[:k]
 
 
-def moe(x_MD, weights, k, valid, capacity=None):
-    """(output, statistics of the layer); an expert takes at most `capacity` choices, the first in token order."""
+def moe(x_MD, weights, k, valid, capacity=None, order="probability"):
+    """(output, statistics of the layer); an expert takes at most `capacity` choices, in `order`."""
     E = weights["router"].shape[1]
-    counts, taken = torch.zeros(E, dtype=torch.float64), [0] * E
-    probs_sum, z, entropy, dropped = torch.zeros(E, dtype=torch.float64), 0.0, 0.0, 0
-    rows = []
-    for x_D, is_token in zip(x_MD, valid, strict=True):
+    counts = torch.zeros(E, dtype=torch.float64)
+    probs_sum, z, entropy, dropped = torch.zeros(E, dtype=torch.float64), 0.0, 0.0, [0] * k
+    rows, kept = [], _kept(x_MD, weights, k, valid, capacity, order)
+    for m, (x_D, is_token) in enumerate(zip(x_MD, valid, strict=True)):
         row = torch.zeros_like(x_D)
         if is_token:
             logits = x_D @ weights["router"]
             probs = torch.softmax(logits, 0)
             chosen = choose(probs, k)
             total = sum(probs[e] for e in chosen)
-            for e in chosen:
+            for c, e in enumerate(chosen):
                 counts[e] += 1
-                if capacity is not None and taken[e] == capacity:
-                    dropped += 1
+                if kept is not None and kept[m, c] != e:
+                    dropped[c] += 1
                     continue
-                taken[e] += 1
                 row = row + probs[e] / total * expert(x_D, weights["w13"][e], weights["w2"][e])
             probs_sum = probs_sum + probs
             z = z + torch.logsumexp(logits, 0) ** 2
             entropy = entropy - (probs * torch.log(probs)).sum()
         rows.append(row)
-    return torch.stack(rows), dict(counts=counts, probs=probs_sum, z=z, entropy=entropy, dropped=dropped)
+    drops = dict(dropped=sum(dropped), dropped_first=dropped[0])
+    return torch.stack(rows), dict(counts=counts, probs=probs_sum, z=z, entropy=entropy, **drops)
+
+
+def _kept(x_MD, weights, k, valid, capacity, order):
+    """Experts (M, k), or their number where the choice is dropped or the token is padding."""
+    if capacity is None:
+        return None
+    E = weights["router"].shape[1]
+    expert, gate = np.full((len(x_MD), k), E), np.zeros((len(x_MD), k))
+    for m in np.flatnonzero(valid):
+        probs = torch.softmax(x_MD[m] @ weights["router"], 0).detach()
+        expert[m] = choose(probs, k)
+        gate[m] = [float(probs[e] / sum(probs[i] for i in expert[m])) for e in expert[m]]
+    return limit(expert, gate, E, capacity, order)
 
 
 def switch_balance(counts_E, probs_E, tokens, k):

@@ -15,10 +15,15 @@ def sorted_rows(expert_MC, experts):
     return order, [int((expert_MC == e).sum()) for e in range(experts)]
 
 
-def limit(expert_MC, experts, capacity):
-    """Each expert keeps its first `capacity` choices in token order; the others become `experts`."""
+def limit(expert_MC, gate_MC, experts, capacity, order):
+    """Each expert takes `capacity` choices in the order of their standing; the others become `experts`."""
+    standing = {
+        "probability": lambda m, c: (-gate_MC[m, c], m, c),  # the largest gates
+        "choice": lambda m, c: (c, m),  # first choices of all tokens, then second ones
+        "token": lambda m, c: (m, c),
+    }[order]
     out, taken = np.array(expert_MC), [0] * experts
-    for m, c in np.ndindex(*expert_MC.shape):
+    for m, c in sorted(np.ndindex(*expert_MC.shape), key=lambda place: standing(*place)):
         e = expert_MC[m, c]
         if e < experts:
             out[m, c] = e if taken[e] < capacity else experts

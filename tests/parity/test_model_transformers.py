@@ -99,8 +99,8 @@ def run_ours(pair: Pair, rows: Rows, monkeypatch) -> tuple:
     chosen: list[np.ndarray] = []
     route = moe_block.route
 
-    def watched(*args):
-        routing = route(*args)
+    def watched(*args, **options):
+        routing = route(*args, **options)
         jax.debug.callback(lambda e: chosen.append(np.asarray(e)), routing.expert_MC, ordered=True)
         return routing
 
@@ -202,7 +202,7 @@ def test_balance_loss_is_that_of_transformers(experts, top_k):
     @jax.jit
     def value_and_grad(x_LME, valid):
         def loss(x_LME):
-            layers = [router_stats(route(x, jnp.eye(experts), top_k), valid, jnp.zeros(())) for x in x_LME]
+            layers = [router_stats(route(x, jnp.eye(experts), top_k), valid) for x in x_LME]
             return balance_loss(jax.tree.map(lambda *a: jnp.stack(a), *layers), "hf_pooled", top_k)
 
         return jax.value_and_grad(loss)(x_LME)
@@ -249,8 +249,8 @@ def test_bfloat16(tmp_path, monkeypatch):
     chosen: list[np.ndarray] = []
     route = moe_block.route
 
-    def watched(*args):
-        routing = route(*args)
+    def watched(*args, **options):
+        routing = route(*args, **options)
         jax.debug.callback(lambda e: chosen.append(np.asarray(e)), routing.expert_MC, ordered=True)
         return routing
 

@@ -50,7 +50,8 @@ def test_one_step_updates_once_and_reports():
         for n in ("loss", "ce_loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "accuracy")
     }
     assert set(report.scalars) >= {
-        f"moe/{n}" for n in ("balance", "load_max", "load_min", "dead_fraction", "entropy", "dropped_fraction")
+        f"moe/{n}"
+        for n in ("balance", "load_max", "load_min", "dead_fraction", "entropy", "dropped_fraction", "dropped_first")
     }
     assert float(report.counts_LE.sum()) == 2 * 2 * np.sum(batch.segment_ids > 0)
 

@@ -73,24 +73,46 @@ def useful(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
 
 
 def flops(config: RunConfig, sizes: Mapping[str, int]) -> Flops:
-    """Of matrices forward 1 and backward 2; `full` recomputes a layer's forward, `minimal` no matrix product.
+    """Of matrices forward 1 and backward 2; what is computed again for the backward pass is as `recomputes` says.
 
-    Attention's backward kernels compute the scores and their gradients twice: 7 products where 4 are needed. LoRA and
+    Of the experts that is the product with w1 and w3 alone: with the gate before w2 nothing needs w2's. Attention's
+    backward kernels compute the scores and their gradients twice: 7 products where 4 are needed. LoRA and
     a reference count as in useful_per_token; DPO computes the logits once more in its backward pass.
     """
     model, own, layers = config.model, config.model.matmul_params, config.model.num_hidden_layers
     tokens = _tokens(config, sizes)
-    again, reference = config.compute.remat == "full", asks_reference(config)
+    again, reference = recomputes(config, sizes), asks_reference(config)
     once = (3 if config.adapters is None else 2) + reference
     dense_adapters, expert_adapters = placement.adapter_params(config)
     dense = layers * (own.attention + own.router * sizes["tensor"])
-    dots = dense * (once + again) + dense_adapters * (3 + again) + own.head * (once + (config.stage == "dpo"))
-    experts = layers * model.num_local_experts * own.expert * (once + again) + expert_adapters * (3 + again)
+    dots = dense * (once + again.dense) + dense_adapters * (3 + again.dense)
+    dots += own.head * (once + (config.stage == "dpo"))
+    up = 2 / 3 * again.experts
+    experts = layers * model.num_local_experts * own.expert * (once + up) + expert_adapters * (3 + up)
     pairs = attention_pairs(config.seq_len, model.sliding_window)
     return Flops(
         dots=2 * tokens * dots,
         experts=2 * tokens * experts * model.num_experts_per_tok / model.num_local_experts,
-        attention=tokens * model.attention_flops(pairs) * (1 + 3.5 + again + reference),
+        attention=tokens * model.attention_flops(pairs) * (1 + 3.5 + again.dense + reference),
+    )
+
+
+class Recomputes(NamedTuple):
+    """Which parts of a layer's forward pass its backward pass computes again (ComputeConfig.remat)."""
+
+    dense: bool  # attention, its projections, the router
+    experts: bool  # the product with w1 and w3
+    rows: bool  # the way of the rows to the experts
+
+
+def recomputes(config: RunConfig, sizes: Mapping[str, int]) -> Recomputes:
+    """As config.compute.remat says; of chunks of tokens only the inputs are kept, whatever it says."""
+    remat, chunk = config.compute.remat, config.compute.moe.chunk_tokens
+    chunked = chunk is not None and chunk < local_tokens(config, sizes)
+    return Recomputes(
+        dense=remat in ("full", "experts_input"),
+        experts=chunked or remat not in ("none", "minimal"),
+        rows=chunked or remat not in ("none", "experts_input"),
     )
 
 
@@ -115,7 +137,7 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     dense = layers * (own.attention + own.router) / tensor + 2 * own.head
     # gathered for the forward, again for the backward, the gradient's way back, and once for a reference
     passes = (3 if config.adapters is None else 2) + asks_reference(config)
-    trips = 6 if config.compute.remat == "full" else 4
+    trips = 4 + recomputes(config, sizes).rows  # there and back, forward and backward
     shards = "+".join(axis for axis in ("fsdp", "expert") if sizes[axis] > 1)
     compute_bytes = placement.compute_bytes(config)
     sent = defaultdict[str, float](float)
@@ -145,7 +167,7 @@ def memory_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
     between the products of a layer.
     """
     model, rows = config.model, config.model.num_experts_per_tok
-    again, reference = config.compute.remat == "full", asks_reference(config)
+    again, reference = recomputes(config, sizes).dense, asks_reference(config)
     # written and read: no gradient of a frozen matrix
     uses = 2 * (3 + again + reference - (config.adapters is not None))
     each = model.hidden_size * (14 + 4 * rows) + rows * 6 * model.intermediate_size / sizes["tensor"]

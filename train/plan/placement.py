@@ -125,19 +125,42 @@ def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     width, ffn = model.hidden_size, model.intermediate_size / tensor
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
     rows = tokens * model.num_experts_per_tok
+    saved = saved_bytes(config, sizes)[config.compute.remat]
     if expert_axis > 1:
         chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
         rows = chunk * expert_axis * min(model.num_experts_per_tok, model.num_local_experts // expert_axis)
-    saved: float = width
-    if config.compute.remat != "full":
-        saved += 2 * heads + width + rows / tokens * (2 * ffn + width)
     return {
         **state,
         "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
-        "saved": model.num_hidden_layers * tokens * saved * itemsize,
+        "saved": model.num_hidden_layers * tokens * saved,
         "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * (2 * width + 3.5 * ffn),
         "weights": layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
+
+
+def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """ComputeConfig.remat -> bytes that one token leaves on the device in each layer for the backward pass.
+
+    In all of them a layer's input. `none` keeps the steps of norms, rotation and activation too, about as often as
+    counted here.
+    """
+    model, itemsize, tensor = config.model, compute_bytes(config), sizes["tensor"]
+    width, ffn = model.hidden_size, model.intermediate_size / tensor
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
+    chunk = config.compute.moe.chunk_tokens
+    rows = 0 if chunk is not None and chunk < local_tokens(config, sizes) else model.num_experts_per_tok
+    if rows and sizes["expert"] > 1:  # the buffer for the worst case
+        rows = sizes["expert"] * min(rows, model.num_local_experts // sizes["expert"])
+    attention = heads + width
+    numbers = {
+        "none": 6 * width + 3 * heads + rows * (2 * width + 5 * ffn),
+        "minimal": width + attention + rows * 2 * ffn,
+        "attention": width + attention,
+        "experts_input": width + rows * width,
+        "offload": width,
+        "full": width,
+    }
+    return {remat: itemsize * count for remat, count in numbers.items()}
 
 
 def axis_lines(sizes: Mapping[str, int]) -> list[str]:

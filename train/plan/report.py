@@ -7,7 +7,7 @@ from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import Topology
 from mixtral_jax.train.plan.closed_form import Flops, Roofline
-from mixtral_jax.train.plan.placement import Memory, local_tokens, memory, resident
+from mixtral_jax.train.plan.placement import Memory, local_tokens, memory, resident, saved_bytes
 
 
 class PlanReport(NamedTuple):
@@ -60,6 +60,8 @@ class PlanReport(NamedTuple):
             f"  parameters {gb(m.parameters)}, {kept}optimizer {gb(m.optimizer)}, gradients and temporaries "
             f"{gb(m.temporaries)}, code {gb(m.code)}"
         )
+        saved = saved_bytes(c, self.sizes).items()
+        yield f"  a token saves, in each layer, by remat: {', '.join(f'{remat} {kilo(size)}' for remat, size in saved)}"
         yield from self._flops_lines()
         yield f"traffic per chip  {gb(sum(self.traffic.values()))} sent a step; {self.asynchronous:.0%} asynchronous"
         for (kind, axes), amount in sorted(self.traffic.items(), key=lambda item: -item[1]):
@@ -125,6 +127,7 @@ class PlanReport(NamedTuple):
             "source": self.source,
             "fits": self.fits,
             "memory": _numbers(self.memory, "temporaries", "too_much"),
+            "saved_bytes_per_token_and_layer": saved_bytes(c, self.sizes),
             "flops": {
                 "expected": {"useful": causal, "useful_full": full} | _numbers(self.expected, "total"),
                 "counted": counted and _numbers(counted, "total") | {"unknown_loops": self.unknown_loops},
@@ -171,6 +174,11 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 def gb(size: float) -> str:
     """Decimal gigabytes, as chips are sold."""
     return f"{size / 1e9:.2f} GB"
+
+
+def kilo(size: float) -> str:
+    """Decimal kilobytes."""
+    return f"{size / 1e3:.1f} kB"
 
 
 def tera(flops: float) -> str:

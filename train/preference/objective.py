@@ -106,7 +106,7 @@ def preference(config: DpoConfig, router: RouterConfig, model: MixtralConfig, ne
         return pair_loss + aux + z, jax.lax.stop_gradient(parts)
 
     def evaluate(model_: Mixtral, rows: Any) -> PairSums:
-        pairs = pairs_of(rows, pair_logps(model_, rows, config.ld_alpha)[0])
+        pairs = pairs_of(rows, pair_logps(model_.dropless(), rows, config.ld_alpha)[0])
         count = jnp.sum(rows.mask)
         metrics = dpo_metrics(config, pairs, num_pairs=1.0)
         # The losses of chosen tokens have a divisor of their own: their mean over this batch stands for each pair.
