@@ -1,9 +1,11 @@
 """Text generation: prompts of different lengths in one batch, one jitted loop until every row has ended.
 
 Lengths are rounded up before anything is compiled, so that few programs serve all prompts. Under `jax.set_mesh(mesh)`
-the same calls run on the whole mesh.
+the same calls run on the whole mesh: weights that fsdp (or, of dense ones, expert) stores are gathered once per call, not
+once per token, where they fit the devices' memory.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -16,8 +18,18 @@ from jaxtyping import Array, Bool, Int
 
 from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
 from mixtral_jax.generation.sampling import Drawing, Sampler, is_whole, make_sampler, sample
-from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, psum, shard_index, sharded, varying
+from mixtral_jax.model import Mixtral, compute_dtype
+from mixtral_jax.parallel import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    assemble,
+    axis_max,
+    gathered,
+    psum,
+    shard_index,
+    sharded,
+    varying,
+)
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
@@ -82,7 +94,9 @@ def generate(
         return np.zeros((0, most), np.int32) if rows.is_array else []
     columns = _round_up(most)
     batch, slots = _right_align(rows, columns)
-    out_BN = _run(model, batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns)
+    out_BN = _run(
+        _gathered(model, batch, slots), batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns
+    )
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
     _refuse_nan(model, out_BN, first=1)
     if rows.is_array:
@@ -103,10 +117,9 @@ def stream(
     rows = _read_prompts(model, list(tokens), None, eos_id)
     sampler = make_sampler(**drawing)
     batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
-    ended = np.zeros(len(rows.prompts), bool)
-    state = None
+    ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
     for number in range(1, max_new_tokens + 1):
-        state = _start(model, batch, sampler, slots=slots) if state is None else _step(model, state, batch, sampler)
+        state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
         new = np.asarray(state.token_B)[: len(ended)]
         _refuse_nan(model, np.where(ended, 0, new)[:, None], first=number)
         yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
@@ -270,6 +283,15 @@ def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
         tokens_BT[b, pad_B[b] :] = prompt
     slots = cache_slots(request.window, width + new_columns)
     return Aligned(tokens_BT, pad_B, eos_N), slots
+
+
+def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
+    """Its matrices gathered for the whole call where they fit beside the cache."""
+    config, mesh = model.config, dict(jax.sharding.get_abstract_mesh().shape)
+    shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
+    columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
+    each = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return gathered(model, dtype, beside=columns * each // shards)
 
 
 def _round_up(size: int) -> int:
