@@ -5,7 +5,7 @@ cache has S slots; column c lives in slot c mod S. With a sliding window S is at
 takes the slot of the one that has just left the window. Nothing is dropped: `capacity_factor` is for training.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def decode(
         return out.y_BTD, kept, None
 
     layers = jnp.arange(model.config.num_hidden_layers)
-    x_B1D, cache, _ = _dropless(model).run(model.embedded(token_B[:, None]), layer, cache, layers)
+    x_B1D, cache, _ = _dropless(model, chunk_tokens=None).run(model.embedded(token_B[:, None]), layer, cache, layers)
     return _logits(model, x_B1D[:, 0]), cache
 
 
@@ -106,11 +106,11 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
     return jnp.roll(k_BTKH[:, columns - slots :], columns % slots, axis=1)
 
 
-def _dropless(model: Mixtral) -> Mixtral:
-    """The same model, its expert blocks without capacity and chunks."""
+def _dropless(model: Mixtral, **changes: Any) -> Mixtral:
+    """The same model, its expert blocks without capacity and with other changes of their options."""
     model = nnx.merge(*nnx.split(model))
     options = model.layers.moe.options
-    model.layers.moe.options = options.model_copy(update={"capacity_factor": None, "chunk_tokens": None})
+    model.layers.moe.options = options.model_copy(update={"capacity_factor": None, **changes})
     return model
 
 

@@ -1,8 +1,8 @@
 """Text generation: prompts of different lengths in one batch, one jitted loop until every row has ended.
 
 Lengths are rounded up before anything is compiled, so that few programs serve all prompts. Under `jax.set_mesh(mesh)`
-the same calls run on the whole mesh: weights that fsdp (or, of dense ones, expert) stores are gathered once per call, not
-once per token, where they fit the devices' memory.
+the same calls run on the whole mesh; weights that it only stores in parts are gathered once per call, not once per
+token, where they fit the devices' memory.
 """
 
 import math

@@ -142,23 +142,24 @@ class SparseMoe(nnx.Module):
         """All of a device's tokens at once, or `chunk_tokens` at a time; of a chunk only its inputs are kept."""
         if self.config.is_dense:
             return lambda x_MD, *_: dense_swiglu(x_MD, weights)
-        options = self.options
+        options, experts = self.options, self.config.num_local_experts
 
         def apply(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
             return exchange_experts(
                 x_MD, expert_MC, gate_MC, lambda x, sizes: grouped_swiglu(x, weights, sizes, options.matmul),
-                experts=self.config.num_local_experts, transport=options.transport, capacity=self._capacity(tokens),
+                experts=experts, transport=options.transport, capacity=self._capacity(tokens),
             )  # fmt: skip
 
         chunk = options.chunk_tokens
         if chunk is None or chunk >= tokens:
             return apply
-        if tokens % chunk:
-            raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {tokens} tokens of one device")
 
         def apply_chunks(*inputs: jax.Array) -> jax.Array:
-            parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in inputs)
-            return jax.lax.map(jax.checkpoint(lambda part: apply(*part)), parts).reshape(inputs[0].shape)
+            behind = ((0, -tokens % chunk), (0, 0))  # the last chunk is filled up with what is no expert's
+            filled = (jnp.pad(a, behind, constant_values=v) for a, v in zip(inputs, (0, experts, 0), strict=True))
+            parts = tuple(a.reshape(-1, chunk, a.shape[1]) for a in filled)
+            out_SMD = jax.lax.map(jax.checkpoint(lambda part: apply(*part)), parts)
+            return out_SMD.reshape(-1, out_SMD.shape[-1])[:tokens]
 
         return apply_chunks
 

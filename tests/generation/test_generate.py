@@ -1,5 +1,7 @@
 """Cached decoding against the full forward pass, token by token."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from mixtral_jax.generation.cache import cache_slots, decode, prefill
 from mixtral_jax.generation.engine import generate, stream
 from mixtral_jax.generation.few_rows import few_rows_swiglu
 from mixtral_jax.model import Mixtral
+from mixtral_jax.moe import block
 from mixtral_jax.moe.experts import ExpertWeights, grouped_swiglu
 from mixtral_jax.moe.transport import exchange_experts
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -76,6 +79,23 @@ def test_many_rows_take_the_grouped_path() -> None:
     prompts = [[1, 2 + i % 90] for i in range(130)]
     got = generate(model, prompts, max_new_tokens=3)
     assert got[:2] + got[-2:] == [greedy_twin(model, p, 3) for p in prompts[:2] + prompts[-2:]]
+
+
+@pytest.mark.parametrize("chunk", [7, 40, 1000])  # the last chunk of 48 tokens is filled up, and there is one only
+def test_prompts_keep_to_chunks_of_tokens(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, handled = tiny_config(vocab_size=97), []
+    compute = ComputeConfig(moe=MoeConfig(chunk_tokens=chunk))
+    exchange = block.exchange_experts
+
+    def record(x_MD: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        handled.append(x_MD.shape[0])
+        return exchange(x_MD, *args, **options)
+
+    monkeypatch.setattr(block, "exchange_experts", record)
+    chunked = Mixtral(config, compute, key=jax.random.key(0))
+    assert generate(chunked, PROMPTS, max_new_tokens=4) == generate(tiny_model(config), PROMPTS, max_new_tokens=4)
+    assert handled[0] == min(chunk, 48)  # of the model with chunks; the other comes behind
+    assert set(handled[1:]) <= {handled[0], 48}
 
 
 def test_no_token_is_dropped() -> None:
