@@ -1,6 +1,7 @@
 """Generation on a mesh gathers the weights once per call, and gives the tokens of one device."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,8 +49,9 @@ def placed(model: Mixtral, mesh: jax.sharding.Mesh) -> Mixtral:
 
 def gathers_in_loop(model: Mixtral, rows: engine.Aligned, slots: int) -> list[tuple[int, ...]]:
     """Shapes of what is gathered inside the loop over tokens."""
-    run = lambda model: engine._run(model, rows, make_sampler(), jnp.int32(4), slots=slots, columns=16)  # noqa: E731
-    loops = [e for e in equations(jax.make_jaxpr(run)(model).jaxpr) if e.primitive.name == "while"]
+    run = partial(engine._run, slots=slots, columns=16)
+    program = jax.make_jaxpr(run)(model, rows, make_sampler(), jnp.int32(4)).jaxpr
+    loops = [e for e in equations(program) if e.primitive.name == "while"]
     inside = [e for loop in loops for e in equations(loop.params["body_jaxpr"].jaxpr)]
     return [e.outvars[0].aval.shape for e in inside if e.primitive.name.startswith("all_gather")]
 
