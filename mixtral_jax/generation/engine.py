@@ -265,7 +265,7 @@ def _refuse_nan(model: Mixtral, new_BN: np.ndarray, first: int) -> None:
     for row, column in np.argwhere(new_BN == model.config.vocab_size)[:1]:
         raise FloatingPointError(
             f"prompt {row}: the logits of its new token {first + column} are NaN: weights are not finite, or too large "
-            f"for compute.dtype ({model.compute.dtype})"
+            f"for {compute_dtype(model.compute.dtype)}"
         )
 
 
