@@ -197,13 +197,10 @@ class Mixtral(nnx.Module):
         """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
         return _routing(self.dropless(), *self._rows(tokens, positions, segment_ids))
 
-    def dropless(self) -> Self:
-        """The same model without a capacity."""
-        options = self.layers.moe.options
-        if options.capacity_factor is None:
-            return self
+    def dropless(self, **changes: Any) -> Self:
+        """The same model, its expert blocks without a capacity and with other `changes` of their options."""
         model = nnx.merge(*nnx.split(self))
-        model.layers.moe.options = options.model_copy(update={"capacity_factor": None})
+        model.layers.moe.options = self.layers.moe.options.model_copy(update={"capacity_factor": None, **changes})
         return model
 
     def _rows(self, *rows: Tokens_BT | None) -> tuple[Any, ...]:

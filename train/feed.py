@@ -14,6 +14,9 @@ def batch_share(mesh: jax.sharding.Mesh | None, rows: int) -> tuple[int, int]:
     """(i, n): this process reads the i-th contiguous n-th of the rows of every micro-batch.
 
     With tensor or context axes across processes several processes read the same rows.
+
+    Raises:
+        ValueError: its devices hold no such share.
     """
     if mesh is None or jax.process_count() == 1:
         return 0, 1
@@ -23,10 +26,11 @@ def batch_share(mesh: jax.sharding.Mesh | None, rows: int) -> tuple[int, int]:
     indices = sharding.addressable_devices_indices_map((rows, length)).values()
     slices = {index[0].indices(rows)[:2] for index in indices if index is not None}
     first, end = min(s for s, _ in slices), max(e for _, e in slices)
-    if sum(e - s for s, e in slices) != end - first:
+    if sum(e - s for s, e in slices) != end - first or first % (end - first):
         raise ValueError(
-            f"the mesh gives process {jax.process_index()} rows that are not contiguous: with mesh.dcn_fsdp above 1 "
-            "make mesh.data 1, or say mesh.dcn_data instead"
+            f"the mesh gives process {jax.process_index()} rows that are not one contiguous share of the batch: with "
+            "mesh.dcn_fsdp above 1 make mesh.data 1, or say mesh.dcn_data instead; else choose sizes that divide the "
+            "devices of a process, or are multiples of them"
         )
     return first // (end - first), rows // (end - first)
 

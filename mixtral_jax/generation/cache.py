@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.generation.few_rows import MAX_TOKENS, few_rows_swiglu
@@ -47,7 +46,7 @@ def prefill(
         kept, out = block(x_BTD, angles_BTh, tokens.segments, attend_prompt)
         return out.y_BTD, None, kept
 
-    x_BTD, _, cache = _dropless(model).run(model.embedded(tokens_BT), layer)
+    x_BTD, _, cache = model.dropless().run(model.embedded(tokens_BT), layer)
     return _logits(model, x_BTD[:, -1]), cache
 
 
@@ -94,7 +93,7 @@ def decode(
         return out.y_BTD, kept, None
 
     layers = jnp.arange(model.config.num_hidden_layers)
-    x_B1D, cache, _ = _dropless(model).run(model.embedded(token_B[:, None]), layer, cache, layers)
+    x_B1D, cache, _ = model.dropless(chunk_tokens=None).run(model.embedded(token_B[:, None]), layer, cache, layers)
     return _logits(model, x_B1D[:, 0]), cache
 
 
@@ -104,14 +103,6 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
     if columns <= slots:
         return jnp.pad(k_BTKH, ((0, 0), (0, slots - columns), (0, 0), (0, 0)))
     return jnp.roll(k_BTKH[:, columns - slots :], columns % slots, axis=1)
-
-
-def _dropless(model: Mixtral) -> Mixtral:
-    """The same model, its expert blocks without capacity and chunks."""
-    model = nnx.merge(*nnx.split(model))
-    options = model.layers.moe.options
-    model.layers.moe.options = options.model_copy(update={"capacity_factor": None, "chunk_tokens": None})
-    return model
 
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:

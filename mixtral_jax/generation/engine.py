@@ -1,9 +1,11 @@
 """Text generation: prompts of different lengths in one batch, one jitted loop until every row has ended.
 
 Lengths are rounded up before anything is compiled, so that few programs serve all prompts. Under `jax.set_mesh(mesh)`
-the same calls run on the whole mesh.
+the same calls run on the whole mesh; weights that it only stores in parts are gathered once per call, not once per
+token, where they fit the devices' memory.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -15,9 +17,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
-from mixtral_jax.generation.sampling import Drawing, Sampler, make_sampler, sample
-from mixtral_jax.model import Mixtral
-from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, psum, shard_index, sharded, varying
+from mixtral_jax.generation.sampling import Drawing, Sampler, is_whole, make_sampler, sample
+from mixtral_jax.model import Mixtral, compute_dtype
+from mixtral_jax.parallel import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    assemble,
+    axis_max,
+    gathered,
+    psum,
+    shard_index,
+    sharded,
+    varying,
+)
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
@@ -63,7 +75,7 @@ def generate(
         tokens: a prompt, a list of prompts of any lengths, or an array (T,) or (B, T).
         max_new_tokens: most tokens per row.
         eos_id: token, or tokens, that end a row; None: every row gets max_new_tokens.
-        lengths: of the prompts in an array (B, T), which are padded at the end.
+        lengths: of the prompts in an array (B, T), which are padded at the end; each from 1 to T.
         drawing: temperature (0, the default, takes the likeliest token), top_k, top_p, seed; see sampling.Drawing.
 
     Returns:
@@ -72,16 +84,21 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, or a setting out of range.
+        FloatingPointError: logits of a prompt are NaN. No token would say so, and to look costs nothing: those of NaN
+            are drawn as a number that is no token.
     """
-    sampler = make_sampler(**drawing)
+    sampler, most = make_sampler(**drawing), _positive("max_new_tokens", max_new_tokens)
     rows = _read_prompts(model, tokens, lengths, eos_id)
     count = len(rows.prompts)
     if not count:
-        return np.zeros((0, max_new_tokens), np.int32) if rows.is_array else []
-    columns = _round_up(_positive("max_new_tokens", max_new_tokens))
+        return np.zeros((0, most), np.int32) if rows.is_array else []
+    columns = _round_up(most)
     batch, slots = _right_align(rows, columns)
-    out_BN = _run(model, batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns)
+    out_BN = _run(
+        _gathered(model, batch, slots), batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns
+    )
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
+    _refuse_nan(model, out_BN, first=1)
     if rows.is_array:
         return out_BN[0] if rows.single else out_BN
     ended = [_until(row, rows.eos) for row in out_BN.tolist()]
@@ -100,11 +117,11 @@ def stream(
     rows = _read_prompts(model, list(tokens), None, eos_id)
     sampler = make_sampler(**drawing)
     batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
-    ended = np.zeros(len(rows.prompts), bool)
-    state = None
-    for _ in range(max_new_tokens):
-        state = _start(model, batch, sampler, slots=slots) if state is None else _step(model, state, batch, sampler)
+    ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
+    for number in range(1, max_new_tokens + 1):
+        state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
         new = np.asarray(state.token_B)[: len(ended)]
+        _refuse_nan(model, np.where(ended, 0, new)[:, None], first=number)
         yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
         ended = np.asarray(state.done_B)[: len(ended)]
         if ended.all():
@@ -177,7 +194,8 @@ def _draw(
     size = logits_BV.shape[0]
     row_B = shard_index(BATCH_AXES) * size + jnp.arange(size, dtype=jnp.int32)
     token_B = sample(logits_BV, sampler, row_B, count)
-    return State(cache, token_B, done_B | _is_end(token_B, rows), count + 1)
+    is_nan_B = token_B == logits_BV.shape[1]
+    return State(cache, token_B, done_B | _is_end(token_B, rows) | is_nan_B, count + 1)
 
 
 def _is_end(tokens: jax.Array, rows: Aligned) -> jax.Array:
@@ -218,9 +236,7 @@ def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | S
     single = bool(table) and np.ndim(table[0]) == 0
     prompts = [list(map(int, row)) for row in ([table] if single else table)]
     if lengths is not None:
-        if len(lengths) != len(prompts):
-            raise ValueError(f"lengths has {len(lengths)} entries for {len(prompts)} prompts")
-        prompts = [row[: int(n)] for row, n in zip(prompts, lengths, strict=True)]
+        prompts = [row[:n] for row, n in zip(prompts, _read_lengths(lengths, prompts), strict=True)]
     vocab = model.config.vocab_size
     for i, row in enumerate(prompts):
         if not row:
@@ -229,6 +245,28 @@ def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | S
             raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
     eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
     return _Request(prompts, eos, model.config.sliding_window, is_array, single)
+
+
+def _read_lengths(lengths: Any, prompts: list[list[int]]) -> list[int]:
+    found = np.asarray(lengths)
+    wanted = f"it must be one integer for each of the {len(prompts)} prompts"
+    if found.shape != (len(prompts),):
+        raise ValueError(f"lengths has shape {found.shape}: {wanted}")
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(f"lengths has numbers of {found.dtype}: {wanted}")
+    for i, (n, row) in enumerate(zip(found, prompts, strict=True)):
+        if not 1 <= n <= len(row):
+            raise ValueError(f"lengths has {n} for prompt {i}: it must be from 1 to {len(row)}, the tokens of its row")
+    return found.tolist()
+
+
+def _refuse_nan(model: Mixtral, new_BN: np.ndarray, first: int) -> None:
+    """`first`: number of the new tokens in the first column."""
+    for row, column in np.argwhere(new_BN == model.config.vocab_size)[:1]:
+        raise FloatingPointError(
+            f"prompt {row}: the logits of its new token {first + column} are NaN: weights are not finite, or too large "
+            f"for {compute_dtype(model.compute.dtype)}"
+        )
 
 
 def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
@@ -247,6 +285,15 @@ def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
     return Aligned(tokens_BT, pad_B, eos_N), slots
 
 
+def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
+    """Its matrices gathered for the whole call where they fit beside the cache."""
+    config, mesh = model.config, dict(jax.sharding.get_abstract_mesh().shape)
+    shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
+    columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
+    each = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return gathered(model, dtype, beside=columns * each // shards)
+
+
 def _round_up(size: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ...: at most half as many again."""
     power = SMALLEST
@@ -257,8 +304,8 @@ def _round_up(size: int) -> int:
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} is {value}: it must be at least 1")
+    if not (is_whole(value) and value >= 1):
+        raise ValueError(f"{name} is {value}: it must be a whole number of at least 1")
     return value
 
 

@@ -29,8 +29,9 @@ def few_rows_swiglu(
     def one_expert(i: jax.Array, out_MD: jax.Array) -> jax.Array:
         e = order_E[i]
         y_MD = dense_swiglu(x_MD, read(e)).astype(jnp.float32)
-        gate_M1 = jnp.sum(jnp.where(expert_MC == e, gate_MC, 0), axis=1, keepdims=True)
-        # A token that did not choose e adds nothing, whatever e makes of it.
-        return out_MD + jnp.where(gate_M1 > 0, y_MD * gate_M1, 0)
+        here_MC = expert_MC == e
+        gate_M1 = jnp.sum(jnp.where(here_MC, gate_MC, 0), axis=1, keepdims=True)
+        # A token that did not choose e adds nothing, whatever e makes of it; one that did adds NaN where that is NaN.
+        return out_MD + jnp.where(jnp.any(here_MC, axis=1, keepdims=True), y_MD * gate_M1, 0)
 
     return jax.lax.fori_loop(0, jnp.sum(chosen_E), one_expert, jnp.zeros(x_MD.shape, jnp.float32))

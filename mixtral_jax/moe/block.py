@@ -157,9 +157,7 @@ class SparseMoe(nnx.Module):
         chunk = options.chunk_tokens
         if chunk is None or chunk >= tokens:
             return partial(apply, weights)
-        if tokens % chunk:
-            raise ValueError(f"moe.chunk_tokens ({chunk}) does not divide the {tokens} tokens of one device")
-        return lambda *rows: by_chunks(apply, chunk, weights, *rows)
+        return lambda *rows: by_chunks(apply, chunk, self.config.num_local_experts, weights, *rows)
 
 
 def _dense_stats(valid_M: Bool[Array, " M"]) -> RouterStats:

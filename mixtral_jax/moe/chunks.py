@@ -23,6 +23,7 @@ Ids = tuple[jax.Array, jax.Array]  # experts of the rows of each chunk, numbers 
 def by_chunks(
     apply: Apply,
     chunk: int,
+    experts: int,
     weights: ExpertWeights,
     x_MD: Float[Array, "M D"],
     expert_MC: Int[Array, "M C"],
@@ -30,12 +31,18 @@ def by_chunks(
 ) -> Float[Array, "M D"]:
     """apply(weights, ...) on `chunk` tokens at a time, each with adapter dropout of its own.
 
-    `apply` must get all that it differentiates by as arguments.
+    The last chunk is filled up with what is no expert's, number `experts`. `apply` must get all that it differentiates
+    by as arguments.
     """
-    x, expert, gate = (a.reshape(-1, chunk, a.shape[1]) for a in (x_MD, expert_MC, gate_MC))
+    tokens = x_MD.shape[0]
+    filled = (
+        jnp.pad(a, ((0, -tokens % chunk), (0, 0)), constant_values=value)
+        for a, value in ((x_MD, 0), (expert_MC, experts), (gate_MC, 0))
+    )
+    x, expert, gate = (a.reshape(-1, chunk, a.shape[1]) for a in filled)
     x, expert, gate, index = same_variance(x, expert, gate, jnp.arange(x.shape[0]))
     leaves, tree = jax.tree.flatten(weights)
-    return _run(_Static(apply, tree), leaves, x, gate, (expert, index)).reshape(x_MD.shape)
+    return _run(_Static(apply, tree), leaves, x, gate, (expert, index)).reshape(-1, x_MD.shape[1])[:tokens]
 
 
 class _Static(NamedTuple):

@@ -16,6 +16,9 @@ from mixtral_jax.parallel.compiler_quirks import remember_torus
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")  # share the rows of a batch
 TOKEN_AXES = (*BATCH_AXES, "context")
+# Off TPU neighbouring devices, of one node, are neighbours along the first of these that has any: the axes by how much
+# they say in each layer, and how little of it hides behind compute.
+NEAREST_FIRST = ("tensor", "expert", "context", "fsdp", "data")
 
 
 class MeshConfig(FrozenConfig):
@@ -39,6 +42,11 @@ class MeshConfig(FrozenConfig):
             raise ValueError(f"more than one mesh axis is -1: {', '.join(a for a, s in sizes.items() if s == -1)}")
         return self
 
+    @property
+    def slow(self) -> dict[str, int]:
+        """The part of each axis that lies outside the fast network."""
+        return dict.fromkeys(MESH_AXES, 1) | {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
+
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of every axis, over fast and slow network together, for `num_devices` devices.
 
@@ -46,8 +54,7 @@ class MeshConfig(FrozenConfig):
             ValueError: the product of the sizes is not the number of devices.
         """
         sizes = {a: getattr(self, a) for a in MESH_AXES}
-        slow = {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
-        known = math.prod(s for s in sizes.values() if s != -1) * math.prod(slow.values())
+        known = math.prod(s for s in sizes.values() if s != -1) * math.prod(self.slow.values())
         free = [a for a, s in sizes.items() if s == -1]
         if free:
             if num_devices % known:
@@ -57,12 +64,13 @@ class MeshConfig(FrozenConfig):
                 )
             sizes[free[0]] = num_devices // known
         elif known != num_devices:
-            shape = " x ".join(f"{a} {s}" for a, s in (sizes | {f"dcn_{a}": s for a, s in slow.items()}).items())
+            named = sizes | {"dcn_data": self.dcn_data, "dcn_fsdp": self.dcn_fsdp}
+            shape = " x ".join(f"{a} {s}" for a, s in named.items())
             raise ValueError(
                 f"mesh: {shape} = {known} devices, but there are {num_devices}: set one axis to -1, which takes what "
                 "the others leave"
             )
-        return {a: s * slow.get(a, 1) for a, s in sizes.items()}
+        return {a: s * self.slow[a] for a, s in sizes.items()}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
@@ -84,21 +92,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices by their place along MESH_AXES. Slices (or nodes) are the slowest part of the axes that they share.
 
+    Inside one, a TPU's torus decides who are neighbours, elsewhere NEAREST_FIRST.
+
     Raises:
         ValueError: see make_mesh.
     """
-    sizes, slow = config.sizes(len(devices)), {"data": config.dcn_data, "fsdp": config.dcn_fsdp}
-    fast = tuple(sizes[a] // slow.get(a, 1) for a in MESH_AXES)
+    sizes = config.sizes(len(devices))
+    fast = tuple(sizes[a] // config.slow[a] for a in MESH_AXES)
     grids = np.stack([_inside_slice(fast, group) for group in _slices(config, devices)])
     split = grids.reshape(config.dcn_data, config.dcn_fsdp, *fast)
     return np.moveaxis(split, 1, 2).reshape(tuple(sizes[a] for a in MESH_AXES))
 
 
 def _inside_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    if devices[0].platform != "tpu":  # in their own order, which is that of their processes
+    if devices[0].platform != "tpu":
         grid = np.empty(len(devices), object)
-        grid[:] = devices
-        return grid.reshape(shape)
+        grid[:] = sorted(devices, key=lambda d: (d.process_index, d.id))
+        order = [MESH_AXES.index(axis) for axis in reversed(NEAREST_FIRST)]
+        return grid.reshape([shape[i] for i in order]).transpose(np.argsort(order))
     from jax.experimental import mesh_utils
 
     # a physical axis is split only where it must be, such as 8 x 8 on 4 x 4 x 4

@@ -27,6 +27,7 @@ from mixtral_jax.parallel.collectives import axis_index, axis_size, gather_shard
 from mixtral_jax.parallel.context import spread, unspread, zigzag
 from mixtral_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
 
+WHOLE = "whole"  # what a logical axis that is gathered before use is called where that is done (whole.py)
 # Logical axis of a parameter -> mesh axes that shard it. A name that is not here is an error.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),
@@ -43,6 +44,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "lora_rank": (),
     "quantized_block": (),
+    WHOLE: (),
 }
 # Logical axes that are gathered before use; the others are computed on as shards.
 GATHERED = ("embed", "expert_embed")

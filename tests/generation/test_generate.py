@@ -1,5 +1,7 @@
 """Cached decoding against the full forward pass, token by token."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,11 @@ import pytest
 from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.generation.cache import cache_slots, decode, prefill
 from mixtral_jax.generation.engine import generate, stream
+from mixtral_jax.generation.few_rows import few_rows_swiglu
 from mixtral_jax.model import Mixtral
+from mixtral_jax.moe import block
+from mixtral_jax.moe.experts import ExpertWeights, grouped_swiglu
+from mixtral_jax.moe.transport import exchange_experts
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
 from tests.tiny import tiny_config, tiny_model
@@ -75,6 +81,23 @@ def test_many_rows_take_the_grouped_path() -> None:
     assert got[:2] + got[-2:] == [greedy_twin(model, p, 3) for p in prompts[:2] + prompts[-2:]]
 
 
+@pytest.mark.parametrize("chunk", [7, 40, 1000])  # the last chunk of 48 tokens is filled up, and there is one only
+def test_prompts_keep_to_chunks_of_tokens(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, handled = tiny_config(vocab_size=97), []
+    compute = ComputeConfig(moe=MoeConfig(chunk_tokens=chunk))
+    exchange = block.exchange_experts
+
+    def record(x_MD: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        handled.append(x_MD.shape[0])
+        return exchange(x_MD, *args, **options)
+
+    monkeypatch.setattr(block, "exchange_experts", record)
+    chunked = Mixtral(config, compute, key=jax.random.key(0))
+    assert generate(chunked, PROMPTS, max_new_tokens=4) == generate(tiny_model(config), PROMPTS, max_new_tokens=4)
+    assert handled[0] == min(chunk, 48)  # of the model with chunks; the other comes behind
+    assert set(handled[1:]) <= {handled[0], 48}
+
+
 def test_no_token_is_dropped() -> None:
     config = tiny_config(vocab_size=97)
     compute = ComputeConfig(moe=MoeConfig(capacity_factor=0.1, chunk_tokens=7))
@@ -131,16 +154,90 @@ def test_forms_of_input() -> None:
     assert generate(model, [], max_new_tokens=4) == []
 
 
+@pytest.mark.parametrize("way", ["few_rows", "blocked", "ragged_dot", "dense"])
+def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
+    """A gate, an input, an expert's matrix: NaN for the tokens that chose what is NaN, the others as without it."""
+    rng = np.random.default_rng(0)
+    x_MD, gate_MC = rng.normal(size=(5, 8)).astype(np.float32), np.full((5, 2), 0.5, np.float32)
+    w13_ED2F, w2_EFD = rng.normal(size=(3, 8, 12)).astype(np.float32), rng.normal(size=(3, 6, 8)).astype(np.float32)
+    expert_MC = np.array([[0, 1], [1, 2], [0, 2], [1, 0], [3, 3]])  # 3 is nobody's
+
+    def apply(x_MD: np.ndarray, gate_MC: np.ndarray, w2_EFD: np.ndarray) -> np.ndarray:
+        weights = ExpertWeights(jnp.array(w13_ED2F), jnp.array(w2_EFD))
+        if way == "few_rows":
+            read = lambda e: ExpertWeights(*(w[e][None] for w in weights[:2]))  # noqa: E731 - shorter
+            return np.asarray(few_rows_swiglu(jnp.array(x_MD), jnp.array(expert_MC), jnp.array(gate_MC), 3, read))
+        run = lambda x, sizes: grouped_swiglu(x, weights, sizes, way)  # noqa: E731 - shorter
+        given = map(jnp.array, (x_MD, expert_MC, gate_MC))
+        return np.asarray(exchange_experts(*given, run, experts=3, transport="auto", capacity=None))
+
+    def poisoned(a: np.ndarray, *at: int) -> np.ndarray:
+        a = a.copy()
+        a[at] = np.nan
+        return a
+
+    plain_MD = apply(x_MD, gate_MC, w2_EFD)
+    assert not plain_MD[4].any()
+    cases = [((x_MD, poisoned(gate_MC, 2, 1), w2_EFD), [2]), ((poisoned(x_MD, 1), gate_MC, w2_EFD), [1])]
+    if way in ("few_rows", "blocked"):  # the others multiply every row with every matrix, by 0
+        cases.append(((x_MD, gate_MC, poisoned(w2_EFD, 2)), [1, 2]))
+    for given, hit in cases:
+        got_MD = apply(*given)
+        assert np.flatnonzero(np.isnan(got_MD).all(axis=1)).tolist() == hit
+        others = [i for i in range(5) if i not in hit]
+        np.testing.assert_allclose(got_MD[others], plain_MD[others], atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 130])  # experts one by one, and grouped
+def test_a_row_of_nan_is_told_and_harms_no_other(rows: int) -> None:
+    model = tiny_model(tiny_config(vocab_size=97))
+    prompts = [[1, 2 + i] for i in range(90)] + [[1, 2]] * 40
+    prompts = prompts[: rows - 1]
+    want = generate(model, prompts, max_new_tokens=3)
+    router_LDE = model.layers.moe.router[...]
+    model.embed.weight[...] = model.embed.weight[...].at[96].set(jnp.nan)  # of the token that only one row has
+    width, pad_B = 16, np.full(rows, 14, np.int32)
+    tokens_BT = np.zeros((rows, width), np.int32)
+    tokens_BT[:, 14:] = [*prompts, [1, 96]]
+    logits_BV, cache = jax.jit(prefill, static_argnums=3)(model, tokens_BT, pad_B, 24)
+    alive = [*[True] * (rows - 1), False]
+    for _ in range(2):
+        np.testing.assert_array_equal(np.isfinite(logits_BV).all(axis=1), alive)
+        assert np.isnan(logits_BV[-1]).all()
+        token_B = jnp.full(rows, 5)
+        logits_BV, cache = jax.jit(decode)(model, cache, token_B, jnp.int32(width), pad_B, np.ones(rows, bool))
+    assert generate(model, prompts, max_new_tokens=3) == want
+    message = f"prompt {rows - 1}: the logits of its new token 1 are NaN"
+    for drawing in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+        with pytest.raises(FloatingPointError, match=message):
+            generate(model, [*prompts, [1, 96]], max_new_tokens=1, **drawing)
+    with pytest.raises(FloatingPointError, match=message):
+        list(stream(model, [*prompts, [1, 96]], max_new_tokens=1))
+    model.layers.moe.router[...] = router_LDE.at[1, 0, 2].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="prompt 0: the logits of its new token 1 are NaN"):
+        generate(model, prompts, max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, "prompt 1 is empty: begin it with the BOS token"),
         ([[1, 97]], {}, "prompt 0 has tokens from 1 to 97: the vocabulary has 97"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0: it must be at least 1"),
-        ([[1]], {"temperature": -1.0}, "temperature is -1.0: it must be 0"),
-        ([[1]], {"top_p": 0.0}, r"top_p is 0.0: it must be in \(0, 1\]"),
-        ([[1]], {"top_k": -2}, "top_k is -2: it must be positive"),
-        ([[1]], {"lengths": [1, 1]}, "lengths has 2 entries for 1 prompts"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0: it must be a whole number of at least 1"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0: it must be a finite number, 0"),
+        ([[1]], {"top_p": 0.0}, r"top_p is 0.0: it must be a number in \(0, 1\]"),
+        ([[1]], {"top_k": -2}, "top_k is -2: it must be a whole number"),
+        ([[1]], {"lengths": [1, 1]}, r"lengths has shape \(2,\): it must be one integer for each of the 1 prompts"),
+        ([[1]], {"lengths": 1}, r"lengths has shape \(\)"),
+        ([[1]], {"lengths": [1.0]}, "lengths has numbers of float64: it must be one integer"),
+        ([[1]], {"lengths": [True]}, "lengths has numbers of bool"),
+        ([[1], [1, 2]], {"lengths": [1, 3]}, "lengths has 3 for prompt 1: it must be from 1 to 2"),
+        ([[1], [1, 2]], {"lengths": [0, 2]}, "lengths has 0 for prompt 0: it must be from 1 to 1"),
+        ([[1], [1, 2]], {"lengths": [1, -1]}, "lengths has -1 for prompt 1: it must be from 1 to 2"),
+        ([[1]], {"max_new_tokens": -3}, "max_new_tokens is -3: it must be a whole number of at least 1"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens is True: it must be a whole number"),
+        ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0: it must be a whole number"),
+        ([], {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
 def test_what_is_refused(prompts: list, options: dict, message: str) -> None:

@@ -1,5 +1,7 @@
 """The mesh and the placement of every parameter: golden tables, and errors that say what to change."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -131,6 +133,34 @@ def test_the_first_axes_are_the_outermost():
     np.testing.assert_array_equal(ids, np.arange(8).reshape(2, 2, 2))
 
 
+INNERMOST_FIRST = ("tensor", "expert", "context", "fsdp", "data")
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("per_node", [4, 8])
+def test_an_axis_leaves_a_node_only_where_it_and_those_inside_it_are_larger(nodes, per_node):
+    """Every mesh of powers of two."""
+    devices = fake_devices(nodes * per_node, per_process=per_node, platform="gpu")
+    powers = [2**n for n in range(6)]
+    shapes = [s for s in itertools.product(powers, repeat=4) if len(devices) % math.prod(s) == 0]
+    for shape in shapes:
+        sizes = dict(zip(INNERMOST_FIRST, shape, strict=False))
+        grid = device_grid(MeshConfig(**sizes), devices)
+        assert sorted(ids(grid).flat) == list(range(len(devices)))
+        nodes_of = np.vectorize(lambda d: d.process_index)(grid)
+        sizes["data"] = len(devices) // math.prod(shape)
+        inner = 1
+        for axis in INNERMOST_FIRST:
+            inner *= sizes[axis]
+            along = np.moveaxis(nodes_of, MESH_AXES.index(axis), 0)
+            assert (along != along[:1]).any() == (sizes[axis] > 1 and inner > per_node), (sizes, axis)
+
+
+def test_tensor_groups_stay_on_a_node_of_gpus():
+    grid = device_grid(MeshConfig(data=1, tensor=8, context=2), fake_devices(16, per_process=8, platform="gpu"))
+    np.testing.assert_array_equal(ids(grid), np.arange(16).reshape(2, 8).T)
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -187,10 +217,10 @@ def test_an_axis_without_a_rule_and_an_axis_used_twice_are_errors(monkeypatch):
 # ---- slices and nodes outside the fast network -----------------------------------------------------------------------
 
 
-def fake_devices(count, per_slice=None, per_process=1):
+def fake_devices(count, per_slice=None, per_process=1, platform="cpu"):
     """In an order that no rule may rely on but that of their numbers inside a group."""
     made = [
-        SimpleNamespace(id=i, platform="cpu", process_index=i // per_process, slice_index=i // (per_slice or count))
+        SimpleNamespace(id=i, platform=platform, process_index=i // per_process, slice_index=i // (per_slice or count))
         for i in range(count)
     ]
     return made[count // 2 :] + made[: count // 2]

@@ -133,8 +133,22 @@ def test_a_torus_axis_has_only_its_own_links():
     assert whole == CHIPS["v5p"].network
     assert bandwidth(v5p, "context", sizes) == pytest.approx(whole / 3)
     assert bandwidth(v5p, "fsdp", sizes) == pytest.approx(whole * 2 / 3)
-    assert bandwidth(parse_topology("h100-64"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].slow_network
-    assert bandwidth(parse_topology("h100-8"), "fsdp", {"fsdp": 8}) == CHIPS["h100"].network  # one node
+
+
+def test_an_axis_is_inside_a_node_of_gpus_where_it_and_those_inside_it_fit():
+    """From the inside out: tensor, expert, context, fsdp, data."""
+    h100, chip = parse_topology("h100-64"), CHIPS["h100"]
+    for sizes, inside, outside in (
+        ({"fsdp": 8, "data": 8}, ["fsdp"], ["data", "fsdp+data"]),
+        ({"fsdp": 8, "expert": 8}, ["expert"], ["fsdp", "fsdp+expert"]),
+        ({"tensor": 8, "context": 8}, ["tensor"], ["context"]),
+        ({"expert": 4, "context": 2, "fsdp": 8}, ["expert", "context", "expert+context"], ["fsdp"]),
+        ({"tensor": 2, "context": 4, "data": 8}, ["tensor", "context"], ["data"]),
+    ):
+        assert {bandwidth(h100, axes, sizes) for axes in inside} == {chip.network}
+        assert {bandwidth(h100, axes, sizes) for axes in outside} == {chip.slow_network}
+    assert bandwidth(h100, "fsdp", {"fsdp": 8, "data": 8}, {"fsdp": 2}) == chip.slow_network  # it has a dcn part
+    assert bandwidth(parse_topology("h100-8"), "fsdp", {"fsdp": 8}) == chip.network  # one node
 
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from mixtral_jax.parallel import NEAREST_FIRST
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import placement
 from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
@@ -187,7 +188,9 @@ def roofline(
     seconds = {
         "compute": flops / chip.flops,
         "memory": memory_traffic(config, sizes) / chip.memory_bandwidth,
-        "network": sum(amount / bandwidth(topology, axes, sizes) for (_, axes), amount in sent.items()),
+        "network": sum(
+            amount / bandwidth(topology, axes, sizes, config.mesh.slow) for (_, axes), amount in sent.items()
+        ),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     causal, full = (amount / chip.flops for amount in useful(config, sizes))
@@ -196,13 +199,21 @@ def roofline(
     return Roofline(**seconds, bound=bound, mfu=full / longest, mfu_causal=causal / longest, mfu_serial=full / serial)
 
 
-def bandwidth(topology: Topology, axes: str, sizes: Mapping[str, int]) -> float:
-    """Bytes a second out of one chip along mesh axes such as `fsdp+expert`: those links of the torus that they use."""
-    chip, count = topology.chip, math.prod(sizes.get(a, 1) for a in axes.split("+"))
+def bandwidth(topology: Topology, axes: str, sizes: Mapping[str, int], slow: Mapping[str, int] | None = None) -> float:
+    """Bytes a second out of one chip along mesh axes such as `fsdp+expert`.
+
+    On a torus over those links that they use. GPUs: inside a node where the axes and all that lie inside them fit it.
+    `slow`: the part of each axis that is laid across slices or nodes.
+    """
+    chip, slow = topology.chip, slow or {}
+    used = [a for a in axes.split("+") if sizes.get(a, 1) > 1]
     if chip.torus == 0:
-        inside = topology.chips <= NODE_GPUS or (count <= NODE_GPUS and axes in ("expert", "tensor", "context"))
-        return chip.network if inside else chip.slow_network
+        inner = NEAREST_FIRST[: 1 + max(map(NEAREST_FIRST.index, used), default=-1)]
+        span = math.prod(sizes.get(a, 1) // slow.get(a, 1) for a in inner)
+        fits = NODE_GPUS % span == 0 and all(slow.get(a, 1) == 1 for a in used)
+        return chip.network if fits or topology.chips <= NODE_GPUS else chip.slow_network
     if topology.slices > 1 and axes == "data":
         return chip.slow_network
+    count = math.prod(sizes[a] for a in used)
     dims = math.ceil(chip.torus * math.log(max(count, 2)) / math.log(max(topology.chips_per_slice, 2)) - 1e-9)
     return chip.network * min(dims, chip.torus) / chip.torus

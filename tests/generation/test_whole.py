@@ -1,0 +1,121 @@
+"""Generation on a mesh gathers the weights once per call, and gives the tokens of one device."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.generation import engine
+from mixtral_jax.generation.engine import generate, stream
+from mixtral_jax.generation.sampling import make_sampler
+from mixtral_jax.lora import LoraConfig
+from mixtral_jax.model import Mixtral
+from mixtral_jax.parallel import whole
+from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
+from mixtral_jax.parallel.sharding import param_shardings
+from tests.tiny import tiny_config
+
+PROMPTS = [[1, 5, 9], [1, *range(20, 31)], [3]]
+MESHES = {
+    "fsdp8": dict(data=1, fsdp=8),
+    "fsdp2-expert2-tensor2": dict(data=1, fsdp=2, expert=2, tensor=2),
+    "data2-fsdp4": dict(data=2, fsdp=4),
+}
+
+
+def model_for(name: str) -> Mixtral:
+    """Of each kind of weights one: a tied head, blocks of 4 bits with adapters and an odd vocabulary, bf16 maths."""
+    key = jax.random.key(1)
+    if name == "fsdp8":
+        return Mixtral(tiny_config(tie_word_embeddings=True), key=key)
+    if name == "data2-fsdp4":
+        return Mixtral(tiny_config(), ComputeConfig(dtype="bfloat16"), key=key)
+    model = Mixtral(tiny_config(vocab_size=97), key=key, lora=LoraConfig(base_dtype="nf4", base_block=4, rank=2))
+    for adapter in (model.layers.attention.query_lora, model.layers.moe.w1_lora):
+        adapter.b[...] = 0.1 * jax.random.normal(key, adapter.b.shape)
+    return model
+
+
+def placed(model: Mixtral, mesh: jax.sharding.Mesh) -> Mixtral:
+    shardings = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(param_shardings(model, mesh)))
+    return jax.tree.map(jax.device_put, model, shardings)
+
+
+def gathers_in_loop(model: Mixtral, rows: engine.Aligned, slots: int) -> list[tuple[int, ...]]:
+    """Shapes of what is gathered inside the loop over tokens."""
+    run = partial(engine._run, slots=slots, columns=16)
+    program = jax.make_jaxpr(run)(model, rows, make_sampler(), jnp.int32(4)).jaxpr
+    loops = [e for e in equations(program) if e.primitive.name == "while"]
+    inside = [e for loop in loops for e in equations(loop.params["body_jaxpr"].jaxpr)]
+    return [e.outvars[0].aval.shape for e in inside if e.primitive.name.startswith("all_gather")]
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All of it, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mesh = model_for(name), make_mesh(MeshConfig(**MESHES[name]))
+    options = dict(max_new_tokens=4, eos_id=5)
+    want, drawn = generate(model, PROMPTS, **options), generate(model, PROMPTS, temperature=1.0, **options)
+    with jax.set_mesh(mesh):
+        own = placed(model, mesh)
+        assert generate(own, PROMPTS, **options) == want
+        assert generate(own, PROMPTS, temperature=1.0, **options) == drawn
+        if name == "fsdp8":
+            steps = [
+                [t for t in column if t is not None] for column in zip(*stream(own, PROMPTS, **options), strict=True)
+            ]
+            assert steps == want
+
+        rows, slots = engine._right_align(engine._read_prompts(own, PROMPTS, None, 5), 16)
+        matrices = {p.shape[1:] for _, p in nnx.to_flat_state(nnx.state(model.layers)) if p.ndim > 2}
+        layer_by_layer = gathers_in_loop(own, rows, slots)
+        once = gathers_in_loop(engine._gathered(own, rows, slots), rows, slots)
+        of_tokens = 3 * (MESHES[name].get("expert", 1) > 1)  # to experts elsewhere: sizes, rows, and rows back
+        assert len(layer_by_layer) > 8
+        assert len(once) == of_tokens and not matrices & set(once)
+        monkeypatch.setattr(whole, "free_memory", lambda: 1000.0)
+        assert gathers_in_loop(engine._gathered(own, rows, slots), rows, slots) == layer_by_layer
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_what_gathered_weights_take_is_known_beforehand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mesh = model_for(name), make_mesh(MeshConfig(**MESHES[name]))
+    dtype = jnp.dtype(model.compute.dtype if model.compute.dtype != "auto" else "float32")
+    with jax.set_mesh(mesh):
+        own = placed(model, mesh)
+        made = whole.gathered(own, dtype, beside=0)
+        taken, shared = 0, 0
+        for new, old in zip(jax.tree.leaves(made), jax.tree.leaves(own), strict=True):
+            shard = new.addressable_shards[0].data
+            if shard.unsafe_buffer_pointer() != old.addressable_shards[0].data.unsafe_buffer_pointer():
+                taken += shard.nbytes
+            else:
+                shared += 1
+        assert shared >= 3  # the norms at least
+        for free, is_made in ((taken + 7, True), (taken + 6, False)):
+            monkeypatch.setattr(whole, "free_memory", lambda free=free: free)
+            again = whole.gathered(own, dtype, beside=7)
+            assert (again is not own) == is_made
+
+
+def test_free_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert whole.free_memory() == np.inf  # a CPU does not say
+    full = [dict(bytes_limit=1000, bytes_in_use=used) for used in (100, 700, 300)]
+    devices = [type("Device", (), {"memory_stats": lambda self, s=s: s})() for s in full]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert whole.free_memory() == pytest.approx(200)
