@@ -21,7 +21,7 @@ from mixtral_jax.model import abstract_model, next_token_sums
 from tests.parity.hf_models import Pair, build, gradients, ours
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
-T = 1024
+T = 256
 MOST = 0.05  # of any parameter's gradient; what is above is named in docs/precision.md
 
 
