@@ -4,9 +4,12 @@ from mixtral_jax.checkpoint.slices import ArrayReader, ArraySpec, ArrayWriter
 from mixtral_jax.checkpoint.trees import (
     COMMIT,
     FORMAT,
+    HELD,
+    PIECE,
     STATE,
     damage,
     discard_unfinished,
+    piece_shape,
     read_item,
     restore,
     save,
