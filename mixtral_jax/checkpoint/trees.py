@@ -9,23 +9,22 @@ import errno
 import functools
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mixtral_jax.checkpoint.pieces import Runs
+
 FORMAT = 1
 COMMIT = "commit_success.txt"
 FILES = "files.json"
 STATE = "state"
 _UNFINISHED = ".orbax-checkpoint-tmp"
-PIECE = 16 << 20  # bytes of a piece of an array on disk, at least, where the array has as many
-HELD = 256 << 20  # bytes, at most, that lie together where one layer or expert alone is less than a piece
 
 # Orbax logs, with tracebacks, what it also raises, and advice about chunk sizes that are chosen on purpose.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -164,43 +163,16 @@ def _context(json_items: tuple[str, ...] = (), *, partial: bool = False) -> ocp.
     return context
 
 
-def piece_shape(shape: Sequence[int], itemsize: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the pieces of an array that is cut along `axes`, the first of them first, into pieces of PIECE bytes.
-
-    An axis is cut in ones where that leaves PIECE bytes, so that the next one is cut too; else in runs that have them.
-    """
-    piece = list(shape)
-    for axis in axes:
-        pieces = max(1, min(shape[axis], math.prod(piece) * itemsize // PIECE))
-        piece[axis] = -(-shape[axis] // pieces)
-        if piece[axis] > 1:
-            break
-    return tuple(piece)
-
-
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    """How Orbax cuts a device's part of a leaf, so that a layer, and an expert of it, can be streamed back.
-
-    Orbax cuts an axis in ones or not at all: where `piece_shape` asks for runs they are the whole axis, unless on all
-    devices more than HELD would then lie together.
-    """
-    shape, cut = tuple(getattr(value, "shape", ())), list[int]()
-    part = value.sharding.shard_shape(shape) if hasattr(value, "sharding") else shape
-    axes = [axis for axis in _stacked(_dotted(key)) if axis < len(shape)]
-    for axis in axes:
-        others = math.prod(n for i, n in enumerate(shape) if i != axis and i not in cut)
-        together = part[axis] * others * value.dtype.itemsize
-        if piece_shape(part, value.dtype.itemsize, axes)[axis] > 1 and (axis > 1 or together <= HELD):
-            break
-        cut.append(axis)
-    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=tuple(cut))
-
-
-def _stacked(name: str) -> tuple[int, ...]:
-    """The axes along which a leaf is a stack of matrices: layer, expert, half. Moments are named as weights are."""
+    """Stacks of matrices by layer, expert and half, so that they can be streamed back; moments are named as weights."""
+    name = _dotted(key)
+    axes: tuple[int, ...] = ()
     if re.search(r"(^|\.)layers\.moe\.w\d", name):
-        return (0, 1, 3) if name.endswith(".w13") else (0, 1)
-    return (0,) if re.search(r"(^|\.)layers\.", name) else ()
+        axes = (0, 1, 3) if name.endswith(".w13") else (0, 1)
+    elif re.search(r"(^|\.)layers\.", name):
+        axes = (0,)
+    runs = Runs(axis for axis in axes if axis < getattr(value, "ndim", 0))
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=runs)
 
 
 def _flat_shapes(tree: Any) -> Shapes:

@@ -33,7 +33,7 @@ class OrbaxArrays(NativeSource):
         self._reader = ArrayReader(root if self.training else root / PARAMS)
         self.names = [n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)]
 
-    def hold(self, wanted: list[Slot], described: str, ask: str, at_once: int = 2) -> None:
+    def hold(self, wanted: list[Slot], described: str, ask: str, at_once: int = 3) -> None:
         """These slots, after a look at what is stored: see check_arrays. `at_once`: leaves that are read in turn."""
         self.slots, expected = wanted, {slot.leaf.path: slot.leaf.shape for slot in wanted}
         self._specs = {name: self._reader.spec(self._prefix + name) for name in expected if name in self.names}
@@ -41,7 +41,7 @@ class OrbaxArrays(NativeSource):
         where = str(self.directory)
         check_arrays(expected, {name: (shape, where) for name, shape in shapes.items()}, where, described, ask)
         shared = (self._shared(slot) for slot in wanted)
-        self._reader.keep(at_once * max(size for size in (0, *shared) if size <= HELD))
+        self._reader.keep(min(HELD, at_once * max(size for size in (0, *shared) if size <= HELD)))
 
     def _shared(self, slot: Slot) -> int:
         """Bytes that lie together, of which several slots are cut; 0: they are of this slot alone."""

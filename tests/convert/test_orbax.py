@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint import pieces
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import hf2orbax, load_params, orbax2hf, stream
@@ -78,7 +79,7 @@ def test_no_config_and_another_shape(orbax):
 
 
 def pieces_of(monkeypatch, size):
-    for place in (checkpoint, orbax_files, stream):
+    for place in (pieces, orbax_files, stream):
         monkeypatch.setattr(place, "PIECE", size)
 
 
