@@ -1,4 +1,4 @@
-"""Arrays out to disk and back onto any mesh. The one importer of Orbax, whose import path is still moving.
+"""Arrays out to disk and back onto any mesh. Orbax, whose import path is still moving, is imported by this room alone.
 
 A checkpoint is a directory with one tree of arrays under `state/` and small JSON items beside it. It appears under its
 final name only when it is complete, with `commit_success.txt` in it; `files.json`, written after that, lists the size
