@@ -6,7 +6,6 @@ memory as a whole in a wider form, neither on the host nor on the devices.
 """
 
 import functools
-import itertools
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -21,7 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import Leaf, Source, is_remote, open_source, place_leaf, read_leaf
+from mixtral_jax.convert import Leaf, Source, edges, is_remote, open_source, place, place_leaf
 from mixtral_jax.convert import leaves as stored_leaves
 from mixtral_jax.convert import newest_step as newest_whole_step
 from mixtral_jax.lora import is_adapter
@@ -109,26 +108,28 @@ def holds_adapters(path: str) -> bool:
 
 
 def read_weights(path: str, abstract: Tree) -> Tree:
-    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face directory, in the dtypes asked for.
+    """Weights of an Orbax model directory, of a step of a run, or of a Hugging Face or Mistral directory, as asked for.
 
     Raises:
-        UserError: the directory is none of the three, or a leaf has another shape than the model (it is named).
+        UserError: the directory is none of them, or a leaf has another shape than the model (it is named).
     """
     root = epath.Path(path)
+    kinds = (checkpoint.STATE, "params", "config.json", "params.json")
+    found = next((kind for kind in kinds if (root / kind).exists()), None)
+    if found is None:
+        raise UserError(
+            f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
+            "a Hugging Face directory config.json, Mistral's own params.json"
+        )
+    wanted = dict(leaves(abstract))
     try:
-        if (root / checkpoint.STATE).exists():  # a step of a run
+        if is_remote(path) and found == checkpoint.STATE:
             return checkpoint.restore(root, {"params": abstract}, partial=True)["params"]
-        if (root / "params").exists():
+        if is_remote(path) and found == "params":
             return checkpoint.restore(root / "params", abstract)
-        if (root / "config.json").exists():
-            wanted = dict(leaves(abstract))
-            return _read_leaves(path, {name: leaf.shape for name, leaf in wanted.items()}, wanted)
+        return _read_leaves(path, {name: leaf.shape for name, leaf in wanted.items()}, wanted)
     except ValueError as error:
         raise UserError(f"init_from: {error}") from error
-    raise UserError(
-        f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
-        "a Hugging Face directory config.json"
-    )
 
 
 def _read_leaves(
@@ -137,7 +138,7 @@ def _read_leaves(
     wanted: Mapping[str, Any],
     held: Mapping[str, QuantizedWeight] | None = None,
 ) -> Tree:
-    """A checkpoint of any format onto the devices; each process reads only the parts of its own devices.
+    """A checkpoint of any format onto the devices; each process reads only the parts of its own devices, each once.
 
     Args:
         shapes: of the model's parameters by dotted path, as a checkpoint has them.
@@ -166,42 +167,20 @@ def _read_leaves(
     return unflatten_dict(placed, sep=".")
 
 
-def _place_blocks(
-    source: Source, leaf: Leaf, held: QuantizedWeight, codes: Any, scales: Any
-) -> tuple[jax.Array, jax.Array]:
+def _place_blocks(source: Source, leaf: Leaf, held: QuantizedWeight, codes: Any, scales: Any) -> list[jax.Array]:
     """Codes and scales of one stacked matrix, each device's part made from that part of the weights alone."""
     axis = len(leaf.shape) + held.from_end
     size = leaf.shape[axis] // scales.shape[axis]
     run = jax.jit(partial(quantize, axis=axis, block=size, bits=held.bits))
-    made: dict[Any, list[np.ndarray]] = {}
-    parts: list[list[jax.Array]] = [[], []]
-    for device, index in codes.sharding.addressable_devices_indices_map(codes.shape).items():
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, codes.shape, strict=True))
-        if key not in made:
-            ranges = [*key[: axis + 1], *key[axis + 2 :]]  # of the weights: whole blocks
-            ranges[axis] = (ranges[axis][0] * size, ranges[axis][1] * size)
-            made[key] = _quantized_part(source, leaf, ranges, run)
-        for own, value in zip(parts, made[key], strict=True):
-            own.append(jax.device_put(value, device))
-    first, second = (
-        jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, own)
-        for whole, own in zip((codes, scales), parts, strict=True)
-    )
-    return first, second
 
+    def make(values: np.ndarray, at: tuple[int, ...]) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+        at = (*at[:axis], at[axis] // size, *at[axis + 1 :])
+        first, second = map(np.asarray, run(values.astype(np.float32)))
+        return [(first, (*at[: axis + 1], 0, *at[axis + 1 :])), (second, at)]
 
-def _quantized_part(source: Source, leaf: Leaf, ranges: list[tuple[int, int]], run: Any) -> list[np.ndarray]:
-    """Codes and scales of a box of the weights, one layer and one expert at a time."""
-    stacked = 2 if leaf.path.startswith("layers.moe") else 1
-    inner = tuple(slice(*edge) for edge in ranges[stacked:])
-    lengths = [stop - start for start, stop in ranges[:stacked]]
-    parts: list[np.ndarray] | None = None
-    for place in itertools.product(*(range(n) for n in lengths)):
-        at = tuple(slice(start + i, start + i + 1) for i, (start, _) in zip(place, ranges, strict=False))
-        values = [np.asarray(value) for value in run(read_leaf(source, leaf, (*at, *inner), np.float32))]
-        if parts is None:
-            parts = [np.empty((*lengths, *value.shape[stacked:]), value.dtype) for value in values]
-        for part, value in zip(parts, values, strict=True):
-            part[place] = value.reshape(part.shape[stacked:])
-    assert parts is not None
-    return parts
+    boxes = {}
+    for device, index in scales.sharding.addressable_devices_indices_map(scales.shape).items():
+        box = list(edges(index, scales.shape))
+        box[axis] = (box[axis][0] * size, box[axis][1] * size)  # of the weights: whole blocks
+        boxes[device] = tuple(box)
+    return place(source, leaf, boxes, [codes, scales], make)

@@ -4,9 +4,10 @@ Orbax writes its metadata around arrays of one element; the arrays themselves (z
 tensorstore, chunk by chunk, in any order. Orbax and tensorstore are imported by checkpoint/ alone.
 """
 
-import functools
 import math
+import mmap
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,15 +39,14 @@ class ArrayReader:
         ValueError: the directory is no checkpoint of ours, or an incomplete one.
     """
 
-    def __init__(self, path: Path, cache_bytes: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         problem = checkpoint.damage(path)
         if problem is not None or not (path / checkpoint.STATE / "manifest.ocdbt").is_file():
             what = problem or f"{checkpoint.STATE}/manifest.ocdbt is missing"
             raise ValueError(f"{path} is no complete Orbax checkpoint: {what}")
-        self._context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": cache_bytes}, "data_copy_concurrency": {"limit": _COPIES}}
-        )
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self.keep(0)
         self._base = {"driver": "file", "path": f"{(path / checkpoint.STATE).resolve()}/"}
         store = ts.KvStore.open({"driver": "ocdbt", "base": self._base}, context=self._context).result()
         keys = [key.decode() for key in store.list().result()]
@@ -58,10 +58,18 @@ class ArrayReader:
                 f"{path} is an Orbax checkpoint but not one of ours: format {checkpoint.FORMAT} expected, {found} found"
             )
 
-    @functools.cache  # noqa: B019 - a reader lives as long as one conversion
+    def keep(self, size: int) -> None:
+        """Keep pieces of up to `size` bytes together, those that were read last, since more will be cut out of them."""
+        pool = {"total_bytes_limit": size}
+        self._context = ts.Context({"cache_pool": pool, "data_copy_concurrency": {"limit": _COPIES}})
+        self._arrays.clear()
+
     def _array(self, name: str) -> ts.TensorStore:
-        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{name}/"}}
-        return ts.open(spec, read=True, open=True, context=self._context).result()
+        if name not in self._arrays:
+            spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": self._base, "path": f"{name}/"}}
+            spec["recheck_cached_data"] = "open"
+            self._arrays[name] = ts.open(spec, read=True, open=True, context=self._context).result()
+        return self._arrays[name]
 
     def spec(self, name: str) -> ArraySpec:
         """Shape, dtype and chunks of one array; reads no data.
@@ -89,7 +97,10 @@ class ArrayReader:
 
 
 class ArrayWriter:
-    """A new checkpoint at `path` (it must not exist) with these arrays, whose chunks are then written in any order."""
+    """A new checkpoint at `path` (it must not exist) with these arrays, whose chunks are then written in any order.
+
+    A chunk that comes in parts is held until it is whole.
+    """
 
     def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]) -> None:
         self.path = path
@@ -108,14 +119,37 @@ class ArrayWriter:
             for name, spec in arrays.items()
         }
         self._arrays = {name: array.result() for name, array in opened.items()}
+        self._specs, self._parts, self._lock = arrays, dict[Any, tuple[np.ndarray, list[int]]](), threading.Lock()
 
     def write(self, name: str, box: Box, values: np.ndarray) -> None:
-        """Write whole chunks and wait until they are on disk."""
-        self._arrays[name][box].write(values).result()
+        """Take a part of one chunk, or all of it; wait until what is whole is on disk."""
+        spec = self._specs[name]
+        edges = [(i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(box, spec.shape, strict=True)]
+        start = [a // c * c for (a, _), c in zip(edges, spec.chunk, strict=True)]
+        whole = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, spec.chunk, spec.shape, strict=True))
+        lengths = [s.stop - s.start for s in whole]
+        if values.size < math.prod(lengths):
+            inside = tuple(slice(i - a, j - a) for (i, j), a in zip(edges, start, strict=True))
+            with self._lock:
+                chunk, parts = self._parts.setdefault((name, *start), (_mapped(lengths, spec.dtype), []))
+            chunk[inside] = values.reshape([j - i for i, j in edges])
+            with self._lock:
+                parts.append(values.size)
+                if sum(parts) < chunk.size:
+                    return
+                del self._parts[name, *start]
+            box, values = whole, chunk
+        self._arrays[name][box].write(values, can_reference_source_data_indefinitely=True).result()
 
     def close(self) -> None:
         """All chunks are written."""
+        assert not self._parts
         checkpoint.list_files(self.path)
+
+
+def _mapped(lengths: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that goes back to the system at once: the allocator keeps freed chunks in an arena for each thread."""
+    return np.frombuffer(mmap.mmap(-1, math.prod(lengths) * dtype.itemsize), dtype).reshape(lengths)
 
 
 def _zarr(base: dict[str, str], name: str, spec: ArraySpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Arrays out to disk and back onto any mesh. The one importer of Orbax, whose import path is still moving.
+"""Arrays out to disk and back onto any mesh. Orbax, whose import path is still moving, is imported by this room alone.
 
 A checkpoint is a directory with one tree of arrays under `state/` and small JSON items beside it. It appears under its
 final name only when it is complete, with `commit_success.txt` in it; `files.json`, written after that, lists the size
@@ -9,14 +9,16 @@ import errno
 import functools
 import json
 import logging
-import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+
+from mixtral_jax.checkpoint.pieces import Runs
 
 FORMAT = 1
 COMMIT = "commit_success.txt"
@@ -162,11 +164,15 @@ def _context(json_items: tuple[str, ...] = (), *, partial: bool = False) -> ocp.
 
 
 def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    """Stacked expert leaves in chunks of one layer and one expert, so that they can be streamed back."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    if getattr(value, "ndim", 0) < 4:
-        return options()
-    return options(chunk_byte_size=math.prod(value.shape[2:]) * value.dtype.itemsize, shard_axes=(0, 1))
+    """Stacks of matrices by layer, expert and half, so that they can be streamed back; moments are named as weights."""
+    name = _dotted(key)
+    axes: tuple[int, ...] = ()
+    if re.search(r"(^|\.)layers\.moe\.w\d", name):
+        axes = (0, 1, 3) if name.endswith(".w13") else (0, 1)
+    elif re.search(r"(^|\.)layers\.", name):
+        axes = (0,)
+    runs = Runs(axis for axis in axes if axis < getattr(value, "ndim", 0))
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=runs)
 
 
 def _flat_shapes(tree: Any) -> Shapes:

@@ -18,7 +18,6 @@ from mixtral_jax.convert.table import ROUTER, slots
 from mixtral_jax.lora import LoraConfig
 
 ADAPTER = "adapter.json"
-_CACHE = 64 << 20
 
 
 class AdapterSource(Source):
@@ -44,11 +43,11 @@ class NativeAdapter(AdapterSource, OrbaxArrays):
     def __init__(self, path: PathLike) -> None:
         root = newest_step(Path(path))
         self.config, self.lora, self.base = _read_note(root)
-        super().__init__(root, _CACHE)
+        super().__init__(root)
         self.has_router = self.training and ROUTER in self.names
         router = [slot for slot in slots(self.config) if slot.leaf.path == ROUTER and self.has_router]
         ask = f"its LoRA settings (rank {self.lora.rank}) ask for {{}}"
-        self.hold([*slots(self.config, self.lora), *router], "its LoRA settings", ask)
+        self.hold([*slots(self.config, self.lora), *router], "its LoRA settings", ask, at_once=4)
 
 
 def _read_note(root: Path) -> tuple[MixtralConfig, LoraConfig, str | None]:

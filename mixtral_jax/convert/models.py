@@ -1,11 +1,8 @@
 """A checkpoint of any kind as a model, and a model as a Hugging Face directory."""
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,6 +10,7 @@ from jax.sharding import Mesh
 
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.convert.files import PathLike
+from mixtral_jax.convert.parts import edges, place, read_parts
 from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
 from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
@@ -20,7 +18,6 @@ from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel import param_shardings
 
 Index = tuple[slice, ...]
-_READERS = 4
 
 
 def load(
@@ -33,7 +30,7 @@ def load(
 
     Args:
         mesh: where the parameters are placed, by the rules of mixtral_jax.parallel; each process reads only the parts
-            of its own devices. None: the default device.
+            of its own devices, and each part once. None: the default device.
         dtype: of the parameters in memory; None keeps each one's dtype on disk.
         compute: how the maths is carried out.
 
@@ -44,12 +41,7 @@ def load(
     source = open_source(path)
     abstract = abstract_model(source.config, compute)
     shardings = flatten_dict(param_shardings(abstract, mesh) or {}, sep=".")
-    placed: dict[str, jax.Array] = {}
-    for leaf in leaves(source.config):
-        if leaf.path in shardings:
-            placed[leaf.path] = place_leaf(source, leaf, shardings[leaf.path], dtype)
-        else:
-            placed[leaf.path] = jnp.asarray(read_leaf(source, leaf, dtype=dtype))
+    placed = {leaf.path: place_leaf(source, leaf, shardings.get(leaf.path), dtype) for leaf in leaves(source.config)}
     return nnx.merge(nnx.graphdef(abstract), unflatten_dict(placed, sep="."))
 
 
@@ -69,38 +61,30 @@ def load_params(path: PathLike, dtype: Any = None) -> dict[str, Any]:
 
 
 def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
-    """One parameter on devices; each process reads only the parts of its own."""
-    return jax.make_array_from_callback(leaf.shape, sharding, partial(read_leaf, source, leaf, dtype=dtype))
+    """One parameter on devices (None: the default one); each process reads only the parts of its own, each once."""
+    kind = np.dtype(dtype or _dtype(source, leaf))
+    places = {None: (slice(None),) * len(leaf.shape)}
+    if sharding is not None:
+        places = sharding.addressable_devices_indices_map(leaf.shape)
+    boxes = {device: edges(index, leaf.shape) for device, index in places.items()}
+    out = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+    return place(source, leaf, boxes, [out], lambda values, at: [(values.astype(kind, copy=False), at)])[0]
 
 
 def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any = None) -> np.ndarray:
     """The part of a native leaf that `index` (one slice an axis) selects; None: all of it."""
-    ranges = [range(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(leaf.shape), leaf.shape, strict=True)]
-    own = [slot for slot in source.slots if slot.leaf.path == leaf.path]
-    stored = source.dtype(own[0])
-    if isinstance(source, NativeSource):
-        part = source.read_box(leaf.path, tuple(slice(r.start, r.stop) for r in ranges))
-        return part.astype(dtype or stored, copy=False)
-    out = np.empty([len(r) for r in ranges], dtype or stored)
-    start, stop = (edge * leaf.row_step for edge in (ranges[leaf.rows_axis].start, ranges[leaf.rows_axis].stop))
+    box = edges(index or (slice(None),) * len(leaf.shape), leaf.shape)
+    out = np.empty([stop - start for start, stop in box], dtype or _dtype(source, leaf))
 
-    def fill(slot: Slot) -> None:
-        box = slot.box(start, stop)
-        if any(isinstance(i, int) and i not in r for i, r in zip(box, ranges, strict=True)):
-            return
-        block = slot.to_native(source.read(slot, start, stop))
-        # The rows were read as asked; the other axes that the block still has are cut here.
-        inner = tuple(
-            slice(None) if axis == leaf.rows_axis else slice(r.start, r.stop)
-            for axis, (i, r) in enumerate(zip(box, ranges, strict=True))
-            if not isinstance(i, int)
-        )
-        outer = tuple(i - r.start if isinstance(i, int) else slice(None) for i, r in zip(box, ranges, strict=True))
-        out[outer] = block[inner]
+    def take(_: Any, at: tuple[int, ...], values: np.ndarray) -> None:
+        out[tuple(slice(a, a + n) for a, n in zip(at, values.shape, strict=True))] = values
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(fill, own))
+    read_parts(source, leaf, [box], take)
     return out
+
+
+def _dtype(source: Source, leaf: Leaf) -> np.dtype:
+    return source.dtype(next(slot for slot in source.slots if slot.leaf.path == leaf.path))
 
 
 def save_hf(

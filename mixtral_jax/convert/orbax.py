@@ -7,12 +7,12 @@ from typing import Any, Self
 import numpy as np
 
 from mixtral_jax import checkpoint
-from mixtral_jax.checkpoint import ArrayReader, ArraySpec, ArrayWriter
+from mixtral_jax.checkpoint import HELD, PIECE, ArrayReader, ArraySpec, ArrayWriter, piece_shape
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.stream import DtypeOf, NativeSource, ReadRows, Source, bands
-from mixtral_jax.convert.table import Leaf, Slot, check_arrays, slots
+from mixtral_jax.convert.table import Slot, check_arrays, slots
 from mixtral_jax.lora import is_adapter
 
 PARAMS = "params"  # the checkpoint inside a model directory; also the key of the parameters inside a training state
@@ -25,21 +25,29 @@ class OrbaxArrays(NativeSource):
     `training`: it is one step of a training run, whose parameters are a part of the state.
     """
 
-    def __init__(self, path: PathLike, cache_bytes: int = 0) -> None:
+    def __init__(self, path: PathLike) -> None:
         self.directory = Directory(path)
         root = self.directory.local
         self.training = is_training_checkpoint(root)
         self._prefix = f"{PARAMS}." if self.training else ""
-        self._reader = ArrayReader(root if self.training else root / PARAMS, cache_bytes)
+        self._reader = ArrayReader(root if self.training else root / PARAMS)
         self.names = [n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)]
 
-    def hold(self, wanted: list[Slot], described: str, ask: str) -> None:
-        """These slots, after a look at what is stored; see check_arrays."""
+    def hold(self, wanted: list[Slot], described: str, ask: str, at_once: int = 3) -> None:
+        """These slots, after a look at what is stored: see check_arrays. `at_once`: leaves that are read in turn."""
         self.slots, expected = wanted, {slot.leaf.path: slot.leaf.shape for slot in wanted}
         self._specs = {name: self._reader.spec(self._prefix + name) for name in expected if name in self.names}
         shapes = {name: self._specs[name].shape if name in self._specs else () for name in self.names}
         where = str(self.directory)
         check_arrays(expected, {name: (shape, where) for name, shape in shapes.items()}, where, described, ask)
+        shared = (self._shared(slot) for slot in wanted)
+        self._reader.keep(min(HELD, at_once * max(size for size in (0, *shared) if size <= HELD)))
+
+    def _shared(self, slot: Slot) -> int:
+        """Bytes that lie together, of which several slots are cut; 0: they are of this slot alone."""
+        grid = self.grid(slot)
+        several = any(grid[axis] > 1 for axis in slot.leaf.single)
+        return int(np.prod(grid)) * self.dtype(slot).itemsize if several else 0
 
     def dtype(self, slot: Slot) -> np.dtype:
         return self._specs[slot.leaf.path].dtype
@@ -50,7 +58,12 @@ class OrbaxArrays(NativeSource):
 
     def cost(self, slot: Slot) -> int:
         spec = self._specs[slot.leaf.path]
-        return 2 * int(np.prod(spec.chunk)) * spec.dtype.itemsize
+        return super().cost(slot) + int(np.prod(spec.chunk)) * spec.dtype.itemsize
+
+    def grid(self, slot: Slot) -> tuple[int, ...]:
+        leaf, chunk = slot.leaf, self._specs[slot.leaf.path].chunk
+        cut = {*leaf.single, leaf.rows_axis}
+        return tuple(min(c, n) if axis in cut else n for axis, (c, n) in enumerate(zip(chunk, leaf.shape, strict=True)))
 
     def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
         return self._reader.read(self._prefix + path, box)
@@ -97,14 +110,14 @@ class OrbaxSource(OrbaxArrays):
 
 
 class OrbaxSink:
-    """The `params` checkpoint of a new directory; pieces are chunks."""
+    """The `params` checkpoint of a new directory; its chunks hold several slots where one alone would be small."""
 
     def __init__(self, directory: Directory, source: Source, dtype_of: DtypeOf) -> None:
         specs: dict[str, ArraySpec] = {}
         self.slots, self._source, self._dtype_of = source.slots, source, dtype_of
         for slot in source.slots:
             rows = bands(slot, dtype_of(slot).itemsize, source.band(slot))
-            spec = ArraySpec(slot.leaf.shape, dtype_of(slot), _chunk(slot.leaf, rows))
+            spec = ArraySpec(slot.leaf.shape, dtype_of(slot), _chunk(slot, rows, dtype_of(slot).itemsize))
             known = specs.setdefault(slot.leaf.path, spec)
             if known.dtype != spec.dtype:
                 raise ValueError(
@@ -133,11 +146,14 @@ class OrbaxSink:
         self._writer.write(slot.leaf.path, slot.box(start, stop), values)
 
 
-def _chunk(leaf: Leaf, rows: int) -> tuple[int, ...]:
-    """One layer, one expert, one half, and `rows` hub rows."""
-    shape = [1 if i < leaf.stacked or leaf.axes[i] == "2" else n for i, n in enumerate(leaf.shape)]
-    shape[leaf.rows_axis] = -(-rows // leaf.row_step)
-    return tuple(shape)
+def _chunk(slot: Slot, rows: int, itemsize: int) -> tuple[int, ...]:
+    """A run of slots of the leaf, or of one slot as many times `rows` hub rows as make a piece."""
+    leaf = slot.leaf
+    chunk = list(piece_shape(leaf.shape, itemsize, leaf.single))
+    if all(chunk[axis] == 1 for axis in leaf.single):
+        times = -(-PIECE // (rows * slot.cols * itemsize))
+        chunk[leaf.rows_axis] = min(-(-rows // leaf.row_step) * times, leaf.shape[leaf.rows_axis])
+    return tuple(chunk)
 
 
 def is_training_checkpoint(path: Path) -> bool:

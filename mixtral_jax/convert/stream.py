@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
+from mixtral_jax.checkpoint import PIECE
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory
 from mixtral_jax.convert.table import Slot
 
 BUDGET = 512 << 20  # bytes that all pieces in flight may take together
-PIECE = 8 << 20  # a slot is cut into pieces of about this size; larger ones go back to the system and fault anew
+WORKERS = max(2, min(16, (os.cpu_count() or 2) + 1))
 ReadRows = Callable[[int, int], np.ndarray]
 DtypeOf = Callable[[Slot], np.dtype]
 
@@ -45,6 +47,18 @@ class Source(ABC):
         band = self.band(slot)
         return 1 << 20 if band is None else 2 * band * slot.cols * self.dtype(slot).itemsize
 
+    def grid(self, slot: Slot) -> tuple[int, ...]:
+        """How many indices of each axis of its leaf lie together, and are best read one after another."""
+        leaf = slot.leaf
+        step = [1 if axis in leaf.single else n for axis, n in enumerate(leaf.shape)]
+        step[leaf.rows_axis] = max(1, (self.band(slot) or 1) // leaf.row_step)
+        return tuple(step)
+
+    def place(self, slot: Slot, start: int) -> tuple[str, list[int]]:
+        """Where in that grid hub row `start` lies."""
+        first = (i if isinstance(i, int) else i.start or 0 for i in slot.box(start, start))
+        return slot.leaf.path, [i // step for i, step in zip(first, self.grid(slot), strict=True)]
+
     def side_files(self) -> Directory | None:
         """Where its tokenizer is."""
         return None
@@ -53,7 +67,7 @@ class Source(ABC):
 class Sink(Protocol):
     """Where slots go. Used in a `with` block, whose good end makes whole what was written."""
 
-    slots: list[Slot]  # in the order in which it takes them best
+    slots: list[Slot]  # in the order in which they must come, if they must come in order
 
     def put(self, slot: Slot, start: int, stop: int, rows: ReadRows) -> None:
         """Take hub rows start ... stop - 1, which `rows(a, b)` gives in the dtype of the sink."""
@@ -90,6 +104,9 @@ class ChangedSource(Source):
     def cost(self, slot: Slot) -> int:
         return self.inner.cost(self.origin(slot))
 
+    def place(self, slot: Slot, start: int) -> tuple[str, list[int]]:
+        return self.inner.place(self.origin(slot), start)
+
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
         return self.inner.read(self.origin(slot), start, stop)
 
@@ -107,11 +124,11 @@ class Tally:
 
 
 def bands(slot: Slot, itemsize: int, band: int | None) -> int:
-    """Rows of a piece: what the source asks for, else about PIECE bytes, in whole heads."""
+    """Rows of a piece: what the source asks for, else PIECE bytes or a little more, in whole heads."""
     if band is not None:
         return band
     step = slot.leaf.row_step
-    pieces = max(1, round(slot.rows * slot.cols * itemsize / PIECE))
+    pieces = max(1, slot.rows * slot.cols * itemsize // PIECE)
     per = -(-slot.rows // pieces)
     return min(slot.rows, -(-per // step) * step)
 
@@ -124,12 +141,12 @@ def copy(
     *,
     in_order: bool = False,
 ) -> Tally:
-    """Write every slot of `source` into `sink`, once.
+    """Write every slot of `source` into `sink`, once; what lies together in the source, one after another.
 
     Args:
         dtype_of: the dtype in which a slot is written.
         advance: told the bytes written, as they are.
-        in_order: one piece after another, for sinks that cannot seek.
+        in_order: one piece after another, as the sink has them, for sinks that cannot seek.
 
     Raises:
         ValueError: a slot was written twice or not at all (both lists), or a read or write failed.
@@ -156,14 +173,16 @@ def copy(
                 tally.not_finite.setdefault(slot.name, what)
             advance(size)
 
-    pieces = (
+    pieces = [
         (slot, a, min(a + rows, slot.rows), cost)
         for slot in sink.slots
         for rows in [bands(slot, dtype_of(slot).itemsize, source.band(slot))]
         for cost in [source.cost(slot) + 2 * rows * slot.cols * dtype_of(slot).itemsize]
         for a in range(0, slot.rows, rows)
-    )
-    _run(piece, pieces, 1 if in_order else max(2, min(16, (os.cpu_count() or 2) + 1)))
+    ]
+
+    pieces = pieces if in_order else sorted(pieces, key=lambda piece: source.place(*piece[:2]))
+    run(((partial(piece, slot, a, b), cost) for slot, a, b, cost in pieces), 1 if in_order else WORKERS)
     missing = [s.name for s in source.slots if tally.rows[s.name] < s.rows]
     twice = [s.name for s in source.slots if tally.rows[s.name] > s.rows]
     if missing or twice:
@@ -173,8 +192,8 @@ def copy(
     return tally
 
 
-def _run(piece: Callable[[Slot, int, int], None], pieces: Iterable[tuple[Slot, int, int, int]], workers: int) -> None:
-    """All pieces on `workers` threads, as many at once as BUDGET allows, at least one. The first error ends it."""
+def run(tasks: Iterable[tuple[Callable[[], None], int]], workers: int = WORKERS) -> None:
+    """All tasks on threads, as many at once as BUDGET allows by their cost in bytes, at least one. An error ends it."""
     flying: dict[Future[None], int] = {}
 
     def land() -> None:
@@ -184,10 +203,10 @@ def _run(piece: Callable[[Slot, int, int], None], pieces: Iterable[tuple[Slot, i
             future.result()
 
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-        for slot, start, stop, cost in pieces:
+        for task, cost in tasks:
             while flying and (len(flying) >= workers or sum(flying.values()) + cost > BUDGET):
                 land()
-            flying[pool.submit(piece, slot, start, stop)] = cost
+            flying[pool.submit(task)] = cost
         while flying:
             land()
 

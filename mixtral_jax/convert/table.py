@@ -34,6 +34,11 @@ class Leaf:
         return len(self.axes) - len(self.axes.lstrip("LE"))
 
     @property
+    def single(self) -> list[int]:
+        """The axes along which it is a stack of hub tensors: layer, expert, half."""
+        return [axis for axis, letter in enumerate(self.axes) if axis < self.stacked or letter == "2"]
+
+    @property
     def row_step(self) -> int:
         """Hub rows per index of `rows_axis`: a head's rows belong together."""
         return self.shape[self.rows_axis + 1] if self.axes[self.rows_axis] in "NK" else 1

@@ -1,6 +1,7 @@
 """Trees of arrays to disk and back: bit for bit, onto other meshes, in chunks; damage and refusals."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -10,11 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixtral_jax.checkpoint import pieces
 from mixtral_jax.checkpoint import trees as checkpoint
+from mixtral_jax.checkpoint.pieces import HELD, Runs, piece_shape
 from mixtral_jax.checkpoint.slices import ArrayReader
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.model import abstract_model
+from mixtral_jax.parallel import MESH_AXES, param_shardings
 
 
 def tree():
@@ -74,12 +81,55 @@ def test_shapes_are_known_without_reading(saved):
     }
 
 
-def test_stacked_leaves_are_stored_one_layer_and_expert_at_a_time(saved):
+def pieces_of(path, name):
     import tensorstore as ts
 
-    kvstore = {"driver": "ocdbt", "base": f"file://{saved}/state/", "path": "params.w2/"}
-    array = ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
-    assert array.chunk_layout.read_chunk.shape == (1, 1, 8, 6)
+    kvstore = {"driver": "ocdbt", "base": f"file://{path}/state/", "path": f"{name}/"}
+    return ts.open({"driver": "zarr3", "kvstore": kvstore}).result().chunk_layout.read_chunk.shape
+
+
+def test_stacks_are_cut_by_their_names_into_pieces_of_a_size(tmp_path, monkeypatch):
+    """Four dimensions alone say nothing: a layer of attention has them too, and came out in pieces of one head."""
+    monkeypatch.setattr(pieces, "PIECE", 1024)
+    experts = {"w13": (2, 4, 16, 2, 16), "w2": (2, 4, 16, 8), "w1_lora": {"a": (2, 4, 16, 16)}}
+    layers = {"attention": {"query": (4, 8, 2, 16), "key": (4, 8, 1, 8)}, "moe": experts, "moe_norm": {"scale": (4, 8)}}
+    shapes = {"params": {"embed": {"weight": (40, 16)}, "layers": layers}, "moments": ({"mu": {"layers": layers}},)}
+    checkpoint.save(
+        tmp_path / "1", jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int))
+    )
+    want = {
+        "attention.query": (1, 8, 2, 16), "attention.key": (4, 8, 1, 8), "moe_norm.scale": (4, 8),
+        "moe.w13": (1, 1, 16, 1, 16), "moe.w2": (1, 2, 16, 8), "moe.w1_lora.a": (1, 1, 16, 16),
+    }  # fmt: skip
+    for tree in ("params", "moments.0.mu"):
+        assert {name: pieces_of(tmp_path / "1", f"{tree}.layers.{name}") for name in want} == want
+    assert pieces_of(tmp_path / "1", "params.embed.weight") == (40, 16)
+
+
+@pytest.mark.parametrize(("fsdp", "most", "least"), [(1, 1000, 2**24), (8, 7000, 2**24), (64, 40_000, 2**21)])
+def test_a_tree_of_8x7b_is_in_pieces_neither_small_nor_unbounded(fsdp, most, least):
+    """By ndim >= 4 they were 394,000, of which 4 in 5 had 16 KB or less."""
+    model = abstract_model(MixtralConfig.preset("mixtral-8x7b"))
+    mesh = jax.sharding.AbstractMesh((1, fsdp, 1, 1, 1), MESH_AXES)
+    places, shapes = param_shardings(model, mesh), nnx.to_pure_dict(nnx.state(model))
+    tree, count = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places), 0
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        cut, part = checkpoint._chunks(path, leaf).shard_axes, leaf.sharding.shard_shape(leaf.shape)
+        piece = piece_shape(part, 4, cut, leaf.shape)
+        count += leaf.size // math.prod(piece)
+        together = [piece[axis] if axis in cut else n for axis, n in enumerate(leaf.shape)]
+        assert 4 * math.prod(together) <= HELD or not cut
+        assert 4 * math.prod(piece) >= least or piece == part
+    assert count <= most
+
+
+def test_the_private_function_of_orbax_is_asked_for_our_leaves_alone():
+    """Orbax cuts by itself where a leaf asks for no runs; when it can cut in runs, checkpoint/pieces.py may go."""
+    from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
+
+    own = ((8, 16, 4), (8, 16, 4), np.dtype("float32"), 1024)
+    assert choose_chunk_shape(*own, shard_axes=(0,)) == (1, 16, 4)
+    assert choose_chunk_shape(*own, shard_axes=Runs((0,))) == (8, 16, 4)
 
 
 def test_a_sharded_tree_comes_back_on_another_mesh(tmp_path):

@@ -1,6 +1,7 @@
 """Orbax checkpoints that are not ours or not whole, and the checkpoints of training runs."""
 
 import json
+import math
 import os
 import shutil
 
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint import pieces
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import hf2orbax, load_params, orbax2hf
+from mixtral_jax.convert import hf2orbax, load_params, orbax2hf, stream
+from mixtral_jax.convert import orbax as orbax_files
 from mixtral_jax.convert.orbax import OrbaxSource
 from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
 
@@ -60,9 +63,9 @@ def test_a_chunk_that_was_never_written(orbax):
     import tensorstore as ts
 
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{orbax}/params/state/"}).result()
-    store.delete_range(ts.KvStore.KeyRange("layers.moe.w2/c/1/3", "layers.moe.w2/c/1/4")).result()
+    store.delete_range(ts.KvStore.KeyRange("layers.moe.w2/c/", "layers.moe.w2/d")).result()
     (orbax / "params" / "files.json").unlink()
-    refused(orbax, "is incomplete: layers.moe.w2 has 7 of 8 chunks")
+    refused(orbax, "is incomplete: layers.moe.w2 has 0 of 1 chunks")
 
 
 def test_no_config_and_another_shape(orbax):
@@ -75,18 +78,78 @@ def test_no_config_and_another_shape(orbax):
     refused(orbax, "has no config.json")
 
 
-def test_chunks_are_one_layer_one_expert_one_half(orbax):
+def pieces_of(monkeypatch, size):
+    for place in (pieces, orbax_files, stream):
+        monkeypatch.setattr(place, "PIECE", size)
+
+
+@pytest.mark.parametrize(
+    ("size", "w13", "w2", "query"),
+    [
+        (400, (1, 1, 24, 1, 10), (1, 1, 20, 12), (1, 24, 1, 10)),  # parts of one matrix
+        (960, (1, 1, 24, 1, 20), (1, 1, 20, 24), (1, 24, 2, 10)),
+        (1920, (1, 1, 24, 2, 20), (1, 2, 20, 24), (1, 24, 4, 10)),  # both halves, two experts
+        (4000, (1, 4, 24, 2, 20), (2, 4, 20, 24), (2, 24, 4, 10)),
+        (16 << 20, (2, 4, 24, 2, 20), (2, 4, 20, 24), (2, 24, 4, 10)),
+    ],
+)  # fmt: skip
+def test_chunks_are_runs_of_matrices_or_a_part_of_one(orbax, monkeypatch, size, w13, w2, query):
+    pieces_of(monkeypatch, size)
+    hf2orbax(orbax.parent / "hf", orbax, force=True, progress=False)
     reader = OrbaxSource(orbax)._reader
-    assert reader.spec("layers.moe.w13").chunk == (1, 1, 24, 1, 20)
-    assert reader.spec("layers.moe.w2").chunk == (1, 1, 20, 24)
-    assert reader.spec("layers.attention.query").chunk == (1, 24, 4, 10)
+    assert [reader.spec(f"layers.{name}").chunk for name in ("moe.w13", "moe.w2", "attention.query")] == [
+        w13,
+        w2,
+        query,
+    ]
 
 
-def save_run(directory, params, config, step=7, tokenizer=None):
+def bytes_read():
+    """That tensorstore took out of files."""
+    import tensorstore as ts
+
+    (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return metric["values"][0]["value"]
+
+
+def stored(directory):
+    return sum(f.stat().st_size for f in directory.rglob("state/**/*") if f.is_file())
+
+
+def by_dimensions(key, value):
+    """How checkpoints were cut before 2026-11-29."""
+    options = checkpoint.ocp.options.ArrayOptions.Saving.StorageOptions
+    if getattr(value, "ndim", 0) < 4:
+        return options()
+    return options(chunk_byte_size=math.prod(value.shape[2:]) * value.dtype.itemsize, shard_axes=(0, 1))
+
+
+@pytest.mark.parametrize("size", [None, 20_000, 60_000, 140_000, 1 << 20])
+def test_pieces_of_any_size_come_out_whole_and_each_is_read_once(tmp_path, monkeypatch, size):
+    """A matrix of an expert has 64 KB in fp32; None: the pieces of old checkpoints."""
+    pieces_of(monkeypatch, size or 20_000)
+    monkeypatch.setattr(stream, "WORKERS", 1)  # a thread that is late finds its piece gone, and reads it again
+    if size is None:
+        monkeypatch.setattr(checkpoint, "_chunks", by_dimensions)
+    shape = {**TINY, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "head_dim": 16}
+    tensors = random_tensors(shape)
+    write_hub(tmp_path / "hf", shape, tensors)
+    hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    params = jax.tree.map(jnp.asarray, load_params(tmp_path / "hf"))
+    step = save_run(tmp_path / "run", params, MixtralConfig.from_hf(shape), moments={})
+    for source in (tmp_path / "orbax", step):
+        before = bytes_read()
+        orbax2hf(source, tmp_path / "back", dtype="float32", force=True, progress=False)
+        assert_same_bytes(read_hub(tmp_path / "back"), tensors)
+        if size is not None:
+            assert bytes_read() - before <= 1.1 * stored(source)
+
+
+def save_run(directory, params, config, step=7, tokenizer=None, moments=None):
     """A run's checkpoint as the training loop saves it: a named tuple of step, params and optimizer moments."""
     from mixtral_jax.train.state import TrainState
 
-    state = TrainState(jnp.asarray(step), params, {"mu": params, "nu": jax.tree.map(jnp.square, params)})
+    state = TrainState(jnp.asarray(step), params, {"mu": params} if moments is None else moments)
     run = {"model": config.model_dump(), "data": {"tokenizer": tokenizer}}
     path = directory / "checkpoints" / str(step)
     checkpoint.save(path, state, {"dataset": {"next_row": 3}, "meta": {"step": step, "config": run}})

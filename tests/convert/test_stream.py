@@ -10,14 +10,14 @@ import pytest
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import stream
 from mixtral_jax.convert.hf import HfSource
-from mixtral_jax.convert.stream import bands, copy
+from mixtral_jax.convert.stream import Source, bands, copy
 from mixtral_jax.convert.table import blocked_transpose, slots
 from tests.convert_files import BF16, TINY, hub_shapes
 
 CONFIG = MixtralConfig.from_hf(TINY)
 
 
-class Counting:
+class Counting(Source):
     """A source of row numbers, and a sink that counts what it is given."""
 
     def __init__(self, band=None):
@@ -79,7 +79,8 @@ def test_pieces_hold_whole_heads_and_stay_small():
     for slot in slots(config):
         rows = bands(slot, 2, None)
         assert rows % slot.leaf.row_step == 0 or rows == slot.rows
-        assert rows * slot.cols * 2 <= 1.6 * stream.PIECE
+        assert rows * slot.cols * 2 <= 2 * stream.PIECE
+        assert rows * slot.cols * 2 >= stream.PIECE or rows == slot.rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (33, 1025), (2048, 64), (5, 7)])
@@ -103,7 +104,7 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_memory_is_bounded_far_below_the_size_of_the_checkpoint(tmp_path, root):
-    """550 MB go both ways in 250 MB beyond the imports; the stacked leaves are 350 and 180 MB."""
+    """550 MB go both ways in 400 MB beyond the imports, in pieces of 29 MB; the stacked leaves are 350 and 180 MB."""
     shape = {**TINY, "hidden_size": 1024, "intermediate_size": 3584, "num_local_experts": 8, "num_hidden_layers": 3}
     write_random(tmp_path / "hf", shape)
     command = [sys.executable, "-c", MEASURE, *(str(tmp_path / n) for n in ("hf", "orbax", "back"))]
@@ -112,8 +113,8 @@ def test_memory_is_bounded_far_below_the_size_of_the_checkpoint(tmp_path, root):
     imported, importing, exporting = json.loads(done.stdout)
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size / 1e6
     assert size > 500
-    assert importing - imported < 250, (imported, importing, exporting)
-    assert exporting - imported < 250, (imported, importing, exporting)
+    assert importing - imported < 300, (imported, importing, exporting)
+    assert exporting - imported < 400, (imported, importing, exporting)
     before, after = HfSource(tmp_path / "hf"), HfSource(tmp_path / "back")
     for a, b in zip(before.slots, after.slots, strict=True):
         assert before.read(a, 0, a.rows).tobytes() == after.read(b, 0, b.rows).tobytes(), a.name

@@ -23,7 +23,7 @@ ALLOWED = {
 # The lazy table of public names, and what it says to type checkers: the one exception.
 FRONT_DOOR = "mixtral_jax/__init__.py"
 ONLY_IN = {
-    "orbax": {"mixtral_jax/checkpoint/trees.py", "mixtral_jax/checkpoint/slices.py"},
+    "orbax": {f"mixtral_jax/checkpoint/{name}.py" for name in ("trees", "slices", "pieces")},
     "tensorstore": {"mixtral_jax/checkpoint/trees.py", "mixtral_jax/checkpoint/slices.py"},
     "grain": {"data/loader.py"},
     "wandb": {"train/hooks/sinks.py"},

@@ -1,5 +1,6 @@
 """Which checkpoint is kept, found, refused; what a failed save leaves."""
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
 from mixtral_jax.train.run.resume import check_same_data, config_differences
 from mixtral_jax.train.state import abstract_state, create_state, start_from
+from tests.tiny import split, tiny_config, tiny_model
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 DATA = {"next_row": 40, "fingerprint": "abc", "tokens": 100}
@@ -180,17 +182,26 @@ def test_differences_are_listed_by_their_dotted_path():
 
 
 def test_weights_alone_start_a_new_run(tmp_path):
-    save_steps(tmp_path, [3])
-    state = start_from(read_weights(str(tmp_path / "3"), abstract().params), OPTIMIZER, abstract())
+    config = tiny_config()
+    weights, _ = split(tiny_model(config))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), weights)
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path)
+    meta = {"step": 3, "config": {"model": config.model_dump()}}
+    checkpointer.save(create_state(weights, OPTIMIZER), 3, DATA, meta)
+    checkpointer.wait()
+    state = start_from(read_weights(str(tmp_path / "3"), asked), OPTIMIZER, abstract_state(asked, OPTIMIZER))
     assert int(state.step) == 0
-    np.testing.assert_array_equal(state.params["head"]["weight"], np.full((4, 6), 3.0))
-    arrays.save(tmp_path / "model" / "params", params(7.0))
-    loaded = read_weights(str(tmp_path / "model"), abstract().params)
-    np.testing.assert_array_equal(loaded["head"]["weight"], np.full((4, 6), 7.0))
+    jax.tree.map(np.testing.assert_array_equal, state.params, weights)
+    arrays.save(tmp_path / "model" / "params", jax.tree.map(lambda x: x + 1, weights))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config.to_hf()))
+    loaded = read_weights(str(tmp_path / "model"), asked)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), loaded, weights)
     with pytest.raises(UserError, match="is no checkpoint"):
-        read_weights(str(tmp_path / "nothing"), abstract().params)
-    with pytest.raises(UserError, match=r"init_from: head\.weight has shape \(4, 6\)"):
-        read_weights(str(tmp_path / "model"), abstract(rows=5).params)
+        read_weights(str(tmp_path / "nothing"), asked)
+    asked["norm"]["scale"] = jax.ShapeDtypeStruct((5,), jnp.float32, sharding=here)
+    with pytest.raises(UserError, match=r"init_from: norm\.scale has shape \(16,\) .* with shape \(5,\)"):
+        read_weights(str(tmp_path / "model"), asked)
 
 
 def test_fresh_state_lies_where_its_parameters_lie():
