@@ -136,11 +136,12 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     tensor, tokens = sizes["tensor"], local_tokens(config, sizes)
     experts = layers * own.expert * model.num_local_experts / sizes["expert"] / tensor
     dense = layers * (own.attention + own.router) / tensor + 2 * own.head
-    # gathered for the forward, again for the backward, the gradient's way back, and once for a reference
-    passes = (3 if config.adapters is None else 2) + asks_reference(config)
+    compute_bytes = placement.compute_bytes(config)
+    reduce_bytes = max(compute_bytes, 4 if config.compute.reduce_dtype == "float32" else 2)
+    # gathered for the forward, again for the backward, once for a reference, and the gradient's way back
+    passes = 2 + asks_reference(config) + (reduce_bytes / compute_bytes if config.adapters is None else 0)
     trips = 4 + recomputes(config, sizes).rows  # there and back, forward and backward
     shards = "+".join(axis for axis in ("fsdp", "expert") if sizes[axis] > 1)
-    compute_bytes = placement.compute_bytes(config)
     sent = defaultdict[str, float](float)
 
     def send(axes: str, numbers: float) -> None:
@@ -151,8 +152,8 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
 
     send("fsdp", passes * experts)
     send(shards, passes * dense)
-    if sizes["data"] > 1:
-        sent["data"] = config.accumulation * compute_bytes * 2 * placement.resident(config, sizes)["parameters"] / 4
+    if sizes["data"] > 1:  # once, behind all micro-batches
+        sent["data"] = reduce_bytes * 2 * placement.resident(config, sizes)["parameters"] / 4
     if not model.is_dense:
         send("expert", trips * layers * tokens * model.num_experts_per_tok * model.hidden_size)
     send("tensor", 12 * layers * tokens * model.hidden_size)

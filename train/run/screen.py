@@ -10,7 +10,7 @@ import jax
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare import PreparedData
 from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmul
-from mixtral_jax.model import compute_dtype
+from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
 from mixtral_jax.parallel import MESH_AXES
 from mixtral_jax.train.checkpoints import Say
@@ -106,7 +106,8 @@ def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
     return (
         f"attention {resolve_attention(compute.attention, backend, shape)}, "
         f"experts {resolve_matmul(compute.moe.matmul, backend)}, "
-        f"transport {resolve_transport(compute.moe.transport, sizes['expert'])}, {dtype}, remat {compute.remat}"
+        f"transport {resolve_transport(compute.moe.transport, sizes['expert'])}, {dtype}, gradients over devices in "
+        f"{reduce_dtype(compute)}, remat {compute.remat}"
     )
 
 
@@ -115,11 +116,11 @@ def router_line(config: RunConfig) -> str:
     if config.model.is_dense:
         return "none: a dense model"
     router = config.router
-    capacity = config.compute.moe.capacity_factor
+    capacity, order = config.compute.moe.capacity_factor, config.compute.moe.capacity_order
     return (
         f"balance loss {router.balance_loss} x {router.router_aux_loss_coef:g}, "
         f"z-loss x {router.router_z_loss_coef:g}; "
-        + ("dropless" if capacity is None else f"capacity factor {capacity:g}: tokens can be dropped")
+        + ("dropless" if capacity is None else f"capacity factor {capacity:g}: rows past it are dropped, by {order}")
     )
 
 
