@@ -1,6 +1,6 @@
 """Each habit of a compiler is still there, and gone with its work-around: where not, `gone` wants a version.
 
-The habits that show as memory only, COPIES_STACKS, READS_AGAIN and RECOMPUTES_LATE, need a whole layer at full size:
+The habits that show as memory only, COPIES_STACKS and READS_AGAIN, need a whole layer at full size:
 they are held by the plans of the presets (docs/sharding.md).
 """
 
