@@ -205,7 +205,9 @@ class MixtralConfig(FrozenConfig):
 
 
 class MoeConfig(FrozenConfig):
-    """How the expert block is carried out. Only `capacity_factor` changes what is computed: it drops tokens."""
+    """How the expert block is carried out. Only `capacity_factor` and its order change what is computed (they
+    drop tokens), and `router_dtype`, a little.
+    """
 
     matmul: Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"] = Field(
         "auto", description="grouped matmul back-end"

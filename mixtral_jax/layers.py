@@ -1,4 +1,4 @@
-"""RMS norm, token embedding, output head, and rotary position embedding (half-split: i is rotated with i + H/2).
+"""RMS norm, token embedding, output head, and rotary position embedding.
 
 Rotary position embedding, half-split convention: dimension i is rotated with dimension i + H/2.
 

@@ -30,8 +30,8 @@ from mixtral_jax.parallel import (
     sharded,
 )
 
-# What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, and
-# the gathered weights by none. `minimal` recomputes no large matmul: norms, activations and gathers only. Where the
+# What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, the
+# gathered weights by `none` alone. `minimal` recomputes no large matmul: norms, activations and gathers only. Where the
 # experts work on some tokens at a time (moe.chunk_tokens), of them nothing is saved but the routing.
 ATTENTION = ("query", "key", "value", "attended", "attention_output")
 SAVED: dict[str, tuple[str, ...]] = {
@@ -62,6 +62,7 @@ def saving(remat: str) -> Callable[..., Any]:
 
 Tokens_BT = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
 Choices = Routing | Int[Array, "B T L C"] | np.ndarray  # of experts, by layer
+NO_ROUTER = "routing: a dense model has no router"
 
 
 def compute_dtype(dtype: str) -> jnp.dtype:
@@ -165,8 +166,8 @@ class Mixtral(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
         for _, leaf in nnx.iter_graph(self):
-            if isinstance(leaf, nnx.Param):
-                leaf.set_metadata(reduce_dtype=compute.reduce_dtype)  # for `gather`
+            if isinstance(leaf, nnx.Param) and "reduce_dtype" not in leaf.get_metadata():
+                leaf.set_metadata(reduce_dtype=reduce_dtype(compute).name)  # for `gather` and `sum_replicas`
 
     def __call__(
         self,
@@ -189,12 +190,19 @@ class Mixtral(nnx.Module):
         Raises:
             ValueError: rows of different lengths, what are no rows of integers, or a routing of another shape.
         """
-        return _logits(self.dropless(), *self._rows(tokens, positions, segment_ids), routing)
+        rows = self._rows(tokens, positions, segment_ids)
+        return _logits(self.dropless(), *rows, *_chosen(routing, self.config, rows[0]))
 
     def routing(
         self, tokens: Tokens_BT, positions: Tokens_BT | None = None, segment_ids: Tokens_BT | None = None
     ) -> Routing:
-        """What every router of a sparse model decides: the fields of Routing with (B, T, L) in place of M."""
+        """What every router decides: the fields of Routing with (B, T, L) in place of M.
+
+        Raises:
+            ValueError: a dense model, which has none; what `__call__` refuses.
+        """
+        if self.config.is_dense:
+            raise ValueError(NO_ROUTER)
         return _routing(self.dropless(), *self._rows(tokens, positions, segment_ids))
 
     def dropless(self, **changes: Any) -> Self:
@@ -307,12 +315,13 @@ def _chosen(routing: Choices | None, config: MixtralConfig, tokens_BT: jax.Array
     """The experts (B, T, L, k) as a row of one argument, or of none where the routers decide."""
     if routing is None:
         return ()
+    if config.is_dense:
+        raise ValueError(NO_ROUTER)
     chosen: Any = routing.expert_MC if isinstance(routing, Routing) else routing
+    chosen = chosen if isinstance(chosen, jax.Array) else np.asarray(chosen)
     wanted = (*tokens_BT.shape, config.num_hidden_layers, config.num_experts_per_tok)
     if np.shape(chosen) != wanted or not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise ValueError(f"routing: indices of experts (B, T, L, k) = {wanted}, not {chosen.dtype} {np.shape(chosen)}")
-    if config.is_dense:
-        raise ValueError("routing: a dense model has no router")
     if isinstance(chosen, np.ndarray) and not (chosen >= 0).all() & (chosen < config.num_local_experts).all():
         raise ValueError(
             f"routing: experts are from 0 to {config.num_local_experts - 1}, not {chosen.min()} to {chosen.max()}"
@@ -326,13 +335,13 @@ def _logits(
     tokens_BT: jax.Array,
     positions: jax.Array | None,
     segments: jax.Array | None,
-    routing: Choices | None,
+    *chosen: jax.Array,
 ) -> Float[Array, "B T V"]:
     def local(model: Mixtral, tokens: jax.Array, positions: jax.Array, segments: jax.Array, *chosen) -> jax.Array:
         x_BTD, _ = model.hidden(tokens, positions, segments, None, *chosen)
         return jnp.dot(x_BTD, model.head_weight(), preferred_element_type=jnp.float32)
 
-    rows = (*fill_rows(tokens_BT, positions, segments), *_chosen(routing, model.config, tokens_BT))
+    rows = (*fill_rows(tokens_BT, positions, segments), *chosen)
     logits_BTV = sharded(local, model, rows, (batch_spec(),) * len(rows), P(BATCH_AXES, "context", "tensor"))
     return drop_padding(logits_BTV, model.config.vocab_size)
 

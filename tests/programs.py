@@ -56,6 +56,28 @@ def _carried(body, first: int, count: int, loops: tuple[int, ...]) -> Iterator[E
     made = {out: eqn for eqn in body.eqns for out in eqn.outvars}
     for index in range(count):
         carried, out = body.invars[first + index], body.outvars[index]
-        eqn = made.get(out) if not isinstance(out, jax.extend.core.Literal) else None
-        if eqn is not None and eqn.primitive.name in ("add", "add_any") and carried in eqn.invars:
-            yield Equation("carried_sum", str(out.aval.dtype), tuple(out.aval.shape), (), loops)
+        eqn = _source(out, made)
+        if eqn is not None and eqn.primitive.name == "dynamic_update_slice" and eqn.invars[0] is carried:
+            eqn = _source(eqn.invars[1], made)  # a part of the carry is written: is it a sum with what stood there?
+            kept = {v for v in made if _source(v, made, stop="dynamic_slice") is not None}
+        else:
+            kept = {carried, *(v for v in made if _plain(v, made) is carried)}
+        if eqn is not None and eqn.primitive.name in ("add", "add_any") and any(v in kept for v in eqn.invars):
+            yield Equation("carried_sum", str(carried.aval.dtype), tuple(out.aval.shape), (), loops)
+
+
+SAME = ("convert_element_type", "reduce_precision", "reshape", "squeeze", "broadcast_in_dim", "pvary", "copy")
+
+
+def _plain(var, made):
+    """The variable behind changes of dtype and shape alone."""
+    while not isinstance(var, jax.extend.core.Literal) and var in made and made[var].primitive.name in SAME:
+        var = made[var].invars[0]
+    return var
+
+
+def _source(var, made, stop: str | None = None):
+    """The equation that makes a variable, changes of dtype and shape left out; with `stop`, only one of that name."""
+    var = _plain(var, made)
+    eqn = None if isinstance(var, jax.extend.core.Literal) else made.get(var)
+    return eqn if stop is None or (eqn is not None and eqn.primitive.name == stop) else None

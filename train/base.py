@@ -1,8 +1,8 @@
 """The weights that a run starts from: what init_from names, straight onto the devices in the form they are held in.
 
 That form is fp32 masters, bfloat16, or int8 and nf4 in blocks for the frozen base under adapters. A quantised matrix
-is read, quantised on the device and put in its place one layer and one expert at a time, so the base is never in
-memory as a whole in a wider form, neither on the host nor on the devices.
+is read, quantised on the device and put in its place by the pieces in which it lies on disk (one layer and expert, or a
+run of small ones), so the base is never in memory as a whole in a wider form, neither on the host nor on the devices.
 """
 
 import functools
@@ -125,7 +125,7 @@ def read_weights(path: str, abstract: Tree) -> Tree:
     try:
         if is_remote(path) and found == checkpoint.STATE:
             return checkpoint.restore(root, {"params": abstract}, partial=True)["params"]
-        if is_remote(path) and found == "params":
+        if found == "params" and (is_remote(path) or not (root / "config.json").exists()):
             return checkpoint.restore(root / "params", abstract)
         return _read_leaves(path, {name: leaf.shape for name, leaf in wanted.items()}, wanted)
     except ValueError as error:

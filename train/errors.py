@@ -25,14 +25,16 @@ class UserError(ValueError):
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """A ValueError that our own code raised, or a file that is not there; the same from a library is our bug."""
+    """A ValueError that our own code raised (or NaN that it found), or a file that is not there; the same from a library
+    is our bug.
+    """
     from pydantic import ValidationError  # slow to import, and only errors need it
 
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | ValidationError):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
     room = frames[-1][0].f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, ValueError) and room in ("launch", "mixtral_jax", "__main__")
+    return isinstance(error, ValueError | FloatingPointError) and room in ("launch", "mixtral_jax", "__main__")
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

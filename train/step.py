@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from mixtral_jax.model import reduce_dtype
 from mixtral_jax.parallel import replicas, sum_replicas
 from mixtral_jax.train.objective import Objective
 from mixtral_jax.train.optimizer import Optimizer, Params, apply_gradients
@@ -98,7 +97,7 @@ def loss_and_gradients(
     (loss, parts), grads = jax.eval_shape(differentiate, params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, parts, grads))
     loss, parts, grads = jax.lax.scan(accumulate, zeros, (batch, keys))[0]
-    return loss, parts, sum_replicas(model, grads, reduce_dtype(model.compute)) if shared else grads
+    return loss, parts, sum_replicas(model, grads) if shared else grads
 
 
 def make_eval_step(objective: Objective, merge: Merge) -> Callable[[Params, Frozen, Any], Any]:

@@ -24,13 +24,15 @@ def piece_shape(
     """Shape of the pieces of an array, or of a device's part of the `whole`, cut along `axes`, the first of them first.
 
     An axis is cut in ones where that leaves PIECE bytes, so that the next one is cut too; else in equal runs that have
-    them, unless that is more than HELD on all devices.
+    them, unless that is more than HELD on all devices or, for want of divisors, 4 PIECE.
     """
     piece, together = list(part), list(whole or part)
     for axis in axes:
         own, all_own = (math.prod(n) // n[axis] * itemsize for n in (piece, together))  # bytes of one index
         runs = [run for run in range(1, part[axis] + 1) if part[axis] % run == 0]
         wanted = next((run for run in runs if run * own >= PIECE), part[axis])
+        if wanted * own > 4 * PIECE:  # few divisors: rather a little less
+            wanted = max(run for run in runs if run == 1 or run * own <= 4 * PIECE)
         piece[axis] = together[axis] = max(run for run in runs if run == 1 or (run <= wanted and run * all_own <= HELD))
         if piece[axis] > 1:
             break

@@ -131,7 +131,9 @@ class ArrayWriter:
         if values.size < math.prod(lengths):
             inside = tuple(slice(i - a, j - a) for (i, j), a in zip(edges, start, strict=True))
             with self._lock:
-                chunk, parts = self._parts.setdefault((name, *start), (_mapped(lengths, spec.dtype), []))
+                if (name, *start) not in self._parts:
+                    self._parts[name, *start] = (_mapped(lengths, spec.dtype), [])
+                chunk, parts = self._parts[name, *start]
             chunk[inside] = values.reshape([j - i for i, j in edges])
             with self._lock:
                 parts.append(values.size)
@@ -142,8 +144,15 @@ class ArrayWriter:
         self._arrays[name][box].write(values, can_reference_source_data_indefinitely=True).result()
 
     def close(self) -> None:
-        """All chunks are written."""
-        assert not self._parts
+        """All chunks are written.
+
+        Raises:
+            ValueError: of some only a part has come.
+        """
+        if self._parts:
+            raise ValueError(
+                f"{self.path}: {len(self._parts)} chunks are incomplete, such as one of {next(iter(self._parts))[0]}"
+            )
         checkpoint.list_files(self.path)
 
 

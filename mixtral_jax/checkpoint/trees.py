@@ -172,7 +172,8 @@ def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOpti
     elif re.search(r"(^|\.)layers\.", name):
         axes = (0,)
     runs = Runs(axis for axis in axes if axis < getattr(value, "ndim", 0))
-    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=runs)
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    return options(shard_axes=runs) if runs else options()
 
 
 def _flat_shapes(tree: Any) -> Shapes:

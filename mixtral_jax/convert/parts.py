@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,7 @@ def read_parts(
     def read(cell: Edges, parts: Mapping[Edges, Edges]) -> None:
         if isinstance(source, NativeSource):
             values = source.read_box(leaf.path, tuple(slice(*edge) for edge in cell))
-        else:  # whole rows of one hub tensor
-            keep = {*leaf.single, leaf.rows_axis}
-            cell = tuple(
-                edge if axis in keep else (0, n) for axis, (edge, n) in enumerate(zip(cell, leaf.shape, strict=True))
-            )
+        else:
             start, stop = (edge * leaf.row_step for edge in cell[leaf.rows_axis])
             slot = own[tuple(cell[axis][0] for axis in leaf.single)]
             values = slot.to_native(source.read(slot, start, stop)).reshape([b - a for a, b in cell])
@@ -46,9 +43,21 @@ def read_parts(
             inside = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, cell, strict=True))
             take(box, tuple(a - c for (a, _), (c, _) in zip(part, box, strict=True)), values[inside])
 
-    size = source.dtype(next(iter(own.values()))).itemsize
-    cells = _cells(leaf, source.grid(next(iter(own.values()))), boxes)
-    run((partial(read, cell, parts), 2 * size * int(np.prod([b - a for a, b in cell]))) for cell, parts in cells)
+    def widened(cell: Edges) -> Edges:
+        """What has to be read: of a hub tensor whole rows, of an array on disk whole chunks (of which `cell` is cut)."""
+        keep = {*leaf.single, leaf.rows_axis}
+        axes = enumerate(zip(cell, leaf.shape, strict=True))
+        return tuple(edge if axis in keep else (0, n) for axis, (edge, n) in axes)
+
+    first = next(iter(own.values()))
+    grid, size = source.grid(first), source.dtype(first).itemsize
+    together, native = int(np.prod(grid)), isinstance(source, NativeSource)
+    tasks = []
+    for cell, parts in _cells(leaf, grid, boxes):
+        wide = widened(cell)
+        held = int(np.prod([b - a for a, b in wide]))  # and a copy of it, in fp32 at the most
+        tasks.append((partial(read, cell if native else wide, parts), (size + 4) * max(held, together * native)))
+    run(tasks)
 
 
 def _cells(leaf: Leaf, grid: At, boxes: Sequence[Edges]) -> Iterator[tuple[Edges, dict[Edges, Edges]]]:
@@ -90,7 +99,8 @@ def place(
         make: of a part of a box, and where in the box it is: for each out its values and where in the box's they are.
     """
     first = {box: device for device, box in reversed(list(boxes.items()))}
-    made = {box: [_empty(out, device) for out in outs] for box, device in first.items()}
+    with ThreadPoolExecutor(1) as own:  # a mesh in context, which is a thread's, would want buffers on all its devices
+        made = own.submit(lambda: {box: [_empty(o, device) for o in outs] for box, device in first.items()}).result()
     lock = threading.Lock()
 
     def take(box: Edges, at: At, values: np.ndarray) -> None:

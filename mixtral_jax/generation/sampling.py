@@ -65,6 +65,7 @@ def is_whole(value: Any) -> bool:
 
 
 def _is(kind: type, value: Any) -> bool:
+    value = value.item() if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 else value
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -18,7 +18,7 @@ from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel import gather, psum
+from mixtral_jax.parallel import gather, psum, take_chosen
 from mixtral_jax.quantize import gather_weight
 
 # (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x); expert number E is nobody's
@@ -57,7 +57,8 @@ class SparseMoe(nnx.Module):
             return config.initializer_range * normal
 
         if not config.is_dense:
-            self.router = nnx.Param(value(0, {**layers, **routes}), axes=tuple({**layers, **routes}))
+            shape = {**layers, **routes}
+            self.router = nnx.Param(value(0, shape), axes=tuple(shape), reduce_dtype="float32")  # as all of its maths
         w13, w2 = {**experts, **hidden, "gate_up": 2, **ffn}, {**experts, **ffn, **hidden}
         self.w13 = base_weight(value(1, w13), w13, "expert_embed", lora)
         self.w2 = base_weight(value(2, w2), w2, "ffn", lora)
@@ -125,8 +126,10 @@ class SparseMoe(nnx.Module):
             expert_MC = jnp.where(valid_M[:, None], routing.expert_MC, self.config.num_local_experts)
             wanted_MC, capacity = expert_MC, self._capacity(x_MD.shape[0])
             if capacity is not None:
+                # the only gate of a token is 1: its probability before that tells tokens apart
+                standing_MC = gate_MC if gate_MC.shape[1] > 1 else take_chosen(routing.probs_ME, routing.expert_MC)
                 order = self.options.capacity_order
-                expert_MC = limit_capacity(wanted_MC, gate_MC, self.config.num_local_experts, capacity, order)
+                expert_MC = limit_capacity(wanted_MC, standing_MC, self.config.num_local_experts, capacity, order)
             dropped_MC = None if capacity is None else expert_MC != wanted_MC
             stats = router_stats(routing, valid_M.astype(jnp.float32), dropped_MC)
         out_MD = psum(apply_experts(x_MD, expert_MC, gate_MC).astype(x_BTD.dtype), ("tensor",))

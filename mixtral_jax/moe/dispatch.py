@@ -4,7 +4,7 @@ A routed row is one (token, choice) pair. Rows are ordered by expert; a choice w
 dropped, or on another device) sorts behind all others and is not computed.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.parallel import same_variance
-
-CapacityOrder = Literal["probability", "choice", "token"]
 
 
 class Plan(NamedTuple):
@@ -39,7 +37,7 @@ def plan_rows(expert_MC: Int[Array, "M C"], experts: int, rows: int) -> Plan:
 
 
 def limit_capacity(
-    expert_MC: Int[Array, "M C"], gate_MC: Float[Array, "M C"], experts: int, capacity: int, order: CapacityOrder
+    expert_MC: Int[Array, "M C"], gate_MC: Float[Array, "M C"], experts: int, capacity: int, order: str
 ) -> Int[Array, "M C"]:
     """Give every expert `capacity` of its choices at most; the others become expert number `experts`.
 

@@ -125,22 +125,29 @@ def replicas(model: nnx.Module, params: dict) -> dict:
     """Some parameters of `model` with an axis in front along `data`: each place's own, so that a gradient by them is
     not summed over `data`. Nothing is copied. `sharded` takes a model of such parameters as any other.
     """
-    return _over_data(model, params, lambda x: varying(x, ("data",))[None], to_replicas=True)
+    return _over_data(model, params, lambda x, _: varying(x, ("data",))[None], to_replicas=True)
 
 
-def sum_replicas(model: nnx.Module, grads: dict, dtype: jnp.dtype) -> dict:
-    """Gradients by `replicas`, summed over `data` in `dtype`; in their own dtype, and without that axis, again."""
-    sum_of = lambda g: jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype)  # noqa: E731 - a word for the line below
-    return _over_data(model, grads, sum_of, to_replicas=False)
+def sum_replicas(model: nnx.Module, grads: dict) -> dict:
+    """Gradients by `replicas`, summed over `data` in their parameters' `reduce_dtype`; as their parameters again."""
+    return _over_data(
+        model, grads, lambda g, dtype: jax.lax.psum(g[0].astype(dtype), "data").astype(g.dtype), to_replicas=False
+    )
 
 
-def _over_data(model: nnx.Module, tree: dict, run: Callable[[jax.Array], jax.Array], *, to_replicas: bool) -> dict:
-    mesh = jax.sharding.get_abstract_mesh()
-    by_path = flatten_dict(_pure_specs(model, mesh))
-    whole = unflatten_dict({path: by_path[path] for path in flatten_dict(tree)})
-    own = jax.tree.map(lambda spec: P("data", *spec), whole, is_leaf=is_spec)
+def _over_data(model: nnx.Module, tree: dict, run: Callable[[jax.Array, str], jax.Array], *, to_replicas: bool) -> dict:
+    """run(leaf, the dtype that its sums have) on every device."""
+    mesh, flat = jax.sharding.get_abstract_mesh(), flatten_dict(tree)
+    specs = flatten_dict(_pure_specs(model, mesh))
+    dtypes = {path: v.get_metadata()["reduce_dtype"] for path, v in nnx.to_flat_state(nnx.state(model))}
+    whole = {path: specs[path] for path in flat}
+    own = {path: P("data", *spec) for path, spec in whole.items()}
     ins, outs = (whole, own) if to_replicas else (own, whole)
-    return jax.shard_map(partial(jax.tree.map, run), mesh=mesh, in_specs=(ins,), out_specs=outs)(tree)
+
+    def local(leaves: dict) -> dict:
+        return {path: run(leaf, dtypes[path]) for path, leaf in leaves.items()}
+
+    return unflatten_dict(jax.shard_map(local, mesh=mesh, in_specs=(ins,), out_specs=outs)(flat))
 
 
 def batch_spec(leading: int = 0) -> P:

@@ -24,6 +24,7 @@ class Whole(NamedTuple):
     axes: tuple[str, ...]
     dtype: jnp.dtype
     spec: P
+    own: P  # as it is stored
 
 
 def gathered(model: Model, dtype: jnp.dtype, beside: int) -> Model:
@@ -59,7 +60,8 @@ def as_used(path: Any, p: nnx.Param, mesh: Any, dtype: jnp.dtype) -> Whole | Non
         return None
     axes = tuple(WHOLE if is_cut(axis) else axis for axis in axes)
     keeps = name.endswith(EXACT) or not jnp.issubdtype(p.dtype, jnp.floating)
-    return Whole(axes, p.dtype if keeps else dtype, param_spec(axes, p.shape, mesh.shape, name))
+    specs = (param_spec(names, p.shape, mesh.shape, name) for names in (axes, p.get_metadata()["axes"]))
+    return Whole(axes, p.dtype if keeps else dtype, *specs)
 
 
 def whole_bytes(p: nnx.Param, whole: Whole, mesh: Any) -> int:
@@ -76,5 +78,5 @@ def free_memory() -> float:
 
 @partial(jax.jit, static_argnames="wholes")
 def _gather(values: list[jax.Array], wholes: tuple[Whole, ...]) -> list[jax.Array]:
-    place = jax.lax.with_sharding_constraint
-    return [place(v.astype(whole.dtype), whole.spec) for v, whole in zip(values, wholes, strict=True)]
+    place = jax.lax.with_sharding_constraint  # twice: cast where it lies, so that it travels in its new dtype
+    return [place(place(v.astype(w.dtype), w.own), w.spec) for v, w in zip(values, wholes, strict=True)]

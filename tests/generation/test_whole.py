@@ -85,7 +85,7 @@ def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytes
         matrices = {p.shape[1:] for _, p in nnx.to_flat_state(nnx.state(model.layers)) if p.ndim > 2}
         layer_by_layer = gathers_in_loop(own, rows, slots)
         once = gathers_in_loop(engine._gathered(own, rows, slots), rows, slots)
-        of_tokens = 3 * (MESHES[name].get("expert", 1) > 1)  # to experts elsewhere: sizes, rows, and rows back
+        of_tokens = 4 * (MESHES[name].get("expert", 1) > 1)  # to experts elsewhere: sizes, rows, and rows back
         assert len(layer_by_layer) > 8
         assert len(once) == of_tokens and not matrices & set(once)
         monkeypatch.setattr(whole, "free_memory", lambda: 1000.0)

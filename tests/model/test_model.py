@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
+from mixtral_jax import model as model_module
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.model import Mixtral, abstract_model, next_token_sums, target_logps
 from mixtral_jax.moe.balance import balance_loss, z_loss
@@ -273,7 +274,7 @@ def test_the_gates_of_given_choices_come_of_the_models_own_logits():
             np.zeros((B, T, 2), np.int32),
             r"routing: indices of experts \(B, T, L, k\) = \(2, 10, 2, 2\), not int32 \(2, 10, 2\)",
         ),
-        (np.zeros((B, T, 2, 2)), "not float64"),
+        (np.zeros((B, T, 2, 2)), "not float"),
         (np.full((B, T, 2, 2), 4), "routing: experts are from 0 to 3, not 4 to 4"),
     ],
 )
@@ -327,6 +328,14 @@ def test_what_each_policy_recomputes():
     # the router is computed again by all; query, key, value, scores, values and output by those that save nothing of it
     assert dots["minimal"] == dots["attention"] == dots["offload"] == dots["none"] + 1
     assert dots["full"] == dots["experts_input"] == dots["minimal"] + 6
+
+
+def test_offload_moves_what_attention_saves_to_the_host(monkeypatch):
+    """On platforms that have a host's memory beside their own."""
+    graphdef, _ = nnx.split(abstract_model(CONFIG, compute(remat="offload")))
+    grad = jax.grad(lambda p: objective(nnx.merge(graphdef, p), draw_batch()))
+    monkeypatch.setattr(model_module, "platform", lambda: "gpu")
+    assert str(jax.make_jaxpr(grad)(params_of(CONFIG))).count("<host>") >= len(model_module.ATTENTION)
 
 
 def test_bfloat16_compute_keeps_fp32_parameters_and_gradients():

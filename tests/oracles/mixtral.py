@@ -112,7 +112,8 @@ def _kept(x_MD, weights, k, valid, capacity, order):
     for m in np.flatnonzero(valid):
         probs = torch.softmax(x_MD[m] @ weights["router"], 0).detach()
         expert[m] = choose(probs, k)
-        gate[m] = [float(probs[e] / sum(probs[i] for i in expert[m])) for e in expert[m]]
+        total = sum(probs[i] for i in expert[m]) if k > 1 else 1  # the only gate would be 1, whatever the token
+        gate[m] = [float(probs[e] / total) for e in expert[m]]
     return limit(expert, gate, E, capacity, order)
 
 

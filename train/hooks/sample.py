@@ -39,7 +39,13 @@ class Sample:
         return every is not None and (last or step % every == 0)
 
     def run(self, moment: Moment) -> None:
-        pairs = list(zip(self._config.prompts, self._generate(moment.state.params, self._asked), strict=True))
+        try:
+            texts = self._generate(moment.state.params, self._asked)
+        except (
+            FloatingPointError
+        ) as error:  # all processes see the same tokens; whether training goes on, its step says
+            return self._console.say(f"  no samples: {error}")
+        pairs = list(zip(self._config.prompts, texts, strict=True))
         for prompt, text in pairs:
             self._console.say(f"  {prompt}⟶{' '.join(text.split())[:160]}")
         if jax.process_index() == 0:

@@ -109,7 +109,7 @@ class Recomputes(NamedTuple):
 def recomputes(config: RunConfig, sizes: Mapping[str, int]) -> Recomputes:
     """As config.compute.remat says; of chunks of tokens only the inputs are kept, whatever it says."""
     remat, chunk = config.compute.remat, config.compute.moe.chunk_tokens
-    chunked = chunk is not None and chunk < local_tokens(config, sizes)
+    chunked = chunk is not None and chunk < local_tokens(config, sizes) and not config.model.is_dense
     return Recomputes(
         dense=remat in ("full", "experts_input"),
         experts=chunked or remat not in ("none", "minimal"),

@@ -126,15 +126,18 @@ def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
     rows = tokens * model.num_experts_per_tok
     saved = saved_bytes(config, sizes)[config.compute.remat]
+    chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
+    held = model.num_hidden_layers if config.compute.remat == "none" else 1  # layers whose matrices are gathered
+    if chunk < tokens and config.adapters is None:
+        held += 4 / itemsize  # the sums over chunks, in fp32
     if expert_axis > 1:
-        chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
         rows = chunk * expert_axis * min(model.num_experts_per_tok, model.num_local_experts // expert_axis)
     return {
         **state,
         "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved,
         "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * (2 * width + 3.5 * ffn),
-        "weights": layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
+        "weights": held * layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
 
 
@@ -142,13 +145,14 @@ def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]
     """ComputeConfig.remat -> bytes that one token leaves on the device in each layer for the backward pass.
 
     In all of them a layer's input. `none` keeps the steps of norms, rotation and activation too, about as often as
-    counted here.
+    counted here, and beside what tokens leave the gathered matrices.
     """
     model, itemsize, tensor = config.model, compute_bytes(config), sizes["tensor"]
     width, ffn = model.hidden_size, model.intermediate_size / tensor
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
     chunk = config.compute.moe.chunk_tokens
-    rows = 0 if chunk is not None and chunk < local_tokens(config, sizes) else model.num_experts_per_tok
+    chunked = chunk is not None and chunk < local_tokens(config, sizes)
+    rows = 0 if chunked and not model.is_dense else model.num_experts_per_tok
     if rows and sizes["expert"] > 1:  # the buffer for the worst case
         rows = sizes["expert"] * min(rows, model.num_local_experts // sizes["expert"])
     attention = heads + width
@@ -156,7 +160,7 @@ def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]
         "none": 6 * width + 3 * heads + rows * (2 * width + 5 * ffn),
         "minimal": width + attention + rows * 2 * ffn,
         "attention": width + attention,
-        "experts_input": width + rows * width,
+        "experts_input": width + rows * width * (not model.is_dense),
         "offload": width,
         "full": width,
     }

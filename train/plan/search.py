@@ -12,7 +12,7 @@ from mixtral_jax.train.plan.report import PlanReport, estimate, gb, mesh_text
 EXPERT_AXES = (1, 2, 4, 8)
 CONTEXT_AXES = (1, 2, 4, 8, 16)
 ROWS_PER_SHARD = (1, 2, 4, 8, 16, 32)
-REMATS = ("minimal", "attention", "experts_input", "offload", "full")
+REMATS = ("minimal", "attention", "experts_input", "full")  # no figures of the way to a host, which `offload` takes
 HEAD = ("", "mesh", "rows/chip", "accum.", "remat", "memory", "MFU <=", "if serial", "tok/s/chip", "bound by")
 
 

@@ -50,7 +50,7 @@ def make_sequence_logps(
     """
 
     def sequence_logps(params: Any, batch: Any) -> jax.Array:
-        model = merge(params)
+        model = merge(params).dropless()  # whatever rows share its batch
         return jax.lax.map(lambda rows: pair_logps(model, rows, ld_alpha)[0].weighted, batch)
 
     return jax.jit(sequence_logps)
