@@ -25,9 +25,7 @@ class UserError(ValueError):
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """A ValueError that our own code raised (or NaN that it found), or a file that is not there; the same from a library
-    is our bug.
-    """
+    """A ValueError (or NaN found) by our own code, or a file that is not there; the same from a library is our bug."""
     from pydantic import ValidationError  # slow to import, and only errors need it
 
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | ValidationError):

@@ -44,7 +44,7 @@ def read_parts(
             take(box, tuple(a - c for (a, _), (c, _) in zip(part, box, strict=True)), values[inside])
 
     def widened(cell: Edges) -> Edges:
-        """What has to be read: of a hub tensor whole rows, of an array on disk whole chunks (of which `cell` is cut)."""
+        """What has to be read of a hub tensor: whole rows."""
         keep = {*leaf.single, leaf.rows_axis}
         axes = enumerate(zip(cell, leaf.shape, strict=True))
         return tuple(edge if axis in keep else (0, n) for axis, (edge, n) in axes)
