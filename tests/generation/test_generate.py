@@ -167,7 +167,7 @@ def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
         if way == "few_rows":
             read = lambda e: ExpertWeights(*(w[e][None] for w in weights[:2]))  # noqa: E731 - shorter
             return np.asarray(few_rows_swiglu(jnp.array(x_MD), jnp.array(expert_MC), jnp.array(gate_MC), 3, read))
-        run = lambda x, sizes: grouped_swiglu(x, weights, sizes, way)  # noqa: E731 - shorter
+        run = lambda x, gate, sizes: grouped_swiglu(x, gate, weights, sizes, way)  # noqa: E731 - shorter
         given = map(jnp.array, (x_MD, expert_MC, gate_MC))
         return np.asarray(exchange_experts(*given, run, experts=3, transport="auto", capacity=None))
 

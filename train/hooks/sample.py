@@ -41,9 +41,7 @@ class Sample:
     def run(self, moment: Moment) -> None:
         try:
             texts = self._generate(moment.state.params, self._asked)
-        except (
-            FloatingPointError
-        ) as error:  # all processes see the same tokens; whether training goes on, its step says
+        except FloatingPointError as error:  # on all processes alike; whether training goes on, its step says
             return self._console.say(f"  no samples: {error}")
         pairs = list(zip(self._config.prompts, texts, strict=True))
         for prompt, text in pairs:

@@ -127,7 +127,7 @@ def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     rows = tokens * model.num_experts_per_tok
     saved = saved_bytes(config, sizes)[config.compute.remat]
     chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
-    held = model.num_hidden_layers if config.compute.remat == "none" else 1  # layers whose matrices are gathered
+    held: float = model.num_hidden_layers if config.compute.remat == "none" else 1  # layers whose matrices are gathered
     if chunk < tokens and config.adapters is None:
         held += 4 / itemsize  # the sums over chunks, in fp32
     if expert_axis > 1:
