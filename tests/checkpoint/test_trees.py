@@ -114,7 +114,7 @@ def test_a_tree_of_8x7b_is_in_pieces_neither_small_nor_unbounded(fsdp, most, lea
     places, shapes = param_shardings(model, mesh), nnx.to_pure_dict(nnx.state(model))
     tree, count = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places), 0
     for path, leaf in jax.tree.leaves_with_path(tree):
-        cut, part = checkpoint._chunks(path, leaf).shard_axes, leaf.sharding.shard_shape(leaf.shape)
+        cut, part = checkpoint._chunks(path, leaf).shard_axes or (), leaf.sharding.shard_shape(leaf.shape)
         piece = piece_shape(part, 4, cut, leaf.shape)
         count += leaf.size // math.prod(piece)
         together = [piece[axis] if axis in cut else n for axis, n in enumerate(leaf.shape)]

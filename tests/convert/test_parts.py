@@ -125,9 +125,12 @@ def test_an_accelerator_is_filled_in_place_by_one_matrix_at_a_time(place, monkey
     monkeypatch.setattr(parts, "_put", lambda out, value, at: sizes_put.append(value.nbytes) or put(out, value, at))
     source = open_source(place[0] / "hf")
     leaf = next(leaf for leaf in leaves(source.config) if leaf.path == "layers.moe.w13")
-    sharding = sizes and param_shardings(abstract_model(source.config), mesh_of(sizes))["layers"]["moe"]["w13"]
-    got = place_leaf(source, leaf, sharding, jnp.bfloat16)
+    mesh = mesh_of(sizes or {"fsdp": 8})
+    sharding = sizes and param_shardings(abstract_model(source.config), mesh)["layers"]["moe"]["w13"]
+    with jax.set_mesh(mesh):  # as a run does
+        got = place_leaf(source, leaf, sharding, jnp.bfloat16)
     want = place[1]["layers"]["moe"]["w13"].astype(jnp.bfloat16)
     assert got.dtype == jnp.bfloat16 and max(sizes_put) <= 2 * 128 * 128
     assert len(sizes_put) * max(sizes_put) == got.nbytes  # replicas are copied on the devices
+    assert len(got.sharding.device_set) == (8 if sizes else 1)
     np.testing.assert_array_equal(np.asarray(got), want)

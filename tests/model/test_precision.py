@@ -18,7 +18,7 @@ from tests.programs import REDUCTIONS, SUMS, equations
 
 CONFIG = MixtralConfig(
     vocab_size=512, hidden_size=72, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+    num_key_value_heads=4, head_dim=16, num_local_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
 B, T = 8, 256
 MESHES = {
