@@ -58,7 +58,9 @@ def test_gathering_and_its_gradient(monkeypatch, sizes, axes, ring, dim, size, g
     @partial(jax.shard_map, mesh=mesh, in_specs=(spec, P(mesh.axis_names)), out_specs=(P(), spec))
     def both(w, g):
         other = tuple(a for a in mesh.axis_names if a not in jax.typeof(w).manual_axis_type.varying)
-        whole, pull_back = jax.vjp(lambda w: gather_shards(jax.lax.pcast(w, other, to="varying"), axes, dim), w)
+        whole, pull_back = jax.vjp(
+            lambda w: gather_shards(jax.lax.pcast(w, other, to="varying"), w.dtype, axes, dim), w
+        )
         return jax.lax.pmax(whole, mesh.axis_names), pull_back(g[0])[0]
 
     whole, gradient = jax.jit(both)(w, g)

@@ -48,7 +48,7 @@ def scatters(topology, rows, columns, stacked=False):
     spec = P(*(None,) * dim, "fsdp")
 
     def gradient(x, dy, w):
-        use = lambda w: x @ gather_shards(w, ("fsdp",), dim).reshape(rows, columns)  # noqa: E731 - used once, below
+        use = lambda w: x @ gather_shards(w, w.dtype, ("fsdp",), dim).reshape(rows, columns)  # noqa: E731 - used once, below
         return jax.vjp(use, w)[1](dy)[0]
 
     arrays = ((8192, rows), bf16), ((8192, columns), bf16), (shape, bf16)
@@ -57,7 +57,7 @@ def scatters(topology, rows, columns, stacked=False):
 
 def gathers(topology, rows, columns):
     def product(x, w):
-        return x @ gather_shards(w, ("fsdp",), 0)
+        return x @ gather_shards(w, w.dtype, ("fsdp",), 0)
 
     text = compile_for(topology, product, ((8192, rows), bf16), ((rows, columns), bf16))
     return all_reduced(text, rows, columns)
@@ -68,7 +68,7 @@ def hoists_a_cast():
 
     def layers(w_LDD, x_MD):
         def layer(x_MD, w_DD):
-            return jax.nn.silu(x_MD @ gather_shards(quirks.cast(w_DD, bf16), ("fsdp",), 0)), None
+            return jax.nn.silu(x_MD @ gather_shards(quirks.cast(w_DD, bf16), bf16, ("fsdp",), 0)), None
 
         return jax.lax.scan(layer, x_MD, w_LDD)[0]
 
