@@ -66,7 +66,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert2-tensor2", pytest.param("data2-fsdp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["fsdp8", "fsdp2-expert2-tensor2", pytest.param("data2-fsdp4", marks=pytest.mark.slow)]
+)
 def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mesh = model_for(name), make_mesh(MeshConfig(**MESHES[name]))
     options = dict(max_new_tokens=4, eos_id=5)
