@@ -18,6 +18,7 @@ class Census:
     bad: int = 0
     bad_examples: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)  # records by the layout of their columns
 
     def report(self, message: str) -> None:
         """A bad record. Raises ValueError(message) unless bad records are skipped."""
@@ -31,6 +32,7 @@ class Census:
         self.bad += other.bad
         self.bad_examples = (self.bad_examples + other.bad_examples)[:_SHOWN]
         self.counts.update(other.counts)
+        self.layouts.update(other.layouts)
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def test_chats_go_through_the_template_and_learn_the_answers() -> None:
     assert learned == [*TOKENIZER.encode("4"), EOS]
 
 
-def test_prompt_and_completion_are_encoded_apart_and_only_the_completion_is_learned() -> None:
-    example = chat_example({"prompt": "Say hi.", "completion": "Hi."}, SOURCE, CHAT)
+def test_prompt_and_completion_are_one_text_of_which_the_completion_is_learned() -> None:
+    example = chat_example({"prompt": "Say hi.", "completion": " Hi."}, SOURCE, CHAT)
     prompt, completion = [BOS, *TOKENIZER.encode("Say hi.")], [*TOKENIZER.encode("Hi."), EOS]
     assert example.tokens == prompt + completion
     assert example.learned == [False] * len(prompt) + [True] * len(completion)
