@@ -62,7 +62,7 @@ class Lump:
                 if isinstance(record, dict):
                     yield number, record
                 else:
-                    census.report(f"{self.file}, line {number}: expected a JSON object, found {_kind(record)}")
+                    census.report(f"{self.file}, line {number}: expected a JSON object, found {kind_of(record)}")
 
     @property
     def size(self) -> int:
@@ -74,6 +74,7 @@ class Lump:
         return f"{self.file}, {'line' if self.lines else 'record'} {number}"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -13,7 +13,7 @@ from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
-from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump
+from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
 
 _READ_BYTES = 1 << 18
 _TEXT_PIECE_BYTES = 8 << 20
@@ -178,14 +178,15 @@ def _array(file: str, census: Census) -> Iterator[dict[str, Any]]:
                 try:
                     record, at = decoder.raw_decode(text, found.end())
                 except json.JSONDecodeError as error:
-                    if last or (len(text) - error.pos > 16 and not error.msg.startswith("Unterminated")):
+                    left = 0 if error.msg.startswith("Unterminated") else len(text.rstrip()) - error.pos
+                    if left > (0 if last else 16):  # else the object goes on in the next block
                         fault = f"malformed JSON ({error.msg})"
-                    break  # else the object goes on in the next block
+                    break
                 number += 1
                 if isinstance(record, dict):
                     yield record
                 else:
-                    census.report(f"{file}, record {number}: expected a JSON object")
+                    census.report(f"{file}, record {number}: expected a JSON object, found {kind_of(record)}")
             if fault:
                 break
         else:
