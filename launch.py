@@ -22,6 +22,13 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (INTERFACE: 0, 1, 2, 3, 4, 75, 124); the last line says why."""
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as half surrogates
+            print(f"error: {word!a} on the command line is not UTF-8", file=sys.stderr)
+            return USAGE
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.version:

@@ -22,6 +22,10 @@ class SourceConfig(FrozenConfig):
     format: Literal["auto", "jsonl", "parquet", "text", "array_record", "tfds", "datasets"] = Field(
         "auto", description="auto: by the file's extension, or by what the directory holds"
     )
+    layout: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "kto", "alpaca",
+        "preference", "implicit", "ultrafeedback", "hh",
+    ] = Field("auto", description="how a row holds a chat or a pair; auto: as a file's first rows show")  # fmt: skip
     split: str | None = Field(None, description="split of a TFDS or Hugging Face data set")
     text_key: str = Field("text", description="column of the text of a document")
     messages_key: str = Field("messages", description="column of a chat")
@@ -71,6 +75,18 @@ class DataConfig(FrozenConfig):
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}: each needs its own name")
         return sources
+
+    @model_validator(mode="after")
+    def _layouts_fit(self) -> Self:
+        pairs = ("preference", "implicit", "ultrafeedback", "hh")
+        for source in self.train + self.validation:
+            of_pairs = "preference" if source.layout in pairs else "chat"
+            if source.layout != "auto" and self.examples != of_pairs:
+                raise ValueError(
+                    f"source {source.name!r} has layout {source.layout}, which is of examples: {of_pairs}, "
+                    f"and data.examples is {self.examples}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _weights_are_complete(self) -> Self:

@@ -67,8 +67,12 @@ def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:
             text.append("|", style=_BORDER)
         if control[start]:
             shown = "<bos>" if tokens[start] == tokenizer.bos_id else "<eos>"
-        else:
-            shown = tokenizer.decode(tokens[start:i].tolist())
+        else:  # behind the token before it, as a piece's leading space shows only after others
+            lead = max(start - 1, 0) if start and segments[start] == segments[start - 1] else start
+            before = tokenizer.decode(tokens[lead:start].tolist())
+            both = tokenizer.decode(tokens[lead:i].tolist())
+            alone = not before or not both.startswith(before)
+            shown = tokenizer.decode(tokens[start:i].tolist()) if alone else both[len(before) :]
         text.append(shown, style=_LEARNED if learned[start] else _UNLEARNED)
         start = i
     return text

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ from mixtral_jax.data.prepare.cache import PreparedSource, load_prepared, write_
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.records import Census, Lump, read_lumps
 from mixtral_jax.data.rows import PACKINGS, WRITER_OPTIONS, RowFormat, pair_pieces
-from mixtral_jax.data.text import columns, load_template, load_tokenizer, text_documents, tuning_documents
+from mixtral_jax.data.text import columns, load_template, load_tokenizer, recognise, text_documents, tuning_documents
 
+_FIRST_ROWS = 100  # of a file, which show its layout
 Advance = Callable[[int, str], None]  # of a progress bar
 process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once
 
@@ -76,6 +78,7 @@ class _TokeniseJob:
     part: _Part
     lump: Lump
     number: int
+    layouts: tuple[str, ...]  # of the file's first rows
 
 
 def tokenise(recipes: list[Recipe], index: int, count: int, pool: Workers, advance: Advance) -> None:
@@ -108,11 +111,21 @@ def _jobs(parts: list[_Part], index: int, count: int) -> Iterator[_TokeniseJob]:
     for part in parts:
         recipe = part.recipe
         census = part.census if index == 1 else recipe.census()  # every machine reads all; one counts what is bad
-        wanted = columns(recipe.source, recipe.config.examples)
-        lumps = (lump for file in recipe.files for lump in read_lumps(recipe.source, file, wanted, census))
-        for number, lump in enumerate(lumps):
+        for number, (lump, layouts) in enumerate(_lumps(recipe, census)):
             if number % count == index - 1:
-                yield _TokeniseJob(part, lump, number)
+                yield _TokeniseJob(part, lump, number, layouts)
+
+
+def _lumps(recipe: Recipe, census: Census) -> Iterator[tuple[Lump, tuple[str, ...]]]:
+    """All lumps of a source, each with the layouts of the first rows of its file."""
+    source, kind = recipe.source, recipe.config.examples
+    for file in recipe.files:
+        layouts: tuple[str, ...] | None = () if kind == "text" else None
+        for lump in read_lumps(source, file, columns(source, kind), census):
+            if layouts is None:
+                first = itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS)
+                layouts = recognise((record for _, record in first), source, kind)
+            yield lump, layouts
 
 
 def tokenise_lump(job: _TokeniseJob) -> Census:
@@ -123,7 +136,9 @@ def tokenise_lump(job: _TokeniseJob) -> Census:
         documents = text_documents(job.lump, source.text_key, tokenizer, census)
     else:
         template, size = load_template(config.template, tokenizer), recipe.format.seq_len + 1
-        documents = tuning_documents(job.lump, source, config.examples, template, config.train_on, size, census)
+        documents = tuning_documents(
+            job.lump, source, config.examples, template, config.train_on, size, census, job.layouts
+        )
     together = 2 if recipe.format.pairs else 1  # both sequences of a pair have its key, and so stay neighbours
     keys = spill.document_keys(job.number, len(documents.lengths) // together, recipe.seed).repeat(together)
     spill.append(job.part.directory, recipe.buckets, keys, documents)
@@ -133,13 +148,14 @@ def tokenise_lump(job: _TokeniseJob) -> Census:
 
 def _write_counts(directory: Path, census: Census) -> None:
     problems = {"count": census.bad, "first": census.bad_examples}
-    write_atomically(directory / "counts.json", json.dumps({**census.counts, "problems": problems}))
+    counts = {**census.counts, "layouts": census.layouts, "problems": problems}
+    write_atomically(directory / "counts.json", json.dumps(counts))
 
 
 def _read_counts(directory: Path) -> Census:
     counts = json.loads((directory / "counts.json").read_text())
-    problems = counts.pop("problems")
-    return Census(True, problems["count"], problems["first"], Counter(counts))
+    problems, layouts = counts.pop("problems"), Counter(counts.pop("layouts"))
+    return Census(True, problems["count"], problems["first"], Counter(counts), layouts)
 
 
 # --- phase two: buckets -> shards ---
@@ -233,6 +249,7 @@ def _finish(job: _PackJob, packed: list[Counter[str]]) -> None:
         split=total["split"],
         bad=census.bad,
         bad_examples=tuple(census.bad_examples),
+        layouts=dict(census.layouts),
         **census.counts,
     )
     prepared.save(job.directory)

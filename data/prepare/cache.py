@@ -37,6 +37,8 @@ class PreparedSource(FrozenConfig):
     truncated: int = 0  # examples cut to a row
     dropped: int = 0  # examples with nothing left to learn
     empty: int = 0  # records without text
+    layouts: dict[str, int] = {}  # records by the layout that they were read in
+    control_words: int = 0  # examples whose text holds what looks like a control token
     bad: int = 0  # bad records passed over (on_error: skip)
     bad_examples: tuple[str, ...] = ()
 

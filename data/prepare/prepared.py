@@ -20,7 +20,7 @@ from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import source_files, sources, text_size_estimate
 from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
-from mixtral_jax.data.text import Tokenizer, columns, load_tokenizer, token_dtype
+from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_tokenizer, token_dtype
 
 _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
 
@@ -58,6 +58,10 @@ class PreparedData:
     def complete(self) -> bool:
         """False while parts are missing; the sources are then empty."""
         return not self.missing_parts
+
+    def readings(self) -> list[str]:
+        """How the records of each training source were read, and a warning where their texts hold control tokens."""
+        return [line for source in self.train for line in _readings(source)]
 
     def summary(self) -> str:
         """A line for each source: tokens, padding, what was split, cut, dropped or bad."""
@@ -145,7 +149,23 @@ def _describe(source: PreparedSource) -> str:
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
-    return "\n  ".join([text, *source.bad_examples])
+    return "\n  ".join([text, *source.bad_examples, *_readings(source)])
+
+
+def _readings(source: PreparedSource) -> list[str]:
+    """Of one source, if it has chats or pairs."""
+    lines = []
+    if source.layouts:
+        first, *others = (f"{count:,}{{}} as {name}" for name, count in source.layouts.items())
+        lines.append(
+            ", ".join([f"{source.name}: {first.format(' records are read')}", *(o.format("") for o in others)])
+        )
+    if source.control_words:
+        lines.append(
+            f"warning: {source.name}: {source.control_words:,} examples hold words such as <s> or [INST] in their "
+            "text, which are learned as text: take them out, as the template puts its own around each turn"
+        )
+    return lines
 
 
 def _loaded(recipe: Recipe) -> PreparedSource:
@@ -175,6 +195,8 @@ def _recipe(
         "packing": packing,
         "on_error": config.on_error,
     }
+    if weighted:
+        identity["layout"] = [source.layout, LAYOUT_VERSION]
     if pairs:
         identity["pairs_per_row"] = pairs
     return Recipe(

@@ -43,7 +43,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
         with pq.ParquetFile(file, pre_buffer=False) as table:
             wanted = _present(file, table.schema_arrow.names, columns)
             for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
@@ -88,9 +88,21 @@ def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             wanted = _present(file, reader.schema.names, columns)
             for batch in batches:
                 for start in range(0, batch.num_rows, _BATCH):
-                    yield from batch.select(wanted).slice(start, _BATCH).to_pylist()
+                    yield from _rows(batch.select(wanted).slice(start, _BATCH))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """Rows without the keys that a struct has only because another row needs them: Arrow fills those with null."""
+    rows = batch.to_pylist(maps_as_pydicts="strict")
+    return [{name: _without_null(value) for name, value in row.items()} for row in rows]
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(v) for key, v in value.items() if v is not None}
+    return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
 def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Any]:

@@ -18,6 +18,7 @@ class Census:
     bad: int = 0
     bad_examples: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)  # records by the layout of their columns
 
     def report(self, message: str) -> None:
         """A bad record. Raises ValueError(message) unless bad records are skipped."""
@@ -31,6 +32,7 @@ class Census:
         self.bad += other.bad
         self.bad_examples = (self.bad_examples + other.bad_examples)[:_SHOWN]
         self.counts.update(other.counts)
+        self.layouts.update(other.layouts)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Lump:
                 if isinstance(record, dict):
                     yield number, record
                 else:
-                    census.report(f"{self.file}, line {number}: expected a JSON object, found {_kind(record)}")
+                    census.report(f"{self.file}, line {number}: expected a JSON object, found {kind_of(record)}")
 
     @property
     def size(self) -> int:
@@ -72,6 +74,7 @@ class Lump:
         return f"{self.file}, {'line' if self.lines else 'record'} {number}"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

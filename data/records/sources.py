@@ -1,7 +1,11 @@
 """Files of records, read as lumps."""
 
+import codecs
 import glob
+import itertools
+import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
-from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump
+from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
 
 _READ_BYTES = 1 << 18
 _TEXT_PIECE_BYTES = 8 << 20
@@ -25,6 +29,7 @@ _EXTENSIONS = {
     ".arrayrecord": "array_record",
     ".arrow": "datasets",
 }
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how a JSON array of objects begins
 _RATIO = {".gz": 4, ".zst": 4, ".parquet": 3}
 
 
@@ -133,6 +138,9 @@ def _jsonl(file: str, census: Census) -> Iterator[Lump]:
     damage = ""
     try:
         for block in _blocks(file):
+            if number == 1 and not held and _ARRAY.match(block):
+                yield from columnar.lumps(file, _array(file, census), LUMP_BYTES)
+                return
             end = block.rfind(b"\n") + 1
             if end and held + end >= LUMP_BYTES:
                 lines = b"".join([*rest, block[:end]])
@@ -151,6 +159,45 @@ def _jsonl(file: str, census: Census) -> Iterator[Lump]:
         census.report(f"{file}: {damage} after line {last}")
     if lines:
         yield Lump(file, number, lines)
+
+
+def _array(file: str, census: Census) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON array, read piece by piece; of one that is cut off or malformed, those before that."""
+    utf8, decoder, mark = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder(), re.compile(r"\s*[\[,]\s*")
+    text, at, number, fault = "", 0, 0, ""
+    try:
+        for block in itertools.chain(_blocks(file), [b""]):
+            text, at, last = text[at:] + utf8.decode(block, not block), 0, not block
+            while rest := text[at:].lstrip()[:1]:
+                found = mark.match(text, at)
+                if rest == "]" or (found and number == 0 and text.startswith("]", found.end())):
+                    break
+                if found is None or (rest == "[") != (number == 0):
+                    fault = "malformed JSON (no comma)"
+                    break
+                try:
+                    record, at = decoder.raw_decode(text, found.end())
+                except json.JSONDecodeError as error:
+                    left = 0 if error.msg.startswith("Unterminated") else len(text.rstrip()) - error.pos
+                    if left > (0 if last else 16):  # else the object goes on in the next block
+                        fault = f"malformed JSON ({error.msg})"
+                    break
+                number += 1
+                if isinstance(record, dict):
+                    yield record
+                else:
+                    census.report(f"{file}, record {number}: expected a JSON object, found {kind_of(record)}")
+            if fault:
+                break
+        else:
+            if not re.fullmatch(r"\s*(\[\s*)?\]\s*", text[at:]):
+                fault = "the JSON array has no end (an incomplete download?), or something follows it,"
+    except _CutOff as error:
+        fault = str(error)
+    except (UnicodeDecodeError, RecursionError) as error:
+        fault = str(error)
+    if fault:
+        census.report(f"{file}: {fault} after record {number}; nothing behind it is read")
 
 
 def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, str]]:

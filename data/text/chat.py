@@ -6,6 +6,7 @@ the mask would have to be guessed back. Formats: Mistral's instruct templates v1
 """
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,8 @@ class _Turns:
         self._template, self._encode_text = template, template.tokenizer.encode
         self.ids = [template.tokenizer.bos_id] if template.format.bos else []
         self.learned = [False] * len(self.ids)
+        self._calls: list[str] = []  # ids of tool calls, and how many of them have a result
+        self._answered = 0
 
     def _add(self, ids: Sequence[int], trainable: bool = False) -> None:
         self.ids.extend(ids)
@@ -126,10 +129,11 @@ class _Turns:
         definitions = []
         for i, tool in enumerate(tools):
             function = _function(tool, f"tools[{i}]: a tool")
+            parameters = function.get("parameters") or {}
             body = {
                 "name": function["name"],
                 "description": function.get("description") or "",
-                "parameters": function.get("parameters") or {},
+                "parameters": _parsed(parameters) if isinstance(parameters, str) else parameters,
             }
             definitions.append({"type": "function", "function": body})
         self._add(self._template.ids[_TOOLS])
@@ -145,8 +149,10 @@ class _Turns:
             arguments = function.get("arguments") or {}
             arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
             entry = {"name": function["name"], "arguments": arguments}
-            if not (last and call.get("id") in (None, "null")):  # only calls that nothing answers may go without an id
-                entry["id"] = _call_id(i, call.get("id"))
+            id_ = call.get("id")
+            if not (last and id_ in (None, "", "null")):  # nothing answers the last ones
+                self._calls.append(_call_id(f"call{len(self._calls):05}" if id_ in (None, "") else id_))
+                entry["id"] = self._calls[-1]
             entries.append(entry)
         ids = [*self._template.ids[_TOOL_CALLS], *self._encode_text(_json(entries))]
         self._add_between(self._template.format.assistant, ids, trainable)
@@ -156,8 +162,19 @@ class _Turns:
         if fmt.tool is None:
             raise ValueError(f"messages[{i}]: template {fmt.name} has no tool messages")
         if fmt.tool_calls == "mistral-v3":
-            content = _json({"content": _parsed(content), "call_id": _call_id(i, message.get("tool_call_id"))})
+            content = _json({"content": _parsed(content), "call_id": self._answered_call(i, message)})
         self.add_turn(fmt.tool, content)
+
+    def _answered_call(self, i: int, message: Message) -> str:
+        """The id of the call whose result this is: the one that it names, else the next in order."""
+        waiting, id_ = self._calls[self._answered :], message.get("tool_call_id")
+        found = waiting[0] if id_ in (None, "") else _call_id(id_)
+        if found not in waiting:
+            raise ValueError(f"messages[{i}]: tool_call_id {id_!r} is of none of the calls that wait for a result")
+        at = self._calls.index(found, self._answered)
+        self._calls[self._answered], self._calls[at] = found, self._calls[self._answered]
+        self._answered += 1
+        return found
 
 
 def _system_prompt(messages: Sequence[Message], fmt: TemplateFormat) -> str:
@@ -175,7 +192,10 @@ def _weight(i: int, message: Message) -> bool:
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # a date, say, of a format that has them
+        raise ValueError(f"a tool holds what JSON cannot: {error}") from None
     utf8_size(text, "the JSON of a tool")
     return text
 
@@ -189,16 +209,17 @@ def _parsed(text: str) -> Any:
 
 
 def _function(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    function = holder.get("function")
+    function = holder.get("function") if isinstance(holder, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"{what} needs a function with a name")
     return function
 
 
-def _call_id(i: int, id_: Any) -> str:
-    if not isinstance(id_, str) or not _CALL_ID.match(id_):
-        raise ValueError(f"messages[{i}]: the id of a tool call must be 9 letters or digits, got {id_!r}")
-    return id_
+def _call_id(id_: Any) -> str:
+    """An id as Mistral's models know them, 9 letters or digits; one of another form becomes such a one."""
+    if isinstance(id_, str) and _CALL_ID.match(id_):
+        return id_
+    return hashlib.sha256(ascii(id_).encode()).hexdigest()[:9]
 
 
 # ---- what a conversation must look like, in every template
@@ -251,6 +272,8 @@ def _check_message(i: int, message: Message) -> None:
         hint = f"did you mean {near[0]!r}?" if near else f"the roles are {', '.join(ROLES)}"
         raise ValueError(f"messages[{i}]: unknown role {role!r}: {hint}")
     calls = message.get("tool_calls")
+    if calls and not isinstance(calls, list):
+        raise ValueError(f"messages[{i}]: tool_calls must be a list, got {calls!r:.80}")
     if calls and role == "assistant":
         if content:
             raise ValueError(f"messages[{i}]: an answer holds either content or tool_calls, this has both")

@@ -1,5 +1,8 @@
 """A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +10,8 @@ import numpy as np
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import Census, Lump
 from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
-from mixtral_jax.data.text.template import Template
+from mixtral_jax.data.text.layouts import normalise
+from mixtral_jax.data.text.template import BUILT_IN, Template, TurnFormat
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
 MAX_ENCODED = 4_000_000  # characters
@@ -40,15 +44,6 @@ class Documents(NamedTuple):
 def token_dtype(vocab_size: int) -> str:
     """The smallest of uint16 and uint32 that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def columns(source: SourceConfig, kind: str) -> tuple[str, ...]:
-    """The columns that examples of a kind may use."""
-    if kind == "text":
-        return (source.text_key,)
-    if kind == "preference":
-        return (source.prompt_key, source.chosen_key, source.rejected_key)
-    return (source.messages_key, source.prompt_key, source.completion_key)
 
 
 def _names(record: dict[str, Any]) -> str:
@@ -123,31 +118,47 @@ class Pair(NamedTuple):
 
 
 def tuning_documents(
-    lump: Lump, source: SourceConfig, kind: str, template: Template, train_on: TrainOn, size: int, census: Census
+    lump: Lump,
+    source: SourceConfig,
+    kind: str,
+    template: Template,
+    train_on: TrainOn,
+    size: int,
+    census: Census,
+    layouts: Sequence[str] = (),
 ) -> Documents:
     """Fine-tuning examples that fit a row of `size` tokens: of a chat one sequence, of a preference two that are
     neighbours. One of which nothing is left to learn, or of which both answers are cut to the same, is dropped.
+
+    `layouts` are those that the file's first rows have.
     """
     examples: list[Example] = []
+    control = _control_words(template)
     for number, record in lump.parse(census):
         try:
-            whole: tuple[Example, ...]
-            kept: tuple[Example, ...]
-            if kind == "preference":
-                pair = preference_pair(record, source, template)
+            whole: tuple[Example, ...] = ()
+            kept: tuple[Example, ...] = ()
+            layout, shape = normalise(record, source, kind, layouts)
+            if shape is None:
+                lost = True
+            elif kind == "preference":
+                pair = _pair(shape, source, template)
                 whole, kept = pair, fit(pair, size)
                 lost = kept[0] == kept[1]
             else:
-                example = chat_example(record, source, template, train_on)
+                example = _example(shape, source, template, train_on)
                 whole, kept = (example,), (_cut(example, 0, size),)
                 lost = not any(kept[0].learned[1:])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             census.report(f"{lump.where(number)}: {error}")
             continue
+        census.layouts[layout] += 1
         if lost:
             census.counts["dropped"] += 1
             continue
         census.counts["truncated"] += kept != whole
+        if any(map(control.search, _texts(shape))):
+            census.counts["control_words"] += 1
         examples += kept
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
     tokens = np.array([t for e in examples for t in e.tokens], token_dtype(template.tokenizer.vocab_size))
@@ -158,60 +169,56 @@ def tuning_documents(
 def chat_example(
     record: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn = "all"
 ) -> Example:
-    """`{"messages"}` through the chat template, or `{"prompt", "completion"}`.
+    """A record of a chat, in any layout: messages through the template, or prompt and completion.
 
-    Prompt and completion as strings are BOS + prompt, then completion + EOS, each encoded by itself; as message lists
-    they are one conversation of which the completion is learned.
+    Prompt and completion as strings are the ids of the joint text between BOS and EOS, of which a piece that reaches
+    into the completion is learned; as message lists they are one conversation of which the completion is learned.
 
     Raises:
-        ValueError: neither pair of columns, or a conversation that breaks a rule of the template.
+        ValueError: no layout that is known, or a conversation that breaks a rule of the template.
     """
-    if source.messages_key in record:
-        messages = record[source.messages_key]
-        if not isinstance(messages, list):
-            raise ValueError(f"{source.messages_key!r} is not a list of messages")
-        return encode_chat(messages, template, train_on=train_on, tools=record.get("tools") or ())
-    if source.prompt_key not in record or source.completion_key not in record:
-        both = f"{source.prompt_key!r} with {source.completion_key!r}"
-        raise ValueError(f"neither {source.messages_key!r} nor {both} (it has {_names(record)})")
-    return _answer(record[source.prompt_key], record[source.completion_key], template, source.completion_key)
+    shape = normalise(record, source, "chat")[1]
+    if shape is None:
+        raise ValueError("no answer to learn")
+    return _example(shape, source, template, train_on)
 
 
 def preference_pair(record: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
-    """`{"prompt", "chosen", "rejected"}` as strings or message lists, or `chosen` and `rejected` alone.
-
-    Alone, as message lists, the messages that both begin with are the prompt; as strings, what both begin with up to
-    the last white space.
+    """A record of a preference, in any layout: prompt and two answers, as strings or messages.
 
     Raises:
         ValueError: a missing column, equal answers, an empty answer, or two kinds of value.
     """
-    for key in (source.chosen_key, source.rejected_key):
-        if key not in record:
-            raise ValueError(f"no {key!r} (it has {_names(record)})")
-    chosen, rejected = record[source.chosen_key], record[source.rejected_key]
-    if type(chosen) is not type(rejected):
-        raise ValueError(f"{source.chosen_key!r} and {source.rejected_key!r} are of different kinds")
-    if chosen == rejected:
-        raise ValueError(f"{source.chosen_key!r} and {source.rejected_key!r} are equal")
-    prompt = record.get(source.prompt_key)
-    if prompt is None:
-        prompt, chosen, rejected = _common_prefix(chosen, rejected)
-    return Pair(
-        _answer(prompt, chosen, template, source.chosen_key), _answer(prompt, rejected, template, source.rejected_key)
-    )
+    shape = normalise(record, source, "preference")[1]
+    assert shape is not None
+    return _pair(shape, source, template)
 
 
-def _answer(prompt: Any, answer: Any, template: Template, key: str) -> Example:
+def _example(shape: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn) -> Example:
+    if "messages" in shape:
+        return encode_chat(shape["messages"], template, train_on=train_on, tools=shape.get("tools", ()))
+    return _answer(shape, "completion", source.completion_key, template)
+
+
+def _pair(shape: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
+    chosen = _answer(shape, "chosen", source.chosen_key, template)
+    return Pair(chosen, _answer(shape, "rejected", source.rejected_key, template))
+
+
+def _answer(shape: dict[str, Any], column: str, key: str, template: Template) -> Example:
     """Prompt and answer as one sequence of which only the answer and its EOS are learned."""
-    tokenizer = template.tokenizer
+    prompt, answer, tools = shape["prompt"], shape[column], shape.get("tools", ())
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
             raise ValueError(f"{key!r} is empty")
+        if tools:
+            raise ValueError(f"'tools' have no place in plain text: write the prompt and {key!r} as messages")
         utf8_size(prompt + " " + answer, f"the prompt or {key!r}")
-        before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        after = [*tokenizer.encode(answer), tokenizer.eos_id]
-        return Example(before + after, [False] * len(before) + [True] * len(after))
+        tokenizer = template.tokenizer
+        ids, ends = tokenizer.encode_ends(prompt + answer)
+        before = 1 + bisect_right(ends, len(prompt))
+        tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        return Example(tokens, [False] * before + [True] * (len(tokens) - before))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(answer, str):
@@ -219,18 +226,25 @@ def _answer(prompt: Any, answer: Any, template: Template, key: str) -> Example:
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError(f"the prompt and {key!r} must be strings or lists of messages")
     unlearned = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
-    return encode_chat(unlearned + answer, template)
+    return encode_chat(unlearned + answer, template, tools=tools)
 
 
-def _common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    if isinstance(chosen, str):
-        n = max(chosen.rfind(" ", 0, n), chosen.rfind("\n", 0, n)) + 1
-    if not n:
-        raise ValueError("there is no prompt, and the two answers begin differently")
-    return chosen[:n], chosen[n:], rejected[n:]
+def _control_words(template: Template) -> re.Pattern[str]:
+    """What stands for a control token, or around a turn, in this template and the built-in ones."""
+    words = {"<s>", "</s>"}
+    for fmt in (*BUILT_IN.values(), template.format):
+        turns = [turn for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system) if isinstance(turn, TurnFormat)]
+        written = " ".join(text for t in turns for text in (t.open, t.text, t.close, t.after))
+        words |= {*fmt.special, *re.findall(r"<\S+?>|\[\S+?\]", written)}
+    return re.compile("|".join(map(re.escape, sorted(words))))
+
+
+def _texts(shape: Any) -> Iterator[str]:
+    """The texts of a prompt, an answer, or the content of messages."""
+    for value in shape.values():
+        for text in [value] if isinstance(value, str) else [m.get("content") for m in value if isinstance(m, dict)]:
+            if isinstance(text, str):
+                yield text
 
 
 def fit(pair: Pair, size: int) -> Pair:

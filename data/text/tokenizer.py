@@ -22,6 +22,10 @@ class Tokenizer(Protocol):
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and for each the place in the text behind its last character."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def id_of(self, piece: str) -> int | None:
@@ -49,6 +53,13 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
+
+    def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
+        found = self.processor.encode(text, return_type="offset_mapping")
+        ends = [len(text)]
+        for first, end in reversed(found["offsets"]):  # of the bytes of a character, only the last has its place
+            ends.append(end if end > first else ends[-1])
+        return found["ids"], ends[:0:-1]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One thread: prepare() already runs one process a core.
@@ -81,6 +92,9 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # "</s>" inside a document is text, not the end of it
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = (
+            None  # adds tokens that we never ask for, and cuts spaces off places in the text
+        )
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._special(path, "bos_token", _BOS_NAMES)
         self.eos_id = self._special(path, "eos_token", _EOS_NAMES)
@@ -101,6 +115,10 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, [end for _, end in found.offsets]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

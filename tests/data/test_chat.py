@@ -161,7 +161,7 @@ REFUSED = [
     ([U, A, RESULT, A], "a tool result that answers no tool call"),
     ([U, CALL, A], r"1 tool call\(s\) have no result yet, but role 'assistant' follows"),
     ([U, {**CALL, "content": "and"}], "holds either content or tool_calls"),
-    ([U, CALL, {**RESULT, "tool_call_id": "x"}, A], "id of a tool call must be 9 letters or digits, got 'x'"),
+    ([U, CALL, {**RESULT, "tool_call_id": "x"}, A], "tool_call_id 'x' is of none of the calls that wait"),
     ([{"content": "q"}, A], r"messages\[0\]: a message is an object with role and content"),
     ([U, turn("assistant", "a\ud800")], r"messages\[1\]: the content holds half of a surrogate pair"),
     ([U, CALL, {**RESULT, "content": "\ud800"}, A], r"messages\[2\]: the content holds half of a surrogate pair"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census, Lump
@@ -88,11 +89,71 @@ def test_chats_go_through_the_template_and_learn_the_answers() -> None:
     assert learned == [*TOKENIZER.encode("4"), EOS]
 
 
-def test_prompt_and_completion_are_encoded_apart_and_only_the_completion_is_learned() -> None:
-    example = chat_example({"prompt": "Say hi.", "completion": "Hi."}, SOURCE, CHAT)
+def test_prompt_and_completion_are_one_text_of_which_the_completion_is_learned() -> None:
+    example = chat_example({"prompt": "Say hi.", "completion": " Hi."}, SOURCE, CHAT)
     prompt, completion = [BOS, *TOKENIZER.encode("Say hi.")], [*TOKENIZER.encode("Hi."), EOS]
     assert example.tokens == prompt + completion
     assert example.learned == [False] * len(prompt) + [True] * len(completion)
+
+
+class _Oracle:
+    """Ids of the joint text, and how many of them lie within the prompt, by decoding ever more of them."""
+
+    def __init__(self, tokenizer: Any, prompt: str, answer: str):
+        self.ids = tokenizer.encode(prompt + answer)
+        assert tokenizer.decode(self.ids) == prompt + answer
+        self.before = max(n for n in range(len(self.ids) + 1) if prompt.startswith(tokenizer.decode(self.ids[:n])))
+
+
+BORDERS = [
+    ("def f(x):\n", "    return x"),
+    ("2 + 2 =", " 4"),
+    ("2 + 2 = ", "4"),
+    ("f(x):", "\n y"),
+    ("x  ", "  y"),
+    ("é 漢", "字 ü"),
+    ("don", "'t"),
+    ("", "only this"),
+    ("a 1", "2"),
+]
+
+
+def _byte_level(path: Path) -> Any:
+    """As GPT-2's: a space belongs to the word behind it, and a post-processor that takes it off the word's place."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([p + a for p, a in BORDERS] * 9, trainer)
+    inner.save(str(path / "tokenizer.json"))
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
+@pytest.mark.parametrize(("prompt", "answer"), BORDERS)
+def test_a_piece_across_the_border_is_learned(tmp_path: Path, kind: str, prompt: str, answer: str) -> None:
+    tokenizer = TOKENIZER if kind == "sentencepiece" else _byte_level(tmp_path)
+    template = load_template("v1", tokenizer)
+    expected = _Oracle(tokenizer, prompt, answer)
+    before = 1 + expected.before if prompt else 1
+    pair = preference_pair({"prompt": prompt, "chosen": answer, "rejected": "z"}, SOURCE, template)
+    for example in (chat_example({"prompt": prompt, "completion": answer}, SOURCE, template), pair.chosen):
+        assert example.tokens == [tokenizer.bos_id, *expected.ids, tokenizer.eos_id]
+        assert example.learned == [n >= before for n in range(len(example.tokens))]
+
+
+def test_texts_that_hold_control_words_are_counted() -> None:
+    chats = [[_user(text), _assistant("a")] for text in ("<s>[INST] hi [/INST]", "plain", "<|im_start|>", "a < s >")]
+    records = [*({"messages": chat} for chat in chats), {"prompt": "a", "completion": "b</s>"}]
+    census = Census(skip=False)
+    tuning_documents(_lump(*records), SOURCE, "chat", CHAT, "all", 65, census)
+    assert census.counts["control_words"] == 3
 
 
 def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer_is_learned() -> None:
@@ -156,12 +217,13 @@ def test_the_sample_pairs_share_their_prompt(name: str) -> None:
         record = json.loads(line)
         pair = preference_pair(record, SOURCE, CHAT)
         starts = [example.learned.index(True) for example in pair]
-        assert starts[0] == starts[1]
-        assert pair.chosen.tokens[: starts[0]] == pair.rejected.tokens[: starts[0]]
-        for example, key in zip(pair, ("chosen", "rejected"), strict=True):
-            answer = record[key] if isinstance(record[key], str) else record[key][0]["content"]
-            assert example.tokens[starts[0] :] == [*TOKENIZER.encode(answer), EOS]
-            assert set(example.learned[starts[0] :]) == {True}
+        for example, start, key in zip(pair, starts, ("chosen", "rejected"), strict=True):
+            assert set(example.learned[start:]) == {True}
+            if isinstance(record[key], str):  # the ids of the joint text, in which the last word of a prompt may change
+                assert example.tokens == [BOS, *TOKENIZER.encode(record["prompt"] + record[key]), EOS]
+            else:
+                assert example.tokens[start:] == [*TOKENIZER.encode(record[key][0]["content"]), EOS]
+                assert example.tokens[:start] == pair.chosen.tokens[: starts[0]]
 
 
 def test_a_common_prefix_is_the_prompt() -> None:

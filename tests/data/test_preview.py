@@ -8,8 +8,9 @@ import pytest
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import Loader
 from mixtral_jax.data.prepare.prepared import prepare
-from mixtral_jax.data.preview import mixture_lines, preview
+from mixtral_jax.data.preview import colour, mixture_lines, preview
 from mixtral_jax.data.rows.order import GlobalOrder
+from mixtral_jax.data.rows.row import RowFormat
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -61,6 +62,14 @@ def test_preview_colours_only_what_is_learned(cache: Path) -> None:
     assert "[INST]" not in parts["green"]
     assert parts["green"].count("<eos>") == parts["dim"].count("[/INST]")
     assert parts["bold magenta"] == "|" * parts["dim"].count("<bos>")
+
+
+def test_the_first_words_of_a_cut_row_stay_apart() -> None:
+    ids = TOKENIZER.encode("Un deux trois quatre")
+    row = RowFormat(8, "uint16", weighted=False).decode(
+        RowFormat(8, "uint16", weighted=False).encode(np.array([len(ids)]), np.array(ids), None)
+    )
+    assert colour(row, TOKENIZER).plain == "|Un deux trois quatre"
 
 
 def test_the_arithmetic_of_each_kind_of_mixture() -> None:

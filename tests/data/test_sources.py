@@ -94,6 +94,47 @@ def test_jsonl(
     assert _read(str(tmp_path / name))[0] == RECORDS
 
 
+@pytest.mark.parametrize(
+    ("name", "read_bytes"), [("a.json", 20), ("a.json", 1000), ("a.jsonl", 50), ("a.json.gz", 900)]
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, indent: int | None, read_bytes: int
+) -> None:
+    monkeypatch.setattr(sources, "LUMP_BYTES", 2000)
+    monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
+    records = [{"text": 'é "]},[{ \\'}, *RECORDS[:5]]
+    content = ("\ufeff \n" + json.dumps(records, ensure_ascii=False, indent=indent) + "\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert _read(str(tmp_path / name))[0] == records
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "sentence"),
+    [
+        ('[{"text": "a"}, {"text": "b"', 1, "the JSON array has no end .* after record 1; nothing behind it is read"),
+        ('[{"text": "a"}', 1, "the JSON array has no end"),
+        ('[{"text": "a"}] [', 1, "the JSON array has no end .*, or something follows it, after record 1"),
+        ('[{"text": "a"},]', 1, "malformed JSON .* after record 1"),
+        ('[{"text": "a"} {"text": "b"}]', 1, r"malformed JSON \(no comma\) after record 1"),
+        ('[{"text": "a"}, {text: 1}' + " " * 5000 + "]", 1, "malformed JSON .* after record 1"),
+        ('[{"text": "a"}, 3, {"text": "b"}]', 2, "record 2: expected a JSON object, found a number"),
+        ('[{"text": ' + "[" * 100_000, 0, "recursion .*after record 0"),
+        (b'[{"text": "a"}, {"text": "\xe9"}]', 0, "invalid continuation byte after record 0"),
+        ("[]", 0, ""),
+    ],
+)
+def test_a_faulty_array_gives_what_stands_before_the_fault(
+    tmp_path: Path, content: str | bytes, read: int, sentence: str
+) -> None:
+    (tmp_path / "f.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if sentence:
+        with pytest.raises(ValueError, match=f"f.json[:,] .*{sentence}"):
+            _read(str(tmp_path / "f.json"))
+    records, census = _read(str(tmp_path / "f.json"), skip=True)
+    assert (len(records), census.bad) == (read, bool(sentence))
+
+
 def test_parquet(tmp_path: Path) -> None:
     table = pa.table({"text": TEXTS, "other": list(range(len(TEXTS)))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)

@@ -114,6 +114,12 @@ def test_bad_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_argument_that_is_not_utf8_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("\udcff", "\ud83d"):  # what Python makes of the byte FF, and half of a pair
+        assert launch.main(["generate", "nothere", "--prompt", f"Voil{word}"]) == 2
+        assert "on the command line is not UTF-8" in capsys.readouterr().err.encode().decode()
+
+
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main([]) == 2
     assert "pretrain" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from mixtral_jax.convert import load, save_hf
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.generation.engine import generate
 from mixtral_jax.model import Mixtral
+from mixtral_jax.train.commands.evaluate import _table
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.text import grow
 from tests.tiny import metrics_of, tiny_config, write_run_file
@@ -88,6 +89,14 @@ def test_eval_measures_what_training_measured(trained: Path, capsys: pytest.Capt
     assert table[0].split() == ["source", "loss", "perplexity", "bits/byte", "accuracy"]
     assert [line.split()[0] for line in table[1:]] == ["words", "all"]
     assert f"{measured['eval/words/loss']:.4f}" in table[1]
+
+
+def test_eval_of_answers_has_no_column_of_bits_per_byte() -> None:
+    numbers = {"loss": 1.5, "perplexity": 4.48, "accuracy": 0.25}
+    metrics = {f"eval/{prefix}{key}": value for prefix in ("", "chats/") for key, value in numbers.items()}
+    lines = [line.split() for line in _table(metrics, ["chats"]).splitlines()]
+    assert lines[0] == ["source", "loss", "perplexity", "accuracy"]
+    assert lines[1:] == [[name, "1.5000", "4.480", "0.2500"] for name in ("chats", "all")]
 
 
 def test_eval_asks_a_mesh_for_its_own_rows_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,10 +86,11 @@ def _sums(model: Mixtral, batch: Any, skip_masked: bool) -> Any:
 
 
 def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
-    names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    forms = {"loss": (8, 4), "perplexity": (10, 3), "bits_per_byte": (9, 4), "accuracy": (8, 4)}
+    names = [name for name in forms if f"eval/{name}" in metrics]  # answers have no text that bits a byte would be of
     width = max(len("source"), *map(len, sources), len("all"))
-    lines = [f"{'source':{width}}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'accuracy':>8}"]
+    lines = ["  ".join([f"{'source':{width}}", *(f"{n.replace('_per_', '/'):>{forms[n][0]}}" for n in names)])]
     for label, prefix in [*((name, f"eval/{name}/") for name in sources), ("all", "eval/")]:
-        loss, perplexity, bits, accuracy = (metrics.get(prefix + name, math.nan) for name in names)
-        lines.append(f"{label:{width}}  {loss:8.4f}  {perplexity:10.3f}  {bits:9.4f}  {accuracy:8.4f}")
+        values = [(metrics.get(prefix + name, math.nan), *forms[name]) for name in names]
+        lines.append("  ".join([f"{label:{width}}", *(f"{value:{wide}.{digits}f}" for value, wide, digits in values)]))
     return "\n".join(lines)

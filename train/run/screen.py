@@ -63,7 +63,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
     }
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
-        for line in axis_lines(sizes) if title == "mesh" else ():
+        for line in axis_lines(sizes) if title == "mesh" else prepared.readings() if title == "data" else ():
             say(f"{'':>8}    {line}")
 
 
