@@ -21,7 +21,8 @@ def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list
     """
     prepared = prepare(data, seq_len, seed)
     tokenizer = load_tokenizer(data.tokenizer)
-    texts = [Text(prepared.summary()), Text(""), *map(Text, mixture_lines(data, prepared.order))]
+    told = [prepared.summary(), *prepared.readings(), ""]
+    texts = [*map(Text, told), *map(Text, mixture_lines(data, prepared.order))]
     with closing(RowReader(prepared.train)) as reader:
         for r in range(rows):
             source, number = prepared.order[r]

@@ -60,8 +60,13 @@ class PreparedData:
         return not self.missing_parts
 
     def readings(self) -> list[str]:
-        """How the records of each training source were read, and a warning where their texts hold control tokens."""
-        return [line for source in self.train for line in _readings(source)]
+        """How the records of each source were read, and a warning where their texts hold control tokens."""
+        return [
+            f"{what}/{line}"
+            for what, sources in (("train", self.train), ("validation", self.validation))
+            for source in sources
+            for line in _readings(source)
+        ]
 
     def summary(self) -> str:
         """A line for each source: tokens, padding, what was split, cut, dropped or bad."""
@@ -149,7 +154,7 @@ def _describe(source: PreparedSource) -> str:
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
-    return "\n  ".join([text, *source.bad_examples, *_readings(source)])
+    return "\n  ".join([text, *source.bad_examples])
 
 
 def _readings(source: PreparedSource) -> list[str]:
@@ -162,8 +167,8 @@ def _readings(source: PreparedSource) -> list[str]:
         )
     if source.control_words:
         lines.append(
-            f"warning: {source.name}: {source.control_words:,} examples hold words such as <s> or [INST] in their "
-            "text, which are learned as text: take them out, as the template puts its own around each turn"
+            f"{source.name}: warning: {source.control_words:,} examples hold words such as <s> or [INST], which are "
+            "text here and no control tokens: take them out, as the template puts its own around each turn"
         )
     return lines
 

@@ -42,8 +42,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
     try:
         with pq.ParquetFile(file, pre_buffer=False) as table:
             wanted = _present(file, table.schema_arrow.names, columns)
-            for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
-                yield from _rows(batch)
+            yield from _rows(table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False), file, census)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
@@ -51,7 +50,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
 def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
     for file in [path] if os.path.isfile(path) else _arrow_files(Path(path), source.split):
-        yield from _arrow(file, columns)
+        yield from _arrow(file, columns, census)
 
 
 def _arrow_files(directory: Path, split: str | None) -> list[str]:
@@ -72,7 +71,7 @@ def _arrow_files(directory: Path, split: str | None) -> list[str]:
     return files
 
 
-def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
 
     try:
@@ -86,17 +85,27 @@ def _arrow(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 reader = pa.ipc.open_stream(stream)
                 batches = reader
             wanted = _present(file, reader.schema.names, columns)
-            for batch in batches:
-                for start in range(0, batch.num_rows, _BATCH):
-                    yield from _rows(batch.select(wanted).slice(start, _BATCH))
+            slices = (b.select(wanted).slice(start, _BATCH) for b in batches for start in range(0, b.num_rows, _BATCH))
+            yield from _rows(slices, file, census)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
 
 
-def _rows(batch: Any) -> list[dict[str, Any]]:
+def _rows(batches: Iterable[Any], file: str, census: Census) -> Iterator[dict[str, Any]]:
     """Rows without the keys that a struct has only because another row needs them: Arrow fills those with null."""
-    rows = batch.to_pylist(maps_as_pydicts="strict")
-    return [{name: _without_null(value) for name, value in row.items()} for row in rows]
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError:  # nobody has checked the bytes so far: one row at a time
+            rows = []
+            for i in range(batch.num_rows):
+                try:
+                    rows += batch.slice(i, 1).to_pylist(maps_as_pydicts="strict")
+                except UnicodeDecodeError:
+                    census.report(f"{file}, record {number + i + 1}: not UTF-8")
+        number += batch.num_rows
+        yield from ({name: _without_null(value) for name, value in row.items()} for row in rows)
 
 
 def _without_null(value: Any) -> Any:

@@ -282,6 +282,21 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert (records, census.bad) == ([{"text": "fine"}], 1)
 
 
+@pytest.mark.parametrize("name", ["f.parquet", "f.arrow"])
+def test_bytes_of_a_column_of_text_that_are_not_utf8(tmp_path: Path, name: str) -> None:
+    texts = pa.array([b"one", b"voil\xe0", b"three"]).view(pa.string())  # a writer checks no more than this does
+    table = pa.table({"text": texts})
+    if name == "f.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match=f"{name}, record 2: not UTF-8"):
+        _read(str(tmp_path / name))
+    records, census = _read(str(tmp_path / name), skip=True)
+    assert (records, census.bad) == ([{"text": "one"}, {"text": "three"}], 1)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("f.parquet", "Parquet"), ("f.arrow", "Arrow"), ("f.array_record", "ArrayRecord")]
 )

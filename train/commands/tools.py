@@ -29,7 +29,7 @@ def prepare(config: RunConfig, *, part: str | None = None) -> int:
     """
     prepared = prepare_data(config.data, config.seq_len, config.seed, part=parse_part(part))
     if prepared.complete:
-        print(prepared.summary())
+        print(*[prepared.summary(), *prepared.readings()], sep="\n")
     else:
         print(f"still to be made by other machines: {', '.join(prepared.missing_parts)}")
     return 0
