@@ -58,7 +58,8 @@ def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:
     learned = np.concatenate([[0.0], row.weights]) > 0
     segments = np.concatenate([row.segment_ids, row.segment_ids[-1:]])
     text = Text()
-    start, used = 0, int(np.count_nonzero(row.segment_ids)) + bool(row.segment_ids[-1])
+    last = bool(row.segment_ids[-1] and (row.targets[-1] or row.weights[-1]))  # else there is one place of padding
+    start, used = 0, int(np.count_nonzero(row.segment_ids)) + last
     control = np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
     for i in range(1, used + 1):
         same = i < used and learned[i] == learned[start] and segments[i] == segments[start]

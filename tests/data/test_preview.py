@@ -66,10 +66,10 @@ def test_preview_colours_only_what_is_learned(cache: Path) -> None:
 
 def test_the_first_words_of_a_cut_row_stay_apart() -> None:
     ids = TOKENIZER.encode("Un deux trois quatre")
-    row = RowFormat(8, "uint16", weighted=False).decode(
-        RowFormat(8, "uint16", weighted=False).encode(np.array([len(ids)]), np.array(ids), None)
-    )
-    assert colour(row, TOKENIZER).plain == "|Un deux trois quatre"
+    for seq_len in (len(ids) - 1, len(ids), 40):  # full, one place of padding, more
+        rows = RowFormat(seq_len, "uint16", weighted=False)
+        row = rows.decode(rows.encode(np.array([len(ids)]), np.array(ids), None))
+        assert colour(row, TOKENIZER).plain == "|Un deux trois quatre"
 
 
 def test_the_arithmetic_of_each_kind_of_mixture() -> None:
