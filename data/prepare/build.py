@@ -19,7 +19,7 @@ from mixtral_jax.data.prepare.cache import PreparedSource, load_prepared, write_
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.records import Census, Lump, read_lumps
 from mixtral_jax.data.rows import PACKINGS, WRITER_OPTIONS, RowFormat, pair_pieces
-from mixtral_jax.data.text import columns, load_template, load_tokenizer, recognise, text_documents, tuning_documents
+from mixtral_jax.data.text import columns, layouts_of, load_template, load_tokenizer, text_documents, tuning_documents
 
 _FIRST_ROWS = 100  # of a file, which show its layout
 Advance = Callable[[int, str], None]  # of a progress bar
@@ -124,7 +124,7 @@ def _lumps(recipe: Recipe, census: Census) -> Iterator[tuple[Lump, tuple[str, ..
         for lump in read_lumps(source, file, columns(source, kind), census):
             if layouts is None:
                 first = itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS)
-                layouts = recognise((record for _, record in first), source, kind)
+                layouts = layouts_of((record for _, record in first), source, kind)
             yield lump, layouts
 
 

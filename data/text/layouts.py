@@ -2,7 +2,7 @@
 
 A chat becomes `{"messages"}`, or `{"prompt", "completion"}`; a preference `{"prompt", "chosen", "rejected"}`; each with
 `tools`. Messages are `{"role", "content"}` with our roles, whatever they were before. Which layout a file has is seen
-in its first rows (`recognise`), as a single row may allow two readings; a row that lacks those columns is read by
+in its first rows (`layouts_of`), as a single row may allow two readings; a row that lacks those columns is read by
 those that it fills.
 """
 
@@ -49,7 +49,7 @@ def columns(source: SourceConfig, kind: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_key(source, name) for name in [*names, "tools"]))
 
 
-def recognise(records: Iterable[Row], source: SourceConfig, kind: str) -> tuple[str, ...]:
+def layouts_of(records: Iterable[Row], source: SourceConfig, kind: str) -> tuple[str, ...]:
     """Names of the layouts of a file's first records: of each set of columns the first that fits most of them."""
     if source.layout != "auto":
         return (source.layout,)

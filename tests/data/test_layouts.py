@@ -16,7 +16,7 @@ from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps
 from mixtral_jax.data.text.chat import encode_chat
 from mixtral_jax.data.text.examples import chat_example, preference_pair
-from mixtral_jax.data.text.layouts import LAYOUTS, columns, normalise, recognise
+from mixtral_jax.data.text.layouts import LAYOUTS, columns, layouts_of, normalise
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.data.test_chat import V3_CONTROLS, CharTokenizer
@@ -87,7 +87,7 @@ CHATS = [
 
 @pytest.mark.parametrize(("layout", "record", "messages"), CHATS)
 def test_each_layout_of_a_chat_is_the_same_example(layout, record, messages):
-    assert recognise([record], SOURCE, "chat") == (layout,)
+    assert layouts_of([record], SOURCE, "chat") == (layout,)
     assert chat_example(record, SOURCE, V3) == encode_chat(messages, V3)
     fixed = SOURCE.model_copy(update={"layout": layout})
     assert set(columns(fixed, "chat")) >= {name for name in record if record[name]}
@@ -112,7 +112,7 @@ PAIRS = [
 @pytest.mark.parametrize(("layout", "record"), PAIRS)
 def test_each_layout_of_a_pair_is_the_same_example(layout, record):
     expected = (encode_chat([Q, A], V3), encode_chat([Q, B], V3))
-    assert recognise([record], SOURCE, "preference") == (layout,)
+    assert layouts_of([record], SOURCE, "preference") == (layout,)
     assert preference_pair(record, SOURCE, V3) == expected
     assert preference_pair(record, SOURCE.model_copy(update={"layout": layout}), V3) == expected
 
@@ -132,10 +132,10 @@ def test_a_conversation_that_is_the_beginning_of_the_other_keeps_its_last_answer
 def test_the_first_rows_decide_between_two_readings():
     apart = {"prompt": "I", "chosen": "am.", "rejected": "was."}
     chance = {"prompt": "I", "chosen": "I am.", "rejected": "I was."}
-    known = recognise([apart, apart, chance], SOURCE, "preference")
+    known = layouts_of([apart, apart, chance], SOURCE, "preference")
     assert known == ("preference",)
     assert normalise(chance, SOURCE, "preference", known) == ("preference", chance)
-    known = recognise([chance, chance, apart], SOURCE, "preference")
+    known = layouts_of([chance, chance, apart], SOURCE, "preference")
     assert known == ("ultrafeedback",)
     with pytest.raises(ValueError, match="do not begin with 'prompt', as in other rows of the file: set layout: pref"):
         normalise(apart, SOURCE, "preference", known)
@@ -148,7 +148,7 @@ def test_rows_of_two_layouts_in_one_file_are_both_read():
         {"messages": [Q, A], "prompt": None, "completion": None},
         {"messages": None, "prompt": "a", "completion": "b"},
     ]
-    known = recognise(rows, SOURCE, "chat")
+    known = layouts_of(rows, SOURCE, "chat")
     assert known == ("messages", "prompt_completion")
     assert [normalise(row, SOURCE, "chat", known)[0] for row in rows] == list(known)
     assert normalise(rows[1], SOURCE, "chat", ("messages",))[0] == "prompt_completion"
@@ -424,7 +424,7 @@ def test_odd_values_anywhere_are_bad_records_and_nothing_else(kind, record, tmp_
             holder[place[-1]] = odd
             for template in templates:
                 try:
-                    recognise([changed], SOURCE, kind)
+                    layouts_of([changed], SOURCE, kind)
                     example(changed, SOURCE, template)
                 except ValueError as error:
                     assert "\n" not in str(error), (place, odd)
