@@ -26,7 +26,7 @@ class RunConfig(FrozenConfig):
     output_dir: str = Field("runs", description="where run directories are made")
     seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
     steps: int = Field(
-        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0 or null: by data.epochs"
+        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0, null: by data.epochs"
     )
     seq_len: int = Field(gt=0, description="positions per row")
     global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over the whole mesh")
