@@ -219,7 +219,7 @@ def _blocks(file: str) -> Iterator[bytes]:
     blocks, head = _bytes(file), b""
     for block in blocks:
         head += block
-        if len(head) >= 4:
+        if len(head) >= 64:
             break
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head[1:4:2] == b"\0\0" or head[:3:2] == b"\0\0":
         raise ValueError(f"{file} is UTF-16 text: make it UTF-8, with iconv -f UTF-16 -t UTF-8 for one")
