@@ -1,6 +1,7 @@
 """YAML 1.2 as the specification says, overrides, and writing what was read."""
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -72,6 +73,10 @@ def test_a_file_that_is_missing_or_not_utf8(tmp_path: Path) -> None:
         read_tree(tmp_path / "quickstrat.yaml")
     with pytest.raises(UserError, match="not UTF-8 text: byte 3 is 0xff"):
         read_tree(tmp_path / "quickstart.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path, tmp_path / "pipe.yaml"):
+        with pytest.raises(UserError, match="is no regular file: it is a directory, a pipe or a device"):
+            read_tree(path)
 
 
 def test_three_ways_to_write_an_override() -> None:

@@ -81,6 +81,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
             problems of the overrides are named at once.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"configuration file {path} is no regular file: it is a directory, a pipe or a device")
     if not path.is_file():
         raise FileNotFoundError(f"configuration file {path} does not exist{_similar_file(path)}")
     try:
