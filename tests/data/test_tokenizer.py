@@ -159,7 +159,7 @@ def test_training_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b.jsonl, line 1: no text under 'text'"):
         train_tokenizer([f"{tmp_path}/b.jsonl"], out=tmp_path / "a.model", **options)
     (tmp_path / "a.model").touch()
-    with pytest.raises(ValueError, match=r"a.model exists already"):
+    with pytest.raises(ValueError, match=r"a.model exists already: choose another name, or --force"):
         train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
 
 

@@ -136,9 +136,7 @@ def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Pro
     return Flops(sum(program.dot_flops for program in programs), experts, attention)
 
 
-def _reduced_weights(
-    config: RunConfig, collectives: Sequence[Collective], sizes: Mapping[str, int]
-) -> tuple[str, ...]:
+def _reduced_weights(config: RunConfig, collectives: Sequence[Collective], sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least).
 
     Along `data` alone that is no fault: weights are whole there, and their gradients are summed.
