@@ -17,6 +17,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def own_name(path: str) -> str:
+    """The path without what an address is inside of: `zip://a.jsonl::b.zip` is a.jsonl."""
+    return path.partition("::")[0] if is_remote(path) else path
+
+
 def open_file(path: str) -> Any:
     """For a `with` block: the bytes of a file, as a stream that can seek."""
     return fsspec.open(path, "rb") if is_remote(path) else open(path, "rb")

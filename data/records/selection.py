@@ -19,10 +19,11 @@ _WORDS = {
 }  # fmt: skip
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|notice|copying|citation|contributing|code_of_conduct|security|change_?log|authors|datasheet|"
-    r"data_?(set_?)?card|requirements)([^a-z0-9].*)?|(config|dataset_infos?|dataset_dict|state)\.json",
+    r"(readme|licen[cs]e|notice|copying|citation|contributing|code_of_conduct|change_?log|data_?(set_?)?card|datasheet|"
+    r"requirements)([^a-z0-9].*)?",
     re.IGNORECASE,
 )
+_ABOUT_JSON = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _DOCUMENT = re.compile(r"\.md(\.gz|\.zst)?$", re.IGNORECASE)
 _SHOWN = 4  # names
 
@@ -68,6 +69,9 @@ def source_files(source: SourceConfig) -> list[str]:
 
 
 def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
+    if os.path.isdir(os.path.join(path, "snapshots")) and os.path.isfile(main := os.path.join(path, "refs", "main")):
+        with open(main, encoding="utf-8") as stream:  # the hub's cache, which holds each revision of a data set
+            path = os.path.join(path, "snapshots", stream.read().strip())
     is_there = not files.is_remote(path) and files.exists(path)  # then brackets are a part of its name
     root, pattern = (path, "") if is_there else files.split_glob(path)
     matches = files.matching(root, pattern) if pattern else [""] * files.exists(root)
@@ -89,7 +93,7 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     names = sorted({n for n in direct + names if not files.join(root, n).startswith(inside)})
     if sets and not names:
         return sets, ", ".join(sets)
-    about = [name for name in names if _ABOUT.fullmatch(os.path.basename(name))]
+    about = [name for name in names if _is_about(os.path.basename(name))]
     data = [n for n in names if (n in direct or format_by_name(n)) and n not in about]
     if source.format == "auto" and any(format_by_name(name) != "text" for name in data):
         data = [name for name in data if not _DOCUMENT.search(name)]
@@ -104,12 +108,30 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
         raise ValueError(
             f"{root} holds records ({records}) and texts ({_some(texts)}): set path to a glob of one of them"
         )
+    _refuse_twins(root, chosen)
     others = {split: [n for n in of_it if n not in chosen] for split, of_it in splits.items()}
     left = {"": [n for n in names if n not in chosen and not any(n in of for of in others.values())], **others}
     words = f"{root}: {f'split {source.split}: ' if source.split else ''}{_some(chosen)}"
     if any(left.values()):
         words += f"; not read: {_by_split(left)}"
     return [*sets, *(files.join(root, name) for name in chosen)], words
+
+
+def _is_about(name: str) -> bool:
+    """Whether a file is about the data: a card, a licence, what the hub's library notes beside its files."""
+    is_text = format_by_name(name) in (None, "text")
+    return name.lower() in _ABOUT_JSON or (is_text and _ABOUT.fullmatch(name) is not None)
+
+
+def _refuse_twins(root: str, names: Sequence[str]) -> None:
+    """A file and its compressed copy, or the same records in two formats, would be learned twice."""
+    seen: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"\.(gz|zst)$", "", name)
+        if format_by_name(name) != "text" and "-" not in os.path.splitext(stem)[1]:
+            stem = os.path.splitext(stem)[0]
+        if (twin := seen.setdefault(stem, name)) != name:
+            raise ValueError(f"{root} holds the same twice, as {twin} and as {name}: set path to a glob of one of them")
 
 
 def _choose_split(

@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
-from mixtral_jax.data.records.files import file_size, open_file
+from mixtral_jax.data.records.files import file_size, open_file, own_name
 from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
 
 _READ_BYTES = 1 << 18
@@ -37,7 +37,7 @@ _RATIO = {".gz": 4, ".zst": 4, ".parquet": 3}
 
 def format_by_name(path: str) -> str | None:
     """What a file holds, by its extension; None: that says nothing."""
-    stem, extension = os.path.splitext(path)
+    stem, extension = os.path.splitext(own_name(path))
     if extension in (".gz", ".zst"):
         extension = os.path.splitext(stem)[1]
     # ArrayRecord shards are usually named NAME.array_record-00000-of-00001
@@ -231,9 +231,9 @@ def _bytes(file: str) -> Iterator[bytes]:
     try:
         with open_file(file) as stream:
             raw = iter(lambda: stream.read(_READ_BYTES), b"")
-            if file.endswith(".gz"):
+            if own_name(file).endswith(".gz"):
                 yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)
-            elif file.endswith(".zst"):
+            elif own_name(file).endswith(".zst"):
                 import zstandard
 
                 reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)

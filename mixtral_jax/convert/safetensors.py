@@ -107,7 +107,7 @@ class TensorSource(Source):
     ) -> None:
         self.directory, self.hf_config, self.config, self.tensors = directory, hf_config, config, tensors
         rows = sum(tensor.shape[0] for tensor in tensors.values() if tensor.shape)
-        if (asked := count_slots(config)) > max(rows, 10_000):  # before they are made; a slot is a row at the least
+        if (asked := count_slots(config)) > max(rows, 200_000):  # before they are made; each is a row at the least
             raise ValueError(
                 f"{directory} is no model of {config.num_hidden_layers} layers and {config.num_local_experts} experts, "
                 f"as its configuration says: that is {asked:,} matrices, and its files hold {len(tensors):,} tensors"

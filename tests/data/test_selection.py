@@ -1,8 +1,10 @@
 """Which files of a clone are data, and of which split: held against `datasets`, which reads the hub's repositories."""
 
+import gzip
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,8 @@ def test_what_was_chosen_and_what_was_not_is_said_with_its_rows(tmp_path: Path) 
         ([], "README.md", None, ["README.md"]),
         ([], "", None, ["README.md"]),
         (["a[1].jsonl"], "a[1].jsonl", None, ["a[1].jsonl"]),
+        (["license.jsonl", "a.jsonl"], "", None, ["a.jsonl", "license.jsonl"]),
+        (["a.txt", "a.md"], "", None, ["a.md", "a.txt"]),
     ],
 )  # fmt: skip
 def test_globs_files_and_folders(
@@ -138,6 +142,9 @@ def test_globs_files_and_folders(
         (["a.jsonl"], "", "test", "has no split 'test': no name there says one"),
         (["train.jsonl", "extra.jsonl"], "", None, r"train \(train.jsonl\), none \(extra.jsonl\): set split"),
         (["a.parquet", "b.txt"], "", None, r"holds records \(a.parquet\) and texts \(b.txt\): set path to a glob"),
+        (["a.jsonl", "a.jsonl.gz"], "", None, "holds the same twice, as a.jsonl and as a.jsonl.gz: set path to a glob"),
+        (["train.parquet", "train.json"], "", "train", "the same twice, as train.json and as train.parquet"),
+        (["a.txt", "a.txt.zst"], "*", None, "the same twice, as a.txt and as a.txt.zst"),
         (["train.csv"], "", None, "without data files that are known by name: LICENSE, README.md, train.csv"),
     ],
 )
@@ -183,6 +190,24 @@ def test_the_column_that_was_found_is_said_and_counts(tmp_path: Path) -> None:
     assert named.fingerprint == prepared.fingerprint
     with pytest.raises(ValueError, match=r"no 'text' \(the record has 'content', 'title'; the column can be set with"):
         prepare_one(config_of(tmp_path / "cache", other))
+
+
+def test_the_hubs_cache_stands_for_its_main_revision(tmp_path: Path) -> None:
+    _clone(tmp_path / "snapshots" / "old", ["train.jsonl"])
+    new = _clone(tmp_path / "snapshots" / "new", ["train.jsonl", "test.jsonl"])
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("new\n")
+    assert _chosen(tmp_path, split="train") == [str(new / "train.jsonl")]
+
+
+def test_files_inside_an_archive(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("d/train.jsonl.gz", gzip.compress(b'{"text": "words"}\n'))
+        archive.writestr("d/test.jsonl", b'{"text": "other"}\n')
+    for path in (f"zip://d::{tmp_path}/a.zip", f"zip://d/*.gz::{tmp_path}/a.zip"):
+        assert _chosen(path, split="train") == [f"zip://d/train.jsonl.gz::{tmp_path}/a.zip"]
+    prepared = prepare_one(config_of(tmp_path / "cache", train=({"name": "a", "path": path},)))
+    assert prepared.text_bytes == len("words")
 
 
 def test_links_are_followed_once_and_broken_ones_named(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def _mesh_problems(config: RunConfig) -> Iterator[str]:
     for axes, size, key in rules:
         value = getattr(model, key)
         if size > 1 and value % size:
-            divisors = [str(d) for d in range(1, value + 1) if value % d == 0 and d <= 2 * size]
+            divisors = [str(d) for d in range(1, min(value, 2 * size) + 1) if value % d == 0]
             yield f"{axes} ({size}) does not divide model.{key} ({value}): {', '.join(divisors)} would"
     pieces, length = 2 * mesh.context, config.seq_len
     if mesh.context > 1 and length % pieces:
