@@ -8,6 +8,7 @@
 #   make test-new     a part of the tests with today's jax, in .venv-3.12 or .venv-3.13 (needs one of these Pythons)
 #   make test-slow    the tests that take minutes
 #   make lint         ruff and mypy
+#   make tensorboard  the curves of all runs in a browser (RUNS=runs), by TensorBoard in an environment of its own
 #   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
 
 # The first of these that runs and is new enough; a name alone may be pyenv's, which runs what is selected only.
@@ -28,9 +29,10 @@ FORM ?= short
 TESTS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+RUNS ?= runs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow lint format bench clean
+.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow lint format tensorboard bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -98,6 +100,14 @@ format: $(VENV)/test.stamp
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+tensorboard: $(VENV)-tensorboard/stamp
+	$(VENV)-tensorboard/bin/tensorboard --logdir $(RUNS)
+
+$(VENV)-tensorboard/stamp:
+	$(PYTHON) -m venv $(VENV)-tensorboard
+	$(VENV)-tensorboard/bin/pip install -q tensorboard "setuptools<81"
+	touch $@
+
 # MaxText needs Python 3.12 and another jax, hence an environment of its own; without that Python it is left out.
 bench: $(VENV)/test.stamp $(VENV)/parity.stamp
 	-$(MAKE) $(VENV)-maxtext/stamp
@@ -110,7 +120,7 @@ $(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-maxtext $(VENV)-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-maxtext $(VENV)-tensorboard $(VENV)-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; say which: make PYTHON=/path/to/python" >&2; exit 2; }

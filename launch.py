@@ -169,6 +169,16 @@ def _not_built(args: Parsed) -> int:
     raise ValueError(f"{args.command} is not built yet")
 
 
+def _count(text: str) -> float:
+    """`10B` as 1e10."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return float(number) * unit
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 1e10 or 10B") from None
+
+
 def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
     """An argument, and what argparse is told of it; a default is shown, and its type is the argument's."""
     if "default" in told:
@@ -251,7 +261,8 @@ COMMANDS = {
         _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256"),
         _told("--devices", "plan for N local CPU devices instead", type=int, metavar="N"),
         _flag("--search", "try meshes, micro-batches and rematerialisation"),
-        _told("--tokens", "length of the training, for days and chip-hours", type=float),
+        _told("--tokens", "length of the training, such as 1e12 or 10B, for days and chip-hours", type=_count),
+        _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
         "train.commands.evaluate:evaluate", "loss, perplexity and bits per byte of each source",

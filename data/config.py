@@ -15,7 +15,7 @@ class SourceConfig(FrozenConfig):
     """One named collection of records."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the source in every metric")
-    path: str | tuple[str, ...] = Field(description="file, directory or glob, or a list of them")
+    path: str | tuple[str, ...] = Field(description="file, directory, glob or fsspec address, or a list of them")
     weight: float | None = Field(
         None, gt=0, description="share of the rows, relative to the other sources; null: by size"
     )
@@ -26,8 +26,8 @@ class SourceConfig(FrozenConfig):
         "auto", "messages", "sharegpt", "prompt_completion", "kto", "alpaca",
         "preference", "implicit", "ultrafeedback", "hh",
     ] = Field("auto", description="how a row holds a chat or a pair; auto: as a file's first rows show")  # fmt: skip
-    split: str | None = Field(None, description="split of a TFDS or Hugging Face data set")
-    text_key: str = Field("text", description="column of the text of a document")
+    split: str | None = Field(None, description="split of a data set: TFDS, Hugging Face, a clone of the hub")
+    text_key: str = Field("text", description="column of the text of a document; no text: the only one of strings")
     messages_key: str = Field("messages", description="column of a chat")
     prompt_key: str = Field("prompt", description="column of the question of a prompt-completion pair or a preference")
     completion_key: str = Field("completion", description="column of the answer to it")

@@ -35,7 +35,7 @@ def train_tokenizer(
     path = Path(out)
     path = path if path.suffix else path / "tokenizer.model"
     if path.exists() and not force:
-        raise ValueError(f"{path} exists already: choose another name, or force")
+        raise ValueError(f"{path} exists already: choose another name, or --force")
     if not inputs:
         raise ValueError("no input: name the files to train the tokenizer on")
     model = train_sentencepiece(_texts(inputs, text_key, _MAX_BYTES // len(inputs), progress), vocab_size)

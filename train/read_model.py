@@ -62,8 +62,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def run_config(checkpoint: str) -> RunConfig | None:
-    """The configuration of the run that a checkpoint belongs to; None for a model directory."""
+    """The configuration of the run that a checkpoint belongs to; None for a model directory.
+
+    Raises:
+        UserError: there is nothing.
+    """
     path = Path(checkpoint).absolute()
+    if "://" not in checkpoint and not path.exists():
+        raise UserError(f"{checkpoint} does not exist: it should be a checkpoint, a run or a model directory")
     inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
     for place in (path, *(path.parents[:2] if inside else ())):
         if (place / "config.yaml").is_file():

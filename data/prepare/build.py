@@ -33,6 +33,7 @@ class Recipe:
     config: DataConfig
     source: SourceConfig
     files: tuple[str, ...]
+    described: str
     packing: str
     seed: int
     buckets: int

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import FrozenConfig
-from mixtral_jax.data.records import data_files
+from mixtral_jax.data.records import data_files, file_identity, open_file
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 1
@@ -41,6 +41,7 @@ class PreparedSource(FrozenConfig):
     control_words: int = 0  # examples whose text holds what looks like a control token
     bad: int = 0  # bad records passed over (on_error: skip)
     bad_examples: tuple[str, ...] = ()
+    described: str = ""  # which files it was made of; not stored, as others of the same content may be named tomorrow
 
     @property
     def rows(self) -> int:
@@ -58,8 +59,8 @@ class PreparedSource(FrozenConfig):
         return [os.path.join(self.directory, name) for name, _, _ in self.shards]
 
     def save(self, directory: Path) -> None:
-        """Writes meta.json: all but the name and the place."""
-        meta = {"version": FORMAT_VERSION, **self.model_dump(exclude={"name", "directory"})}
+        """Writes meta.json: all but the name, the place and the files."""
+        meta = {"version": FORMAT_VERSION, **self.model_dump(exclude={"name", "directory", "described"})}
         write_atomically(directory / "meta.json", json.dumps(meta, indent=1))
 
 
@@ -90,20 +91,19 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     """
     result: list[list[Any]] = []
     for file in data_files(path):
-        stat = os.stat(file)
-        identity = [os.path.abspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        identity = file_identity(file)
         memo = cache_dir / "hashes" / digest(identity)
         try:
             known = memo.read_text()
         except OSError:
             known = ""
         if len(known) != 64:
-            with open(file, "rb") as stream:
+            with open_file(file) as stream:
                 known = hashlib.file_digest(stream, "sha256").hexdigest()
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memo, known)
         name = "" if file == path else os.path.relpath(file, path)
-        result.append([name, stat.st_size, known])
+        result.append([name, identity[0], known])
     return result
 
 

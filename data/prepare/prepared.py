@@ -18,7 +18,7 @@ from mixtral_jax.data.prepare.build import Recipe, pack, tokenise
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, locked
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter, say
-from mixtral_jax.data.records import source_files, sources, text_size_estimate
+from mixtral_jax.data.records import choose, sources, text_size_estimate, with_text_column
 from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
 from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_tokenizer, token_dtype
 
@@ -154,7 +154,7 @@ def _describe(source: PreparedSource) -> str:
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
-    return "\n  ".join([text, *source.bad_examples])
+    return "\n  ".join([text, f"of {source.described}", *source.bad_examples])
 
 
 def _readings(source: PreparedSource) -> list[str]:
@@ -176,13 +176,15 @@ def _readings(source: PreparedSource) -> list[str]:
 def _loaded(recipe: Recipe) -> PreparedSource:
     prepared = recipe.load()
     assert prepared is not None, f"{recipe.source.name} was just prepared and is gone"
-    return prepared
+    return prepared.model_copy(update={"described": recipe.described})
 
 
 def _recipe(
     config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
 ) -> Recipe:
-    files = tuple(source_files(source))
+    files, described = choose(source)
+    if config.examples == "text" and (found := with_text_column(source, files)) != source:
+        source, described = found, f"{described}; texts from column {found.text_key!r}"
     weighted = config.examples != "text"
     pairs = config.pairs_per_row if config.examples == "preference" else 0
     buckets = 1 + text_size_estimate(files) // spill.BUCKET_BYTES
@@ -208,6 +210,7 @@ def _recipe(
         config=config,
         source=source,
         files=files,
+        described=described,
         packing="best_fit" if weighted else packing,
         seed=seed,
         buckets=buckets,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records.files import open_file
 from mixtral_jax.data.records.lump import Census, Lump
 
 _BATCH = 256
@@ -28,8 +29,8 @@ def lumps(file: str, records: Iterable[Any], lump_bytes: int) -> Iterator[Lump]:
 
 def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[str]:
     names = list(names)
-    found = [name for name in columns if name in names]
-    if not found:
+    found = [name for name in columns or names if name in names]
+    if columns and not found:
         raise ValueError(f"{file} has no column {' or '.join(columns)}: it has {', '.join(names)}")
     return found
 
@@ -40,7 +41,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file, pre_buffer=False) as table:
+        with open_file(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
             wanted = _present(file, table.schema_arrow.names, columns)
             yield from _rows(table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False), file, census)
     except (pa.ArrowException, OSError) as error:
@@ -49,7 +50,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
 
 def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
-    for file in [path] if os.path.isfile(path) else _arrow_files(Path(path), source.split):
+    for file in _arrow_files(Path(path), source.split) if os.path.isdir(path) else [path]:
         yield from _arrow(file, columns, census)
 
 
@@ -64,6 +65,8 @@ def _arrow_files(directory: Path, split: str | None) -> list[str]:
     if not state_file.exists():
         raise ValueError(f"{directory} has no state.json: it is no data set saved on disk")
     state = json.loads(state_file.read_text())
+    if split is not None and not splits_file.exists() and split != state.get("_split"):
+        raise ValueError(f"{directory} is one data set, not several splits: leave split {split!r} out")
     files = [str(directory / entry["filename"]) for entry in state["_data_files"]]
     for file in files:
         if not os.path.exists(file):
@@ -75,7 +78,7 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict
     import pyarrow as pa
 
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             is_file_format = stream.read(6) == b"ARROW1"
             stream.seek(0)
             if is_file_format:

@@ -1,5 +1,6 @@
 """A lump: about a megabyte of records of one file; memory does not grow with the input."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Lump:
             if not line or line.isspace():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
             except UnicodeDecodeError as error:
                 census.report(f"{self.file}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:

@@ -1,21 +1,22 @@
 """Files of records, read as lumps."""
 
 import codecs
-import glob
 import itertools
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
+from mixtral_jax.data.records.files import file_size, open_file, own_name
 from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
 
 _READ_BYTES = 1 << 18
+_ZSTD_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; a file takes the memory that it asks for
 _TEXT_PIECE_BYTES = 8 << 20
 
 _EXTENSIONS = {
@@ -29,38 +30,14 @@ _EXTENSIONS = {
     ".arrayrecord": "array_record",
     ".arrow": "datasets",
 }
+SETS = ("tfds", "datasets")  # formats of directories that are one data set
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how a JSON array of objects begins
 _RATIO = {".gz": 4, ".zst": 4, ".parquet": 3}
 
 
-def source_files(source: SourceConfig) -> list[str]:
-    """The files or data set directories of a source, sorted within each pattern.
-
-    Raises:
-        ValueError: a path or glob that matches nothing, or a directory without readable files.
-    """
-    found: list[str] = []
-    for path in source.paths:
-        expanded = os.path.expanduser(path)
-        matches = sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else [expanded]
-        if not matches or not os.path.exists(matches[0]):
-            raise ValueError(f"source {source.name!r}: no file matches {path}")
-        for match in matches:
-            found.extend(_expand_directory(source, match))
-    return list(dict.fromkeys(found))
-
-
-def _expand_directory(source: SourceConfig, path: str) -> list[str]:
-    if not os.path.isdir(path) or file_format(source, path) in ("tfds", "datasets"):
-        return [path]
-    files = [str(p) for p in sorted(Path(path).iterdir()) if _by_extension(str(p))]
-    if not files:
-        raise ValueError(f"source {source.name!r}: {path} is a directory without data files that are known by name")
-    return files
-
-
-def _by_extension(path: str) -> str | None:
-    stem, extension = os.path.splitext(path)
+def format_by_name(path: str) -> str | None:
+    """What a file holds, by its extension; None: that says nothing."""
+    stem, extension = os.path.splitext(own_name(path))
     if extension in (".gz", ".zst"):
         extension = os.path.splitext(stem)[1]
     # ArrayRecord shards are usually named NAME.array_record-00000-of-00001
@@ -81,11 +58,9 @@ def file_format(source: SourceConfig, path: str) -> str:
         if names & {"dataset_dict.json", "state.json"}:
             return "datasets"
         return "tfds" if {"dataset_info.json", "features.json"} <= names else "directory"
-    known = _by_extension(path)
+    known = format_by_name(path)
     if known is None:
-        raise ValueError(
-            f"source {source.name!r}: the name of {path} does not say its format: set {source.name}.format"
-        )
+        raise ValueError(f"the name of {path} does not say its format: set format")
     return known
 
 
@@ -94,7 +69,7 @@ def text_size_estimate(files: Iterable[str]) -> int:
     total = 0
     for file in files:
         ratio = _RATIO.get(os.path.splitext(file)[1], 1)
-        total += ratio * sum(os.path.getsize(part) for part in data_files(file))
+        total += ratio * sum(file_size(part) for part in data_files(file))
     return total
 
 
@@ -102,13 +77,13 @@ def data_files(path: str) -> list[str]:
     """The file itself, or every file under a data set directory, sorted."""
     if not os.path.isdir(path):
         return [path]
-    return sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
+    return sorted(str(p) for p in Path(path).rglob("*") if not p.is_dir())
 
 
 def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Lump]:
     """All records of one file.
 
-    `columns` are those that columnar files need to read; of alternatives those that the file has.
+    `columns` are those that columnar files need to read; of alternatives those that the file has; of none all.
 
     Raises:
         ValueError: a file that is not what its name says, is cut off, or lacks the columns (unless skipped).
@@ -125,6 +100,17 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census
         "datasets": columnar.hugging_face,
     }
     yield from columnar.lumps(file, readers[kind](source, file, columns, census), LUMP_BYTES)
+
+
+def with_text_column(source: SourceConfig, names: Sequence[str]) -> SourceConfig:
+    """The source with the column that holds its texts: where that is not set, and there is no `text`, the only one of
+    strings in the first records of its first file.
+    """
+    if source.text_key != "text" or not names:
+        return source
+    lump = next(read_lumps(source, names[0], (), Census(skip=True)), Lump(names[0], 1))
+    strings = {key for _, record in lump.parse(Census(skip=True)) for key in record if isinstance(record[key], str)}
+    return source.model_copy(update={"text_key": strings.pop()}) if len(strings) == 1 else source
 
 
 class _CutOff(Exception):
@@ -225,17 +211,33 @@ def _pieces(file: str, census: Census) -> Iterator[bytes]:
 
 
 def _blocks(file: str) -> Iterator[bytes]:
-    """The bytes of a file, decompressed; raises _CutOff where they end early."""
+    """The bytes of a text, decompressed and without a byte order mark; raises _CutOff where they end early.
+
+    Raises:
+        ValueError: it is UTF-16, by its mark or by its first two characters.
+    """
+    blocks, head = _bytes(file), b""
+    for block in blocks:
+        head += block
+        if len(head) >= 64:
+            break
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head[1:4:2] == b"\0\0" or head[:3:2] == b"\0\0":
+        raise ValueError(f"{file} is UTF-16 text: make it UTF-8, with iconv -f UTF-16 -t UTF-8 for one")
+    yield head.removeprefix(codecs.BOM_UTF8)
+    yield from blocks
+
+
+def _bytes(file: str) -> Iterator[bytes]:
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             raw = iter(lambda: stream.read(_READ_BYTES), b"")
-            if file.endswith(".gz"):
+            if own_name(file).endswith(".gz"):
                 yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)
-            elif file.endswith(".zst"):
+            elif own_name(file).endswith(".zst"):
                 import zstandard
 
-                new_stream = zstandard.ZstdDecompressor().decompressobj
-                yield from _inflate(raw, new_stream, zstandard.ZstdError)
+                reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+                yield from _inflate(raw, reader.decompressobj, zstandard.ZstdError)
             else:
                 yield from raw
     except OSError as error:

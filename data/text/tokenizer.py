@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import sentencepiece as spm
 
+from mixtral_jax.data.records import check_file
+
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|eot_id|>")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -140,6 +142,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ValueError: no such file, no tokenizer in the directory, or a file that is not one.
     """
     path = Path(path)
+    _check_files(path)
     if path.is_dir():
         candidates = [path / "tokenizer.model", *sorted(path.glob("*.model*")), path / "tokenizer.json"]
         found = next((p for p in candidates if p.is_file()), None)
@@ -149,3 +152,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def _check_files(path: Path) -> None:
+    """Of a tokenizer and beside it nothing may be a pipe, which never ends, or a Git LFS pointer: see check_file."""
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
+    directory, patterns = (path, ("*.model*", "tokenizer.json", *beside)) if path.is_dir() else (path.parent, beside)
+    for file in [path, *sorted(file for pattern in patterns for file in directory.glob(pattern))]:
+        if os.path.lexists(file) and not file.is_dir():
+            check_file(str(file))

@@ -7,6 +7,7 @@ from typing import Any
 
 import fsspec
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 PathLike = str | os.PathLike[str]
 
 
@@ -16,8 +17,13 @@ class File:
     def __init__(self, path: str, remote: Any = None) -> None:
         self.path, self._remote = path, remote
         if remote is None:
+            if not os.path.isfile(path) and os.path.lexists(path):  # to open a pipe is to wait for ever
+                what = "a link to nothing" if os.path.islink(path) else "no regular file (a pipe, a device?)"
+                raise ValueError(f"{path} is {what}")
             self._descriptor = os.open(path, os.O_RDONLY)
         self.size: int = os.fstat(self._descriptor).st_size if remote is None else remote.size(path)
+        if self.size < 1024 and bytes(self.pread(0, min(self.size, len(_POINTER)))) == _POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its directory")
 
     def pread(self, offset: int, size: int) -> bytearray | bytes:
         """Exactly `size` bytes."""
@@ -68,9 +74,9 @@ class Directory:
         return self._fs.exists(self._root) if self.remote else os.path.lexists(self._root)
 
     def names(self) -> list[str]:
-        """Names of the files inside, sorted; empty where there is no such directory."""
+        """Names of what is inside and no directory, sorted; empty where there is no such directory."""
         if not self.remote:  # links count as what they lead to: a snapshot of the hub's cache holds nothing else
-            return sorted(e.name for e in os.scandir(self._root) if e.is_file()) if os.path.isdir(self._root) else []
+            return sorted(e.name for e in os.scandir(self._root) if not e.is_dir()) if os.path.isdir(self._root) else []
         if not self._fs.isdir(self._root):
             return []
         found = self._fs.ls(self._root, detail=True)
@@ -98,9 +104,10 @@ class Directory:
             raise FileNotFoundError(f"{self} does not exist")
         if name not in names:
             raise ValueError(f"{self} has no {name}: it is no {what}")
+        raw = self.read_bytes(name)
         try:
-            content = json.loads(self.read_bytes(name))
-        except ValueError as error:
+            content = json.loads(raw)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self}/{name} is no JSON: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{self}/{name} holds no JSON object")

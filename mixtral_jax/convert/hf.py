@@ -102,9 +102,10 @@ def _weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
     names = directory.names()
     shards = [n for n in names if _SHARD.fullmatch(n)]
     if INDEX in names:
+        raw = directory.read_bytes(INDEX)
         try:
-            index = dict(json.loads(directory.read_bytes(INDEX))["weight_map"])
-        except (ValueError, KeyError, TypeError):
+            index = dict(json.loads(raw)["weight_map"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"{directory}/{INDEX} does not parse: a JSON object with weight_map was expected"
             ) from None

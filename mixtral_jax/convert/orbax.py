@@ -1,6 +1,7 @@
 """Orbax checkpoints as slots, in and out: our model directories, and the checkpoints of training runs."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.stream import DtypeOf, NativeSource, ReadRows, Source, bands
-from mixtral_jax.convert.table import Slot, check_arrays, slots
+from mixtral_jax.convert.table import Leaf, Slot, check_arrays, leaves, slots
 from mixtral_jax.lora import is_adapter
 
 PARAMS = "params"  # the checkpoint inside a model directory; also the key of the parameters inside a training state
@@ -33,13 +34,18 @@ class OrbaxArrays(NativeSource):
         self._reader = ArrayReader(root if self.training else root / PARAMS)
         self.names = [n.removeprefix(self._prefix) for n in self._reader.names if n.startswith(self._prefix)]
 
-    def hold(self, wanted: list[Slot], described: str, ask: str, at_once: int = 3) -> None:
-        """These slots, after a look at what is stored: see check_arrays. `at_once`: leaves that are read in turn."""
-        self.slots, expected = wanted, {slot.leaf.path: slot.leaf.shape for slot in wanted}
+    def match(self, wanted: Iterable[Leaf], described: str, ask: str) -> None:
+        """These leaves are stored, and no others: see check_arrays."""
+        expected = {leaf.path: leaf.shape for leaf in wanted}
         self._specs = {name: self._reader.spec(self._prefix + name) for name in expected if name in self.names}
         shapes = {name: self._specs[name].shape if name in self._specs else () for name in self.names}
         where = str(self.directory)
         check_arrays(expected, {name: (shape, where) for name, shape in shapes.items()}, where, described, ask)
+
+    def hold(self, wanted: list[Slot], described: str, ask: str, at_once: int = 3) -> None:
+        """These slots, if they match. `at_once`: leaves that are read in turn."""
+        self.match((slot.leaf for slot in wanted), described, ask)
+        self.slots = wanted
         shared = (self._shared(slot) for slot in wanted)
         self._reader.keep(min(HELD, at_once * max(size for size in (0, *shared) if size <= HELD)))
 
@@ -97,7 +103,9 @@ class OrbaxSource(OrbaxArrays):
         else:
             self.hf_config = read_config(self.directory)
         self.config = read_shape(self.hf_config, self.directory)
-        self.hold(slots(self.config), "its config.json", "its configuration asks for {}")
+        told = "its config.json", "its configuration asks for {}"
+        self.match(leaves(self.config), *told)  # before slots are made of it: it may ask for a billion
+        self.hold(slots(self.config), *told)
 
     def side_files(self) -> Directory | None:
         """Beside the weights, or where the training run took the tokenizer from."""

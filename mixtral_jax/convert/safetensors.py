@@ -18,7 +18,7 @@ import numpy as np
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import Directory, File
 from mixtral_jax.convert.stream import DtypeOf, ReadRows, Source
-from mixtral_jax.convert.table import Place, Slot, check_arrays
+from mixtral_jax.convert.table import Place, Slot, check_arrays, count_slots
 from mixtral_jax.dtypes import SAFETENSORS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -82,7 +82,7 @@ def _read_header(directory: Directory, name: str) -> dict[str, Tensor]:
         header = json.loads(bytes(file.pread(8, length)))
         header.pop("__metadata__", None)
         tensors = {own: _tensor(own, name, entry, 8 + length, file) for own, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is no safetensors file: its header does not parse ({error})") from None
     end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
     if end != file.size:
@@ -106,6 +106,12 @@ class TensorSource(Source):
         self, directory: Directory, hf_config: dict[str, Any], config: MixtralConfig, tensors: dict[str, Tensor]
     ) -> None:
         self.directory, self.hf_config, self.config, self.tensors = directory, hf_config, config, tensors
+        rows = sum(tensor.shape[0] for tensor in tensors.values() if tensor.shape)
+        if (asked := count_slots(config)) > max(rows, 200_000):  # before they are made; each is a row at the least
+            raise ValueError(
+                f"{directory} is no model of {config.num_hidden_layers} layers and {config.num_local_experts} experts, "
+                f"as its configuration says: that is {asked:,} matrices, and its files hold {len(tensors):,} tensors"
+            )
         self.slots: list[Slot] = []
         self.places: dict[str, Place] = {}
         # Where the columns of several slots lie side by side, each is cut out of the same rows.

@@ -6,6 +6,7 @@ A `Place` says where a file layout keeps that slot, so that other layouts than t
 The matrices A and B of an adapter are leaves like others: their tensors are those of a PEFT directory.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,6 +181,11 @@ def slots(config: MixtralConfig, lora: LoraConfig | None = None) -> list[Slot]:
                     out.append(Slot(leaf, layer, expert, half, hub, _hub_shape(leaf)))
     order = {"embed.weight": -1, "norm.scale": config.num_hidden_layers, "head.weight": config.num_hidden_layers}
     return sorted(out, key=lambda slot: order.get(slot.leaf.path, slot.layer))
+
+
+def count_slots(config: MixtralConfig) -> int:
+    """How many `slots` would be."""
+    return sum(math.prod(leaf.shape[axis] for axis in leaf.single) for leaf in leaves(config))
 
 
 def _hub_shape(leaf: Leaf) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from mixtral_jax.convert import hf2orbax
+from mixtral_jax.convert import hf2orbax, open_source
 from mixtral_jax.convert.hf import HfSource, parse_size
 from tests.convert_files import TINY, fuse, random_tensors, write_hub
 
@@ -167,3 +167,68 @@ def test_a_size(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"max_shard_size .* is no size: write it as 5GB, 500MB"):
         parse_size(text)
+
+
+# --- hostile or broken directories: each was seen to hang or to end in a traceback ---
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n"
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**7}])
+@pytest.mark.parametrize("layout", ["hub", "fused", "mistral", "orbax"])
+def test_a_config_that_asks_for_more_than_the_files_can_hold(tmp_path, change, layout):
+    tensors = random_tensors(TINY)
+    source = write_hub(tmp_path / "hf", TINY, fuse(tensors, TINY) if layout == "fused" else tensors)
+    if layout == "orbax":
+        hf2orbax(source, tmp_path / "model", progress=False)
+        source = tmp_path / "model"
+    name, content = "config.json", {**TINY, **change}
+    if layout == "mistral":
+        os.rename(source / "model.safetensors", source / "consolidated.safetensors")
+        os.unlink(source / "config.json")
+        name, content = "params.json", dict(
+            vocab_size=37, dim=24, hidden_dim=20, n_heads=4, n_kv_heads=2, norm_eps=1e-5, head_dim=10,
+            n_layers=change.get("num_hidden_layers", 2),
+            moe=dict(num_experts=change.get("num_local_experts", 4), num_experts_per_tok=2),
+        )  # fmt: skip
+    (source / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"10+ layers|10+ experts|has shape \[2, .*asks for") as error:
+        open_source(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pointer_or_a_pipe_in_place_of_a_file(tmp_path, name):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    (source / name).write_bytes(POINTER)
+    refused(tmp_path, f"{name} is a pointer of Git LFS, not the file itself: run git lfs pull in its directory")
+    os.unlink(source / name)
+    os.mkfifo(source / name)
+    refused(tmp_path, rf"{name} is no regular file \(a pipe, a device\?\)")
+
+
+def test_a_pointer_among_the_small_files(tmp_path):
+    (write_hub(tmp_path / "hf", TINY, random_tensors(TINY)) / "tokenizer.model").write_bytes(POINTER)
+    refused(tmp_path, "tokenizer.model is a pointer of Git LFS")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_nested_too_deeply(tmp_path, name):
+    (write_hub(tmp_path / "hf", TINY, random_tensors(TINY)) / name).write_text('{"a":' * 100_000)
+    refused(tmp_path, f"{name} (is no JSON|does not parse)")
+
+
+@pytest.mark.parametrize("place", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_a_weight_map_that_leads_out_of_the_directory(tmp_path, place):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=2)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][NAME] = place
+    index.write_text(json.dumps(content))
+    refused(tmp_path, f"lacks {place}, which model.safetensors.index.json names")
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "router_aux_loss_coef"])
+def test_settings_that_are_no_number(tmp_path, key):
+    write_hub(tmp_path / "hf", {**TINY, key: float("nan")}, random_tensors(TINY))
+    refused(tmp_path, f"does not describe a model: {key}: Input should be")

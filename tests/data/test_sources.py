@@ -1,5 +1,6 @@
 """Every format gives the same records; every fault is named with its file and line."""
 
+import codecs
 import gzip
 import json
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.lump import Census
-from mixtral_jax.data.records.sources import read_lumps, source_files, text_size_estimate
+from mixtral_jax.data.records.selection import source_files
+from mixtral_jax.data.records.sources import read_lumps, text_size_estimate, with_text_column
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = gzip.decompress((ROOT / "data" / "samples" / "fr.val.jsonl.gz").read_bytes())
@@ -49,6 +52,13 @@ def _array_record(path: Path, records: list[bytes]) -> Path:
         writer.write(record)
     writer.close()
     return path
+
+
+def _long_zstd(content: bytes, window_log: int) -> bytes:
+    """As `zstd --long` streams it: without its size, so that the window counts."""
+    settings = zstandard.ZstdCompressionParameters(window_log=window_log)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return stream.compress(content) + stream.flush()
 
 
 class _Help(tfds.core.GeneratorBasedBuilder):
@@ -82,6 +92,9 @@ class _Help(tfds.core.GeneratorBasedBuilder):
         ("two.jsonl.zst", lambda b: zstandard.compress(b[:3000]) + zstandard.compress(b[3000:])),
         ("blank.jsonl", lambda b: b.replace(b"\n", b"\r\n\n")),
         ("open.jsonl", lambda b: b.rstrip(b"\n")),
+        ("long.jsonl.zst", lambda b: _long_zstd(b, 28)),
+        ("mark.jsonl", lambda b: codecs.BOM_UTF8 + b),
+        ("marks.jsonl.gz", lambda b: b"".join(gzip.compress(codecs.BOM_UTF8 + x) for x in b.splitlines(True))),
     ],
 )
 @pytest.mark.parametrize("lump_bytes", [1, 5000, 1 << 20])
@@ -166,6 +179,8 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pieces) > 1
     assert "".join(pieces) == TEXTS[0]
     assert all(piece.endswith("\n") for piece in pieces[:-1])
+    (tmp_path / "00.txt").write_text("\ufeffmarked")
+    assert _texts(tmp_path / "00.txt") == ["marked"]
 
 
 def test_hugging_face_datasets_saved_on_disk(tmp_path: Path) -> None:
@@ -321,3 +336,45 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "data.bin").touch()
     with pytest.raises(ValueError, match=r"the name of .*data.bin does not say its format"):
         _read(f"{tmp_path}/data.bin")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["f.jsonl", "f.txt", "f.jsonl.gz"])
+def test_utf16_is_refused_by_name(tmp_path: Path, encoding: str, name: str) -> None:
+    content = LINES.decode().encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=rf"{name} is UTF-16 text: make it UTF-8"):
+        _read(str(tmp_path / name), skip=True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_files_behind_an_address_are_the_same_records(name: str) -> None:
+    memory = fsspec.filesystem("memory")
+    with memory.open(f"/sources/{name}", "wb") as stream:
+        if name.endswith("parquet"):
+            pq.write_table(pa.table({"text": TEXTS}), stream)
+        elif name.endswith("arrow"):
+            with pa.ipc.new_stream(stream, pa.schema({"text": pa.string()})) as writer:
+                writer.write_table(pa.table({"text": TEXTS}))
+        else:
+            stream.write(gzip.compress(LINES) if name.endswith("gz") else LINES)
+    assert _texts(f"memory://sources/{name}") == TEXTS
+    assert text_size_estimate([f"memory://sources/{name}"]) > 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.array_record"])
+@pytest.mark.parametrize("others", [{"number": 1}, {"title": "of it"}, {"text": "own"}])
+def test_a_text_column_of_another_name_is_found_where_there_is_one(
+    tmp_path: Path, name: str, others: dict[str, Any]
+) -> None:
+    records = [{"content": text, **others} for text in TEXTS]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / name)
+    elif name.endswith("jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        _array_record(tmp_path / name, [json.dumps(record).encode() for record in records])
+    source = SourceConfig(name="s", path=str(tmp_path / name))
+    found = with_text_column(source, source_files(source)).text_key
+    assert found == ("content" if "number" in others else "text")
+    assert with_text_column(source.model_copy(update={"text_key": "title"}), [name]).text_key == "title"

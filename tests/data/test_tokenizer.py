@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_training_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b.jsonl, line 1: no text under 'text'"):
         train_tokenizer([f"{tmp_path}/b.jsonl"], out=tmp_path / "a.model", **options)
     (tmp_path / "a.model").touch()
-    with pytest.raises(ValueError, match=r"a.model exists already"):
+    with pytest.raises(ValueError, match=r"a.model exists already: choose another name, or --force"):
         train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
 
 
@@ -168,3 +169,20 @@ def test_only_the_first_bytes_are_used() -> None:
         raise AssertionError("read on")
 
     train_sentencepiece(texts(), 400, max_bytes=50_000)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_or_a_pipe_in_place_of_a_tokenizer(tmp_path: Path, name: str) -> None:
+    for file in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / file).write_bytes(b"something")
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n")
+    opened = (tmp_path, tmp_path / "tokenizer.json" if "config" in name else path)
+    for place in opened:
+        with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS"):
+            load_tokenizer(place)
+    path.unlink()
+    os.mkfifo(path)
+    for place in opened:
+        with pytest.raises(ValueError, match=rf"{name} is no regular file"):
+            load_tokenizer(place)

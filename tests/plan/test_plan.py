@@ -2,16 +2,20 @@
 
 import json
 import os
+from argparse import ArgumentTypeError
 
 import jax
 import pytest
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.launch import _count
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
 from mixtral_jax.train.plan.closed_form import bandwidth
 from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
+from mixtral_jax.train.plan.planner import _reduced_weights
+from mixtral_jax.train.plan.report import gb, span
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
@@ -163,6 +167,12 @@ def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
     text = "\n".join(report.lines(tokens=1e12))
     assert "closed form: a GPU program" in text and "days" in text and report.fits
     assert report.counted is None and report.compile_seconds == 0
+    bound = report.roofline.mfu
+    small = "\n".join(report.lines(tokens=1e6, mfu=bound / 2)).splitlines()
+    at_half = next(i for i, line in enumerate(small) if f"at an MFU of {bound / 2:.1%}" in line)
+    assert ["minutes" in line for line in small[at_half + 1 : at_half + 3]] == [True, True]
+    assert "at the bound" in small[at_half + 1] and f"at an MFU of {bound / 2:.1%}" in small[at_half + 2]
+    assert "above the bound" in "\n".join(report.lines(mfu=1.0))
     content = json.loads(json.dumps(report.to_json()))
     assert content["chips"] == 64 and content["memory"]["peak"] > 0
 
@@ -171,6 +181,23 @@ def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config
     monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)
     config = make_config(model=BIG, seq_len=4096, global_batch_size=32, mesh={"data": 1, "fsdp": 32})
     assert "pip install 'mixtral-jax[aot]'" in plan(config, topology="v5p-64").source
+
+
+def test_sizes_and_times_in_units_that_say_something():
+    assert [gb(x) for x in (2.5e9, 1e8, 3.2e7, 1500, 0)] == ["2.50 GB", "0.10 GB", "32.00 MB", "1.5 kB", "0.0 kB"]
+    assert [span(x) for x in (864000, 7200, 90)] == ["10.0 days", "2.0 hours", "1.5 minutes"]
+    assert [_count(x) for x in ("10B", "1.5t", "3e5", "2K")] == [1e10, 1.5e12, 3e5, 2e3]
+    with pytest.raises(ArgumentTypeError, match="'10Q' is no number such as 1e10 or 10B"):
+        _count("10Q")
+
+
+def test_gradients_of_plain_data_parallelism_are_no_warning(make_config):
+    config = make_config(mesh={"data": 4, "fsdp": 2})
+    width = config.model.hidden_size
+    rows = [((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1), (2, 3), (4, 5), (6, 7)), ()]
+    found = [Collective("all-reduce", 1, 1, groups, False, ((width, width),)) for groups in rows]
+    sizes = config.mesh.sizes(8)
+    assert [bool(_reduced_weights(config, [c], sizes)) for c in found] == [False, True, True]
 
 
 def test_what_cannot_be_planned(make_config, capsys):
@@ -182,6 +209,9 @@ def test_what_cannot_be_planned(make_config, capsys):
     for tokens in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"--tokens is {tokens:g}: .* positive"):
             run(config, topology="v5p-128", tokens=tokens)
+    for mfu in (0.0, 40.0, float("nan")):
+        with pytest.raises(UserError, match=f"--mfu is {mfu:g}: a share"):
+            run(config, topology="v5p-128", mfu=mfu)
     with pytest.raises(
         UserError, match=r"does not fit h100-8: .* GB too much per chip; nothing fits h100-8; on h100-16"
     ):

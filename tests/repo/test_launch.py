@@ -138,6 +138,12 @@ def test_every_function_that_a_command_names_exists() -> None:
         assert callable(launch._function(module, name))
 
 
+def test_tensorboard_is_one_command_that_the_docs_name() -> None:
+    done = subprocess.run(["make", "-n", "tensorboard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "tensorboard --logdir runs" in done.stdout
+    assert "`make tensorboard`" in (ROOT / "docs" / "runs.md").read_text()
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["--version"]) == 0
     assert re.fullmatch(r"mixtral-jax \d+\.\d+\.\d+\n", capsys.readouterr().out)

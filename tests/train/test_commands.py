@@ -77,6 +77,15 @@ def test_a_checkpoint_without_tokenizer(trained: Path, tmp_path: Path, capsys: p
     assert "holds no tokenizer: name one with --tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["generate"], ["generate", "--prompt", "x"], ["generate", "--chat"]])
+def test_a_checkpoint_that_is_not_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([command[0], "nothere", *command[1:]]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: nothere does not exist: it should be a checkpoint, a run or a model directory\n"
+    )
+
+
 def test_eval_measures_what_training_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained.parent / "runs" / "run"
     assert launch.main(["eval", str(run), str(trained), "--json"]) == 0

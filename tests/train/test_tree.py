@@ -1,6 +1,7 @@
 """YAML 1.2 as the specification says, overrides, and writing what was read."""
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("[1]: 2\n", "line 1: a key must be a plain word"),
         ("a: 1\n---\nb: 2\n", "not valid YAML"),
         ("a: \x07\n", "not valid YAML"),
+        ("a: &a [*a]\n", r"line 1: a\.0.* is nested more than 100 deep: does an alias refer to itself\?"),
+        ("a: &a {b: *a}\n", r"line 1: a\.b.* is nested more than 100 deep"),
+        ("a: " + "[" * 5000, "nested more than 100 deep"),
+        ("a: " + "{a: " * 5000, "nested more than 100 deep"),
+        ("".join(f"{' ' * i}a:\n" for i in range(2000)), "nested more than 100 deep"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(9)), "more than 100,000"),
+        ("a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{b: *a{i}, c: *a{i}}}\n" for i in range(40)), "aliases"),
+        (f"a: 0x{'f' * 9000}\n", "line 1: the tag .*int is not supported for '0xf"),
     ],
 )
 def test_bad_yaml_is_one_sentence_with_its_line(text: str, message: str) -> None:
@@ -50,6 +59,12 @@ def test_bad_yaml_is_one_sentence_with_its_line(text: str, message: str) -> None
         tree_from_text(text, "run.yaml")
     assert str(caught.value).startswith("run.yaml")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_aliases_that_repeat_a_little_are_fine() -> None:
+    tree = tree_from_text("a: &a {x: [1, 2]}\nb: *a\nc: [*a, *a]\n")
+    assert tree.values["c"] == [{"x": [1, 2]}] * 2
 
 
 def test_a_file_that_is_missing_or_not_utf8(tmp_path: Path) -> None:
@@ -58,6 +73,10 @@ def test_a_file_that_is_missing_or_not_utf8(tmp_path: Path) -> None:
         read_tree(tmp_path / "quickstrat.yaml")
     with pytest.raises(UserError, match="not UTF-8 text: byte 3 is 0xff"):
         read_tree(tmp_path / "quickstart.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path, tmp_path / "pipe.yaml"):
+        with pytest.raises(UserError, match="is no regular file: it is a directory, a pipe or a device"):
+            read_tree(path)
 
 
 def test_three_ways_to_write_an_override() -> None:

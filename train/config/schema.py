@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig
@@ -26,7 +26,7 @@ class RunConfig(FrozenConfig):
     output_dir: str = Field("runs", description="where run directories are made")
     seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
     steps: int = Field(
-        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0: by data.epochs"
+        0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0, null: by data.epochs"
     )
     seq_len: int = Field(gt=0, description="positions per row")
     global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over the whole mesh")
@@ -93,6 +93,20 @@ class RunConfig(FrozenConfig):
         """Where this run writes."""
         return Path(self.output_dir) / self.run_name
 
+    @field_validator("run_name")
+    @classmethod
+    def _names_a_directory(cls, name: str) -> str:
+        if len(name.encode()) > 200:  # file systems take 255, and names are made of it
+            raise ValueError(f"is longer than 200 bytes ({len(name.encode())})")
+        if not name.strip("."):
+            raise ValueError("is no name of a directory")
+        return name
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _null_is_zero(cls, steps: Any) -> Any:
+        return 0 if steps is None else steps
+
     @classmethod
     def settle(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a file with what depends on others filled in: the kind of examples, the router's part."""
@@ -158,6 +172,11 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         if not epochs:
             yield "neither steps nor data.epochs says how long the run is: set one"
         return  # the rest is checked once the steps are known
+    if config.log.profile is not None and config.log.profile.start > config.steps:
+        yield (
+            f"log.profile.start ({config.log.profile.start}) is past the last step ({config.steps}): no step would be "
+            "traced"
+        )
     if optimizer.warmup_steps >= config.steps:
         yield f"optimizer.warmup_steps ({optimizer.warmup_steps}) is not smaller than steps ({config.steps})"
     elif optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > config.steps:
@@ -182,7 +201,7 @@ def _mesh_problems(config: RunConfig) -> Iterator[str]:
     for axes, size, key in rules:
         value = getattr(model, key)
         if size > 1 and value % size:
-            divisors = [str(d) for d in range(1, value + 1) if value % d == 0 and d <= 2 * size]
+            divisors = [str(d) for d in range(1, min(value, 2 * size) + 1) if value % d == 0]
             yield f"{axes} ({size}) does not divide model.{key} ({value}): {', '.join(divisors)} would"
     pieces, length = 2 * mesh.context, config.seq_len
     if mesh.context > 1 and length % pieces:

@@ -23,6 +23,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from mixtral_jax.train.errors import UserError
 
 OVERRIDE = "override"
+_DEEPEST, _MOST = 100, 100_000  # nesting and values of a file; aliases can make a billion of a few lines
 
 
 @dataclass
@@ -80,6 +81,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
             problems of the overrides are named at once.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"configuration file {path} is no regular file: it is a directory, a pipe or a device")
     if not path.is_file():
         raise FileNotFoundError(f"configuration file {path} does not exist{_similar_file(path)}")
     try:
@@ -171,21 +174,33 @@ class _Reader:
 
     def __init__(self, name: str):
         self.name, self.origins = name, dict[str, str]()
+        self._left = _MOST
         self._yaml = YAML(typ="safe", pure=True)
 
     def compose(self, text: str) -> Node | None:
         """The nodes of the text, which know their lines."""
+        self._left += len(text)  # without aliases there are no more values than letters
         try:
+            if re.search(rf"([\[{{][\w\s:]*){{{_DEEPEST}}}", text):  # the library takes very long to find that out
+                raise RecursionError
             return self._yaml.compose(io.StringIO(text))
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = f", line {mark.line + 1}" if mark else ""
             raise UserError(f"{self.name}{where}: not valid YAML: {error.problem or error.context}") from None
+        except RecursionError:
+            raise UserError(f"{self.name}: it is nested more than {_DEEPEST} deep") from None
         except YAMLError as error:
             raise UserError(f"{self.name}: not valid YAML: {' '.join(str(error).split())}") from None
 
     def value(self, node: Node, path: str = "") -> Any:
         """What a node stands for."""
+        self._left -= 1
+        if self._left < 0:
+            raise UserError(f"{self.name}, line {_line(node)}: its aliases make more than {_MOST:,} values of it")
+        if path.count(".") >= _DEEPEST:
+            where = f"{self.name}, line {_line(node)}: {path[:20]}..."
+            raise UserError(f"{where} is nested more than {_DEEPEST} deep: does an alias refer to itself?")
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
@@ -195,10 +210,12 @@ class _Reader:
         if str(node.tag).rpartition(":")[2] in ("str", "timestamp", "value"):  # a date and `=` are text here
             return node.value
         try:
-            return self._yaml.constructor.construct_object(node)
+            value = self._yaml.constructor.construct_object(node)
+            str(value)  # refuses integers of thousands of digits
+            return value
         except (ConstructorError, ValueError):
             where = f"{self.name}, line {_line(node)}"
-            raise UserError(f"{where}: the tag {node.tag} is not supported for {node.value!r}") from None
+            raise UserError(f"{where}: the tag {node.tag} is not supported for {node.value!r:.60}") from None
 
     def _mapping(self, node: MappingNode, path: str) -> dict[str, Any]:
         result: dict[str, Any] = {}

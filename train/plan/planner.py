@@ -12,9 +12,9 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
 from mixtral_jax.train.plan.closed_form import Flops, attention_pairs, roofline
 from mixtral_jax.train.plan.compile import compile_step, for_accelerator, has_libtpu, plan_mesh
-from mixtral_jax.train.plan.hlo import Collective, Program, read_program, sent_by_axis
+from mixtral_jax.train.plan.hlo import Collective, Program, axes_of, read_program, sent_by_axis
 from mixtral_jax.train.plan.placement import local_tokens
-from mixtral_jax.train.plan.report import PlanReport, estimate
+from mixtral_jax.train.plan.report import PlanReport, estimate, gb
 from mixtral_jax.train.plan.search import candidates, ranked, table, what_fits
 
 COMPILED_BY_SEARCH = 3  # of the candidates that should fit
@@ -27,6 +27,7 @@ def run(
     devices: int | None = None,
     search: bool = False,
     tokens: float | None = None,
+    mfu: float | None = None,
     json: str | None = None,
 ) -> int:
     """The command line's `plan`: prints the report, and writes it where `json` says (- for stdout).
@@ -36,6 +37,8 @@ def run(
     """
     if tokens is not None and not 1 <= tokens < math.inf:
         raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu is {mfu:g}: a share of the peak is above 0 and at most 1, such as 0.4")
     if search and devices is not None:
         raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
     if search and topology is not None:
@@ -44,7 +47,7 @@ def run(
         reports = [plan(config, topology=topology, devices=devices)]
     if json != "-":
         for report in reports:
-            print(*report.lines(tokens), sep="\n", end="\n\n" if search else "\n")
+            print(*report.lines(tokens, mfu), sep="\n", end="\n\n" if search else "\n")
         if search:
             print(*table(reports), sep="\n")
     if json is not None:
@@ -113,7 +116,7 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
         unknown_loops=sum(program.unknown_loops for program in programs),
         traffic=traffic,
         asynchronous=amounts[True] / max(sum(amounts.values()), 1),
-        reduced_weights=_reduced_weights(config, collectives),
+        reduced_weights=_reduced_weights(config, collectives, report.sizes),
         roofline=roofline(config, topology, flops=counted.total, sent=traffic),
     )
 
@@ -133,14 +136,17 @@ def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Pro
     return Flops(sum(program.dot_flops for program in programs), experts, attention)
 
 
-def _reduced_weights(config: RunConfig, collectives: Sequence[Collective]) -> tuple[str, ...]:
-    """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least)."""
+def _reduced_weights(config: RunConfig, collectives: Sequence[Collective], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Shapes that are all-reduced although they hold a whole matrix (of one layer, one expert shard at least).
+
+    Along `data` alone that is no fault: weights are whole there, and their gradients are summed.
+    """
     model = config.model
     smallest = model.hidden_size * model.num_key_value_heads * model.head_dim
     found = {
         "x".join(map(str, dims))
         for c in collectives
-        if c.kind == "all-reduce"
+        if c.kind == "all-reduce" and axes_of(c, sizes) != "data"
         for dims in c.shapes
         if math.prod(dims) >= smallest and model.hidden_size in dims
     }
@@ -148,7 +154,7 @@ def _reduced_weights(config: RunConfig, collectives: Sequence[Collective]) -> tu
 
 
 def _what_would_fit(config: RunConfig, report: PlanReport, *, searched: bool) -> str:
-    problem = f"{config.run_name} does not fit {report.topology.name}: {report.memory.too_much / 1e9:.2f} GB too much"
+    problem = f"{config.run_name} does not fit {report.topology.name}: {gb(report.memory.too_much)} too much"
     if report.roofline is None:  # this machine: there is no larger one to name
         return f"{problem} per device; take more --devices, a smaller micro_batch_size or compute.remat=full"
     if searched:

@@ -45,8 +45,8 @@ class PlanReport(NamedTuple):
         """Tokens a second, of steps of so many seconds."""
         return self.config.tokens_per_step / self.topology.chips / seconds
 
-    def lines(self, tokens: float | None = None) -> Iterator[str]:
-        """For a terminal; of a training of so many `tokens` also how long it takes."""
+    def lines(self, tokens: float | None = None, mfu: float | None = None) -> Iterator[str]:
+        """For a terminal; of a training of so many `tokens` also how long it takes, at the bound and at an `mfu`."""
         c, t, m = self.config, self.topology, self.memory
         yield f"{c.run_name} on {t.name}: {t.chips} chips, mesh {mesh_text(self.sizes)}, remat {c.compute.remat}"
         yield (
@@ -68,7 +68,7 @@ class PlanReport(NamedTuple):
             yield f"  {kind:<20} {axes:<14} {gb(amount)}"
         if self.reduced_weights:
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
-        yield from self._roofline_lines(tokens)
+        yield from self._roofline_lines(tokens, mfu)
         yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
 
     def _flops_lines(self) -> Iterator[str]:
@@ -90,7 +90,7 @@ class PlanReport(NamedTuple):
                 f"attention {tera(c.attention)} ({c.attention / e.attention:.3f} x)"
             )
 
-    def _roofline_lines(self, tokens: float | None) -> Iterator[str]:
+    def _roofline_lines(self, tokens: float | None, mfu: float | None) -> Iterator[str]:
         r = self.roofline
         if r is None:
             yield "roofline          none: no figures are published for this machine"
@@ -104,12 +104,16 @@ class PlanReport(NamedTuple):
             f"  MFU at most {r.mfu:.1%} (attention over all pairs; {r.mfu_causal:.1%} causal), "
             f"{r.mfu_serial:.1%} if no traffic is hidden; {rate:,.0f} tokens a second and chip"
         )
-        if tokens:
-            days = tokens / (rate * self.topology.chips) / 86400
-            yield (
-                f"  {tokens:.3g} tokens: {days:.1f} days, {days * 24 * self.topology.chips:,.0f} chip-hours "
-                "at the bound"
-            )
+        rates = {"at the bound": rate}
+        if mfu:
+            rates[f"at an MFU of {mfu:.1%}"] = rate * mfu / r.mfu
+            above = ", which is above the bound: nothing runs so" if mfu > r.mfu else ""
+            yield f"  at an MFU of {mfu:.1%} {rate * mfu / r.mfu:,.0f} tokens a second and chip{above}"
+        for what, each in rates.items() if tokens else ():
+            chip_hours = (tokens or 0) / each / 3600
+            hours = f"{chip_hours:,.0f}" if chip_hours >= 10 else f"{chip_hours:.2g}"
+            took = span(chip_hours * 3600 / self.topology.chips)
+            yield f"  {tokens:.3g} tokens: {took}, {hours} chip-hours {what}"
 
     def to_json(self) -> dict[str, Any]:
         """Bytes, FLOPs and seconds as numbers."""
@@ -172,8 +176,14 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 
 
 def gb(size: float) -> str:
-    """Decimal gigabytes, as chips are sold."""
-    return f"{size / 1e9:.2f} GB"
+    """Decimal gigabytes, as chips are sold; fewer are megabytes or kilobytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e5 else kilo(size)
+
+
+def span(seconds: float) -> str:
+    """A time in the largest unit of which there is one."""
+    unit, name = next(((n, name) for n, name in ((86400, "days"), (3600, "hours")) if seconds >= n), (60, "minutes"))
+    return f"{seconds / unit:.1f} {name}"
 
 
 def kilo(size: float) -> str:

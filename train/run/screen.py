@@ -61,9 +61,12 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
         "data": f"{prepared.fingerprint}: {', '.join(s.name for s in prepared.train)}; {prepared.order.total:,} rows",
         "router": router_line(config),
     }
+    read = [f"{s.name}: {s.documents:,} documents, {s.rows:,} rows of {s.described}" for s in prepared.train]
+    read += [f"validation/{s.name}: {s.documents:,} documents of {s.described}" for s in prepared.validation]
+    below = {"mesh": axis_lines(sizes), "data": [*read, *prepared.readings()]}
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
-        for line in axis_lines(sizes) if title == "mesh" else prepared.readings() if title == "data" else ():
+        for line in below.get(title, ()):
             say(f"{'':>8}    {line}")
 
 

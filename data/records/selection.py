@@ -1,0 +1,245 @@
+"""Which files of a source are data, and of which split: names are read as the Hugging Face hub reads them."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fsspec.utils import glob_translate
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records import files
+from mixtral_jax.data.records.sources import SETS, data_files, file_format, format_by_name
+
+_WORDS = {
+    "train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"
+}  # fmt: skip
+_SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|copying|citation|contributing|code_of_conduct|change_?log|data_?(set_?)?card|datasheet|"
+    r"requirements)([^a-z0-9].*)?",
+    re.IGNORECASE,
+)
+_ABOUT_JSON = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DOCUMENT = re.compile(r"\.md(\.gz|\.zst)?$", re.IGNORECASE)
+_SHOWN = 4  # names
+
+
+class Choice(NamedTuple):
+    """The files and data set directories of a source, and a line that says which they are and what was left out."""
+
+    files: tuple[str, ...]
+    described: str
+
+
+def choose(source: SourceConfig) -> Choice:
+    """What a source reads, sorted within each of its paths.
+
+    A file that is named is data, whatever its name. Of a directory, and of what a glob matches, cards and licences are
+    not, if there is anything else; documents (.md) beside records are neither. A split is looked for where the hub
+    does: the card's `configs`, `data/SPLIT-00000-of-00001`, names of folders, names of files. A directory of several
+    splits needs `split`; one whose names say nothing is all `train`.
+
+    Raises:
+        ValueError: nothing is there, a split is not there or has to be named, or something is no file: see check_file.
+    """
+    chosen: list[str] = []
+    described: list[str] = []
+    for path in source.paths:
+        try:
+            found, words = _of_path(source, os.path.expanduser(path.removeprefix("file://")))
+            for place in found:
+                for file in data_files(place):
+                    files.check_file(file)
+                if file_format(source, place) in ("array_record", "tfds") and files.is_remote(place):
+                    raise ValueError(f"{place} can be read from this machine only: copy it here first")
+        except ValueError as error:
+            raise ValueError(f"source {source.name!r}: {error}") from None
+        chosen += found
+        described.append(words)
+    return Choice(tuple(dict.fromkeys(chosen)), "; ".join(described))
+
+
+def source_files(source: SourceConfig) -> list[str]:
+    """The files and directories alone."""
+    return list(choose(source).files)
+
+
+def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
+    if os.path.isdir(os.path.join(path, "snapshots")) and os.path.isfile(main := os.path.join(path, "refs", "main")):
+        with open(main, encoding="utf-8") as stream:  # the hub's cache, which holds each revision of a data set
+            path = os.path.join(path, "snapshots", stream.read().strip())
+    is_there = not files.is_remote(path) and files.exists(path)  # then brackets are a part of its name
+    root, pattern = (path, "") if is_there else files.split_glob(path)
+    matches = files.matching(root, pattern) if pattern else [""] * files.exists(root)
+    if not matches:
+        raise ValueError(f"no file matches {path}")
+    if not pattern and not files.is_directory(path):
+        _check_split(source.split, path)
+        return [path], path
+    direct, names, sets = [], [], []
+    for match in matches:
+        place = files.join(root, match)
+        if not files.is_directory(place):
+            direct.append(match)
+        elif not files.is_remote(place) and file_format(source, place) in SETS:
+            sets.append(place)
+        else:
+            names += [f"{match}/{name}".strip("/") for name in files.files_below(place)]
+    inside = tuple(f"{place}/" for place in sets)
+    names = sorted({n for n in direct + names if not files.join(root, n).startswith(inside)})
+    if sets and not names:
+        return sets, ", ".join(sets)
+    about = [name for name in names if _is_about(os.path.basename(name))]
+    data = [n for n in names if (n in direct or format_by_name(n)) and n not in about]
+    if source.format == "auto" and any(format_by_name(name) != "text" for name in data):
+        data = [name for name in data if not _DOCUMENT.search(name)]
+    if not data and about == names:
+        data = [name for name in about if format_by_name(name)]
+    if not data:
+        raise ValueError(f"{path} is a directory without data files that are known by name: {_some(names)}")
+    chosen, splits = _choose_split(source.split, root, data, about, is_whole=not pattern)
+    texts = [name for name in chosen if format_by_name(name) == "text"]
+    if source.format == "auto" and len(texts) not in (0, len(chosen)):
+        records = _some(name for name in chosen if name not in texts)
+        raise ValueError(
+            f"{root} holds records ({records}) and texts ({_some(texts)}): set path to a glob of one of them"
+        )
+    _refuse_twins(root, chosen)
+    others = {split: [n for n in of_it if n not in chosen] for split, of_it in splits.items()}
+    left = {"": [n for n in names if n not in chosen and not any(n in of for of in others.values())], **others}
+    words = f"{root}: {f'split {source.split}: ' if source.split else ''}{_some(chosen)}"
+    if any(left.values()):
+        words += f"; not read: {_by_split(left)}"
+    return [*sets, *(files.join(root, name) for name in chosen)], words
+
+
+def _is_about(name: str) -> bool:
+    """Whether a file is about the data: a card, a licence, what the hub's library notes beside its files."""
+    is_text = format_by_name(name) in (None, "text")
+    return name.lower() in _ABOUT_JSON or (is_text and _ABOUT.fullmatch(name) is not None)
+
+
+def _refuse_twins(root: str, names: Sequence[str]) -> None:
+    """A file and its compressed copy, or the same records in two formats, would be learned twice."""
+    seen: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"\.(gz|zst)$", "", name)
+        if format_by_name(name) != "text" and "-" not in os.path.splitext(stem)[1]:
+            stem = os.path.splitext(stem)[0]
+        if (twin := seen.setdefault(stem, name)) != name:
+            raise ValueError(f"{root} holds the same twice, as {twin} and as {name}: set path to a glob of one of them")
+
+
+def _choose_split(
+    split: str | None, root: str, data: list[str], about: list[str], *, is_whole: bool
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The files of the split, and the splits that there are."""
+    card = _card_splits(root, data) if is_whole and "README.md" in about else {}
+    splits = card or _splits(root, data)
+    if split is None:
+        rest = [n for n in data if not any(n in of for of in splits.values())]
+        if not is_whole or not splits or (len(splits) == 1 and not rest):
+            return data, splits
+        if len(splits) == 1 and card:
+            return next(iter(card.values())), splits
+        raise ValueError(
+            f"{root} holds the splits {_by_split({**splits, 'none': rest})}: set split to one of them, or path to a "
+            "glob that takes what is meant"
+        )
+    if not splits and is_whole and split == "train":  # as the hub has it
+        return data, splits
+    if split not in splits:
+        known = f"its splits are {', '.join(splits)}" if splits else "no name there says one: leave split out"
+        raise ValueError(f"{root} has no split {split!r}: {known}")
+    return splits[split], splits
+
+
+def _splits(root: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Split -> files whose names say so, by the first of the hub's rules that says anything; empty: none does."""
+    found: dict[str, list[str]] = {}
+    below = "data/" if os.path.basename(root) == "data" else ""
+    for name in names:
+        if shard := _SHARD.fullmatch(below + name):
+            found.setdefault(shard[1], []).append(name)
+    for ending in () if found else ("([-._ 0-9][^/]*)?/", "[-._ 0-9][^/]*$"):  # of a folder, of a file
+        for split, words in _WORDS.items():
+            pattern = re.compile(rf"(^|.*[-/._ 0-9])({words}){ending}", re.IGNORECASE)
+            if of_it := [name for name in names if pattern.match(name)]:
+                found[split] = of_it
+        if found:
+            break
+    return found
+
+
+def _card_splits(root: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """What the card says in its `configs`; empty where it says nothing.
+
+    Raises:
+        ValueError: they cannot be read, name no file that is there, or are several and none is the default.
+    """
+    card = files.join(root, "README.md")
+    with files.open_file(files.check_file(card)) as stream:
+        text = stream.read(1 << 22).decode("utf-8", "replace").removeprefix("\ufeff")
+    front = re.match(r"---[ \t]*\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+    told = re.search(r"^configs:.*\n([ \t-].*\n|\s*\n)*", front[1], re.MULTILINE) if front else None
+    if told is None:
+        return {}
+    try:
+        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(told[0])):
+            raise ValueError("it has YAML aliases")
+        listed = YAML(typ="safe", pure=True).load(told[0])["configs"] or ()
+        configs = {str(c["config_name"]): c for c in listed if c.get("data_files") or c.get("data_dir")}
+        default = [name for name, c in configs.items() if c.get("default") is True or name == "default"]
+        if configs and not default and len(configs) > 1:
+            raise ValueError(f"it has several and none is the default: {_some(configs)}")
+        found = _of_config(configs[(default or list(configs))[0]], names) if configs else {}
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"configs of {card}: {message}: set path to one of its folders, or to a glob") from None
+    if configs and not found:
+        raise ValueError(f"configs of {card} name no file that is there and can be read: set path to a glob")
+    return found
+
+
+def _of_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
+    """Split -> files of one configuration of a card."""
+    base = os.path.normpath(f"{config.get('data_dir') or '.'}/") + "/"
+    inside = {n.removeprefix(base): n for n in names if base == "./" or n.startswith(base)}
+    told = config.get("data_files")
+    if told is None:
+        own = _splits(base[:-1], list(inside)) or {"train": list(inside)}
+        return {split: [inside[name] for name in of_it] for split, of_it in own.items()}
+    if isinstance(told, list) and any(isinstance(entry, dict) for entry in told):
+        told = {str(entry["split"]): entry["path"] for entry in told}
+    elif not isinstance(told, dict):
+        told = {"train": told}
+    found = {}
+    for split, patterns in told.items():
+        wanted = [glob_translate(os.path.normpath(p)) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+        if of_it := [inside[name] for name in inside if any(re.match(w, name) for w in wanted)]:
+            found[str(split)] = of_it
+    return found
+
+
+def _check_split(split: str | None, path: str) -> None:
+    """One file may be asked for a split that its name says, for no other."""
+    root, name = os.path.split(path)
+    said = _splits(root, [name])
+    if split is not None and split not in said:
+        what = f"split {', '.join(said)}" if said else "no split"
+        raise ValueError(f"{path} is one file, whose name says {what}: leave split {split!r} out")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _by_split(splits: Mapping[str, Sequence[str]]) -> str:
+    """`train (a, b), test (c)`; names under "" without a split before them."""
+    return ", ".join(f"{split} ({_some(of_it)})" if split else _some(of_it) for split, of_it in splits.items() if of_it)
