@@ -6,12 +6,21 @@ of an adapter are slots of the one table (convert/table.py), so that it streams 
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.checkpoint import FORMAT
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.hf import one_line
-from mixtral_jax.convert.orbax import PARAMS, OrbaxArrays, OrbaxSink, is_training_checkpoint, newest_step, run_config
+from mixtral_jax.convert.orbax import (
+    PARAMS,
+    OrbaxArrays,
+    OrbaxSink,
+    is_training_checkpoint,
+    newest_step,
+    run_config,
+    run_notes,
+)
 from mixtral_jax.convert.pipeline import write
 from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import ROUTER, slots
@@ -25,6 +34,7 @@ class AdapterSource(Source):
 
     lora: LoraConfig
     base: str | None  # where the base was, if anybody noted it
+    base_noted: dict[str, Any] | None = None  # which weights it was, if a run noted them
 
     def side_files(self) -> None:
         """None: the tokenizer belongs to the base."""
@@ -44,6 +54,7 @@ class NativeAdapter(AdapterSource, OrbaxArrays):
         root = newest_step(Path(path))
         self.config, self.lora, self.base = _read_note(root)
         super().__init__(root)
+        self.base_noted = run_notes(root).get("base") if self.training else None
         self.has_router = self.training and ROUTER in self.names
         router = [slot for slot in slots(self.config) if slot.leaf.path == ROUTER and self.has_router]
         ask = f"its LoRA settings (rank {self.lora.rank}) ask for {{}}"

@@ -11,6 +11,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, check_same_model
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import PathLike
+from mixtral_jax.convert.identity import check_identity
 from mixtral_jax.convert.peft import PeftAdapter, is_peft
 from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
 from mixtral_jax.convert.stream import ChangedSource, Source, bands
@@ -34,6 +35,7 @@ def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool =
     model = open_source(src)
     change = PeftAdapter(adapter, model.config) if is_peft(adapter) else NativeAdapter(adapter)
     check_same_model(model.config, change, os.fspath(src))
+    check_identity(change.base_noted, model, os.fspath(src))
     write_like(model, MergedSource(model, change), dst, force=force, progress=progress)
 
 

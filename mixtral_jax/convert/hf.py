@@ -114,7 +114,7 @@ def _weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
             index = _WEIGHT_MAP.validate_python(json.loads(directory.read_bytes(INDEX))["weight_map"], strict=True)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{directory}/{INDEX} does not parse: a JSON object with weight_map, from tensors to files, was expected"
+                f"{directory}/{INDEX} does not parse: an object whose weight_map gives tensors their files was expected"
             ) from None
         files = sorted(set(index.values()))
         absent = [f for f in files if f not in names]

@@ -1,16 +1,19 @@
 """Runs that train adapters: what is trained and saved, resuming, the base that they stand on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint import trees as checkpoint
-from mixtral_jax.convert import load
+from mixtral_jax.config import ComputeConfig
+from mixtral_jax.convert import load, load_params, merge_lora
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.base import base_warnings, base_weights, newest_step
+from mixtral_jax.train.base import base_warnings, base_weights, newest_step, pin_base, stands_on_base
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.read_model import read_model
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
 from tests.tiny import TINY, write_run_file
 from tests.tuning import write_tuning_file
@@ -78,6 +81,42 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         start("above", init_from=str(tmp_path / "runs" / "once"))
     with pytest.raises(ValueError, match="holds the adapters of a LoRA run, no whole model"):
         load(tmp_path / "runs" / "once")
+
+
+def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):
+    """Whoever reads it: a resumed run, generate and eval, merge-lora. A copy elsewhere is the base as well."""
+    start("run", steps=1)
+    run, steps = tmp_path / "runs" / "run", tmp_path / "runs" / "base" / "checkpoints"
+    config, noted = load_config(tmp_path / "run.yaml").config, checkpoint.read_item(run / "checkpoints" / "1", "meta")
+    noted = noted["base"]
+    assert (noted["path"], noted["step"]) == (str(steps / "1"), 1)
+    moved = {"params": jax.tree.map(lambda x: jnp.asarray(1.1 * x), load_params(steps / "1"))}
+    checkpoint.save(steps / "2", moved, {name: checkpoint.read_item(steps / "1", name) for name in ("meta", "dataset")})
+    assert pin_base(config, noted)[0].init_from == str(steps / "1")
+    before = np.asarray(read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...])
+    (steps / "1").rename(tmp_path / "copy")
+    told = r"base/checkpoints/2 holds weights with digest \w+, .* those of \S+/1 at step 1 with digest"
+    with pytest.raises(UserError, match=told):
+        read_model(str(run), compute=ComputeConfig())
+    with pytest.raises(UserError, match=told):
+        start("run", steps=2)
+    with pytest.raises(ValueError, match=r"base holds weights with digest"):
+        merge_lora(tmp_path / "runs" / "base", tmp_path / "out", adapter=run, progress=False)
+    start("run", steps=2, init_from=str(tmp_path / "copy"))
+    assert checkpoint.read_item(run / "checkpoints" / "2", "meta")["base"] == noted
+    after = read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...]
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "stands"),
+    [("sft", {}, False), ("sft", {"lora": LORA}, True), ("dpo", {}, True),
+     ("dpo", {"dpo": {"loss_type": "simpo"}}, False), ("dpo", {"dpo": {"reference": "precomputed"}}, True),
+     ("dpo", {"lora": LORA}, True)],
+)  # fmt: skip
+def test_which_runs_read_their_base_again(tmp_path, stage, changes, stands):
+    config = load_config(write_tuning_file(tmp_path, stage, init_from="somewhere", **changes)).config
+    assert stands_on_base(config) == stands
 
 
 def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_path):

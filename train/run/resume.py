@@ -89,7 +89,9 @@ def check_same_base(found: Found, config: RunConfig) -> None:
             )
         return
     keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
-    pairs = {"init_from": (then.get("init_from"), config.init_from)}
+    pairs: dict[str, tuple[Any, Any]] = {"init_from": (then.get("init_from"), config.init_from)}
+    if found.meta.get("base") and config.init_from is not None:
+        pairs = {}  # its weights are compared, wherever they are now
     then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
     pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
     for key, (before, after) in pairs.items():
