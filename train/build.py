@@ -14,7 +14,7 @@ from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import base_warnings, base_weights, pin_base
+from mixtral_jax.train.base import base_weights, check_base_shape, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
@@ -84,9 +84,10 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     first_row = _first_row(config, found, prepared.fingerprint, say)
     first_screen(config, mesh, prepared, say)
     weights, trained = abstract_params(config, mesh), is_trained(config)
+    notes = [] if found else check_base_shape(config)
     for title, lines in {
         "trained": trainable_table(config, weights),
-        "warning": [*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))],
+        "warning": [*placement_warnings(config, mesh, leaves(weights)), *notes],
         "learned": mask_lines(config, prepared.train, tokenizer) if isinstance(config, TuningConfig) else [],
     }.items():
         for line in lines:
