@@ -96,9 +96,9 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     share = batch_share(mesh, config.rows_per_micro_batch)
     started, noted = pin_base(config, found and found.meta.get("base"))
     put, references, frozen, base = make_put(mesh, share), None, None, None
-    if isinstance(config, DpoStageConfig):
-        say(f"{'reference':>8}  {config.reference}")
-        if config.reference == "precomputed":  # before the run's own weights: one model in memory at a time
+    if isinstance(started, DpoStageConfig):
+        say(f"{'reference':>8}  {started.reference}")
+        if started.reference == "precomputed":  # before the run's own weights: one model in memory at a time
             references = numbers_of_reference(started, weights, prepared, put, share, say)
     if found is None or config.adapters is not None:
         base = base_weights(started, weights)
