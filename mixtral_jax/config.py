@@ -53,7 +53,8 @@ class MixtralConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _derive_head_dim(cls, values: Any) -> Any:
-        if isinstance(values, dict) and not values.get("head_dim"):
+        head = values.get("head_dim") if isinstance(values, dict) else None
+        if isinstance(values, dict) and (head is None or (head == 0 and head is not False)):
             hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
             if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
                 if hidden % heads:
@@ -102,16 +103,18 @@ class MixtralConfig(FrozenConfig):
         Raises:
             ValueError: another architecture, or a variant that this package does not compute (named in the message).
         """
-        kind = _architecture(config, architectures)
-        _refuse_variants(config)
-        rope = config.get("rope_parameters") or {}
-        theta = rope.get("rope_theta", config.get("rope_theta"))
+        _check_kinds(config)
+        kind, rope = _architecture(config, architectures), _rope(config)
+        _refuse_variants(config, rope)
         values: dict[str, Any] = {
             **_HF_DEFAULTS[kind],
             **{k: config[k] for k in cls.model_fields if k in config},
         }
-        values["rope_theta"] = theta if theta is not None else _HF_DEFAULTS[kind]["rope_theta"]
-        values["head_dim"] = values.get("head_dim") or 0
+        values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
+        if kind == "mixtral" and "num_experts" in config:
+            values["num_local_experts"] = config["num_experts"]
+        if values.get("head_dim") is None:
+            values["head_dim"] = 0
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values.get("num_attention_heads")
         if kind != "mixtral":
@@ -127,7 +130,7 @@ class MixtralConfig(FrozenConfig):
                 "the released Mixtral models have none (null)",
                 stacklevel=2,
             )
-        return cls(**values)
+        return cls.model_validate(values, strict=True)
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """The content of config.json, in words that transformers 4 and 5 both read."""
@@ -259,18 +262,43 @@ class ComputeConfig(FrozenConfig):
 
 def _architecture(config: dict[str, Any], known: tuple[str, ...]) -> str:
     kind = config.get("model_type") or ""
-    named = ", ".join(config.get("architectures") or []) or kind or "nothing"
+    named = ", ".join(map(str, config.get("architectures") or [])) or kind or "nothing"
     if kind not in known:
         raise ValueError(f"config.json names architecture {named}: supported are {', '.join(known)}")
     return kind
 
 
-def _refuse_variants(config: dict[str, Any]) -> None:
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Of the keys that are no fields of ours; the fields are checked as such."""
+    for key, (kind, name) in _HF_KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise ValueError(f"config.json says {key} is {config[key]!r}: {name} was expected")
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings as transformers 5 reads them: rope_scaling, if it says anything, hides rope_parameters."""
+    scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    read = scaling or parameters
+    if any(isinstance(value, dict) for value in read.values()):
+        raise ValueError("config.json has rotary settings by the type of layer, which is not supported")
+    hidden = [key for key in _ROPE_KEYS if scaling and key in parameters and parameters[key] != read.get(key)]
+    if hidden:
+        warnings.warn(
+            f"config.json has both rope_scaling and rope_parameters: the first is taken, as in transformers, and "
+            f"{', '.join(f'{key} {parameters[key]!r}' for key in hidden)} of the second is not",
+            stacklevel=3,
+        )
+    return read
+
+
+def _refuse_variants(config: dict[str, Any], rope: dict[str, Any]) -> None:
     """Variants that would load and then compute something else are refused by name."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"rope type {rope_type!r} is not supported: only 'default' is")
+    named = [rope[key] for key in ("rope_type", "type") if key in rope]
+    for rope_type in named:
+        if rope_type != "default":
+            raise ValueError(f"rope type {rope_type!r} is not supported: only 'default' is")
+    if unread := sorted(rope.keys() - _ROPE_KEYS):
+        warnings.warn(f"rope type 'default' has no {', '.join(unread)}: ignored, as in transformers", stacklevel=3)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
         raise ValueError("partial_rotary_factor other than 1 is not supported")
     for key in ("attention_bias", "mlp_bias"):
@@ -285,6 +313,11 @@ def _refuse_variants(config: dict[str, Any]) -> None:
         warnings.warn(f"router_jitter_noise {config['router_jitter_noise']} is ignored", stacklevel=3)
 
 
+_ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_HF_KINDS = {
+    "model_type": (str, "text"), "architectures": (list, "a list"), "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"), "quantization_config": (dict, "an object"),
+}  # fmt: skip
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # What transformers assumes for a key that config.json leaves out.

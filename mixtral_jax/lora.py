@@ -7,13 +7,13 @@ B at 0, so that an adapted model begins as its base. Each of w1, w3 and w2 of an
 import fnmatch
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.kernels import grouped_matmul
@@ -28,7 +28,15 @@ TARGETS = (
     "moe.w1",
     "moe.w3",
     "moe.w2",
+    "moe.router",
 )
+ROUTER = "moe.router"  # by this name only: patterns mean the matrices of attention and experts
+PEFT_NAMES = {
+    "q_proj": ("attention.query",), "k_proj": ("attention.key",), "v_proj": ("attention.value",),
+    "o_proj": ("attention.output",), "w1": ("moe.w1",), "w2": ("moe.w2",), "w3": ("moe.w3",), "gate": (ROUTER,),
+    "gate_proj": ("moe.w1",), "up_proj": ("moe.w3",), "down_proj": ("moe.w2",), "gate_up_proj": ("moe.w1", "moe.w3"),
+    "all-linear": TARGETS,
+}  # fmt: skip
 
 
 class LoraConfig(FrozenConfig):
@@ -40,7 +48,8 @@ class LoraConfig(FrozenConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that training drops")
     targets: tuple[str, ...] = Field(
         ("attention.*", "moe.w*"),
-        description=f"patterns over {', '.join(TARGETS)}; the router has no adapter",
+        description=f"patterns over {', '.join(TARGETS)} (the router by its own name only), or PEFT's names, which "
+        "become ours: q_proj, k_proj, v_proj, o_proj, w1, w2, w3, gate, all-linear",
     )
 
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
@@ -49,11 +58,19 @@ class LoraConfig(FrozenConfig):
     )
     base_block: int = Field(64, gt=0, description="weights of an int8 or nf4 matrix that share a scale, at most")
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _by_our_names(cls, targets: Any) -> Any:
+        named = [targets] if isinstance(targets, str) else targets
+        if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+            return targets
+        return tuple(dict.fromkeys(ours for name in named for ours in PEFT_NAMES.get(name, (name,))))
+
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:
         for pattern in self.targets:
-            if not fnmatch.filter(TARGETS, pattern):
-                raise ValueError(f"targets: {pattern!r} matches none of {', '.join(TARGETS)}")
+            if not any(_matches(target, pattern) for target in TARGETS):
+                raise ValueError(f"targets: {pattern!r} matches none of {', '.join([*TARGETS, *PEFT_NAMES])}")
         return self
 
     @property
@@ -73,7 +90,11 @@ class LoraConfig(FrozenConfig):
 
     def adapts(self, target: str) -> bool:
         """Whether one of TARGETS gets an adapter."""
-        return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+        return any(_matches(target, pattern) for pattern in self.targets)
+
+
+def _matches(target: str, pattern: str) -> bool:
+    return pattern == ROUTER if target == ROUTER else fnmatch.fnmatchcase(target, pattern)
 
 
 def base_weight(

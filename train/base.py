@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,16 +20,29 @@ from flax.traverse_util import unflatten_dict
 
 from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import Leaf, Source, edges, is_remote, open_source, place, place_leaf
+from mixtral_jax.convert import (
+    Leaf,
+    Source,
+    check_identity,
+    edges,
+    is_remote,
+    open_source,
+    place,
+    place_leaf,
+    sibling,
+    weights_identity,
+)
 from mixtral_jax.convert import leaves as stored_leaves
 from mixtral_jax.convert import newest_step as newest_whole_step
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import abstract_model
 from mixtral_jax.quantize import QuantizedWeight, quantize
 from mixtral_jax.train.checkpoints import find
-from mixtral_jax.train.config import RunConfig, load_config
+from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import Tree, keep, leaves, random_weights
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def base_weights(config: RunConfig, abstract: Tree) -> Tree:
@@ -58,8 +71,46 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
         raise UserError(f"init_from: {error}") from error
 
 
-def base_warnings(config: RunConfig) -> list[str]:
-    """What the model of init_from computes otherwise than this run's, although its weights fit."""
+def stands_on_base(config: RunConfig) -> bool:
+    """Whether init_from is read again when the run goes on: under adapters, and as a reference."""
+    reference = config.reference if isinstance(config, DpoStageConfig) else "none"
+    return config.init_from is not None and (config.adapters is not None or reference != "none")
+
+
+def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any] | None]:
+    """The config with init_from as the weights that the run began with, and what is noted of these.
+
+    Args:
+        noted: what a checkpoint of the run says of its base; None: the run begins, or the checkpoint is an old one.
+
+    Raises:
+        UserError: init_from holds other weights than those; a run whose checkpoint is still there stands for it.
+    """
+    if config.init_from is None or not stands_on_base(config):
+        return config, None
+    path = newest_step(config.init_from)
+    if is_remote(path):  # names one directory, which nothing trains on
+        return config, {"path": path, "step": None, "digest": None}
+    path = str(sibling(Path(path), noted["step"] if noted else None))
+    try:
+        source = open_source(path)
+        check_identity(noted, source, f"init_from: {path}")
+    except (ValueError, FileNotFoundError) as error:
+        if noted:
+            raise UserError(str(error)) from error
+        return config, None  # what is wrong with it is said where the weights are read
+    if not noted:
+        step = int(Path(path).name) if (epath.Path(path) / checkpoint.STATE).exists() else None
+        noted = {"path": path, "step": step, "digest": weights_identity(source)}
+    return config.model_copy(update={"init_from": path}), dict(noted)
+
+
+def check_base_shape(config: RunConfig) -> list[str]:
+    """What a person should know of the model of init_from, which is the same as the run's but for that.
+
+    Raises:
+        UserError: it would compute something else with these weights; each setting is named with both values.
+    """
     if config.init_from is None:
         return []
     path = newest_step(config.init_from)
@@ -71,10 +122,18 @@ def base_warnings(config: RunConfig) -> list[str]:
     except (OSError, KeyError, ValueError):
         # What is wrong with it is said where the weights are read; a remote Orbax model directory is read there only.
         return []
-    return [
-        f"model.{key} is {ours}, but the weights of init_from were made with {made}"
-        for key, (ours, made) in config.model.differences(theirs).items()
-    ]
+    different = config.model.differences(theirs)
+    if config.model.vocab_size != theirs.vocab_size:
+        different["vocab_size"] = (config.model.vocab_size, theirs.vocab_size)
+    if different:
+        told = "; ".join(f"model.{key} is {ours}, there it is {made}" for key, (ours, made) in different.items())
+        add = "; convert resize-vocab adds rows" if "vocab_size" in different else ""
+        raise UserError(
+            f"init_from: {path} holds another model: {told}. Remove what differs, or set model to null, which takes "
+            f"the model from there{add}"
+        )
+    ours, made = (model.router_aux_loss_coef for model in (config.model, theirs))
+    return [f"model.router_aux_loss_coef is {ours:g}, that of init_from {made:g}: the first is kept"] * (ours != made)
 
 
 def newest_step(path: str) -> str:

@@ -14,7 +14,7 @@ from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import base_warnings, base_weights
+from mixtral_jax.train.base import base_weights, check_base_shape, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
@@ -52,6 +52,7 @@ class Parts(NamedTuple):
     fingerprint: str  # of the data
     first_row: int  # of the data, for the next update
     tokens: int  # seen so far
+    base: Mapping[str, Any] | None  # which weights the run stands on
 
 
 def prepare_data(config: RunConfig) -> PreparedData:
@@ -83,27 +84,29 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     first_row = _first_row(config, found, prepared.fingerprint, say)
     first_screen(config, mesh, prepared, say)
     weights, trained = abstract_params(config, mesh), is_trained(config)
+    notes = [] if found else check_base_shape(config)
     for title, lines in {
         "trained": trainable_table(config, weights),
-        "warning": [*placement_warnings(config, mesh, leaves(weights)), *([] if found else base_warnings(config))],
+        "warning": [*placement_warnings(config, mesh, leaves(weights)), *notes],
         "learned": mask_lines(config, prepared.train, tokenizer) if isinstance(config, TuningConfig) else [],
     }.items():
         for line in lines:
             say(f"{title:>8}  {line}")
 
     share = batch_share(mesh, config.rows_per_micro_batch)
+    started, noted = pin_base(config, found and found.meta.get("base"))
     put, references, frozen, base = make_put(mesh, share), None, None, None
-    if isinstance(config, DpoStageConfig):
-        say(f"{'reference':>8}  {config.reference}")
-        if config.reference == "precomputed":  # before the run's own weights: one model in memory at a time
-            references = numbers_of_reference(config, weights, prepared, put, share, say)
+    if isinstance(started, DpoStageConfig):
+        say(f"{'reference':>8}  {started.reference}")
+        if started.reference == "precomputed":  # before the run's own weights: one model in memory at a time
+            references = numbers_of_reference(started, weights, prepared, put, share, say)
     if found is None or config.adapters is not None:
-        base = base_weights(config, weights)
+        base = base_weights(started, weights)
     if config.adapters is not None:
         frozen = keep(base, lambda path: not trained(path))
     if isinstance(config, DpoStageConfig) and config.reference in ("frozen", "lora_base"):
         whole = frozen is not None and not config.router_factor  # else a copy: the base is trained on
-        put = live(sequence_logps_of(config), frozen if whole else base_weights(config, weights), put)
+        put = live(sequence_logps_of(config), frozen if whole else base_weights(started, weights), put)
     layout = partial(
         Loader, prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,
         shard=share, references=references,
@@ -128,7 +131,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         merge=lambda params: merge(params, frozen),
         frozen=frozen, put=put, open_loader=lambda row: layout(start_row=row), held_out=held_out,
         tokenizer=tokenizer, fingerprint=prepared.fingerprint, first_row=first_row,
-        tokens=0 if found is None else int(found.dataset["tokens"]),
+        tokens=0 if found is None else int(found.dataset["tokens"]), base=noted,
     )  # fmt: skip
     return parts, state
 

@@ -10,7 +10,7 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import load
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import base_weights, holds_adapters, newest_step
+from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
 from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, make_merge
@@ -37,7 +37,7 @@ def read_model(
             f"{checkpoint} holds the adapters of a LoRA run, and their base, init_from {run.init_from}, is not there: "
             "run this from the directory in which it was trained, or bring the base to that place"
         )
-    run = run.model_copy(update={"compute": compute})
+    run, _ = pin_base(run.model_copy(update={"compute": compute}), arrays.read_item(path, "meta").get("base"))
     weights, trained = abstract_params(run, mesh), is_trained(run)
     own = arrays.restore(path, {"params": keep(weights, trained)}, partial=True)["params"]
     base = keep(base_weights(run, weights), lambda name: not trained(name))

@@ -350,7 +350,8 @@ class Trainer:
         row = parts.first_row + (moment.step - self._start) * config.global_batch_size
         dataset = {"next_row": row, "fingerprint": parts.fingerprint, "tokens": moment.tokens}
         resolved = config.model_dump(mode="json")
-        return dataset, {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
+        meta = {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
+        return dataset, meta | {"base": parts.base}
 
     def _continue(self, params: Params, prompts: list[Any]) -> list[str]:
         """What the model with these parameters makes of texts or chats."""

@@ -3,8 +3,9 @@
 from mixtral_jax.convert.compare import verify
 from mixtral_jax.convert.edits import merge_lora, resize_vocab, upcycle
 from mixtral_jax.convert.files import is_remote
+from mixtral_jax.convert.identity import check_identity, weights_identity
 from mixtral_jax.convert.models import load, load_config, load_params, place_leaf, save_hf
-from mixtral_jax.convert.orbax import newest_step
+from mixtral_jax.convert.orbax import newest_step, sibling
 from mixtral_jax.convert.parts import edges, place
 from mixtral_jax.convert.peft import lora2peft, peft2lora
 from mixtral_jax.convert.pipeline import hf2orbax, open_source, orbax2hf

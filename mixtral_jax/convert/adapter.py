@@ -6,25 +6,36 @@ of an adapter are slots of the one table (convert/table.py), so that it streams 
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.checkpoint import FORMAT
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.hf import one_line
-from mixtral_jax.convert.orbax import PARAMS, OrbaxArrays, OrbaxSink, is_training_checkpoint, newest_step, run_config
+from mixtral_jax.convert.orbax import (
+    PARAMS,
+    OrbaxArrays,
+    OrbaxSink,
+    is_training_checkpoint,
+    newest_step,
+    run_config,
+    run_notes,
+)
 from mixtral_jax.convert.pipeline import write
 from mixtral_jax.convert.stream import Source
 from mixtral_jax.convert.table import ROUTER, slots
 from mixtral_jax.lora import LoraConfig
 
 ADAPTER = "adapter.json"
+WHOLE = {"embed.weight": "embed_tokens", "head.weight": "lm_head", ROUTER: "gate"}  # leaf -> PEFT's name of it
 
 
 class AdapterSource(Source):
-    """An adapter of any format; its slots are A and B of what it changes."""
+    """An adapter of any format; its slots are A and B of what it changes, and matrices of WHOLE that it replaces."""
 
     lora: LoraConfig
     base: str | None  # where the base was, if anybody noted it
+    base_noted: dict[str, Any] | None = None  # which weights it was, if a run noted them
 
     def side_files(self) -> None:
         """None: the tokenizer belongs to the base."""
@@ -33,7 +44,7 @@ class AdapterSource(Source):
 class NativeAdapter(AdapterSource, OrbaxArrays):
     """An adapter directory of ours, or a step of a LoRA run (a run's directory stands for its newest step).
 
-    A router that the run trained too is one of its slots, layer by layer.
+    A router that the run trained too is one of its slots, layer by layer; so are embedding and head.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -44,10 +55,11 @@ class NativeAdapter(AdapterSource, OrbaxArrays):
         root = newest_step(Path(path))
         self.config, self.lora, self.base = _read_note(root)
         super().__init__(root)
-        self.has_router = self.training and ROUTER in self.names
-        router = [slot for slot in slots(self.config) if slot.leaf.path == ROUTER and self.has_router]
+        self.base_noted = run_notes(root).get("base") if self.training else None
+        self.has_router = ROUTER in self.names
+        whole = [slot for slot in slots(self.config) if slot.leaf.path in WHOLE and slot.leaf.path in self.names]
         ask = f"its LoRA settings (rank {self.lora.rank}) ask for {{}}"
-        self.hold([*slots(self.config, self.lora), *router], "its LoRA settings", ask, at_once=4)
+        self.hold([*slots(self.config, self.lora), *whole], "its LoRA settings", ask, at_once=4)
 
 
 def _read_note(root: Path) -> tuple[MixtralConfig, LoraConfig, str | None]:

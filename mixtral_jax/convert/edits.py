@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, check_same_model
+from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, check_same_model
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import PathLike
+from mixtral_jax.convert.identity import check_identity
 from mixtral_jax.convert.peft import PeftAdapter, is_peft
 from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
 from mixtral_jax.convert.stream import ChangedSource, Source, bands
@@ -34,14 +35,18 @@ def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool =
     model = open_source(src)
     change = PeftAdapter(adapter, model.config) if is_peft(adapter) else NativeAdapter(adapter)
     check_same_model(model.config, change, os.fspath(src))
+    check_identity(change.base_noted, model, os.fspath(src))
     write_like(model, MergedSource(model, change), dst, force=force, progress=progress)
 
 
 class MergedSource(ChangedSource):
-    """A model whose adapted hub matrices are W + s (A B)^T."""
+    """A model whose adapted hub matrices are W + s (A B)^T; what the adapter holds whole takes the place of W."""
 
     def __init__(self, model: Source, adapter: AdapterSource) -> None:
-        super().__init__(model, model.config, model.slots)
+        longer = WHOLE.keys() & {slot.leaf.path for slot in adapter.slots}
+        rows = adapter.config.vocab_size if longer - {ROUTER} else model.config.vocab_size
+        config = model.config.model_copy(update={"vocab_size": rows})
+        super().__init__(model, config, slots(config))
         self._adapter, self._parts = adapter, {slot.name: slot for slot in adapter.slots}
         self._factor = functools.lru_cache(maxsize=32)(self._read_factor)
 
@@ -59,9 +64,8 @@ class MergedSource(ChangedSource):
         return super().cost(slot) + (12 * rows * slot.cols if self._module(slot) else 0)  # three of them in fp32
 
     def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        # A LoRA run may have trained the router itself; it is then taken whole.
-        if slot.leaf.path == ROUTER and slot.name in self._parts:
-            return self._adapter.read(slot, start, stop).astype(self.dtype(slot))
+        if slot.name in self._parts:
+            return self._adapter.read(self._parts[slot.name], start, stop).astype(self.dtype(slot))
         block, module = super().read(slot, start, stop), self._module(slot)
         if module is None:
             return block

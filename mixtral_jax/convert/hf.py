@@ -15,6 +15,7 @@ from mixtral_jax.convert.table import ROUTER, Place, Slot, slots
 ARCHITECTURES = ("mixtral", "mistral")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old files carry; it follows from rope_theta
+_WEIGHT_MAP = TypeAdapter(dict[str, str])
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -84,6 +85,8 @@ def read_shape(
         return MixtralConfig.from_hf(hf_config, architectures)
     except ValidationError as error:
         raise ValueError(f"config.json of {where} does not describe a model: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def one_line(error: Exception) -> str:
@@ -91,6 +94,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
     return f"{type(error).__name__}: {error}"
+
+
+def has_weights(directory: Directory) -> bool:
+    """Whether there is a file of the hub's layout, as whole as it may be; an index alone is none."""
+    return any(name == SINGLE or _SHARD.fullmatch(name) for name in directory.names())
 
 
 def _weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
@@ -104,10 +112,10 @@ def _weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
     if INDEX in names:
         raw = directory.read_bytes(INDEX)
         try:
-            index = dict(json.loads(raw)["weight_map"])
+            index = _WEIGHT_MAP.validate_python(json.loads(raw)["weight_map"], strict=True)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
-                f"{directory}/{INDEX} does not parse: a JSON object with weight_map was expected"
+                f"{directory}/{INDEX} does not parse: an object whose weight_map gives tensors their files was expected"
             ) from None
         files = sorted(set(index.values()))
         absent = [f for f in files if f not in names]
@@ -150,4 +158,4 @@ def export_config(hf_config: Mapping[str, Any], config: MixtralConfig, dtype: st
         k: shape[k] for k in ("architectures", "model_type", "dtype", "torch_dtype", "rope_theta", "rope_parameters")
     }
     fixed |= {k: getattr(config, k) for k in MixtralConfig.model_fields if k in shape}
-    return {**shape, **hf_config, **fixed}
+    return {k: v for k, v in {**shape, **hf_config, **fixed}.items() if k != "rope_scaling"}  # it is in rope_parameters

@@ -99,18 +99,27 @@ def save_hf(
 
     Raises:
         FileExistsError: the directory exists and `force` is not set.
-        ValueError: too little disk space, or an unknown dtype.
+        ValueError: too little disk space, an unknown dtype, or parameters without a place in that format (adapters).
     """
     write_hf(ModelSource(model), directory, dtype=dtype, max_shard_size=max_shard_size, force=force, progress=False)
 
 
 class ModelSource(NativeSource):
-    """A model in memory as slots."""
+    """A model in memory as slots.
+
+    Raises:
+        ValueError: it holds what the hub has no place for: adapters, a quantised base.
+    """
 
     def __init__(self, model: Mixtral) -> None:
         self.config = model.config
         self.slots = slots(model.config)
         self._params = flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep=".")
+        if homeless := sorted(self._params.keys() - {slot.leaf.path for slot in self.slots}):
+            shown = ", ".join(homeless[:8]) + (", ..." if len(homeless) > 8 else "")
+            raise ValueError(
+                f"a Hugging Face directory has no place for {len(homeless)} parameters of the model: {shown}"
+            )
 
     def dtype(self, slot: Slot) -> np.dtype:
         return np.dtype(self._params[slot.leaf.path].dtype)

@@ -182,9 +182,20 @@ def newest_step(root: Path) -> Path:
     return max(whole, key=lambda p: int(p.name)) if whole else root
 
 
+def sibling(root: Path, step: int | None) -> Path:
+    """Beside a step of a run the other one that is named, if it is there whole; else `root`."""
+    other = root if step is None else root.with_name(str(step))
+    return other if root.name.isdigit() and (other / checkpoint.COMMIT).is_file() else root
+
+
 def run_config(root: Path) -> dict[str, Any]:
     """The configuration that a training run noted beside the state of a step."""
+    return run_notes(root).get("config", {})
+
+
+def run_notes(root: Path) -> dict[str, Any]:
+    """All that it noted there: its configuration, and which weights it stands on."""
     try:
-        return checkpoint.read_item(root, "meta").get("config", {})
+        return dict(checkpoint.read_item(root, "meta"))
     except Exception as error:  # whatever Orbax makes of a broken file
         raise ValueError(f"{root}/meta cannot be read ({type(error).__name__}): the checkpoint is incomplete") from None

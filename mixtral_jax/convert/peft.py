@@ -9,19 +9,21 @@ their own halves of rank 2 r and a block-diagonal B (what PEFT makes of adapters
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.adapter import AdapterSource, NativeAdapter, write_adapter
+from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, write_adapter
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.hf import one_line, read_config, read_shape
 from mixtral_jax.convert.pipeline import open_source, write
-from mixtral_jax.convert.safetensors import TensorSink, TensorSource, read_tensors
+from mixtral_jax.convert.safetensors import Tensor, TensorSink, TensorSource, read_tensors
 from mixtral_jax.convert.stream import ChangedSource
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
 from mixtral_jax.lora import TARGETS, LoraConfig
@@ -29,9 +31,10 @@ from mixtral_jax.lora import TARGETS, LoraConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Each changes what is computed, or what is stored, when it is set.
 _REFUSED = (
-    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication",
+    "use_dora", "use_qalora", "lora_bias", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
 )  # fmt: skip
+_GATE = (".block_sparse_moe.gate", ".mlp.gate")  # the hub's name of the router, and that of transformers 5
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -41,18 +44,34 @@ class Settings:
 
     lora: LoraConfig
     base: str | None
+    whole: tuple[str, ...]  # modules_to_save
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
 
-    def of(self, module: str) -> LoraConfig:
-        """With rank and alpha of one module; a pattern matches the end of its name, as in PEFT."""
+    def of(self, *module: str) -> LoraConfig:
+        """With rank and alpha of one module, by any of its names; a pattern matches the end of one, as in PEFT."""
 
         def matching(patterns: dict[str, Any], default: Any) -> Any:
-            found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            found = (v for key, v in patterns.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in module))
             return next(found, default)
 
         rank, alpha = matching(self.rank_pattern, self.lora.rank), matching(self.alpha_pattern, self.lora.alpha)
         return self.lora.model_copy(update={"rank": rank, "alpha": alpha})
+
+
+class _Numbers(BaseModel):
+    """The keys of adapter_config.json that are read, of the kinds that PEFT writes."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float | None = None
+    use_rslora: bool | None = None
+    base_model_name_or_path: str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
 
 
 def read_settings(directory: Directory) -> Settings:
@@ -68,21 +87,24 @@ def read_settings(directory: Directory) -> Settings:
         raise ValueError(f"{directory} has no {WEIGHTS}: it is no {kind}")
     _refuse(config, where)
     try:
-        rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0)
-        ranks = {str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()}
-        alphas = {str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()}
-    except KeyError as error:
-        raise ValueError(f"{where} lacks {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: r, lora_alpha or their patterns are no numbers ({error})") from None
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        read = _Numbers.model_validate(config)
+        ranks, alphas = read.rank_pattern or {}, read.alpha_pattern or {}
+        for pattern in (*ranks, *alphas):
+            re.compile(pattern)
+    except (ValidationError, re.error) as error:
+        raise ValueError(f"{where}: r, lora_alpha or their patterns are no numbers ({one_line(error)})") from None
+    rank, alpha, dropout = read.r, read.lora_alpha, read.lora_dropout or 0.0
+    if min([rank, *ranks.values()]) < 1 or min([alpha, *alphas.values()]) <= 0 or not 0 <= dropout < 1:
         raise ValueError(
             f"{where}: r {rank}, lora_alpha {alpha:g} and lora_dropout {dropout:g} "
             "must be positive, positive, and in 0 ... 1"
         )
-    rslora = bool(config.get("use_rslora"))
-    lora = LoraConfig(rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, targets=TARGETS)
-    return Settings(lora, config.get("base_model_name_or_path"), ranks, alphas)
+    whole = tuple(name.rpartition(".")[2] for name in read.modules_to_save or ())
+    if other := sorted({*whole} - {*WHOLE.values()}):
+        known = ", ".join(WHOLE.values())
+        raise ValueError(f"{where}: modules_to_save names {', '.join(other)}, which is not supported: {known} are")
+    lora = LoraConfig(rank=rank, alpha=alpha, rslora=bool(read.use_rslora), dropout=dropout, targets=TARGETS)
+    return Settings(lora, read.base_model_name_or_path, whole, ranks, alphas)
 
 
 def _refuse(config: dict[str, Any], where: str) -> None:
@@ -101,27 +123,39 @@ def _refuse(config: dict[str, Any], where: str) -> None:
 class PeftAdapter(AdapterSource, TensorSource):
     """A PEFT directory for a base of shape `config`. All checks are made here.
 
+    A and B of smaller rank than others end in zeros, which never learn; where scales differ, B takes the ratio. What
+    is saved whole takes the base's place; embedding and head may have more rows.
+
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: an unsupported variant, tensors missing or unexpected, shapes of another base or rank, or matrices
-            of different rank or scale.
+        ValueError: an unsupported variant, tensors missing or unexpected, or shapes of another base or rank.
     """
 
     def __init__(self, path: PathLike, config: MixtralConfig) -> None:
         directory = Directory(path)
         self._settings = read_settings(directory)
-        self.base, self.lora = self._settings.base, self._settings.lora
-        super().__init__(directory, {}, config, read_tensors(directory, [WEIGHTS]))
-        places = {slot: self._place(slot) for slot in slots(config, self.lora)}
-        found = {_target(slot) for slot, place in places.items() if place.name in self.tensors}
-        ask = f"but rank {self.lora.rank} in {CONFIG} and the base ask for {{}}"
-        told = "the adapter is of another rank or for another base"
-        own = {slot: place for slot, place in places.items() if _target(slot) in found}
-        self.put_in_place(own, "the base's attention and experts", f"{ask}: {told}")
-        self._check_halves()
+        self.base, lora = self._settings.base, self._settings.lora
+        tensors = read_tensors(directory, [WEIGHTS])
+        super().__init__(directory, {}, _with_rows(config, tensors, directory), tensors)
+        self._halves: dict[str, bool] = {}
+        self._own: dict[str, LoraConfig] = {}  # rank and scale of a slot's module, by the slot's name
+        places = {slot.name: self._place(slot) for slot in slots(self.config, lora)}
+        of = {slot.name: _target(slot) for slot in slots(self.config, lora)}
+        found = {of[name] for name, place in places.items() if place.name in self.tensors}
+        own = [self._own[name] for name in places if of[name] in found]
+        told = f"rank {own[0].rank}" if len({each.rank for each in own}) == 1 else "the ranks"
+        self.lora = _for_all(own, lora)
+        self._scaled = any(not math.isclose(each.scale, self.lora.scale) for each in own)
+        adapted = {s: places[s.name] for s in slots(self.config, self.lora) if _target(s) in found}
+        whole = {slot: self._place_whole(slot) for slot in slots(self.config) if slot.leaf.path in WHOLE}
+        kept = {slot.leaf.path for slot, place in whole.items() if place.name in self.tensors}
+        kept |= {path for path, name in WHOLE.items() if name in self._settings.whole}
+        ask = f"but {told} in {CONFIG} and the base ask for {{}}: the adapter is of another rank or for another base"
+        whole = {slot: place for slot, place in whole.items() if slot.leaf.path in kept}
+        self.put_in_place(adapted | whole, "the base's attention and experts", ask)
         targets = [target for target in TARGETS if target in found]
         targets = [target for target in targets if not self._filled_in(target)] or targets
-        self.slots = [slot for slot in self.slots if _target(slot) in targets]
+        self.slots = [slot for slot in self.slots if _target(slot) in targets or slot in whole]
         self.lora = self.lora.model_copy(update={"targets": tuple(targets)})
 
     def _filled_in(self, target: str) -> bool:
@@ -129,51 +163,81 @@ class PeftAdapter(AdapterSource, TensorSource):
         own = (slot for slot in self.slots if _target(slot) == target)
         return target.startswith("moe.") and not any(self.read(slot, 0, slot.rows).any() for slot in own)
 
+    def _place_whole(self, slot: Slot) -> Place:
+        names = [PEFT + slot.name, PEFT + slot.name.replace(*_GATE)]
+        return Place(next((name for name in names if name in self.tensors), names[0]), slot.shape)
+
     def _place(self, slot: Slot) -> Place:
         """Among the fused experts of its layer, if those are there; else where the hub's name says."""
         stem, w2 = slot.name.removesuffix(A).removesuffix(B), _target(slot) == "moe.w2"
-        E, r = self.config.num_local_experts, self.lora.rank
-        D, F = self.config.hidden_size, self.config.intermediate_size
+        E, D, F = self.config.num_local_experts, self.config.hidden_size, self.config.intermediate_size
         inputs, outputs = (F, D) if w2 else (D, 2 * F)
         module = f"model.layers.{slot.layer}.mlp.experts"
-        may_be_fused = slot.leaf.path.startswith("layers.moe.") and not self.config.is_dense
+        may_be_fused = slot.leaf.path.startswith("layers.moe.w") and not self.config.is_dense
         # Which of the two is the inner one depends on the order in which they were wrapped; no shape fits both.
         for fused in (f"{PEFT}{module}.base_layer", f"{PEFT}{module}") if may_be_fused else ():
             a, b = self.tensors.get(fused + A), self.tensors.get(fused + B)
             if a is None or b is None or (a.shape[-1], b.shape[0]) != (inputs, outputs):
                 continue
-            rank = self._check_rank(f"{module}.{'down_proj' if w2 else 'gate_up_proj'}", r, r if w2 else 2 * r)
-            e, half = slot.expert, int(_target(slot) == "moe.w3")
-            first = half * r if rank == 2 * r else 0  # of the ranks that are this half's
+            own = self._settings.of(f"{module}.{'down_proj' if w2 else 'gate_up_proj'}")
+            rank, e, half = own.rank, slot.expert, int(_target(slot) == "moe.w3")
+            halves = not w2 and b.shape[-1] == rank * E and self._has_halves(b, rank)
+            held = rank // 2 if halves else rank
+            self._note(slot, own, held)
+            first = half * held if halves else 0  # of the ranks that are this half's
             if slot.name.endswith(A):
                 return Place(fused + A, (E * rank, inputs), e * rank + first)
-            columns = slice(first * E + e, (first + r) * E, E)
+            columns = slice(first * E + e, (first + held) * E, E)
             return Place(fused + B, (outputs, rank * E), half * slot.rows, columns)
-        if {stem + A, stem + B} & self.tensors.keys():
-            self._check_rank(stem.removeprefix(PEFT), r)
-        return Place(slot.name, slot.shape)
+        name = slot.name.replace(*_GATE) if slot.name.replace(*_GATE) in self.tensors else slot.name
+        module = stem.removeprefix(PEFT)
+        own = self._settings.of(module, module.replace(*_GATE), module.replace(*_GATE) + ".weight")
+        self._note(slot, own, own.rank)
+        rank_at = 0 if slot.name.endswith(A) else 1
+        return Place(name, tuple(own.rank if axis == rank_at else n for axis, n in enumerate(slot.shape)))
 
-    def _check_rank(self, module: str, *allowed: int) -> int:
-        rest, own = self._settings.lora, self._settings.of(module)
-        if own.rank not in allowed or not math.isclose(own.scale, rest.scale):
-            raise ValueError(
-                f"{self.directory}/{CONFIG}: {module} has rank {own.rank} and scale {own.scale:g}, others {rest.rank} "
-                f"and {rest.scale:g}: one rank and one scale for all are converted"
-            )
-        return own.rank
+    def _note(self, slot: Slot, own: LoraConfig, rank: int) -> None:
+        self._own[slot.name] = own.model_copy(update={"rank": rank, "alpha": own.scale * rank, "rslora": False})
 
-    def _check_halves(self) -> None:
-        """Where w1 and w3 of a layer have ranks of their own in one B, neither may use the other's."""
-        ranks = self.lora.rank * self.config.num_local_experts
-        for slot in self.slots:
-            where = self.places[slot.name]
-            if slot.expert == 0 and slot.name.endswith(B) and where.shape[-1] == 2 * ranks:
-                others = slice(0, ranks) if where.first_row else slice(ranks, None)
-                if self.tensors[where.name].rows(where.first_row, where.first_row + slot.rows)[:, others].any():
-                    r = self.lora.rank
-                    raise ValueError(
-                        f"{where.name}: w1 and w3 share all of rank {2 * r} where {CONFIG} says {r} for the others"
-                    )
+    def dtype(self, slot: Slot) -> np.dtype:
+        return np.dtype(np.float32) if self._scaled and slot.name.endswith(B) else super().dtype(slot)
+
+    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
+        own = self._own.get(slot.name)
+        if own is None:
+            return super().read(slot, start, stop)
+        if slot.name.endswith(A):
+            there = max(0, min(stop, own.rank) - start)
+            part = super().read(slot, start, start + there) if there else np.zeros((0, slot.cols), self.dtype(slot))
+            return np.pad(part, ((0, stop - start - there), (0, 0)))
+        part = np.pad(super().read(slot, start, stop), ((0, 0), (0, slot.cols - own.rank)))
+        return part.astype(np.float32) * np.float32(own.scale / self.lora.scale) if self._scaled else part
+
+    def _has_halves(self, fused_b: Tensor, rank: int) -> bool:
+        """Whether w1 and w3 of a layer have ranks of their own in one B: neither uses the other's."""
+        known = self._halves.get(fused_b.name)
+        if known is None:
+            F, ranks = fused_b.shape[0] // 2, rank * self.config.num_local_experts // 2
+            apart = (fused_b.rows(0, F)[:, ranks:], fused_b.rows(F, 2 * F)[:, :ranks])
+            known = self._halves[fused_b.name] = rank % 2 == 0 and not any(block.any() for block in apart)
+        return known
+
+
+def _for_all(own: list[LoraConfig], lora: LoraConfig) -> LoraConfig:
+    """One rank and scale for modules that each have their own: the largest, and the first one's."""
+    if all(each.rank == lora.rank and math.isclose(each.scale, lora.scale) for each in own):
+        return lora
+    rank = max(each.rank for each in own)
+    return lora.model_copy(update={"rank": rank, "alpha": own[0].scale * rank, "rslora": False})
+
+
+def _with_rows(config: MixtralConfig, tensors: Mapping[str, Tensor], where: Directory) -> MixtralConfig:
+    """With as many tokens as an embedding or head that was saved whole has."""
+    names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * (not config.tie_word_embeddings)
+    rows = [t.shape[0] if (t := tensors.get(PEFT + name)) else config.vocab_size for name in names]
+    if len({*rows}) > 1:
+        raise ValueError(f"{where}: embedding and head would have {rows[0]} and {rows[1]} rows: save both whole")
+    return config.model_copy(update={"vocab_size": rows[0]})
 
 
 def _target(slot: Slot) -> str:

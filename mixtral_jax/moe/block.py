@@ -62,6 +62,10 @@ class SparseMoe(nnx.Module):
         w13, w2 = {**experts, **hidden, "gate_up": 2, **ffn}, {**experts, **ffn, **hidden}
         self.w13 = base_weight(value(1, w13), w13, "expert_embed", lora)
         self.w2 = base_weight(value(2, w2), w2, "ffn", lora)
+        if lora is not None and lora.adapts("moe.router") and not config.is_dense:
+            inputs, outputs = ({name: routes[name]} for name in routes)
+            own_key = jax.random.fold_in(key, 6)
+            self.router_lora = Adapter(lora, inputs, outputs, key=own_key, stack=layers, dtype=dtype)
         matrices = {"w1": (hidden, ffn), "w3": (hidden, ffn), "w2": (ffn, hidden)}
         for index, (name, (inputs, outputs)) in enumerate(matrices.items(), start=3):
             if lora is not None and lora.adapts(f"moe.{name}"):
@@ -85,7 +89,7 @@ class SparseMoe(nnx.Module):
         """
 
         def part(path: Any, p: jax.Array) -> jax.Array:
-            if path[0].key == "router":
+            if path[0].key in ("router", "router_lora"):
                 return p
             box = jax.lax.dynamic_slice(p, (layer, expert, *(0,) * (p.ndim - 2)), (1, 1, *p.shape[2:]))
             return box[0]
@@ -120,6 +124,9 @@ class SparseMoe(nnx.Module):
         else:
             dtype = jnp.float32 if self.options.router_dtype == "float32" else x_MD.dtype
             router_DE = gather(self.router, jnp.float32)
+            if hasattr(self, "router_lora"):  # so small that W + s A B is formed; nothing of its input is dropped
+                own = self.router_lora.ready(jnp.float32, None)
+                router_DE += jnp.dot(own.a * own.scale, own.b, precision=jax.lax.Precision.HIGHEST)
             routing = route(x_MD, router_DE, self.config.num_experts_per_tok, dtype, chosen_MC=chosen_MC)
             gate_MC = routing.gate_MC
             # Padding goes to an expert that nobody has: never sent, never computed, never counted.

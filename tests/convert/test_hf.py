@@ -6,8 +6,10 @@ import os
 import numpy as np
 import pytest
 
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import hf2orbax, open_source
-from mixtral_jax.convert.hf import HfSource, parse_size
+from mixtral_jax.convert.files import Directory
+from mixtral_jax.convert.hf import HfSource, parse_size, read_shape
 from tests.convert_files import TINY, fuse, random_tensors, write_hub
 
 NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -156,6 +158,40 @@ def test_old_rotary_buffers_are_passed_over(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
     write_hub(tmp_path / "hf", TINY, tensors)
     assert len(HfSource(tmp_path / "hf").slots) == len(tensors) - 1
+
+
+KINDS = ["text", 1, 1.5, True, None, [], [None], ["a"], {}, {"a": 1}]
+EXTRA = {
+    "quantization_config": None, "rope_scaling": None, "rope_parameters": None, "attention_bias": False,
+    "partial_rotary_factor": 1.0, "hidden_act": "silu", "router_jitter_noise": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*TINY, *EXTRA])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_value_of_any_kind_is_read_or_one_sentence(tmp_path, key):
+    """As json reads it: no string is a number, no truth value is one."""
+    fields = MixtralConfig.model_fields
+    passed = ("architectures", "torch_dtype", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+              "router_jitter_noise")  # fmt: skip
+    for value in KINDS:
+        try:
+            config = read_shape({**TINY, **EXTRA, key: value}, Directory(tmp_path))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+        else:
+            wanted = fields[key].annotation if key in fields else object
+            assert value is None or wanted is object or type(value) in (int, wanted), (value, config)
+            assert key in fields or not value or key in passed, value
+
+
+@pytest.mark.parametrize(
+    "index", [[], "a", {"weight_map": []}, {"weight_map": {"a": None}}, {"weight_map": {"a": [1]}}]
+)
+def test_an_index_of_a_wrong_kind(tmp_path, index):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "does not parse: an object whose weight_map gives tensors their files was expected")
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 GiB", 3 * 2**29), ("800", 800), (800, 800)])

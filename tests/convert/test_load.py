@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import hf2orbax, load, load_config, load_params, save_hf
 from mixtral_jax.convert.models import read_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.table import leaves
+from mixtral_jax.lora import LoraConfig
+from mixtral_jax.model import abstract_model
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
 
@@ -73,6 +76,19 @@ def test_save_hf_writes_what_was_loaded(checkpoints):
     assert_same_bytes(read_hub(checkpoints / "again"), random_tensors(EVEN, BF16))
     with pytest.raises(FileExistsError, match="exists already"):
         save_hf(model, checkpoints / "saved")
+
+
+def test_save_hf_names_what_the_format_has_no_place_for(tmp_path):
+    """The adapters of a LoRA run's model would be lost without a word; so would a bias of the router."""
+    config = MixtralConfig.from_hf(TINY)
+    for lora in (LoraConfig(rank=2), LoraConfig(rank=2, base_dtype="int8", base_block=2, targets=())):
+        with pytest.raises(ValueError, match=r"no place .*: layers\.(attention\.key_lora\.a|\S+\.codes)"):
+            save_hf(abstract_model(config, lora=lora), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model = abstract_model(config)
+    model.layers.moe.router_bias = nnx.Param(jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"no place .*: layers\.moe\.router_bias"):
+        save_hf(model, tmp_path / "out")
 
 
 def test_save_hf_from_a_mesh(checkpoints):

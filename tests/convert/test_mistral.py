@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mixtral_jax.convert import hf2orbax, orbax2hf
+from mixtral_jax.convert import hf2orbax, open_source, orbax2hf
 from mixtral_jax.convert.mistral import MistralSource
 from tests.convert_files import BF16, DENSE, TINY, assert_same_bytes, random_tensors, read_hub
 
@@ -111,6 +111,32 @@ def test_permuted_queries_rotate_alike():
     ours = [half_split(hub[i] @ x[i], angles[i]) for i in range(2)]
     theirs = [pairs(mistral[i] @ x[i], angles[i]) for i in range(2)]
     np.testing.assert_allclose(ours[0] @ ours[1], theirs[0] @ theirs[1], rtol=1e-12)
+
+
+def test_beside_a_config_json_the_weights_say_which_layout_it_is(tmp_path):
+    """A download of one of the two layouts holds the small files of both."""
+    tensors = random_tensors(TINY)
+    write_mistral(tmp_path / "m", TINY, to_mistral(tensors, TINY), rope_theta=7.0)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    source = open_source(tmp_path / "m")
+    assert isinstance(source, MistralSource) and source.config.rope_theta == 7.0
+    (tmp_path / "m" / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    assert open_source(tmp_path / "m").config.rope_theta == 1e6
+
+
+@pytest.mark.parametrize("value", ["text", 1.5, True, [], [None], {}, {"a": 1}, -1])
+def test_params_of_any_kind_are_one_sentence(tmp_path, value):
+    write_mistral(tmp_path / "m", TINY, {"a": np.zeros(1, np.float32)})
+    for key in [*params_json(TINY), "rope_theta", "sliding_window", "yarn", "quantization", "tied_embeddings"]:
+        (tmp_path / "m" / "params.json").write_text(json.dumps(params_json(TINY, **{key: value})))
+        with pytest.raises(ValueError) as error:  # at the latest, that it holds none of the tensors
+            MistralSource(tmp_path / "m")
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    (tmp_path / "m" / "params.json").write_text(json.dumps(params_json(TINY, yarn={"factor": 4})))
+    with pytest.raises(ValueError, match=r"params\.json .*: yarn is .*, which is not supported"):
+        MistralSource(tmp_path / "m")
 
 
 def test_bad_directories(tmp_path):

@@ -110,4 +110,7 @@ def test_figures_of_two_distributions():
     pair = compare_logits("a", "b", Outputs(p + 3, experts), Outputs(q, swapped), tolerance=1.0)
     np.testing.assert_allclose(pair.kl, (0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
     assert pair.top1_agreement == 0.5 and pair.router_agreement == 0.75
-    assert not pair.same and compare_logits("a", "b", Outputs(p, None), Outputs(p, None), tolerance=0.0).same
+    assert not pair.same and pair.spread == pytest.approx((p[0].std() + p[1].std()) / 2) == pair.allowed
+    small = [Outputs(1e-6 * x, None) for x in (p, p + 0.01 * q)]  # of a tiny model, 1e-2 apart and as good as 0
+    assert not compare_logits("a", "b", *small, tolerance=1e-3).same
+    assert compare_logits("a", "b", Outputs(p, None), Outputs(p, None), tolerance=0.0).same

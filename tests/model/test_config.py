@@ -1,5 +1,6 @@
 """Presets, counts and config.json: exact numbers, and transformers as the second opinion."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -131,9 +132,47 @@ def test_keys_left_out_mean_what_transformers_takes_them_to_mean(kind: str, tmp_
             assert value == getattr(ours, field) or (field == "head_dim" and value is None), field
 
 
+DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_rotary_base_is_read_as_transformers_reads_it(kind: str, tmp_path: Path) -> None:
+    """Every spelling, alone and in pairs; what transformers rotates otherwise is refused."""
+    plain = {k: v for k, v in RELEASED_8X7B.items() if k != "rope_theta"} | {"model_type": kind, "sliding_window": None}
+    parts: list[Any] = [
+        None, {}, DEFAULT, {"rope_theta": 9.0}, {"type": "default"}, {"type": "default", "rope_theta": 3},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 8.0},
+        {"type": "linear", "factor": 2.0},
+    ]  # fmt: skip
+    for scaling, parameters, theta in itertools.product(parts, parts, [{}, {"rope_theta": 7.0}]):
+        written = {**plain, "rope_scaling": scaling, "rope_parameters": parameters, **theta}
+        theirs = through_transformers(written, tmp_path).rope_parameters
+        if theirs["rope_type"] == "default":
+            assert MixtralConfig.from_hf(written).rope_theta == theirs["rope_theta"], written
+        else:
+            with pytest.raises(ValueError, match=f"rope type '{theirs['rope_type']}' is not supported"):
+                MixtralConfig.from_hf(written)
+    written = {**plain, "num_experts": 4}  # transformers' other name
+    theirs = through_transformers(written, tmp_path)
+    assert kind == "mistral" or theirs.num_local_experts == MixtralConfig.from_hf(written).num_local_experts == 4
+
+
+def test_what_rope_scaling_hides_is_said() -> None:
+    with pytest.warns(
+        UserWarning, match=r"both rope_scaling and rope_parameters.* rope_theta 9\.0 of the second is not"
+    ):
+        MixtralConfig.from_hf({**RELEASED_8X7B, "rope_scaling": DEFAULT, "rope_parameters": {"rope_theta": 9.0}})
+    with pytest.warns(UserWarning, match="rope type 'default' has no factor: ignored"):
+        MixtralConfig.from_hf({**RELEASED_8X7B, "rope_scaling": {"factor": 4.0}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"full_attention": DEFAULT}}, "rotary settings by the type of layer"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM': a list was expected"),
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
             "architecture LlamaForCausalLM: supported are",

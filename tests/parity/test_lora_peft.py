@@ -18,6 +18,7 @@ from mixtral_jax.convert import hf2orbax, load, lora2peft, merge_lora, peft2lora
 from mixtral_jax.convert.adapter import NativeAdapter
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import next_token_sums
+from tests.convert_files import read_hub
 from tests.lora_models import adapted, flat_params, merged, rebuilt, stored_leaves, write_native
 from tests.parity.hf_models import build
 
@@ -160,6 +161,53 @@ def test_merged_weights_give_the_same_logits(case):
     merge_lora(root / "orbax", root / "merged_orbax", adapter=root / "native", progress=False)
     for name, value in flat_params(load(root / "merged_orbax")).items():
         np.testing.assert_array_equal(value, flat_params(load(root / "merged"))[name], err_msg=name)
+
+
+IMPORTS: dict[str, dict[str, Any]] = {
+    "all-linear": dict(target_modules="all-linear"),
+    "patterns": dict(
+        target_modules=["q_proj", "v_proj", "gate"], rank_pattern={"v_proj": 8, "layers.0.self_attn.q_proj": 2},
+        alpha_pattern={"v_proj": 12, "gate.weight": 5},
+    ),
+    "one pattern for all": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 16}),
+    "rsLoRA with patterns": dict(target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 7}, use_rslora=True),
+    "saved": dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "gate"]),
+    "head": dict(target_modules="all-linear", modules_to_save=["lm_head"]),
+    "resized": dict(target_modules=["q_proj"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("imports")
+    build(root / "base", **SPARSE)
+    return root
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_trains_is_merged_and_comes_in(plain, tmp_path, name):
+    """The router's gate, ranks and scales of single modules, embedding and head saved whole and longer."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(plain / "base", dtype=torch.float32)
+    if name == "resized":
+        base.resize_token_embeddings(101, mean_resizing=False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **IMPORTS[name]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for own, p in model.named_parameters():
+            if "lora_B" in own or (p.requires_grad and "lora" not in own):
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(tmp_path / "peft")
+    want = logits(model)
+    merge_lora(plain / "base", tmp_path / "merged", adapter=tmp_path / "peft", progress=False)
+    got = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    np.testing.assert_allclose(got, want, atol=3e-5)
+    assert np.abs(want).max() > 0.1
+    peft2lora(tmp_path / "peft", tmp_path / "native", base=plain / "base", progress=False)
+    merge_lora(plain / "base", tmp_path / "again", adapter=tmp_path / "native", progress=False)
+    again = read_hub(tmp_path / "again")
+    for key, tensor in read_hub(tmp_path / "merged").items():
+        np.testing.assert_allclose(again[key], tensor, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rsLoRA"])

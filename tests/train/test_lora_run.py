@@ -1,20 +1,28 @@
 """Runs that train adapters: what is trained and saved, resuming, the base that they stand on."""
 
+import json
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax import launch
 from mixtral_jax.checkpoint import trees as checkpoint
-from mixtral_jax.convert import load
+from mixtral_jax.config import ComputeConfig, MixtralConfig
+from mixtral_jax.convert import load, load_params, merge_lora
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.base import base_warnings, base_weights, newest_step
+from mixtral_jax.train.base import base_weights, check_base_shape, newest_step, pin_base, stands_on_base
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.read_model import read_model
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
-from tests.tiny import TINY, write_run_file
+from tests.convert_files import TINY, random_tensors, write_hub
+from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
 
+HUB = TINY | {"vocab_size": 320, "rope_theta": 1e6}
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 
 
@@ -80,6 +88,42 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         load(tmp_path / "runs" / "once")
 
 
+def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):
+    """Whoever reads it: a resumed run, generate and eval, merge-lora. A copy elsewhere is the base as well."""
+    start("run", steps=1)
+    run, steps = tmp_path / "runs" / "run", tmp_path / "runs" / "base" / "checkpoints"
+    config, noted = load_config(tmp_path / "run.yaml").config, checkpoint.read_item(run / "checkpoints" / "1", "meta")
+    noted = noted["base"]
+    assert (noted["path"], noted["step"]) == (str(steps / "1"), 1)
+    moved = {"params": jax.tree.map(lambda x: jnp.asarray(1.1 * x), load_params(steps / "1"))}
+    checkpoint.save(steps / "2", moved, {name: checkpoint.read_item(steps / "1", name) for name in ("meta", "dataset")})
+    assert pin_base(config, noted)[0].init_from == str(steps / "1")
+    before = np.asarray(read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...])
+    (steps / "1").rename(tmp_path / "copy")
+    told = r"base/checkpoints/2 holds weights with digest \w+, .* those of \S+/1 at step 1 with digest"
+    with pytest.raises(UserError, match=told):
+        read_model(str(run), compute=ComputeConfig())
+    with pytest.raises(UserError, match=told):
+        start("run", steps=2)
+    with pytest.raises(ValueError, match=r"base holds weights with digest"):
+        merge_lora(tmp_path / "runs" / "base", tmp_path / "out", adapter=run, progress=False)
+    start("run", steps=2, init_from=str(tmp_path / "copy"))
+    assert checkpoint.read_item(run / "checkpoints" / "2", "meta")["base"] == noted
+    after = read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...]
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "stands"),
+    [("sft", {}, False), ("sft", {"lora": LORA}, True), ("dpo", {}, True),
+     ("dpo", {"dpo": {"loss_type": "simpo"}}, False), ("dpo", {"dpo": {"reference": "precomputed"}}, True),
+     ("dpo", {"lora": LORA}, True)],
+)  # fmt: skip
+def test_which_runs_read_their_base_again(tmp_path, stage, changes, stands):
+    config = load_config(write_tuning_file(tmp_path, stage, init_from="somewhere", **changes)).config
+    assert stands_on_base(config) == stands
+
+
 def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_path):
     file = write_tuning_file(tmp_path, "sft", lora=LORA, init_from=str(tmp_path / "runs" / "base"))
     config = load_config(file).config
@@ -99,20 +143,50 @@ def test_the_base_is_the_newest_step_of_the_run_that_init_from_names(start, tmp_
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), base, direct)))
 
 
-def test_a_base_that_computes_otherwise_is_named_but_for_rounding(start, tmp_path):
-    base = str(tmp_path / "runs" / "base")
+def test_a_model_that_computes_otherwise_than_its_base_is_refused_but_for_rounding(tmp_path):
+    base = str(write_hub(tmp_path / "hf", HUB, random_tensors(HUB)))
 
-    def warned(**model):
-        file = write_tuning_file(tmp_path, "sft", init_from=base, model=TINY | model)
-        return base_warnings(load_config(file).config)
+    def notes(**model):
+        changes = {"init_from": base, "model": MixtralConfig.from_hf(HUB).model_dump() | model}
+        return check_base_shape(load_config(write_tuning_file(tmp_path, "sft", **changes)).config)
 
-    assert warned() == [] == warned(rms_norm_eps=float(np.float32(1e-5)), max_position_embeddings=4096)
-    found = warned(rope_theta=5e5, num_experts_per_tok=1, tie_word_embeddings=True)
-    assert found == [
-        "model.num_experts_per_tok is 1, but the weights of init_from were made with 2",
-        "model.rope_theta is 500000.0, but the weights of init_from were made with 10000.0",
-        "model.tie_word_embeddings is True, but the weights of init_from were made with False",
-    ]
+    assert notes() == [] == notes(rms_norm_eps=float(np.float32(1e-5)), max_position_embeddings=4096)
+    told = "model.router_aux_loss_coef is 0.5, that of init_from 0.001: the first is kept"
+    assert notes(router_aux_loss_coef=0.5) == [told]
+    with pytest.raises(UserError) as error:
+        notes(rope_theta=5e5, num_experts_per_tok=1, tie_word_embeddings=True, vocab_size=640)
+    for told in (
+        "num_experts_per_tok is 1, there it is 2",
+        "rope_theta is 500000.0, there it is 1000000.0",
+        "tie_word_embeddings is True, there it is False",
+        "vocab_size is 640, there it is 320",
+        "set model to null",
+    ):
+        assert told in str(error.value)
+
+
+def test_a_model_of_null_is_that_of_init_from(tmp_path, capsys):
+    base = str(write_hub(tmp_path / "hf", HUB, random_tensors(HUB)))
+    file = write_tuning_file(tmp_path, "sft", init_from=base)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+    config, provenance = load_config(file)
+    assert config.model == MixtralConfig.from_hf(HUB) and provenance.origins["model.rope_theta"] == f"init_from {base}"
+    assert config.router.router_aux_loss_coef == 0.001  # the checkpoint's own
+    changed = load_config(file, ["model.rope_theta=7", "model.max_position_embeddings=99"]).config
+    assert changed.model == config.model.model_copy(update={"rope_theta": 7.0, "max_position_embeddings": 99})
+    assert launch.main(["sft", str(file), "model.rope_theta=7", "--dry-run"]) == 2
+    assert "model.rope_theta is 7.0, there it is 1000000.0" in capsys.readouterr().err
+    run = tmp_path / "runs" / "made"  # by its own file, wherever its checkpoints are
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(resolved_yaml(changed))
+    assert load_config(file, [f"init_from={run}"]).config.model == changed.model
+    for overrides, says in {
+        "init_from=null": r"model .*: null takes the shape from init_from, which names no checkpoint",
+        f"init_from={tmp_path / 'no'}": r"model .*: its shape was to be that of init_from, but .*no does not exist",
+    }.items():
+        with pytest.raises(UserError, match=says) as error:
+            load_config(file, [overrides, "steps=-1"])
+        assert len(str(error.value).splitlines()) == 2
 
 
 def test_split_and_join_are_inverse_and_the_table_counts_what_is_trained(tmp_path):

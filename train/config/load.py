@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mixtral_jax.config import PRESETS, FrozenConfig
+from mixtral_jax.config import PRESETS, FrozenConfig, MixtralConfig
 from mixtral_jax.train.config.schema import DpoStageConfig, PretrainConfig, RunConfig, SftConfig
 from mixtral_jax.train.config.tree import Tree, paths, read_tree, show, to_yaml
 from mixtral_jax.train.errors import UserError, did_you_mean
@@ -180,7 +180,7 @@ def json_schema(stage: str) -> dict[str, Any]:
         "properties": {"preset": {"enum": list(PRESETS), "type": "string"}},
         "required": ["preset"],
     }
-    schema["properties"]["model"] = {"anyOf": [preset, schema["properties"]["model"]]}
+    schema["properties"]["model"] = {"anyOf": [preset, schema["properties"]["model"], {"type": "null"}]}
     return schema
 
 
@@ -204,7 +204,7 @@ def _checked(tree: Tree, where: str, command: str | None) -> RunConfig:
     config_class = _stage_class(stage, where)
     if command is not None and stage != command:
         raise UserError(f"{where} is a {stage} file: run `{stage} {where}`, not `{command}`")
-    problems = _expand_preset(tree)
+    problems = {**_expand_preset(tree), **_take_shape(tree)}
     tree.values = config_class.settle(tree.values)
     return validate(config_class, tree, problems=problems, also_known=("model.preset",))
 
@@ -230,6 +230,42 @@ def _expand_preset(tree: Tree) -> dict[str, str]:
     tree.origins |= {f"model.{key}": f"preset {name}" for key in fields if key not in model}
     tree.values["model"] = {**fields, **{key: value for key, value in model.items() if key != "preset"}}
     return {}
+
+
+def _take_shape(tree: Tree) -> dict[str, str]:
+    """`model: null`, or a model without its sizes: what is not given is that of init_from. Returns problems by path."""
+    model, base = tree.values.get("model"), tree.values.get("init_from")
+    given = {} if model is None else model
+    sizes = [name for name, field in MixtralConfig.model_fields.items() if field.is_required()]
+    if not isinstance(given, dict) or ("model" not in tree.values and base is None) or given.keys() >= {*sizes}:
+        return {}
+    problems = {"model": "null takes the shape from init_from, which names no checkpoint: set it, or give a model"}
+    if isinstance(base, str):
+        try:
+            shape = shape_of(base).model_dump(mode="json")
+            tree.origins |= {f"model.{key}": f"init_from {base}" for key in shape if key not in given}
+            tree.values["model"] = {**shape, **given}
+            return {}
+        except (ValueError, OSError) as error:
+            problems = {"model": f"its shape was to be that of init_from, but {error}"}
+    if model is not None and base is None:
+        return {}  # what is missing is named one by one
+    tree.values["model"] = {**PRESETS["tiny"], **given}  # so that the other problems can be found too
+    return problems
+
+
+def shape_of(path: str) -> MixtralConfig:
+    """The shape of what init_from names: a checkpoint of any kind, or a run, by its own file.
+
+    Raises:
+        ValueError, OSError: there is nothing, or it is no model.
+    """
+    file = Path(path) / "config.yaml"
+    if file.is_file() and not (Path(path) / "config.json").exists():
+        return load_config(file).config.model
+    from mixtral_jax.convert import load_config as shape  # slow to import, and few files need it
+
+    return shape(path)
 
 
 def _whole_numbers(value: Any) -> Any:

@@ -39,7 +39,7 @@ class RunConfig(FrozenConfig):
     init_from: str | None = Field(
         None, description="an Orbax or Hugging Face directory whose weights, and nothing else, start the run"
     )
-    model: MixtralConfig = Field(description="a preset with changes, or every field")
+    model: MixtralConfig = Field(description="a preset with changes, or every field; null: that of init_from")
     data: DataConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.train import checkpoints
 from mixtral_jax.train.checkpoints import Found, Say
@@ -79,6 +80,11 @@ def check_same_base(found: Found, config: RunConfig) -> None:
         UserError: init_from is not the one that the adapters were trained on, or `lora` says something else of them.
     """
     then, now = found.meta["config"], config.model_dump(mode="json")
+    for key, (ours, made) in config.model.differences(MixtralConfig(**then["model"])).items():
+        raise UserError(
+            f"checkpoint {found.step} was trained with model.{key} {made}, which is now {ours}: set it back, or "
+            "choose another run_name with init_from"
+        )
     old, new = then.get("lora"), now.get("lora")
     if old is None or new is None:
         if old != new:
@@ -89,7 +95,9 @@ def check_same_base(found: Found, config: RunConfig) -> None:
             )
         return
     keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
-    pairs = {"init_from": (then.get("init_from"), config.init_from)}
+    pairs: dict[str, tuple[Any, Any]] = {"init_from": (then.get("init_from"), config.init_from)}
+    if found.meta.get("base") and config.init_from is not None:
+        pairs = {}  # its weights are compared, wherever they are now
     then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
     pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
     for key, (before, after) in pairs.items():

@@ -13,6 +13,7 @@ from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmu
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
 from mixtral_jax.parallel import MESH_AXES
+from mixtral_jax.train.base import check_base_shape
 from mixtral_jax.train.checkpoints import Say
 from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
 from mixtral_jax.train.hooks import peak_flops
@@ -28,8 +29,9 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
     print(resolved_yaml(config, provenance), end="")
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
+    notes = check_base_shape(config)
     rows = {
-        "model": model_line(config.model, config.seq_len),
+        "model": "; ".join([model_line(config.model, config.seq_len), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
