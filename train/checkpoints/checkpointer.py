@@ -13,7 +13,7 @@ from pydantic import Field
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import UserError, is_of_the_system
 from mixtral_jax.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -164,6 +164,8 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
                 return Found(step, root / str(step), items["dataset"], items["meta"])
         except Exception as error:  # whatever Orbax makes of a broken file
+            if is_of_the_system(error):
+                raise  # nothing is wrong with the checkpoint
             problem = f"it cannot be read ({type(error).__name__})"
         broken.append(f"checkpoint {step} is not whole ({problem})")
     if broken:
@@ -182,6 +184,8 @@ def restore_state(found: Found, abstract: TrainState) -> TrainState:
     try:
         return checkpoint.restore(found.path, abstract)
     except ValueError as error:
+        if is_of_the_system(error):
+            raise
         raise UserError(str(error)) from error
 
 
