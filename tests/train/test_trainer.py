@@ -107,8 +107,12 @@ def test_another_shape_and_other_data_are_refused(start):
     start()
     with pytest.raises(UserError, match=r"params\.layers\.moe\.w13 has shape .* \(2, 4, 16, 2, 32\) in the model"):
         start(**more, model={"intermediate_size": 32})
-    with pytest.raises(UserError, match=r"Set data\.restart=true"):
+    with pytest.raises(UserError, match=r"changed since then: model\.intermediate_size: 24 -> 32: set it back"):
+        start(**more, model={"intermediate_size": 32})
+    with pytest.raises(UserError, match=r'data\.packing: "\w+" -> "best_fit", .*Set data\.restart=true'):
         start(**more, data={"packing": "best_fit"})
+    with pytest.raises(UserError, match=r"checkpoint 8 was made with seed: 0 -> 7, which now is another order of rows"):
+        start(**more, seed=7)
     code, out = start(**more, data={"packing": "best_fit", "restart": True})
     assert code == 0 and "from checkpoint 8 at row 0" in out
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -175,18 +175,24 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     return None
 
 
-def restore_state(found: Found, abstract: TrainState) -> TrainState:
+def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = ()) -> TrainState:
     """The state, placed as `abstract` says, on any mesh.
 
+    Args:
+        changed: `a.b: old -> new` of the settings that may be to blame where it does not fit.
+
     Raises:
-        UserError: a leaf has another shape than the model; it is named.
+        UserError: a leaf has another shape than the model; it is named, and so is what changed.
     """
     try:
         return checkpoint.restore(found.path, abstract)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         if is_of_the_system(error):
             raise
-        raise UserError(str(error)) from error
+        detail = str(error).partition("\n")[0][:300]  # Orbax shows whole trees
+        if changed:
+            detail += f"; changed since then: {', '.join(changed)}: set it back, or choose another run_name"
+        raise UserError(f"checkpoint {found.step} does not fit: {detail}") from error
 
 
 def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
