@@ -1,10 +1,10 @@
 """The command line: parses, sets up the process, calls one function. Every import of ours waits for its command."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (INTERFACE: 0, 1, 2, 3, 4, 75, 124); the last line says why."""
+    """Run one command and return its exit code (train/errors.py has them); the last line says why."""
     words = sys.argv[1:] if argv is None else argv
     for word in words:
         try:
@@ -46,17 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # a copy without its links, which says so
         print(f"error: {error}", file=sys.stderr)
         return USAGE
+    from mixtral_jax.train.streams import Lasting
+
+    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
+        code = _call(args)
+        sys.stdout.flush()
+    return code
+
+
+def _call(args: Parsed) -> int:
     try:
         calls = args.does.calls
         return _forward(calls, args) if isinstance(calls, str) else calls(args)
-    except BrokenPipeError:  # `... | head` closed our stdout: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except KeyboardInterrupt:
         print("exit 1: interrupted", file=sys.stderr)
         return UNEXPECTED
     except Exception as error:
-        return _explain(error, args.traceback)
+        from mixtral_jax.train.errors import explain
+
+        return explain(error, args.traceback)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,23 +120,6 @@ def _load(args: Parsed, command: str | None = None) -> Any:
     return _function("train.config", "load_config")(args.config, args.overrides, command=command)
 
 
-def _explain(error: Exception, with_traceback: bool) -> int:
-    """One or a few lines for the user's mistakes, a traceback for ours."""
-    from mixtral_jax.train.errors import is_for_the_user
-
-    mistake = is_for_the_user(error)
-    if with_traceback or not mistake:
-        traceback.print_exception(error)
-    if not mistake:
-        print(f"exit 1: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-        return UNEXPECTED
-    problems = str(error).splitlines() or [type(error).__name__]
-    print(*(f"error: {line}" for line in problems), sep="\n", file=sys.stderr)
-    if len(problems) > 1:
-        print(f"exit 2: {len(problems)} problems, named above", file=sys.stderr)
-    return USAGE
-
-
 def _version() -> str:
     from importlib import metadata
 
@@ -145,7 +136,7 @@ def _train(args: Parsed) -> int:
     if args.dry_run:
         return _function("train.run", "dry_run")(config, provenance)
     _function("train.run", "initialize")(
-        coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id
+        coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id, timeout=args.timeout
     )
     return _function("train.trainer", "run")(config, provenance, force=args.force)
 
@@ -203,6 +194,7 @@ _TRAINING = (
     _told("--coordinator", "address of process 0 of a run of several processes", metavar="HOST:PORT"),
     _told("--num-processes", "number of processes of the run", type=int, metavar="N"),
     _told("--process-id", "number of this process, from 0", type=int, metavar="I"),
+    _told("--timeout", "seconds in which the processes must find each other", default=60.0, metavar="SECONDS"),
 )
 _SRC_DST = (
     _told("src", "directory to read", metavar="SRC"),

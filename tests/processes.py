@@ -6,6 +6,7 @@ process and a step: `SIGTERM:1:8`.
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,17 @@ import numpy as np
 from mixtral_jax import launch
 from mixtral_jax.train import feed
 from mixtral_jax.train.run import signals as interrupts
+
+# Two threads of gloo write at once, so that a line of one may lie inside that of the other.
+_GLOO = re.compile(
+    r"\[Gloo\] Rank |\d* is connected to |\d* peer ranks\. |Expected number of connected peer ranks is : "
+)
+
+
+def without_gloo(output: str) -> str:
+    """What a process printed, without gloo's words and the numbers that stand beside them."""
+    lines = [_GLOO.sub("", line).strip("0123456789 ") if _GLOO.search(line) else line for line in output.splitlines()]
+    return "\n".join(line for line in lines if not line.isdecimal())
 
 
 def record_rows(directory: Path, process: int = 0) -> None:

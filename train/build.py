@@ -22,7 +22,15 @@ from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
 from mixtral_jax.train.plan import placement_warnings
 from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed, weights_digest
-from mixtral_jax.train.run import agree, check_same_base, check_same_data, config_differences, first_screen, mask_lines
+from mixtral_jax.train.run import (
+    agree,
+    check_same_base,
+    check_same_data,
+    config_differences,
+    first_screen,
+    mask_lines,
+    tree_changes,
+)
 from mixtral_jax.train.state import TrainState, abstract_state, start_from
 from mixtral_jax.train.step import make_eval_step, make_train_step
 from mixtral_jax.train.weights import (
@@ -118,7 +126,8 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
-        state = restore_state(found, abstract)
+        changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
+        state = restore_state(found, abstract, tree_changes(changed))
     else:
         fresh = random_weights(config, keep(weights, is_adapter)) if config.adapters is not None else None
         state = start_from(join(keep(base, trained), fresh), optimizer, abstract)
@@ -145,10 +154,11 @@ def _first_row(config: RunConfig, found: Found | None, fingerprint: str, say: Sa
     )
     if found is None:
         return 0
-    row = check_same_data(found, fingerprint, config.data.restart)
+    changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
+    row = check_same_data(found, fingerprint, config.data.restart, changed)
     check_same_base(found, config)
     say(f"resuming from checkpoint {found.step} at row {row}")
-    for line in config_differences(found.meta["config"], config.model_dump(mode="json")):
+    for line in changed:
         say(f"  changed {line}")
     return row
 

@@ -6,20 +6,22 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mixtral_jax.train.streams import Lasting
 
 
 class Console:
     """Lines on stdout, and in logs/process_<i>.log with the time. Other processes than 0 write to their log only."""
 
     def __init__(self, log_file: Path, *, speak: bool = True, progress: bool = True):
-        self._log: TextIO = log_file.open("a", encoding="utf-8")
-        self._rich = RichConsole(highlight=False, soft_wrap=True) if speak else None
+        self._log, out = Lasting(log_file.open("a", encoding="utf-8")), Lasting(sys.stdout)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, file=cast(IO[str], out)) if speak else None
         self._progress: Progress | None = None
-        if speak and progress and sys.stdout.isatty():
+        if speak and progress and out.isatty():
             self._progress = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 console=self._rich, transient=True,

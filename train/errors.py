@@ -1,21 +1,30 @@
-"""Errors that are the user's to mend, and what a process says with its exit code."""
+"""How a process ends: the exit codes, and the one table that says which failure has which.
+
+A failure is told by what failed, not by the type of its exception: the same OSError is a name that the user got wrong,
+a disk that is full, or memory that this machine does not have.
+"""
 
 import difflib
+import errno
+import os
+import sys
 import traceback
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 
 class ExitCode(IntEnum):
-    """Supervisors read these: 2, 3 and 4 are final; 75 and 124 mean that the same command goes on (docs/runs.md)."""
+    """Supervisors read these: 2, 3 and 4 are final; 74, 75, 76 and 124: the same command goes on (docs/runs.md)."""
 
     DONE = 0  # or nothing left to do
     UNEXPECTED = 1
     USAGE = 2  # usage, configuration, or the format of data
     NOT_FINITE = 3  # loss or gradient; the last good checkpoint stands
     DIFFERENT = 4  # `convert verify` found a difference
+    STORAGE = 74  # a disk is full or does not answer; the checkpoints that were whole stand
     STOPPED = 75  # on request, and saved
+    PEER_LOST = 76  # another process of the run, or the one that coordinates them
     WATCHDOG = 124
     AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
 
@@ -23,16 +32,114 @@ class ExitCode(IntEnum):
 class UserError(ValueError):
     """A mistake in usage, configuration or data: shown as one sentence, exit code 2."""
 
+    exit_code: ClassVar[ExitCode] = ExitCode.USAGE
 
-def is_for_the_user(error: BaseException) -> bool:
-    """A ValueError (or NaN found) by our own code, or a file that is not there; the same from a library is our bug."""
+
+class StorageError(UserError):
+    """What a run writes or reads could not be written or read, and the user's file is not to blame."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class PeerLost(UserError):
+    """Another process of the run is not there, or no longer."""
+
+    exit_code = ExitCode.PEER_LOST
+
+
+AGAIN = "run the same command again"
+
+
+class Failure(NamedTuple):
+    """How an exception ends a process. Without a sentence it is a bug of ours, and its traceback is shown."""
+
+    exit_code: ExitCode
+    reason: str
+    remedy: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What it was, and what to do."""
+        return "; ".join(filter(None, (self.reason, self.remedy)))
+
+
+_NAMED, _FULL, _BROKEN = (ExitCode.USAGE, ""), (ExitCode.STORAGE, f"make room and {AGAIN}"), (ExitCode.STORAGE, AGAIN)
+_MEMORY = ExitCode.UNEXPECTED, "free some, or ask for less: data.workers, micro_batch_size"
+_NAMES = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_CHILD = ExitCode.UNEXPECTED, "if for memory, set data.workers lower"
+# what the system says -> exit code, and what to do
+TABLE: dict[int, tuple[ExitCode, str]] = {
+    **dict.fromkeys((*_NAMES, errno.EPERM, errno.EACCES), _NAMED),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT), _BROKEN),
+    errno.ENOMEM: _MEMORY,
+    errno.ECHILD: _CHILD,
+}
+_OF_TYPE = {  # exceptions that are raised without the system's number
+    FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST, NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR, PermissionError: errno.EACCES, ChildProcessError: errno.ECHILD,
+    MemoryError: errno.ENOMEM,
+}  # fmt: skip
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What an exception means for the process that it ends."""
     from pydantic import ValidationError  # slow to import, and only errors need it
 
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | ValidationError):
-        return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    room = frames[-1][0].f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, ValueError | FloatingPointError) and room in ("launch", "mixtral_jax", "__main__")
+    if isinstance(error, UserError):
+        return Failure(error.exit_code, str(error) or type(error).__name__)
+    code = _system_code(error)
+    if code in TABLE:
+        exit_code, remedy = TABLE[code]
+        return Failure(exit_code, _said(error), remedy)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    room = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
+    ours = room in ("launch", "mixtral_jax", "__main__")
+    # a ValueError (or NaN found) by our own code; the same from a library is our bug
+    if isinstance(error, ValidationError) or (ours and isinstance(error, ValueError | FloatingPointError)):
+        return Failure(ExitCode.USAGE, str(error) or type(error).__name__)
+    return Failure(ExitCode.UNEXPECTED, "")
+
+
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether it says nothing of what a file holds, only that nobody could look: no permission, a disk, no memory."""
+    return _system_code(error) not in (0, *_NAMES)
+
+
+def explain(error: BaseException, with_traceback: bool = False) -> ExitCode:
+    """Say on stderr what ended this process: one or a few lines for what a user can mend, a traceback for our bugs."""
+    failure = failure_of(error)
+    exit_code, sentence = failure.exit_code, failure.sentence
+    if with_traceback or not sentence:
+        traceback.print_exception(error)
+    lines = sentence.splitlines() or [f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"]
+    if exit_code != ExitCode.USAGE:
+        print(f"exit {exit_code}: {' '.join(lines)}", file=sys.stderr)
+        return exit_code
+    print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+    if len(lines) > 1:
+        print(f"exit 2: {len(lines)} problems, named above", file=sys.stderr)
+    return exit_code
+
+
+def _system_code(error: BaseException) -> int:
+    """The system's number of an exception, or of what a library made of one; 0: it has none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    named = [code for kind, code in _OF_TYPE.items() if isinstance(error, kind)]
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        named.append(errno.ENOMEM)
+    if not isinstance(error, UserError | OSError):  # tensorstore and array_record report a full disk as their own
+        named += [c for c, (code, _) in TABLE.items() if code == ExitCode.STORAGE and os.strerror(c) in str(error)]
+    return named[0] if named else 0
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

@@ -17,10 +17,11 @@ def keep_freed_memory() -> None:
 
     XLA's CPU client allocates all temporaries anew at every step. As glibc comes, they are mapped and unmapped each
     time, and the system clears each page again: a quarter of a million page faults a step at shape S of the benchmark,
-    an eighth of its time. Does nothing where the C library has no mallopt.
+    an eighth of its time. Does nothing where the C library has no mallopt, nor where jax is there already: a process
+    that does other things too, such as the tests, would never give back what the largest of them took.
     """
     library = _glibc()
-    if library is not None:
+    if library is not None and "jax" not in sys.modules:
         for parameter, value in KEEP.items():
             library.mallopt(parameter, value)
 

@@ -55,12 +55,16 @@ SPIKE_WARMUP = 20  # updates before a spike can be told from a beginning
 
 
 class Optimizer(NamedTuple):
-    """What the step needs: the optax transformation without learning rate and clipping, and those two."""
+    """What the step needs: the optax transformation without learning rate and clipping, and those two.
+
+    The factor on the router's updates is no transformation: a run may resume with another one, or with none.
+    """
 
     transformation: optax.GradientTransformation
     schedule: Schedule
     max_grad_norm: float | None
     skip_spikes: float | None
+    router_factor: float
 
 
 class OptimizerState(NamedTuple):
@@ -87,9 +91,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, router_factor: float = 1
     transformation = optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
-        *([] if router_factor == 1 else [optax.masked(optax.scale(router_factor), router_mask)]),
     )
-    return Optimizer(transformation, make_schedule(config, steps), config.max_grad_norm, config.skip_spikes)
+    schedule = make_schedule(config, steps)
+    return Optimizer(transformation, schedule, config.max_grad_norm, config.skip_spikes, router_factor)
 
 
 def init_optimizer(optimizer: Optimizer, params: Params) -> OptimizerState:
@@ -162,6 +166,9 @@ def apply_gradients(
     def update(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
         clipped = jax.tree.map(lambda g: g * scale, grads)
         direction, moments = optimizer.transformation.update(clipped, moments, params)
+        if optimizer.router_factor != 1:
+            factors = jax.tree.map(lambda is_router: optimizer.router_factor if is_router else 1.0, router_mask(params))
+            direction = jax.tree.map(lambda d, factor: factor * d, direction, factors)
         return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), moments
 
     def leave(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.parallel import replicas, sum_replicas
+from mixtral_jax.seeds import random_key
 from mixtral_jax.train.objective import Objective
 from mixtral_jax.train.optimizer import Optimizer, Params, apply_gradients
 from mixtral_jax.train.state import TrainState
@@ -44,7 +45,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, StepReport]:
-        key = None if noise_seed is None else jax.random.fold_in(jax.random.key(noise_seed), state.step)
+        key = None if noise_seed is None else jax.random.fold_in(random_key(noise_seed), state.step)
         loss, parts, grads = loss_and_gradients(objective, merge, state.params, frozen, batch, key)
         n = state.step + 1
         applied = apply_gradients(optimizer, state.params, state.optimizer, grads, loss, n)

@@ -17,7 +17,7 @@ from mixtral_jax.train.build import Parts, build, settle_steps
 from mixtral_jax.train.checkpoints import Best, Checkpointer, saved_steps
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import ExitCode, UserError
+from mixtral_jax.train.errors import AGAIN, ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks import (
     Checkpoint,
@@ -58,11 +58,12 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
     Raises:
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
-    with failures_reported(RunDirectory(config.run_dir)):
+    place = RunDirectory(config.run_dir)
+    with failures_reported(place):
         config = settle_steps(config)  # it may tokenise: a signal ends that at once
         with (
             Interrupts() as interrupts,
-            Trainer(config, provenance, force=force, interrupted=interrupts.requested) as trainer,
+            Trainer(config, provenance, force=force, interrupted=interrupts.requested, place=place) as trainer,
         ):
             for _ in trainer.steps():
                 pass
@@ -86,7 +87,7 @@ class Trainer:
 
     def __init__(
         self, config: RunConfig, provenance: Provenance | None = None, *, force: bool = False, quiet: bool = False,
-        interrupted: Callable[[int], str | None] = lambda step: None,
+        interrupted: Callable[[int], str | None] = lambda step: None, place: RunDirectory | None = None,
     ):  # fmt: skip
         """Find the checkpoint to go on from, prepare the data, make or read the weights.
 
@@ -95,13 +96,14 @@ class Trainer:
             force: begin anew where the run has checkpoints already.
             quiet: lines go to the run's log only.
             interrupted: asked after each step whether a signal wants the run to save and stop, and for its name.
+            place: the run's directory, where the caller wants to know what comes to pass there.
 
         Raises:
             UserError, ValueError: what the user can mend.
         """
         self._began, self._provenance, self._interrupted = time.perf_counter(), provenance, interrupted
         self.outcome: Outcome | None = None  # how the run ended; None: steps are left
-        self.config, self.run = settle_steps(config), RunDirectory(config.run_dir)
+        self.config, self.run = settle_steps(config), place or RunDirectory(config.run_dir)
         self.mesh: jax.sharding.Mesh | None = None
         self._parts: Parts | None = None
         self._program: Any = None
@@ -182,12 +184,12 @@ class Trainer:
         A loop that was left goes on with the next step when this is called again.
 
         Raises:
-            UserError: a checkpoint could not be written; those before stand.
+            StorageError: a checkpoint or metrics could not be written, or data not read; the checkpoints before stand.
         """
         if self.outcome is not None:
             return
         self._compile()
-        bite = partial(self.run.write_status, "watchdog", -1, exit_code=ExitCode.WATCHDOG)
+        bite = partial(self.run.write_failure, exit_code=ExitCode.WATCHDOG, state="watchdog")
         with contextlib.closing(Watchdog(self.config.log.watchdog_seconds, bite)) as watchdog:
             self._ledger.throughput.restart(self._feed.waited)
             if self.step >= self.config.steps:  # the last save had failed
@@ -199,6 +201,9 @@ class Trainer:
                 except Diverged as error:
                     self._diverged(error)
                     return
+                except OSError as error:
+                    self._save_what_there_is(error)
+                    raise
                 watchdog.rest()
                 self._end_where_due(signal)
                 with self._ledger.pause(counted=False):
@@ -212,6 +217,7 @@ class Trainer:
             return
         self.run.describe(self.config, self._provenance, self.mesh)
         self.run.write_status("running", self.step, "", None)
+        self.run.step = self.step
         with self._on_mesh():
             self._batch = next(self._feed)
             began = time.perf_counter()
@@ -230,7 +236,8 @@ class Trainer:
         if batch is None:  # the loop was interrupted while it read it
             batch = next(self._feed)
         self._state, report = self._program(self._state, parts.frozen, batch)
-        self.step, self._batch = step, None
+        self.step = self.run.step = step
+        self._batch = None
         self._ledger.enter(step, report)
         if not last:
             self._batch = next(self._feed)  # while the step runs
@@ -263,12 +270,27 @@ class Trainer:
             reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
             self._end("preempted", reason, ExitCode.STOPPED)
 
+    def _save_what_there_is(self, error: OSError) -> None:
+        """Metrics or data could not be written or read: checkpoints may lie where they can.
+
+        Raises:
+            StorageError: says what is saved; where it was a file system that failed.
+        """
+        if jax.process_count() == 1:  # the others do not know of it, and would have to save with us
+            with contextlib.suppress(OSError, UserError):
+                self.save()
+        failure = failure_of(error)
+        if failure.exit_code != ExitCode.UNEXPECTED:  # else a pipe or a process
+            raise StorageError(f"{failure.reason}; {self._stands()}: {failure.remedy or AGAIN}") from error
+
+    def _stands(self) -> str:
+        saved = saved_steps(self._checkpoints)
+        return f"checkpoint {saved[-1]} stands" if saved else "there is no checkpoint"
+
     def _diverged(self, error: Diverged) -> None:
         self.step = error.step - 1
         self._checkpoint.finish(error.step)
-        saved = saved_steps(self._checkpoints)
-        stands = f"checkpoint {saved[-1]} stands" if saved else "there is no checkpoint"
-        self._end("diverged", f"{error}; no update was made, {stands}", ExitCode.NOT_FINITE)
+        self._end("diverged", f"{error}; no update was made, {self._stands()}", ExitCode.NOT_FINITE)
 
     @property
     def model(self) -> Mixtral:
@@ -331,10 +353,13 @@ class Trainer:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None and jax.process_count() > 1:
+        if error is None:
+            self.close()
+        elif jax.process_count() > 1:
             self._opened.close()  # the save may wait for a process that is gone
         else:
-            self.close()
+            with contextlib.suppress(OSError, UserError):  # what came first is what is told
+                self.close()
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel import param_shardings
+from mixtral_jax.seeds import random_key
 from mixtral_jax.train.config import RunConfig
 
 Tree = Any  # nested dict with a leaf for each parameter
@@ -78,7 +79,7 @@ def abstract_params(config: RunConfig, mesh: jax.sharding.Mesh | None) -> Tree:
 
 def fresh_weights(config: RunConfig) -> Tree:
     """Random parameters by the seed, adapters included; for use under jit, where what is dropped is never computed."""
-    model = Mixtral(config.model, config.compute, key=jax.random.key(config.seed), lora=config.adapters)
+    model = Mixtral(config.model, config.compute, key=random_key(config.seed), lora=config.adapters)
     return nnx.to_pure_dict(nnx.state(model))
 
 

@@ -110,11 +110,16 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a small file so that a reader sees all of it or none."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ JAX runs its threads, and no second run of a user's script, as `multiprocessing`
 A worker whose parent is gone reads the end of its input and ends too.
 """
 
+import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -37,7 +39,11 @@ class Workers:
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            process.communicate()  # closes its input and waits for its end
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # of one that was killed, with a job in the buffer
+                process.stdin.close()
+            process.stdout.close()
+            process.wait()
 
     def ordered(self, function: Callable[[J], R], jobs: Iterator[J]) -> Iterator[tuple[J, R]]:
         """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded."""
@@ -71,9 +77,10 @@ class Workers:
             pickle.dump((function, job), process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
             succeeded, result = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError):
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it is gone, perhaps amid its answer
             code = process.wait()
-            raise RuntimeError(f"a worker ended with status {code} (-9: killed, perhaps for memory)") from None
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+            raise ChildProcessError(errno.ECHILD, f"a worker {how}") from None
         if not succeeded:
             raise result
         return result

@@ -1,5 +1,6 @@
 """Which row of which source is row r of the run: a pure function of r, so that the position in the data is r alone."""
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -101,7 +102,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash64(values: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 of `values` (n,) uint64, keyed by `seed`."""
+    """splitmix64 of `values` (n,) uint64, keyed by `seed`, any integer."""
+    if not 0 <= seed <= _WORD:  # all bits of a longer one count
+        seed = int.from_bytes(hashlib.sha256(hex(seed).encode()).digest()[:8], "little")
     with np.errstate(over="ignore"):
         x = values.astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) % (1 << 64)) * _GOLDEN
         for _ in range(2):

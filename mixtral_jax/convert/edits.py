@@ -16,6 +16,7 @@ from mixtral_jax.convert.peft import PeftAdapter, is_peft
 from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
 from mixtral_jax.convert.stream import ChangedSource, Source, bands
 from mixtral_jax.convert.table import PEFT, ROUTER, A, B, Slot, slots
+from mixtral_jax.seeds import hashed
 
 
 def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool = False, progress: bool = True) -> None:
@@ -178,7 +179,7 @@ class UpcycledSource(ChangedSource):
         config = dense.config.model_copy(update=changed)
         super().__init__(dense, config, slots(config))
         self.hf_config = {k: dense.hf_config[k] for k in _TOKEN_IDS if k in dense.hf_config}
-        self._noise, self._seed = noise, seed
+        self._noise, self._seed = noise, seed if seed >= 0 else hashed(seed)
 
     def origin(self, slot: Slot) -> Slot:
         if slot.leaf.path == ROUTER:  # of the experts' dtype

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.seeds import random_key
+
 
 class Drawing(TypedDict, total=False):
     """How tokens are drawn, as users say it. `temperature`: 0 (the default) takes the likeliest token.
 
     `top_k`: draw from the k likeliest only; None or 0: from all. `top_p`: of these, from the likeliest that together
-    have this probability; None or 1: from all. `seed`: the same seed gives the same tokens; what row b draws does not
-    depend on the other rows.
+    have this probability; None or 1: from all. `seed`, any integer: the same gives the same tokens; what row b draws
+    does not depend on the other rows.
     """
 
     temperature: float
@@ -43,7 +45,8 @@ def make_sampler(
     A temperature below the normal numbers of fp32 (1.2e-38) is greedy too.
 
     Raises:
-        ValueError: a temperature or top_k that is negative or not finite, a top_p outside (0, 1], or no numbers.
+        ValueError: a temperature or top_k that is negative or not finite, a top_p outside (0, 1], or no numbers;
+            a seed that is no integer.
     """
     tiny, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     if not (_is(numbers.Real, temperature) and 0 <= temperature <= largest):
@@ -52,7 +55,9 @@ def make_sampler(
         raise ValueError(f"top_k is {top_k}: it must be a whole number, 0 (all tokens) or larger")
     if top_p is not None and not (_is(numbers.Real, top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p}: it must be a number in (0, 1]")
-    key = jax.random.key(seed)
+    if not is_whole(seed):
+        raise ValueError(f"seed is {seed}: it must be a whole number")
+    key = random_key(int(seed))
     if temperature < tiny:
         return Sampler(key, None, None, None)
     mass = None if top_p is None or top_p == 1 else jnp.float32(max(top_p, tiny))

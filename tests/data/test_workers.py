@@ -1,16 +1,22 @@
 """The pool: results in order, few jobs ahead, errors that reach the caller, scripts without a main guard."""
 
+import errno
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mixtral_jax.data.prepare.build import process_tokenizer
 from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.train.errors import failure_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "data" / "samples"
@@ -48,8 +54,33 @@ def test_an_error_reaches_the_caller_after_the_jobs_before_it() -> None:
 
 
 def test_a_worker_that_dies_is_an_error_and_no_endless_wait() -> None:
-    with Workers(2) as pool, pytest.raises(RuntimeError, match="a worker ended with status 7"):
+    with Workers(2) as pool, pytest.raises(ChildProcessError, match="a worker ended with status 7"):
         list(pool.ordered(os._exit, iter([7])))
+
+
+def killed_soon() -> None:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def test_a_worker_that_is_killed_is_what_the_error_says() -> None:
+    """And not the broken pipe that is left of it, with a job in its buffer that does not fit."""
+    with pytest.raises(ChildProcessError, match="a worker was ended by SIGKILL") as caught, Workers(2) as pool:
+        for error, code in ((errno.ENOSPC, 74), (errno.EIO, 74), (errno.ENOENT, 2), (errno.EPIPE, 1)):
+            with pytest.raises(OSError) as own:  # what a job says comes over whole
+                pool._run(refuse, error)
+            assert own.value.errno == error and failure_of(own.value).exit_code == code
+        pool._run(call, killed_soon)
+        time.sleep(0.3)
+        pool._run(len, "x" * 4_000_000)
+    assert failure_of(caught.value).exit_code == 1 and "data.workers" in failure_of(caught.value).sentence
+
+
+def refuse(error: int) -> None:
+    raise OSError(error, os.strerror(error))
+
+
+def call(job: Any) -> None:
+    job()
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:

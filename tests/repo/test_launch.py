@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,7 +216,7 @@ def test_the_exit_code_of_a_run_is_passed_on(file: str, code: int, monkeypatch: 
     seen = calls(monkeypatch, code)
     assert launch.main(["pretrain", file, "--force", "--num-processes", "1", "--optimizer.b2", "0.9", "seed=7"]) == code
     *_, (_, start), ((config, provenance), options) = seen  # on a CPU the first keeps freed memory
-    assert start == {"coordinator": None, "num_processes": 1, "process_id": None}
+    assert start == {"coordinator": None, "num_processes": 1, "process_id": None, "timeout": 60.0}
     assert (config.optimizer.b2, config.seed, options) == (0.9, 7, {"force": True})
     assert provenance.overrides == ("--optimizer.b2", "0.9", "seed=7")
 
@@ -240,20 +239,37 @@ def test_conversions_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> N
         (PermissionError("closed"), 2),
         (RuntimeError("bug"), 1),
         (KeyboardInterrupt(), 1),
-        (OSError(28, "No space left on device"), 1),
-        (BrokenPipeError(), 0),
+        (OSError(28, "No space left on device"), 74),
+        (MemoryError(), 1),
+        (BrokenPipeError(32, "Broken pipe"), 1),  # of a worker, say
     ],
 )
 def test_errors_become_exit_codes(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(launch.sys, "stdout", SimpleNamespace(fileno=lambda: 1))
     calls(monkeypatch, error)
     assert launch.main(["doctor"]) == code
     text = capsys.readouterr().err
-    assert ("Traceback" in text) == (code == 1 and not isinstance(error, KeyboardInterrupt))
-    assert not text or text.splitlines()[-1].startswith({1: "exit 1: ", 2: "error: "}[code])
+    assert ("Traceback" in text) == (code == 1 and not isinstance(error, KeyboardInterrupt | MemoryError))
+    assert text.splitlines()[-1].startswith({1: "exit 1: ", 2: "error: ", 74: "exit 74: "}[code])
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_nobody_reads_ends_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head`: what is printed then goes nowhere, and the work is done to its end."""
+    done = []
+
+    def work() -> None:
+        for _ in range(3):
+            print("x" * 10_000, file=getattr(sys, name), flush=True)
+        done.append(True)
+
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(launch, "_function", lambda *_: work)
+        assert launch.main(["doctor"]) == 0 and done
 
 
 def test_a_value_error_of_a_library_is_our_bug(

@@ -15,6 +15,7 @@ from mixtral_jax.moe.balance import balance_loss
 from mixtral_jax.train import build
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.base import base_weights
+from mixtral_jax.train.commands import evaluate
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.feed import make_put
@@ -215,6 +216,10 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
     assert {"eval/rewards/accuracies", "eval/answers/rewards/margins"} <= evals[-1].keys()
     assert len(asked) == 2  # training and validation
     config = load_config(tmp_path / "run.yaml").config
+    monkeypatch.setattr(evaluate, "make_mesh", lambda config: None)
+    measured = evaluate.measure(str(tmp_path / "runs" / "live"), config)  # what training measured last
+    assert measured == pytest.approx({k: v for k, v in evals[-1].items() if k != "step"}, rel=1e-4, abs=1e-6)
+    assert "rewards/accuracies" in evaluate._table(measured, ["answers"])
     abstract = abstract_params(config, None)
     weights, prepared = base_weights(config, abstract), prepare(config.data, config.seq_len, config.seed)
     again = build.numbers_of_reference(config, abstract, prepared, make_put(None, (0, 1)), (0, 1), print)

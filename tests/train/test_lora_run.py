@@ -79,6 +79,9 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         r"lora.alpha 4\.0, which is now 8\.0": {"lora": LORA | {"alpha": 8.0}},
         r"lora.targets \['attention": {"lora": LORA | {"targets": ["moe.w2"]}},
         "trained adapters, and lora now asks for the whole model": {"lora": None},
+        r'router.*; changed since then: .*router\.update: "frozen" -> "train": set it back': {
+            "router": {"update": "train"}
+        },
     }.items():
         with pytest.raises(UserError, match=change):
             start("parts", steps=5, **says)

@@ -147,3 +147,21 @@ def test_the_update_works_in_place():
     size = 512 * 1024 * 4
     assert memory.alias_size_in_bytes >= 3 * size
     assert memory.temp_size_in_bytes < 0.1 * size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router_factor": 0.1}, {"router_factor": 0.0}, {"weight_decay": 0.0}, {"skip_spikes": 3.0}, {"b1": 0.0},
+        {"schedule": "wsd", "decay_steps": 2}, {"schedule": "constant", "learning_rate": 1.0}, {"max_grad_norm": None},
+        {"warmup_steps": 3, "final_learning_rate_fraction": 1.0, "b2": 0.5, "eps": 1.0},
+    ],
+)  # fmt: skip
+def test_a_run_may_resume_with_any_other_setting(changes):
+    """The tree of the state, which a checkpoint holds, is the same for all."""
+
+    def state(router_factor=1.0, **settings):
+        optimizer = make_optimizer(OptimizerConfig(**settings), 10, router_factor)
+        return jax.eval_shape(lambda: init_optimizer(optimizer, jax.tree.map(jnp.asarray, random_tree(0))))
+
+    assert jax.tree.structure(state(**changes)) == jax.tree.structure(state())

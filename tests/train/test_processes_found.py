@@ -11,6 +11,7 @@ import pytest
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run import processes as distributed
 from mixtral_jax.train.run.processes import ProcessSetup, count_tpu_chips, detect, first_host
+from tests.processes import without_gloo
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -151,5 +152,13 @@ def test_two_processes_find_each_other() -> None:
     for i, process in enumerate(processes):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]  # it prints between them
+        lines = [line for line in without_gloo(out).splitlines() if line]
         assert lines == [f"process {i} of 2 at {address} (environment)", "2 4 1"]
+
+
+def test_gloo_may_write_a_line_inside_another() -> None:
+    rest = " is connected to 3 peer ranks. Expected number of connected peer ranks is : 3\n"
+    line = f"[Gloo] Rank 0{rest}"
+    for noise in (line, f"[Gloo] Rank 0[Gloo] Rank 1{rest}{rest}", f"[Gloo] Rank [Gloo] Rank 01{rest}3\n\n"):
+        assert without_gloo(noise + "2 4 1\n").split("\n")[-1] == "2 4 1"
+        assert not without_gloo(noise).strip()

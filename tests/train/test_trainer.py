@@ -10,7 +10,7 @@ import pytest
 
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import AGAIN, UserError
 from tests.documented import undocumented
 from tests.tiny import TINY, metrics_of, write_run_file
 
@@ -85,7 +85,7 @@ def test_nothing_left_to_do_force_and_never(start, place):
     assert (place / "metrics.jsonl").read_text() == before
     with pytest.raises(UserError, match=r"resume: never, but .* holds checkpoint 8"):
         start(resume="never")
-    assert status(place)["exit_code"] == 2
+    assert (status(place)["state"], status(place)["exit_code"]) == ("done", 0)  # a refused attempt changes nothing
     with pytest.raises(UserError, match=r"resume: 6, but .* holds newer checkpoints \(8\)"):
         start(resume=6)
     code, out = start(force=True)
@@ -107,8 +107,12 @@ def test_another_shape_and_other_data_are_refused(start):
     start()
     with pytest.raises(UserError, match=r"was trained with model\.intermediate_size 24, which is now 32"):
         start(**more, model={"intermediate_size": 32})
-    with pytest.raises(UserError, match=r"Set data\.restart=true"):
+    with pytest.raises(UserError, match=r"changed since then: model\.intermediate_size: 24 -> 32: set it back"):
+        start(**more, model={"intermediate_size": 32})
+    with pytest.raises(UserError, match=r'data\.packing: "\w+" -> "best_fit", .*Set data\.restart=true'):
         start(**more, data={"packing": "best_fit"})
+    with pytest.raises(UserError, match=r"checkpoint 8 was made with seed: 0 -> 7, which now is another order of rows"):
+        start(**more, seed=7)
     code, out = start(**more, data={"packing": "best_fit", "restart": True})
     assert code == 0 and "from checkpoint 8 at row 0" in out
 
@@ -174,7 +178,8 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(start, pla
     monkeypatch.setattr(checkpoint.PendingSave, "result", result)
     with pytest.raises(UserError, match=r"could not be written to .*: No space left on device; checkpoint 3 stands"):
         start()
-    assert status(place)["exit_code"] == 2
+    ended = status(place)
+    assert (ended["state"], ended["step"], ended["exit_code"]) == ("failed", 8, 74) and AGAIN in ended["reason"]
     monkeypatch.undo()
 
 

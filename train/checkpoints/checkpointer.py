@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from pydantic import Field
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import UserError, is_of_the_system
 from mixtral_jax.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -164,6 +164,8 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
                 return Found(step, root / str(step), items["dataset"], items["meta"])
         except Exception as error:  # whatever Orbax makes of a broken file
+            if is_of_the_system(error):
+                raise  # nothing is wrong with the checkpoint
             problem = f"it cannot be read ({type(error).__name__})"
         broken.append(f"checkpoint {step} is not whole ({problem})")
     if broken:
@@ -173,16 +175,24 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     return None
 
 
-def restore_state(found: Found, abstract: TrainState) -> TrainState:
+def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = ()) -> TrainState:
     """The state, placed as `abstract` says, on any mesh.
 
+    Args:
+        changed: `a.b: old -> new` of the settings that may be to blame where it does not fit.
+
     Raises:
-        UserError: a leaf has another shape than the model; it is named.
+        UserError: a leaf has another shape than the model; it is named, and so is what changed.
     """
     try:
         return checkpoint.restore(found.path, abstract)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        if is_of_the_system(error):
+            raise
+        detail = str(error).partition("\n")[0][:300]  # Orbax shows whole trees
+        if changed:
+            detail += f"; changed since then: {', '.join(changed)}: set it back, or choose another run_name"
+        raise UserError(f"checkpoint {found.step} does not fit: {detail}") from error
 
 
 def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:

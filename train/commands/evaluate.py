@@ -1,4 +1,4 @@
-"""`eval`: loss, perplexity, bits per byte and accuracy of a checkpoint, source by source."""
+"""`eval`: loss, perplexity, bits per byte and accuracy of a checkpoint, or how it ranks pairs, source by source."""
 
 import contextlib
 import functools
@@ -15,13 +15,19 @@ from mixtral_jax.data.prepare import prepare
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
-from mixtral_jax.train.config import RunConfig, check_sizes
+from mixtral_jax.train.base import base_weights
+from mixtral_jax.train.build import sequence_logps_of
+from mixtral_jax.train.config import DpoStageConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.objective import token_sums
+from mixtral_jax.train.objectives import OBJECTIVES
+from mixtral_jax.train.preference import live
 from mixtral_jax.train.read_model import read_model
 from mixtral_jax.train.run import agree
+from mixtral_jax.train.step import make_eval_step
+from mixtral_jax.train.weights import abstract_params
 
 
 def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> int:
@@ -43,12 +49,12 @@ def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> in
 def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
     """eval/{loss,perplexity,bits_per_byte,accuracy} over the validation sources of a run file, and eval/<source>/*.
 
+    Of pairs eval/{loss,rewards/accuracies,rewards/margins,pairs}, against the reference that the file's run would have.
+
     Raises:
-        UserError: the file is one for preferences, has no validation sources, or its tokenizer does not fit the model.
+        UserError: the file has no validation sources, or its tokenizer does not fit the model.
     """
     data = config.data
-    if config.stage == "dpo":
-        raise UserError("eval reads files with stage pretrain or sft: a preference file has pairs, not documents")
     if not data.validation:
         raise UserError("data.validation is empty: there is nothing to evaluate")
     mesh = make_mesh(config.mesh)
@@ -63,6 +69,12 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
             check_sizes(config, mesh.shape, training=False)
         sources, put = open_validation(config, mesh)
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
+
+        if isinstance(config, DpoStageConfig):
+            if config.reference != "none":
+                put = live(sequence_logps_of(config), base_weights(config, abstract_params(config, mesh)), put)
+            score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
+            return measure_sources(lambda batch: score(model, None, put(batch)), sources, config.eval.batches)
 
         def ask(batch: Any) -> Any:
             return _sums(model, put(batch), skip_masked=config.stage == "sft")
@@ -87,6 +99,7 @@ def _sums(model: Mixtral, batch: Any, skip_masked: bool) -> Any:
 
 def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
     forms = {"loss": (8, 4), "perplexity": (10, 3), "bits_per_byte": (9, 4), "accuracy": (8, 4)}
+    forms |= {"pairs": (6, 0), "rewards/accuracies": (18, 4), "rewards/margins": (15, 4)}
     names = [name for name in forms if f"eval/{name}" in metrics]  # answers have no text that bits a byte would be of
     width = max(len("source"), *map(len, sources), len("all"))
     lines = ["  ".join([f"{'source':{width}}", *(f"{n.replace('_per_', '/'):>{forms[n][0]}}" for n in names)])]

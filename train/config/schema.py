@@ -24,7 +24,7 @@ class RunConfig(FrozenConfig):
     stage: str
     run_name: str = Field(pattern=r"^[\w.+=@-]+$", description="the run's directory below output_dir")
     output_dir: str = Field("runs", description="where run directories are made")
-    seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
+    seed: int = Field(0, description="any integer: of the initial weights and of the order of the data")
     steps: int = Field(
         0, ge=0, description="optimizer steps of the whole run, those before a resume included; 0, null: by data.epochs"
     )

@@ -1,11 +1,12 @@
 """Saving between steps, and the word about it."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.train.checkpoints import Best, Checkpointer, Saved, saved_steps
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import AGAIN, ExitCode, StorageError, failure_of
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
 
@@ -24,7 +25,7 @@ class Checkpoint:
         return self._checkpointer.due(step, last) or step == self._best.step
 
     def run(self, moment: Moment) -> None:
-        """Raises UserError where the file system refuses; the checkpoints before stand."""
+        """Raises StorageError where the file system refuses; the checkpoints before stand."""
         dataset, meta = self._items(moment)
         best = self._best.step
         self._attempt(lambda: self._checkpointer.save(moment.state, moment.step, dataset, meta, best), moment.step)
@@ -39,10 +40,14 @@ class Checkpoint:
         except OSError as error:
             steps = [s for s in saved_steps(self._checkpointer.directory) if s != step]
             stands = f"checkpoint {steps[-1]} stands" if steps else "there is no earlier checkpoint"
-            reason = error.strerror or error
-            raise UserError(
-                f"a checkpoint could not be written to {self._checkpointer.directory}: {reason}; {stands}"
+            failure, reason = failure_of(error), error.strerror or error
+            if failure.sentence and failure.exit_code == ExitCode.UNEXPECTED:  # a worker, memory
+                raise
+            place = self._checkpointer.directory
+            raise StorageError(
+                f"a checkpoint could not be written to {place}: {reason}; {stands}: {failure.remedy or AGAIN}"
             ) from error
         if saved is not None:
-            self._writer.write(saved.step, {"checkpoint/seconds": saved.seconds, "checkpoint/bytes": saved.bytes})
+            with contextlib.suppress(OSError):  # it is saved; the next line of metrics will say it again
+                self._writer.write(saved.step, {"checkpoint/seconds": saved.seconds, "checkpoint/bytes": saved.bytes})
             self._console.say(f"checkpoint {saved.step}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.1f} s")

@@ -26,14 +26,19 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int = 0):
         _keep_lines_until(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)  # a full disk names no file
+            raise
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` has raised for
+            self._file.close()
 
 
 class TensorBoard:

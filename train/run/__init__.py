@@ -5,6 +5,12 @@ from mixtral_jax.train.run.environment import OPTIONAL, installed
 from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import agree, failures_reported, meet
 from mixtral_jax.train.run.processes import initialize
-from mixtral_jax.train.run.resume import check_same_base, check_same_data, config_differences, where_to_start
+from mixtral_jax.train.run.resume import (
+    check_same_base,
+    check_same_data,
+    config_differences,
+    tree_changes,
+    where_to_start,
+)
 from mixtral_jax.train.run.screen import compiled_line, dry_run, first_screen
 from mixtral_jax.train.run.signals import Interrupts

@@ -1,5 +1,6 @@
 """The run directory: config.yaml, config.input.yaml, env.json, STATUS, and where everything else lies in it."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import jax
 
 from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.run.environment import environment
 
 
@@ -23,6 +24,7 @@ class RunDirectory:
         self.profile = path / "profile"
         self.log = path / "logs" / f"process_{jax.process_index()}.log"
         self.checkpoints = path / "checkpoints"
+        self.step: int | None = None  # that this attempt has come to; None: it has not begun
 
     def create(self) -> None:
         """Make it.
@@ -36,7 +38,8 @@ class RunDirectory:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} is not writable: {error.strerror or error}") from error
+            kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
+            raise kind(f"output_dir: {self.path} is not writable: {error.strerror or error}") from error
 
     def describe(self, config: RunConfig, provenance: Provenance | None, mesh: jax.sharding.Mesh | None) -> None:
         """Write what the run is made of: the resolved configuration, the one that was given, and the environment."""
@@ -53,6 +56,18 @@ class RunDirectory:
         if jax.process_index() == 0:
             status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code}
             write_atomically(self.path / "STATUS", json.dumps(status) + "\n")
+
+    def write_failure(self, reason: str, exit_code: int, state: str = "failed") -> None:
+        """Say in STATUS why this attempt ended, where it can be written; a refused one leaves what the run's says."""
+        try:
+            before = json.loads((self.path / "STATUS").read_text())
+        except (OSError, ValueError):
+            before = None
+        if self.step is None and before is not None and exit_code == ExitCode.USAGE:
+            return
+        step = self.step if self.step is not None else (before or {}).get("step", 0)
+        with contextlib.suppress(OSError):
+            self.write_status(state, step, reason, exit_code)
 
     def forget_results(self) -> None:
         """A run that begins again leaves no metrics of the old one."""

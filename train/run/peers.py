@@ -1,13 +1,13 @@
 """The other processes of a run: do they mean the same run, and has one of them failed?
 
-A process that fails says so where all can read it. Without that the others would wait in a collective for a partner
-that is gone, until the heartbeats of jax's coordination service end them without a word (after 100 s).
+A process that fails says so where all can read it, and one that is killed stops to say that it lives. Without that
+the others would wait for a partner that is gone, until jax's coordination service aborts them (after 100 s).
 """
 
-import atexit
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,13 +21,18 @@ import numpy as np
 from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
 from jax.experimental import multihost_utils
 
-from mixtral_jax.train.errors import ExitCode, UserError, is_for_the_user
+from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError, explain, failure_of
 from mixtral_jax.train.run.directory import RunDirectory
 
-_KEY = "mixtral_jax/failed"
+_KEY, _ALIVE = "mixtral_jax/failed", "mixtral_jax/alive/"
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
 _meetings = itertools.count()  # a barrier opens once
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
+_SILENT_POLLS = 30  # of a process that is taken for lost; counted, as the clock goes on where all of a machine stands
+# what gloo, NCCL and jax's coordination service say where a partner is gone
+_BROKEN_OFF = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|socket closed|unavailable|deadline_exceeded|heartbeat|unhealthy", re.I
+)
 
 
 def meet(what: str) -> None:
@@ -65,35 +70,61 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        failure = _read() if isinstance(error, jax.errors.JaxRuntimeError) else None
-        if failure is not None:  # a collective broke off since its partner is gone
-            _end_with(failure, place)
-        code = ExitCode.USAGE if is_for_the_user(error) else ExitCode.UNEXPECTED
+        several = jax.process_count() > 1
+        if several and not failure_of(error).sentence and _BROKEN_OFF.search(str(error)):
+            if (failure := _read()) is not None:  # the partner has said why it is gone
+                _end_with(failure, place)
+            error = PeerLost(f"another process of the run is lost, in the middle of a step or a save; {AGAIN}")
+        code = failure_of(error).exit_code
         reason = f"{type(error).__name__}: {error}"
-        with suppress(OSError):  # there may be no run directory
-            place.write_status("failed", -1, reason, code)
-        if jax.process_count() > 1:
-            failure = {"process": jax.process_index(), "reason": reason, "exit_code": code}
-            _store().key_value_set(_KEY, json.dumps(failure), allow_overwrite=True)
-            atexit.register(_end, code)  # without jax's own farewell, which waits for all
+        place.write_failure(reason, code)
+        if several:
+            explain(error)
+            _tell(code, reason)
+            _end(code)  # without jax's own farewell, which waits for all, and without a save that does
         raise
     finally:
         ended.set()
 
 
+def _tell(code: int, reason: str) -> None:
+    failure = {"process": jax.process_index(), "reason": reason, "exit_code": code}
+    with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
+        _store().key_value_set(_KEY, json.dumps(failure), allow_overwrite=True)
+
+
 def _watch(place: RunDirectory, ended: threading.Event) -> None:
-    """End this process where another one has failed."""
-    while not ended.wait(_POLL_SECONDS):
+    """Say that this process lives; end it where another one has failed or is lost."""
+    heard: dict[str, tuple[str, int]] = {}  # what each process said last, and for how many polls
+    for beat in itertools.count():
+        if ended.wait(_POLL_SECONDS):
+            return
+        with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: joining.py sees to that
+            _store().key_value_set(f"{_ALIVE}{jax.process_index()}", str(beat), allow_overwrite=True)
+            if jax.process_index() == 0 and (lost := _silent(_store().key_value_dir_get(_ALIVE), heard)):
+                error = PeerLost(f"process {lost} of the run has not been heard of for {_SILENT_POLLS} s; {AGAIN}")
+                reason = f"{type(error).__name__}: {error}"
+                _tell(ExitCode.PEER_LOST, reason)
+                place.write_failure(reason, ExitCode.PEER_LOST)
+                explain(error)
+                _end(ExitCode.PEER_LOST)
         failure = _read()
         # it may be failing for the same reason: let it say so itself
         if failure is not None and not ended.wait(_GRACE_SECONDS):
             _end_with(failure, place)
 
 
+def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> str:
+    """The number of a process that has said nothing new for too long, or nothing; `heard` is brought up to date."""
+    for key, beat in said:
+        before, polls = heard.get(key, ("", 0))
+        heard[key] = (beat, polls + 1 if beat == before else 0)
+    return next((key.rpartition("/")[2] for key, (_, polls) in heard.items() if polls >= _SILENT_POLLS), "")
+
+
 def _end_with(failure: dict[str, Any], place: RunDirectory) -> None:
     code, reason = failure["exit_code"], f"process {failure['process']} failed: {failure['reason']}"
-    with suppress(OSError):
-        place.write_status("failed", -1, reason, code)
+    place.write_failure(reason, code)
     print(f"exit {code}: {reason}", file=sys.stderr)
     _end(code)
 

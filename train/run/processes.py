@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run.joining import join
 
 DEFAULT_PORT = 8476
 _GOOGLE_PCI_VENDOR = "0x1ae0"
@@ -70,12 +71,14 @@ def detect(
 
 
 def initialize(
-    *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> ProcessSetup | None:
-    """Join the other processes, if there are any; call before the first jax computation.
+    *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None,
+    timeout: float = 60.0,
+) -> ProcessSetup | None:  # fmt: skip
+    """Join the other processes within `timeout` seconds, if there are any; call before the first jax computation.
 
     Raises:
-        UserError: see `detect`.
+        UserError: see `detect`; or the coordinator's address is none.
+        PeerLost: they are not all there in time, or the coordinator's port is taken.
     """
     setup = detect(
         os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id,
@@ -83,11 +86,13 @@ def initialize(
     )  # fmt: skip
     if setup is None:
         return None
+    if setup.coordinator is not None:
+        assert setup.num_processes is not None and setup.process_id is not None
+        join(setup.coordinator, setup.num_processes, setup.process_id, timeout, setup.local_device_ids)
+        return setup
     import jax  # after the environment was read: importing it takes a second that a usage error need not wait for
 
-    jax.distributed.initialize(
-        setup.coordinator, setup.num_processes, setup.process_id, local_device_ids=setup.local_device_ids
-    )
+    jax.distributed.initialize()
     return setup
 
 

@@ -1,7 +1,7 @@
 """Where a run begins: anew, or from a checkpoint of the same data and shape."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,8 +56,11 @@ def _together(action: Callable[[], Any]) -> None:
     meet("run directory")
 
 
-def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
+def check_same_data(found: Found, fingerprint: str, restart: bool, changed: Sequence[str] = ()) -> int:
     """The global row to go on from.
+
+    Args:
+        changed: `a.b: old -> new` of every setting that is another one than the checkpoint's.
 
     Raises:
         UserError: the data are others than those of the checkpoint, and data.restart is not set.
@@ -67,10 +70,25 @@ def check_same_data(found: Found, fingerprint: str, restart: bool) -> int:
         return int(found.dataset["next_row"])
     if restart:
         return 0
-    raise UserError(
-        f"checkpoint {found.step} was made from data with fingerprint {before}, but the data now have {fingerprint}: "
-        "a position in one means nothing in the other. Set data.restart=true to begin at the first row of the new data"
+    blamed = [line for line in changed if line.startswith(_ORDERS) and not line.startswith(_NO_ORDER)]
+    why = (
+        f"made with {' and '.join(blamed)}, which now is another order of rows"
+        if blamed
+        else (f"made from data with fingerprint {before}, but the files of data.train now have {fingerprint}")
     )
+    raise UserError(
+        f"checkpoint {found.step} was {why}: a position in one means nothing in the other. Set data.restart=true to "
+        f"begin at the first row of the new {'order, or set it back' if blamed else 'data'}"
+    )
+
+
+_ORDERS = ("seed:", "seq_len:", "data.")
+_NO_ORDER = ("data.cache_dir:", "data.workers:", "data.restart:", "data.epochs:", "data.validation:")
+
+
+def tree_changes(changed: Sequence[str]) -> list[str]:
+    """Those of the changed settings that say which parameters there are, of which shape, and which of them move."""
+    return [line for line in changed if line.startswith(("model.", "lora", "router.update:", "optimizer.name:"))]
 
 
 def check_same_base(found: Found, config: RunConfig) -> None:

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C: finish the step, save, exit 75. A second Ctrl-C ends the process at once."""
+"""SIGTERM, Ctrl-C and their like: finish the step, save, exit 75. A second Ctrl-C ends the process at once."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,6 +11,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from mixtral_jax.train.errors import ExitCode
+
+# Beside those two a terminal that is closed, and what `sbatch --signal` sends ahead of the end.
+_OTHERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:
@@ -22,8 +26,10 @@ class Interrupts:
     def __enter__(self) -> Self:
         # with several processes jax itself listens to SIGTERM, so that all agree on the step
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        # what is ignored (nohup), or handled by somebody else, stays so
+        others = [number for number in _OTHERS if signal.getsignal(number) is signal.SIG_DFL]
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
+            for number in (*numbers, *others):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -44,4 +50,5 @@ class Interrupts:
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)  # jax's own handler tells the other processes
         # the handler may run inside another print: write by hand, in one call
-        os.write(2, f"\n{self._name}: saving after this step; Ctrl-C again to end at once\n".encode())
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            os.write(2, f"\n{self._name}: saving after this step; Ctrl-C again to end at once\n".encode())

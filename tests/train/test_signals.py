@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop, and those that are none of its business."""
+
+import os
+import signal
+
+import pytest
+
+from mixtral_jax.train.run.signals import Interrupts
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_each_of_them_stops_after_the_step(name, monkeypatch):
+    before = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(os, "write", closed_terminal)
+    with Interrupts() as interrupts:
+        assert interrupts.requested(1) is None
+        signal.raise_signal(getattr(signal, name))
+        assert interrupts.requested(2) == name
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def closed_terminal(*_):
+    raise OSError(5, "Input/output error")
+
+
+def test_what_is_ignored_or_taken_stays_so():
+    """`nohup` ignores SIGHUP, and somebody else may listen to SIGUSR1."""
+    heard = []
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))]
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR1)
+            assert interrupts.requested(1) is None and heard == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
