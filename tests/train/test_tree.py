@@ -51,6 +51,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("".join(f"{' ' * i}a:\n" for i in range(2000)), "nested more than 100 deep"),
         ("a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(9)), "more than 100,000"),
         ("a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{b: *a{i}, c: *a{i}}}\n" for i in range(40)), "aliases"),
+        ('a: ["x\\ud800"]\n', r"line 1: a.0 = 'x.ud800' is no Unicode text: half a surrogate pair"),
         (f"a: 0x{'f' * 9000}\n", "line 1: the tag .*int is not supported for '0xf"),
     ],
 )

@@ -208,6 +208,11 @@ class _Reader:
                 self.origins[_join(path, i)] = f"{self.name}:{_line(child)}"
             return [self.value(child, _join(path, i)) for i, child in enumerate(node.value)]
         if str(node.tag).rpartition(":")[2] in ("str", "timestamp", "value"):  # a date and `=` are text here
+            try:
+                node.value.encode()
+            except UnicodeEncodeError:
+                where = f"{self.name}, line {_line(node)}"
+                raise UserError(f"{where}: {path} = {node.value!a} is no Unicode text: half a surrogate pair") from None
             return node.value
         try:
             value = self._yaml.constructor.construct_object(node)
