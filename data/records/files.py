@@ -67,9 +67,10 @@ def check_file(path: str) -> str:
             raise ValueError(f"{path} is a link to nothing: {os.readlink(path)} is not there")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is no regular file (a pipe, a device?), and nothing else is read")
-    with open_file(path) as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its directory")
+    if file_size(path) < 1024:  # as a pointer is: of larger files nothing is read here
+        with open_file(path) as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path} is a pointer of Git LFS, not the file: run git lfs pull in its directory")
     return path
 
 

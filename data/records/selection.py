@@ -80,38 +80,40 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     if not pattern and not files.is_directory(path):
         _check_split(source.split, path)
         return [path], path
-    direct, names, sets = [], [], []
+    direct, below, sets = set(), [], []
     for match in matches:
         place = files.join(root, match)
         if not files.is_directory(place):
-            direct.append(match)
+            direct.add(match)
         elif not files.is_remote(place) and file_format(source, place) in SETS:
             sets.append(place)
         else:
-            names += [f"{match}/{name}".strip("/") for name in files.files_below(place)]
+            below += [f"{match}/{name}".strip("/") for name in files.files_below(place)]
     inside = tuple(f"{place}/" for place in sets)
-    names = sorted({n for n in direct + names if not files.join(root, n).startswith(inside)})
+    names = sorted({n for n in direct.union(below) if not files.join(root, n).startswith(inside)})
     if sets and not names:
         return sets, ", ".join(sets)
-    about = [name for name in names if _is_about(os.path.basename(name))]
+    about = {name for name in names if _is_about(os.path.basename(name))}
     data = [n for n in names if (n in direct or format_by_name(n)) and n not in about]
     if source.format == "auto" and any(format_by_name(name) != "text" for name in data):
         data = [name for name in data if not _DOCUMENT.search(name)]
-    if not data and about == names:
-        data = [name for name in about if format_by_name(name)]
+    if not data and len(about) == len(names):
+        data = [name for name in names if format_by_name(name)]
     if not data:
         raise ValueError(f"{path} is a directory without data files that are known by name: {_some(names)}")
     chosen, splits = _choose_split(source.split, root, data, about, is_whole=not pattern)
     texts = [name for name in chosen if format_by_name(name) == "text"]
     if source.format == "auto" and len(texts) not in (0, len(chosen)):
-        records = _some(name for name in chosen if name not in texts)
+        records = _some(name for name in chosen if format_by_name(name) != "text")
         raise ValueError(
             f"{root} holds records ({records}) and texts ({_some(texts)}): set path to a glob of one of them"
         )
     _refuse_twins(root, chosen)
-    others = {split: [n for n in of_it if n not in chosen] for split, of_it in splits.items()}
-    left = {"": [n for n in names if n not in chosen and not any(n in of for of in others.values())], **others}
-    words = f"{root}: {f'split {source.split}: ' if source.split else ''}{_some(chosen)}"
+    taken = set(chosen)
+    others = {split: [n for n in of_it if n not in taken] for split, of_it in splits.items()}
+    said = taken.union(*others.values())
+    left = {"": [name for name in names if name not in said], **others}
+    words = f"{root or '.'}: {f'split {source.split}: ' if source.split else ''}{_some(chosen)}"
     if any(left.values()):
         words += f"; not read: {_by_split(left)}"
     return [*sets, *(files.join(root, name) for name in chosen)], words
@@ -135,13 +137,14 @@ def _refuse_twins(root: str, names: Sequence[str]) -> None:
 
 
 def _choose_split(
-    split: str | None, root: str, data: list[str], about: list[str], *, is_whole: bool
+    split: str | None, root: str, data: list[str], about: set[str], *, is_whole: bool
 ) -> tuple[list[str], dict[str, list[str]]]:
     """The files of the split, and the splits that there are."""
     card = _card_splits(root, data) if is_whole and "README.md" in about else {}
     splits = card or _splits(root, data)
     if split is None:
-        rest = [n for n in data if not any(n in of for of in splits.values())]
+        said = set[str]().union(*splits.values())
+        rest = [name for name in data if name not in said]
         if not is_whole or not splits or (len(splits) == 1 and not rest):
             return data, splits
         if len(splits) == 1 and card:

@@ -232,7 +232,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_pointer_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n")
-    with pytest.raises(ValueError, match=r"a.parquet is a pointer of Git LFS, not the file itself: run git lfs pull"):
+    with pytest.raises(ValueError, match=r"a.parquet is a pointer of Git LFS, not the file: run git lfs pull"):
         _chosen(tmp_path)
 
 
