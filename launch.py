@@ -231,7 +231,10 @@ COMMANDS = {
     "convert peft2lora": Command(
         "convert:peft2lora", "a PEFT adapter into ours", *_SRC_DST,
         _told("--base", "its base model; default: what adapter_config.json names", metavar="DIR")),
-    "convert lora2peft": Command("convert:lora2peft", "our adapter into one that PEFT loads", *_SRC_DST),
+    "convert lora2peft": Command(
+        "convert:lora2peft", "our adapter into one that PEFT loads", *_SRC_DST,
+        _told("--base", "the model that it names; default: its own, in DST/base unless transformers can open it",
+              metavar="DIR")),
     "convert merge-lora": Command(
         "convert:merge_lora", "a checkpoint with an adapter folded into its weights", *_SRC_DST,
         _told("--adapter", "the adapter to fold in", required=True, metavar="DIR")),

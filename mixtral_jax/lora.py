@@ -28,14 +28,13 @@ TARGETS = (
     "moe.w1",
     "moe.w3",
     "moe.w2",
-    "moe.router",
 )
-ROUTER = "moe.router"  # by this name only: patterns mean the matrices of attention and experts
+ROUTER, GATE = "moe.router", "gate"  # `targets` name the router as PEFT does: patterns mean attention and experts
 PEFT_NAMES = {
     "q_proj": ("attention.query",), "k_proj": ("attention.key",), "v_proj": ("attention.value",),
-    "o_proj": ("attention.output",), "w1": ("moe.w1",), "w2": ("moe.w2",), "w3": ("moe.w3",), "gate": (ROUTER,),
+    "o_proj": ("attention.output",), "w1": ("moe.w1",), "w2": ("moe.w2",), "w3": ("moe.w3",), "gate": (GATE,),
     "gate_proj": ("moe.w1",), "up_proj": ("moe.w3",), "down_proj": ("moe.w2",), "gate_up_proj": ("moe.w1", "moe.w3"),
-    "all-linear": TARGETS,
+    "all-linear": (*TARGETS, GATE),
 }  # fmt: skip
 
 
@@ -48,8 +47,13 @@ class LoraConfig(FrozenConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that training drops")
     targets: tuple[str, ...] = Field(
         ("attention.*", "moe.w*"),
-        description=f"patterns over {', '.join(TARGETS)} (the router by its own name only), or PEFT's names, which "
-        "become ours: q_proj, k_proj, v_proj, o_proj, w1, w2, w3, gate, all-linear",
+        description=f"patterns over {', '.join(TARGETS)}; gate, the router; or PEFT's names of these, which become "
+        "ours: q_proj, k_proj, v_proj, o_proj, w1, w2, w3, all-linear",
+    )
+    init_from: str | None = Field(
+        None,
+        description="an adapter to begin with: a LoRA run, an adapter of ours or PEFT's; rank, alpha, rslora and "
+        "targets that are not set are its own",
     )
 
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
@@ -69,7 +73,7 @@ class LoraConfig(FrozenConfig):
     @model_validator(mode="after")
     def _targets_exist(self) -> Self:
         for pattern in self.targets:
-            if not any(_matches(target, pattern) for target in TARGETS):
+            if not any(_matches(target, pattern) for target in (*TARGETS, ROUTER)):
                 raise ValueError(f"targets: {pattern!r} matches none of {', '.join([*TARGETS, *PEFT_NAMES])}")
         return self
 
@@ -94,7 +98,7 @@ class LoraConfig(FrozenConfig):
 
 
 def _matches(target: str, pattern: str) -> bool:
-    return pattern == ROUTER if target == ROUTER else fnmatch.fnmatchcase(target, pattern)
+    return pattern == GATE if target == ROUTER else fnmatch.fnmatchcase(target, pattern)
 
 
 def base_weight(

@@ -53,7 +53,7 @@ def merged(leaves: dict[str, np.ndarray], scale: float) -> dict[str, jax.Array]:
     formulas = {
         "attention.query": "LDr,LrNH->LDNH", "attention.key": "LDr,LrNH->LDNH", "attention.value": "LDr,LrNH->LDNH",
         "attention.output": "LNHr,LrD->LNHD", "moe.w2": "LEFr,LErD->LEFD",
-        "moe.w1": "LEDr,LErF->LEDF", "moe.w3": "LEDr,LErF->LEDF",
+        "moe.router": "LDr,LrE->LDE", "moe.w1": "LEDr,LErF->LEDF", "moe.w3": "LEDr,LErF->LEDF",
     }  # fmt: skip
     out = {name: jnp.asarray(value) for name, value in leaves.items() if not is_adapter(name)}
     for target, letters in formulas.items():

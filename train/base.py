@@ -6,6 +6,7 @@ run of small ones), so the base is never in memory as a whole in a wider form, n
 """
 
 import functools
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -24,8 +25,10 @@ from mixtral_jax.convert import (
     Leaf,
     Source,
     check_identity,
+    check_same_model,
     edges,
     is_remote,
+    open_adapter,
     open_source,
     place,
     place_leaf,
@@ -103,6 +106,34 @@ def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, d
         step = int(Path(path).name) if (epath.Path(path) / checkpoint.STATE).exists() else None
         noted = {"path": path, "step": step, "digest": weights_identity(source)}
     return config.model_copy(update={"init_from": path}), dict(noted)
+
+
+def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
+    """The adapters of lora.init_from, and what was trained whole beside them, placed as `abstract`, the trained, says.
+
+    Raises:
+        UserError: they are of another rank, scale, choice of matrices or base than the run's.
+    """
+    lora, wanted = config.adapters, dict(leaves(abstract))
+    assert lora is not None and lora.init_from is not None
+    try:
+        adapter = open_adapter(lora.init_from, config.model)
+        check_same_model(config.model, adapter, "the run")
+        if config.init_from is not None and adapter.base_noted is not None and not is_remote(config.init_from):
+            check_identity(adapter.base_noted, open_source(newest_step(config.init_from)), config.init_from)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"lora.init_from: {error}") from error
+    found = {slot.leaf.path: slot.leaf for slot in adapter.slots}
+    scales = {"rank": (lora.rank, adapter.lora.rank), "alpha / rank": (lora.scale, adapter.lora.scale)}
+    told = [f"{key} {b:g}, the run's is {a:g}" for key, (a, b) in scales.items() if not math.isclose(a, b)]
+    told += [f"{path}, which the run does not train" for path in sorted(found.keys() - wanted.keys())]
+    told += [f"no {path}" for path in sorted(wanted.keys() - found.keys()) if is_adapter(path)]
+    if told:
+        raise UserError(f"lora.init_from: {lora.init_from} has {'; '.join(told[:4])}: set lora as the adapter is")
+    placed = {
+        path: place_leaf(adapter, leaf, wanted[path].sharding, wanted[path].dtype) for path, leaf in found.items()
+    }
+    return unflatten_dict(placed, sep=".")
 
 
 def check_base_shape(config: RunConfig) -> list[str]:

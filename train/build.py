@@ -14,7 +14,7 @@ from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import base_weights, check_base_shape, pin_base
+from mixtral_jax.train.base import adapter_weights, base_weights, check_base_shape, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
@@ -129,8 +129,13 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
         state = restore_state(found, abstract, tree_changes(changed))
     else:
-        fresh = random_weights(config, keep(weights, is_adapter)) if config.adapters is not None else None
-        state = start_from(join(keep(base, trained), fresh), optimizer, abstract)
+        fresh = None
+        if config.adapters is not None and config.adapters.init_from is not None:
+            fresh = adapter_weights(started, keep(weights, trained))
+        elif config.adapters is not None:
+            fresh = random_weights(config, keep(weights, is_adapter))
+        own = {path for path, _ in leaves(fresh or {})}
+        state = start_from(join(keep(base, lambda path: trained(path) and path not in own), fresh), optimizer, abstract)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
     eval_step = make_eval_step(objective, merge)

@@ -37,6 +37,11 @@ class AdapterSource(Source):
     base: str | None  # where the base was, if anybody noted it
     base_noted: dict[str, Any] | None = None  # which weights it was, if a run noted them
 
+    @property
+    def longer(self) -> bool:
+        """Whether it brings embedding or head, which may have more rows than the base's."""
+        return any(slot.leaf.path in WHOLE and slot.leaf.path != ROUTER for slot in self.slots)
+
     def side_files(self) -> None:
         """None: the tokenizer belongs to the base."""
 

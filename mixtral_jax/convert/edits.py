@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, check_same_model
+from mixtral_jax.convert.adapter import AdapterSource, check_same_model
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.identity import check_identity
-from mixtral_jax.convert.peft import PeftAdapter, is_peft
+from mixtral_jax.convert.peft import open_adapter
 from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
 from mixtral_jax.convert.stream import ChangedSource, Source, bands
 from mixtral_jax.convert.table import PEFT, ROUTER, A, B, Slot, slots
@@ -34,7 +34,7 @@ def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool =
     """
     check_destination(dst, src, adapter, force=force)
     model = open_source(src)
-    change = PeftAdapter(adapter, model.config) if is_peft(adapter) else NativeAdapter(adapter)
+    change = open_adapter(adapter, model.config)
     check_same_model(model.config, change, os.fspath(src))
     check_identity(change.base_noted, model, os.fspath(src))
     write_like(model, MergedSource(model, change), dst, force=force, progress=progress)
@@ -44,8 +44,7 @@ class MergedSource(ChangedSource):
     """A model whose adapted hub matrices are W + s (A B)^T; what the adapter holds whole takes the place of W."""
 
     def __init__(self, model: Source, adapter: AdapterSource) -> None:
-        longer = WHOLE.keys() & {slot.leaf.path for slot in adapter.slots}
-        rows = adapter.config.vocab_size if longer - {ROUTER} else model.config.vocab_size
+        rows = (adapter if adapter.longer else model).config.vocab_size
         config = model.config.model_copy(update={"vocab_size": rows})
         super().__init__(model, config, slots(config))
         self._adapter, self._parts = adapter, {slot.name: slot for slot in adapter.slots}

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, wri
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import one_line, read_config, read_shape
-from mixtral_jax.convert.pipeline import open_source, write
-from mixtral_jax.convert.safetensors import Tensor, TensorSink, TensorSource, read_tensors
-from mixtral_jax.convert.stream import ChangedSource
+from mixtral_jax.convert.pipeline import open_source
+from mixtral_jax.convert.safetensors import Tensor, TensorSource, read_tensors
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
-from mixtral_jax.lora import TARGETS, LoraConfig
+from mixtral_jax.lora import GATE, PEFT_NAMES, ROUTER, TARGETS, LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Each changes what is computed, or what is stored, when it is set.
@@ -103,7 +101,9 @@ def read_settings(directory: Directory) -> Settings:
     if other := sorted({*whole} - {*WHOLE.values()}):
         known = ", ".join(WHOLE.values())
         raise ValueError(f"{where}: modules_to_save names {', '.join(other)}, which is not supported: {known} are")
-    lora = LoraConfig(rank=rank, alpha=alpha, rslora=bool(read.use_rslora), dropout=dropout, targets=TARGETS)
+    lora = LoraConfig(
+        rank=rank, alpha=alpha, rslora=bool(read.use_rslora), dropout=dropout, targets=PEFT_NAMES["all-linear"]
+    )
     return Settings(lora, read.base_model_name_or_path, whole, ranks, alphas)
 
 
@@ -153,10 +153,12 @@ class PeftAdapter(AdapterSource, TensorSource):
         ask = f"but {told} in {CONFIG} and the base ask for {{}}: the adapter is of another rank or for another base"
         whole = {slot: place for slot, place in whole.items() if slot.leaf.path in kept}
         self.put_in_place(adapted | whole, "the base's attention and experts", ask)
-        targets = [target for target in TARGETS if target in found]
+        targets = [target for target in (*TARGETS, ROUTER) if target in found]
         targets = [target for target in targets if not self._filled_in(target)] or targets
         self.slots = [slot for slot in self.slots if _target(slot) in targets or slot in whole]
-        self.lora = self.lora.model_copy(update={"targets": tuple(targets)})
+        self.lora = self.lora.model_copy(
+            update={"targets": tuple(GATE if target == ROUTER else target for target in targets)}
+        )
 
     def _filled_in(self, target: str) -> bool:
         """Whether an expert's matrix has A and B of 0, which never learn: what export writes beside the others."""
@@ -250,6 +252,11 @@ def is_peft(path: PathLike) -> bool:
     return is_remote(path) or CONFIG in Directory(path).names()
 
 
+def open_adapter(path: PathLike, config: MixtralConfig) -> AdapterSource:
+    """An adapter of any format for a base of shape `config`; raises as NativeAdapter and PeftAdapter."""
+    return PeftAdapter(path, config) if is_peft(path) else NativeAdapter(path)
+
+
 def peft2lora(
     src: PathLike, dst: PathLike, *, base: PathLike | None = None, force: bool = False, progress: bool = True
 ) -> None:
@@ -272,73 +279,6 @@ def peft2lora(
     adapter = PeftAdapter(src, _shape(where))
     adapter.base = where
     write_adapter(adapter, dst, force=force, progress=progress)
-
-
-def lora2peft(src: PathLike, dst: PathLike, *, force: bool = False, progress: bool = True) -> None:
-    """An adapter of ours, or a step of a LoRA run, to a directory that peft.PeftModel.from_pretrained loads.
-
-    Raises:
-        ValueError: the adapter is not whole, or the run trained the router too; nothing is left at `dst`.
-        FileExistsError: `dst` exists.
-    """
-    check_destination(dst, src, force=force)
-    adapter = NativeAdapter(src)
-    if adapter.has_router:
-        raise ValueError(f"{src} holds a trained router too, which is no adapter: use merge-lora, then orbax2hf")
-    exported = ExportedAdapter(adapter)
-    config = peft_config(adapter, sorted({slot.name.split(".")[-3] for slot in exported.slots}))
-    sink = partial(TensorSink, single=WEIGHTS)
-    write(exported, dst, sink, exported.dtype, CONFIG, config, force=force, progress=progress)
-
-
-class ExportedAdapter(ChangedSource):
-    """An adapter with zeros for those matrices of experts that PEFT wants beside its own.
-
-    PEFT takes w1 and w3 only together, and places them, without an error, where nothing reads them if w2 is not there.
-    """
-
-    def __init__(self, adapter: AdapterSource) -> None:
-        config, lora = adapter.config, adapter.lora
-        if not config.is_dense and (lora.adapts("moe.w1") or lora.adapts("moe.w3")):
-            lora = lora.model_copy(update={"targets": (*lora.targets, "moe.w1", "moe.w3", "moe.w2")})
-        super().__init__(adapter, config, slots(config, lora))
-        self._last = {slot.leaf.path[-1]: slot for slot in adapter.slots}
-
-    def origin(self, slot: Slot) -> Slot:
-        """What is filled in is like the last A or B: that of an expert."""
-        return self.there.get(slot.meaning, self._last[slot.leaf.path[-1]])
-
-    def read(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        if slot.meaning in self.there:
-            return super().read(slot, start, stop)
-        return np.zeros((stop - start, slot.cols), self.dtype(slot))
-
-
-def peft_config(adapter: AdapterSource, modules: list[str]) -> dict[str, Any]:
-    """adapter_config.json. rsLoRA becomes plain LoRA of alpha * sqrt(r): the same scale, and PEFT then doubles rank and
-    alpha of w1 and w3 as it fuses them, which keeps alpha / r but not alpha / sqrt(r)."""
-    lora = adapter.lora
-    alpha = lora.alpha * math.sqrt(lora.rank) if lora.rslora else lora.alpha
-    experts = any(slot.leaf.path.startswith("layers.moe.") for slot in adapter.slots)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        # PEFT has no dropout on fused experts and refuses an adapter that asks for it.
-        "lora_dropout": 0.0 if experts and not adapter.config.is_dense else lora.dropout,
-        "target_modules": modules,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
 
 
 def _shape(base: PathLike) -> MixtralConfig:

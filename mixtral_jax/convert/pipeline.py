@@ -112,8 +112,9 @@ def write(
     *,
     force: bool,
     progress: bool,
+    beside: Callable[[Directory], None] = lambda work: None,
 ) -> None:
-    """Stream a source into a new directory through a sink, and put the small files beside it.
+    """Stream a source into a new directory through a sink, and put the small files beside it, and what `beside` writes.
 
     `name` with the JSON `content` is last, since without it nothing takes the directory for what it is.
     """
@@ -127,6 +128,7 @@ def write(
         if origin is not None:
             for file in SIDE_FILES.intersection(origin.names()):
                 work.write_bytes(file, origin.read_bytes(file))
+        beside(work)
         work.write_json(name, content)
     if tally.not_finite:
         some = ", ".join(f"{name} ({what})" for name, what in list(tally.not_finite.items())[:8])

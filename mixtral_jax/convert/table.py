@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.lora import ROUTER as ROUTER_TARGET
 from mixtral_jax.lora import TARGETS, LoraConfig
 
 ROUTER = "layers.moe.router"
@@ -48,7 +49,7 @@ class Leaf:
     def targets(self) -> tuple[str, ...]:
         """What lora.TARGETS calls its halves; empty where it takes no adapter."""
         name = self.path.removeprefix("layers.")
-        return ("moe.w1", "moe.w3") if name == "moe.w13" else (name,) if name in TARGETS else ()
+        return ("moe.w1", "moe.w3") if name == "moe.w13" else (name,) if name in (*TARGETS, ROUTER_TARGET) else ()
 
 
 @dataclass(frozen=True)

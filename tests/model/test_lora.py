@@ -22,6 +22,7 @@ SHAPE = dict(vocab_size=VOCAB, num_key_value_heads=2)
 SPARSE = tiny_config(**SHAPE)
 DENSE = tiny_config(**SHAPE, num_local_experts=1, num_experts_per_tok=1, sliding_window=5)
 ALL = LoraConfig(rank=3, alpha=5.0)
+LINEAR = LoraConfig(rank=3, alpha=5.0, dropout=0.5, targets=("all-linear",))  # with the router; no rng, no dropout
 SOME = LoraConfig(rank=3, alpha=5.0, targets=("attention.output", "moe.w3"))
 BATCH = [jnp.asarray(x[0]) for x in random_batch((1, 4, 12), VOCAB)]
 
@@ -61,7 +62,7 @@ def test_one_adapter_equals_its_merged_weights(target: str) -> None:
     assert_equals_merged(SPARSE, ALL, silent)
 
 
-@pytest.mark.parametrize("lora", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("lora", [ALL, SOME, LINEAR], ids=["all", "some", "router"])
 def test_adapters_equal_their_merged_weights(lora: LoraConfig) -> None:
     assert_equals_merged(SPARSE, lora, adapted(SPARSE, lora)[1])
 
@@ -102,6 +103,18 @@ def test_patterns_choose_the_targets(patterns, want) -> None:
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert {p for p in paths if is_adapter(p)} == {f"layers.{t}_lora.{m}" for t in want for m in "ab"}
     assert not any("router_lora" in p for p in paths)
+
+
+def test_names_of_peft_become_ours() -> None:
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2", "gate"]
+    for given in (names, "all-linear", ["all-linear"], ["moe.w1", "all-linear"]):
+        lora = LoraConfig(rank=2, targets=given)
+        assert {*lora.targets} == {*TARGETS, "gate"}
+        assert LoraConfig.model_validate_json(lora.model_dump_json(), strict=True) == lora
+    assert LoraConfig(targets=["gate_up_proj", "up_proj", "w1"]).targets == ("moe.w1", "moe.w3")
+    assert not LoraConfig().adapts("moe.router") and LoraConfig(targets=("gate",)).adapts("moe.router")
+    model = nnx.eval_shape(lambda: Mixtral(DENSE, key=jax.random.key(0), lora=LINEAR))
+    assert "router_lora" not in str(nnx.state(model))
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:

@@ -10,15 +10,24 @@ import pytest
 from mixtral_jax import launch
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.convert import load, load_params, merge_lora
-from mixtral_jax.lora import is_adapter
+from mixtral_jax.convert import load, load_params, lora2peft, merge_lora
+from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.base import base_weights, check_base_shape, newest_step, pin_base, stands_on_base
+from mixtral_jax.train.base import (
+    adapter_weights,
+    base_weights,
+    check_base_shape,
+    newest_step,
+    pin_base,
+    stands_on_base,
+)
+from mixtral_jax.train.build import build
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.read_model import read_model
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
 from tests.convert_files import TINY, random_tensors, write_hub
+from tests.lora_models import adapted, write_native
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
 
@@ -89,6 +98,44 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         start("above", init_from=str(tmp_path / "runs" / "once"))
     with pytest.raises(ValueError, match="holds the adapters of a LoRA run, no whole model"):
         load(tmp_path / "runs" / "once")
+
+
+def test_a_run_goes_on_from_an_adapter(tmp_path):
+    """Ours or PEFT's: rank, alpha and targets are its own, or an error that names both; a router trained beside it."""
+    base = write_hub(tmp_path / "hf", HUB, random_tensors(HUB))
+    shape, lora = MixtralConfig.from_hf(HUB), LoraConfig(rank=2, alpha=6.0, targets=("q_proj", "gate"))
+    own = {k: v for k, v in adapted(shape, lora)[1].items() if is_adapter(k)}
+    write_native(tmp_path / "native", shape, lora, own, str(base))
+    lora2peft(tmp_path / "native", tmp_path / "peft", progress=False)
+
+    def config_of(kind, **changes):
+        changes = {"lora": {"init_from": str(tmp_path / kind), **changes}, "init_from": str(base), "model": None}
+        file = write_tuning_file(tmp_path, "sft")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return load_config(file).config
+
+    for kind in ("native", "peft"):
+        config = config_of(kind, dropout=0.1)
+        assert (config.lora.rank, config.lora.scale, config.lora.targets) == (2, 3.0, ("attention.query", "gate"))
+        got = dict(leaves(adapter_weights(config, keep(abstract_params(config, None), is_trained(config)))))
+        assert got.keys() == own.keys()
+        for name, value in got.items():
+            np.testing.assert_array_equal(value, own[name], err_msg=name)
+    _, state = build(config, None, None, lambda line: None)
+    for name, value in leaves(state.params):
+        np.testing.assert_array_equal(value, own[name], err_msg=name)
+    for changes, told in (
+        ({"rank": 3}, "peft has rank 2, the run's is 3; alpha / rank 3, the run's is 2: set lora as the adapter is"),
+        (
+            {"targets": ["gate", "v_proj"]},
+            r"has layers\.attention\.query_lora\.a, which the run does not train; .*no l",
+        ),
+    ):
+        config = config_of("peft", **changes)
+        with pytest.raises(UserError, match=told):
+            adapter_weights(config, keep(abstract_params(config, None), is_trained(config)))
+    with pytest.raises(UserError, match=r"lora\.init_from .*: rank and scale .* but .*nowhere does not exist"):
+        config_of("nowhere")
 
 
 def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):

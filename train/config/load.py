@@ -204,7 +204,7 @@ def _checked(tree: Tree, where: str, command: str | None) -> RunConfig:
     config_class = _stage_class(stage, where)
     if command is not None and stage != command:
         raise UserError(f"{where} is a {stage} file: run `{stage} {where}`, not `{command}`")
-    problems = {**_expand_preset(tree), **_take_shape(tree)}
+    problems = {**_expand_preset(tree), **_take_shape(tree), **_take_adapter(tree)}
     tree.values = config_class.settle(tree.values)
     return validate(config_class, tree, problems=problems, also_known=("model.preset",))
 
@@ -252,6 +252,26 @@ def _take_shape(tree: Tree) -> dict[str, str]:
         return {}  # what is missing is named one by one
     tree.values["model"] = {**PRESETS["tiny"], **given}  # so that the other problems can be found too
     return problems
+
+
+def _take_adapter(tree: Tree) -> dict[str, str]:
+    """What `lora` does not say of the adapter that it begins with. Returns problems by path."""
+    lora, model = tree.values.get("lora"), tree.values.get("model")
+    if not isinstance(lora, dict) or not isinstance(model, dict) or not isinstance(named := lora.get("init_from"), str):
+        return {}
+    missing = [key for key in ("rank", "alpha", "rslora", "targets") if key not in lora]
+    if not missing:
+        return {}
+    from mixtral_jax.convert import open_adapter  # slow to import, and few files need it
+
+    try:
+        own = open_adapter(named, MixtralConfig(**model)).lora.model_dump(mode="json")
+    except (ValueError, OSError) as error:
+        told = "model is none" if isinstance(error, ValidationError) else error
+        return {"lora.init_from": f"rank and scale were to be those of this adapter, but {told}"}
+    tree.origins |= {f"lora.{key}": f"adapter {named}" for key in missing}
+    tree.values["lora"] = lora | {key: own[key] for key in missing}
+    return {}
 
 
 def shape_of(path: str) -> MixtralConfig:
