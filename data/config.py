@@ -51,7 +51,7 @@ class DataConfig(FrozenConfig):
         description="text: documents, every token learned; chat: only answers are learned; preference: pairs of them",
     )
     template: str | dict[str, Any] = Field(
-        "v1", description="chat format: v1, v3 (Mistral instruct), chatml, or a description"
+        "v1", description="chat format: v1, v3 (Mistral instruct), chatml, zephyr, llama3, or a description"
     )
     train_on: Literal["all", "last"] = Field("all", description="of a chat all answers are learned, or the last")
     packing: Literal["concat", "best_fit"] = Field(

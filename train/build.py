@@ -94,6 +94,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     weights, trained = abstract_params(config, mesh), is_trained(config)
     notes = [] if found else check_base_shape(config)
     for title, lines in {
+        "note": tokenizer.notes,
         "trained": trainable_table(config, weights),
         "warning": [*placement_warnings(config, mesh, leaves(weights)), *notes],
         "learned": mask_lines(config, prepared.train, tokenizer) if isinstance(config, TuningConfig) else [],

@@ -1,9 +1,10 @@
 """Text in, text out: texts and chats through a tokenizer to a model, and its tokens back to text."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixtral_jax.data.text import Tokenizer, encode_prompt, load_template
+from mixtral_jax.data.text import Tokenizer, control_words, encode_prompt, load_template, usual_template
 from mixtral_jax.generation import Prompts
 from mixtral_jax.generation import generate as generate_tokens
 from mixtral_jax.generation import stream as stream_tokens
@@ -26,7 +27,8 @@ def generate(
     Args:
         prompt: token ids (a prompt, a list of prompts, an array), a text, a chat, or a list of texts or chats.
         tokenizer: of texts and chats; `load_tokenizer` reads one.
-        template: format of chats: v1, v3, chatml or a description; None: by the tokenizer's control tokens.
+        template: format of chats: v1, v3, chatml, zephyr, llama3 or a description; None: that of the tokenizer's
+            directory, else by its control tokens.
         options: of `mixtral_jax.generation.engine.generate`: max_new_tokens, temperature, top_k, top_p, seed.
 
     Returns:
@@ -34,7 +36,7 @@ def generate(
 
     Raises:
         UserError: text without a tokenizer, or one with more pieces than the model knows.
-        ValueError: the chat breaks a rule of its template, or an option is out of range.
+        ValueError: the chat breaks a rule of its template, the template is not known, or an option is out of range.
     """
     single = isinstance(prompt, str) or _is_chat(prompt)
     prompts: Any = [prompt] if single else prompt
@@ -89,11 +91,13 @@ class _Codec:
                 f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows {model.config.vocab_size}"
             )
         self._tokenizer, self._template = tokenizer, None
-        self.ends = [tokenizer.eos_id]
+        ends = [tokenizer.eos_id, *(end for end in tokenizer.ends if end < model.config.vocab_size)]
         if any(map(_is_chat, prompts)):
-            self._template = load_template(template or _usual_template(tokenizer), tokenizer)
+            self._template = load_template(template or usual_template(tokenizer), tokenizer)
             close = self._template.answer_end
-            self.ends += [token for token in close if len(close) == 1 and token != tokenizer.eos_id]
+            ends += close if len(close) == 1 else ()
+        self.ends = list(dict.fromkeys(ends))
+        self._warn_of_control_words(prompts)
 
     def encode(self, prompt: str | Chat) -> list[int]:
         """BOS and the text, or the chat up to the header of its answer."""
@@ -102,13 +106,28 @@ class _Codec:
         assert self._template is not None
         return encode_prompt(prompt, self._template)
 
+    def _warn_of_control_words(self, prompts: Sequence[str | Chat]) -> None:
+        typed: list[str] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                typed += [word for word in control_words(prompt) if word in self._tokenizer.controls]
+            elif self._template is not None:
+                contents = [m.get("content") for m in prompt if isinstance(m, Mapping)]
+                typed += [w for text in contents if isinstance(text, str) for w in self._template.words.findall(text)]
+        if typed:
+            warnings.warn(
+                f"the prompts hold {', '.join(dict.fromkeys(typed))} ({len(typed)} in all) as text, which is encoded "
+                "as letters: BOS and the marks of a chat are put there by themselves",
+                stacklevel=3,
+            )
+
     def lead(self, prompt: str | Chat, ids: Sequence[int]) -> list[int]:
         """What stands before the new tokens: a piece's leading space shows only after others."""
         return list(ids[1:]) if isinstance(prompt, str) else []
 
     def shown(self, token: int) -> bool:
-        """Neither one that ends the text, nor one that the tokenizer has no piece for."""
-        return token not in self.ends and token < self._tokenizer.vocab_size
+        """Not one that ends the text."""
+        return token not in self.ends
 
     def text(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> str:
         """The new tokens as text."""
@@ -118,9 +137,3 @@ class _Codec:
 
 def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def _usual_template(tokenizer: Tokenizer) -> str:
-    if tokenizer.id_of("<|im_start|>") is not None:
-        return "chatml"
-    return "v1" if tokenizer.id_of("[INST]") is None else "v3"

@@ -20,7 +20,7 @@ from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import choose, sources, text_size_estimate, with_text_column
 from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
-from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_tokenizer, token_dtype
+from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_template, load_tokenizer, token_dtype
 
 _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
 
@@ -197,7 +197,7 @@ def _recipe(
         "columns": columns(source, config.examples),
         "tokenizer": tokenizer.fingerprint(),
         "examples": config.examples,
-        "chat": [config.template, config.train_on] if weighted else None,
+        "chat": [load_template(config.template, tokenizer).format.model_dump(), config.train_on] if weighted else None,
         "seq_len": seq_len,
         "packing": packing,
         "on_error": config.on_error,

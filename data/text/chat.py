@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from mixtral_jax.data.text.template import CONTENT, TOOL_TOKENS, Template, TemplateFormat, TurnFormat
+from mixtral_jax.data.text.formats import CONTENT, TOOL_TOKENS, TemplateFormat, TurnFormat
+from mixtral_jax.data.text.template import Template
+from mixtral_jax.data.text.tokenizer import Place
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
@@ -68,10 +70,13 @@ def encode_prompt(messages: Sequence[Message], template: Template, *, tools: Seq
             f"messages[{len(messages) - 1}]: a prompt must end with the user (or a tool), "
             f"not with role {messages[-1]['role']!r}"
         )
-    return _encode(messages, template, tools, set()).tokens + list(template.ids[template.format.assistant.open])
+    return _encode(messages, template, tools, set(), header=True).tokens
 
 
-def _encode(messages: Sequence[Message], template: Template, tools: Sequence[Tool], learned: set[int]) -> Example:
+def _encode(
+    messages: Sequence[Message], template: Template, tools: Sequence[Tool], learned: set[int], *, header: bool = False
+) -> Example:
+    """`header`: of the next answer, at the end."""
     fmt, out = template.format, _Turns(template)
     system = _system_prompt(messages, fmt)
     if isinstance(fmt.system, TurnFormat) and system:
@@ -82,6 +87,7 @@ def _encode(messages: Sequence[Message], template: Template, tools: Sequence[Too
     for i, message in enumerate(messages):
         role = message["role"]
         content: Any = message.get("content")
+        content = fmt.stripped(role, content) if isinstance(content, str) else content
         if role == "user":
             if tools and i == users[-1]:
                 out.add_tools(tools)
@@ -93,38 +99,71 @@ def _encode(messages: Sequence[Message], template: Template, tools: Sequence[Too
             if message.get("tool_calls"):
                 out.add_tool_calls(i, message["tool_calls"], trainable, last=i == len(messages) - 1)
             else:
-                out.add_turn(fmt.assistant, content.rstrip(" ") if fmt.strip_answer else content, trainable)
+                out.add_turn(fmt.assistant, content, trainable)
+    if header:
+        out.add(fmt.assistant.open)
+    out.end_text()
     return Example(out.ids, out.learned)
 
 
 class _Turns:
-    """Token ids growing message by message, each with its mark."""
+    """Token ids growing message by message, each with its mark. Text waits until a control token or `end_text` ends it:
+    what stands between two control tokens is encoded as one.
+    """
 
     def __init__(self, template: Template):
-        self._template, self._encode_text = template, template.tokenizer.encode
+        self._template, self._text, self._trainable = template, "", False
         self.ids = [template.tokenizer.bos_id] if template.format.bos else []
         self.learned = [False] * len(self.ids)
         self._calls: list[str] = []  # ids of tool calls, and how many of them have a result
         self._answered = 0
+        self._place: Place = "control" if self.ids else "start"
 
-    def _add(self, ids: Sequence[int], trainable: bool = False) -> None:
+    def _add_ids(self, ids: Sequence[int], trainable: bool, place: Place) -> None:
         self.ids.extend(ids)
         self.learned.extend([trainable] * len(ids))
+        self._place = place
 
-    def _add_between(self, turn: TurnFormat, ids: Sequence[int], trainable: bool) -> None:
-        around = self._template.ids
-        self._add(around[turn.open])
-        self._add(ids, trainable)
-        self._add(around[turn.close], trainable)
-        self._add(around[turn.after])
+    def end_text(self) -> None:
+        if self._text:
+            self._add_ids(self._template.tokenizer.encode(self._text, self._place), self._trainable, "text")
+        self._text = ""
 
-    def add_turn(self, turn: TurnFormat, content: str, trainable: bool = False) -> None:
-        self._add_between(turn, self._encode_text(turn.text.replace(CONTENT, content)), trainable)
+    def add_text(self, text: str, trainable: bool = False) -> None:
+        if trainable != self._trainable:
+            self.end_text()
+        self._text, self._trainable = self._text + text, trainable
+
+    def add(self, string: str, trainable: bool = False) -> None:
+        """A string of the template."""
+        for part in self._template.parts[string]:
+            if isinstance(part, str):
+                self.add_text(part, trainable)
+            else:
+                self.end_text()
+                self._add_ids([part], trainable, "control")
+
+    def add_turn(self, turn: TurnFormat, content: str, trainable: bool = False, tokens: str = "") -> None:
+        """`tokens`: a string of the template before the content."""
+        answer = turn == self._template.format.assistant
+        before, behind = turn.text.split(CONTENT)
+        self.add(turn.open)
+        if answer:  # learned or not, its text is encoded by itself
+            self.end_text()
+        if tokens:
+            self.add(tokens, trainable)
+        self.add(before, trainable)
+        self.add_text(content, trainable)
+        self.add(behind, trainable)
+        self.add(turn.close, trainable)
+        if answer:
+            self.end_text()
+        self.add(turn.after)
 
     # tools, in the JSON of Mistral's v3 (mistral-common, InstructTokenizerV3)
 
     def add_tools(self, tools: Sequence[Tool]) -> None:
-        if _TOOLS not in self._template.ids:
+        if _TOOLS not in self._template.parts:
             raise ValueError(f"template {self._template.format.name} cannot tell the model of tools")
         definitions = []
         for i, tool in enumerate(tools):
@@ -136,12 +175,13 @@ class _Turns:
                 "parameters": _parsed(parameters) if isinstance(parameters, str) else parameters,
             }
             definitions.append({"type": "function", "function": body})
-        self._add(self._template.ids[_TOOLS])
-        self._add(self._encode_text(_json(definitions)))
-        self._add(self._template.ids[_END_OF_TOOLS])
+        self.add(_TOOLS)
+        self.add(self._template.format.user.text.split(CONTENT)[0])
+        self.add_text(_json(definitions))
+        self.add(_END_OF_TOOLS)
 
     def add_tool_calls(self, i: int, calls: Sequence[Mapping[str, Any]], trainable: bool, *, last: bool) -> None:
-        if _TOOL_CALLS not in self._template.ids:
+        if _TOOL_CALLS not in self._template.parts:
             raise ValueError(f"messages[{i}]: template {self._template.format.name} has no tool calls")
         entries = []
         for call in calls:
@@ -154,8 +194,7 @@ class _Turns:
                 self._calls.append(_call_id(f"call{len(self._calls):05}" if id_ in (None, "") else id_))
                 entry["id"] = self._calls[-1]
             entries.append(entry)
-        ids = [*self._template.ids[_TOOL_CALLS], *self._encode_text(_json(entries))]
-        self._add_between(self._template.format.assistant, ids, trainable)
+        self.add_turn(self._template.format.assistant, _json(entries), trainable, tokens=_TOOL_CALLS)
 
     def add_tool_result(self, i: int, message: Message) -> None:
         fmt, content = self._template.format, message["content"]
@@ -178,7 +217,7 @@ class _Turns:
 
 
 def _system_prompt(messages: Sequence[Message], fmt: TemplateFormat) -> str:
-    prompts = [m["content"] for m in messages if m["role"] == "system" and m["content"]]
+    prompts = [fmt.stripped("system", m["content"]) for m in messages if m["role"] == "system" and m["content"]]
     if prompts and fmt.system == "refuse":
         raise ValueError(f"messages[0]: template {fmt.name} has no place for a system prompt")
     return "\n\n".join(prompts)

@@ -3,91 +3,30 @@
 A template is a description of strings; `load_template` resolves it against one tokenizer into token ids, once,
 and refuses a tokenizer that it does not fit. Special tokens are recognised in the *template's own* strings only;
 the text of a message is always encoded as plain text: "[INST]" typed by a user never becomes the control token.
+Text between two control tokens is encoded as one, as when the rendered chat is tokenised; an answer stands apart from
+the text before and behind it, because that is how it is generated.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from functools import cached_property
+from typing import Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
-from mixtral_jax.data.config import FrozenConfig
-from mixtral_jax.data.text.tokenizer import Tokenizer
-
-EOS = "{eos}"  # in `open`, `close` and `after`: the tokenizer's own end-of-sequence token, whatever its piece is called
-CONTENT = "{content}"
-
-
-class TurnFormat(FrozenConfig):
-    """One message = ids of `open`, then of `text` with the content in it (one encode), then of `close` and `after`.
-
-    Of an assistant's message, `text` and `close` are trainable; `open` and `after` never are. Generation starts after
-    the assistant's `open`.
-    """
-
-    open: str = ""
-    text: str = CONTENT
-    close: str = ""
-    after: str = ""
-
-    @model_validator(mode="after")
-    def _one_content(self) -> Self:
-        if self.text.count(CONTENT) != 1:
-            raise ValueError(f"text must hold {CONTENT} exactly once, got {self.text!r}")
-        return self
-
-
-class TemplateFormat(FrozenConfig):
-    """A template before it meets a tokenizer; the fields are the keys of a template in YAML."""
-
-    name: str = "custom"
-    bos: bool = True
-    special: tuple[str, ...] = ()  # pieces that stand for one token each in open, close and after
-    user: TurnFormat
-    assistant: TurnFormat
-    tool: TurnFormat | None = None
-    system: TurnFormat | Literal["first_user", "last_user", "refuse"] = "refuse"
-    system_separator: str = "\n\n"  # between the system prompt and the user turn that it is put in front of
-    strip_answer: bool = False  # drop trailing spaces of an answer, as Mistral's v3 does
-    tool_calls: Literal["refuse", "mistral-v3"] = "refuse"
-
-    @model_validator(mode="after")
-    def _answers_end(self) -> Self:
-        if not self.assistant.close:
-            raise ValueError(f"assistant.close is empty: an answer needs a last token, such as {EOS}")
-        return self
-
-
-V1 = TemplateFormat(
-    name="v1",
-    user=TurnFormat(text="[INST] {content} [/INST]"),
-    assistant=TurnFormat(close=EOS),
-    system="first_user",
+from mixtral_jax.data.text.formats import (
+    BUILT_IN,
+    CONTENT,
+    EOS,
+    TOOL_TOKENS,
+    TemplateFormat,
+    TurnFormat,
+    with_space,
 )
-V3 = TemplateFormat(
-    name="v3",
-    special=("[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-    user=TurnFormat(open="[INST]", close="[/INST]"),
-    assistant=TurnFormat(close=EOS),
-    tool=TurnFormat(open="[TOOL_RESULTS]", close="[/TOOL_RESULTS]"),
-    system="last_user",
-    strip_answer=True,
-    tool_calls="mistral-v3",
-)
-# Role and content of a prompt are encoded together, as when the rendered chat is tokenised; an answer is apart from
-# its header, because that is how it is generated.
-CHATML = TemplateFormat(
-    name="chatml",
-    bos=False,
-    special=("<|im_start|>", "<|im_end|>"),
-    system=TurnFormat(open="<|im_start|>", text="system\n{content}", close="<|im_end|>", after="\n"),
-    user=TurnFormat(open="<|im_start|>", text="user\n{content}", close="<|im_end|>", after="\n"),
-    tool=TurnFormat(open="<|im_start|>", text="tool\n{content}", close="<|im_end|>", after="\n"),
-    assistant=TurnFormat(open="<|im_start|>assistant\n", close="<|im_end|>", after="\n"),
-)
-BUILT_IN = {"v1": V1, "v3": V3, "chatml": CHATML}
-TOOL_TOKENS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")  # of v3
+from mixtral_jax.data.text.jinja import can_render, recognise
+from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, control_words
 
 
 @dataclass(frozen=True)
@@ -96,37 +35,98 @@ class Template:
 
     format: TemplateFormat
     tokenizer: Tokenizer
-    ids: Mapping[str, tuple[int, ...]]  # of each string around a message, and of the tokens around tools
+    parts: Mapping[str, tuple[int | str, ...]]  # of each string around a message: control tokens by id, and text
+
+    @cached_property
+    def words(self) -> re.Pattern[str]:
+        """What a content should not hold: BOS, EOS and the marks of the template, which would be encoded as letters."""
+        fmt, tokenizer = self.format, self.tokenizer
+        strings = "".join(text for turn in _turns(fmt) for text in (turn.open, turn.text, turn.close, turn.after))
+        named = {tokenizer.piece_of(tokenizer.bos_id), tokenizer.piece_of(tokenizer.eos_id), *fmt.special}
+        return re.compile("|".join(map(re.escape, sorted(named | set(control_words(strings)), key=len, reverse=True))))
 
     @property
     def answer_end(self) -> tuple[int, ...]:
         """The ids that end an answer."""
-        return self.ids[self.format.assistant.close]
+        parts = self.parts[self.format.assistant.close]
+        return tuple(
+            id_ for part in parts for id_ in ([part] if isinstance(part, int) else self.tokenizer.encode(part, "text"))
+        )
 
 
-def load_template(template: str | Mapping[str, Any], tokenizer: Tokenizer) -> Template:
-    """A built-in template by name (v1, v3, chatml) or a description (the keys of TemplateFormat), in ids.
+def load_template(template: str | Mapping[str, Any] | TemplateFormat, tokenizer: Tokenizer) -> Template:
+    """A built-in template by name or a description (the keys of TemplateFormat), made for one tokenizer.
 
-    A description with the name of a built-in one overrides single fields of it: `{name: chatml, bos: true}`.
+    A description with the name of a built-in one overrides single fields of it: `{name: chatml, bos: true}`. Where the
+    chat_template of the tokenizer's own directory is a variant of the one named, with other spaces, say, it is that.
 
     Raises:
         ValueError: unknown name, a wrong description, or a template that does not fit the tokenizer.
     """
-    fmt = _format_of(template)
+    fmt = _as_written(_format_of(template), tokenizer)
     if fmt.name == "v1" and (id_ := tokenizer.id_of("[INST]")) is not None:
         raise ValueError(
             f"template v1 writes [INST] as text, but this tokenizer has it as control token {id_}: use template v3"
         )
-    ids: dict[str, tuple[int, ...]] = {}
-    if fmt.tool_calls == "mistral-v3":
-        ids = {name: (_special_id(fmt, name, tokenizer),) for name in TOOL_TOKENS}
-    for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system):
-        if isinstance(turn, TurnFormat):
-            ids |= {text: _resolve(fmt, text, tokenizer) for text in (turn.open, turn.close, turn.after)}
-    return Template(fmt, tokenizer, ids)
+    required = (*fmt.special, *(TOOL_TOKENS if fmt.tool_calls == "mistral-v3" else ()))
+    ids = {EOS: tokenizer.eos_id} | {piece: _special_id(fmt, piece, tokenizer) for piece in required}
+    tokenizer.reserve(required)
+    texts = {text for turn in _turns(fmt) for text in (turn.open, *turn.text.split(CONTENT), turn.close, turn.after)}
+    joint = "".join(texts)
+    for piece in tokenizer.controls:
+        if piece in joint:
+            ids[piece] = _special_id(fmt, piece, tokenizer)
+    parts = {text: _resolve(text, ids) for text in (*texts, *required)}
+    return Template(fmt, tokenizer, parts)
 
 
-def _format_of(template: str | Mapping[str, Any]) -> TemplateFormat:
+def _turns(fmt: TemplateFormat) -> list[TurnFormat]:
+    return [turn for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system) if isinstance(turn, TurnFormat)]
+
+
+def usual_template(tokenizer: Tokenizer) -> TemplateFormat:
+    """The template that a tokenizer's directory has, else the one that its control tokens mean.
+
+    Raises:
+        ValueError: its chat_template is none that is known.
+    """
+    if tokenizer.chat_template is not None and can_render():
+        found = recognise(tokenizer.chat_template, tokenizer)
+        if found is None:
+            raise ValueError(
+                f"the chat_template beside the tokenizer is of no known format: name one of {', '.join(BUILT_IN)} as "
+                "the template, or describe it"
+            )
+        return BUILT_IN[found.name]
+    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "v3"}
+    name = next((name for piece, name in marks.items() if tokenizer.id_of(piece) is not None), "v1")
+    if tokenizer.chat_template is not None:
+        warnings.warn(f"to read the tokenizer's chat_template takes jinja2: {name} is assumed", stacklevel=2)
+    return BUILT_IN[name]
+
+
+def _as_written(fmt: TemplateFormat, tokenizer: Tokenizer) -> TemplateFormat:
+    """A format as the tokenizer's directory writes it if it is a built-in one, else with all of its spaces.
+
+    Mistral's with a SentencePiece file are those of mistral-common: a directory's template is for its tokenizer.json.
+    """
+    ours = fmt.spaces and isinstance(tokenizer, SentencePieceTokenizer)
+    if tokenizer.chat_template is not None and fmt == BUILT_IN.get(fmt.name) and not ours and can_render():
+        found = recognise(tokenizer.chat_template, tokenizer)
+        if found is not None and found.name == fmt.name:
+            return found
+    if not fmt.spaces or tokenizer.spaced == "never":
+        return fmt
+    turns = {role: turn for role in ("user", "tool", "assistant") if (turn := getattr(fmt, role)) is not None}
+    if tokenizer.spaced == "always":  # behind a control token it puts the space itself
+        before = fmt.user.text + fmt.user.close + fmt.user.after + fmt.assistant.open
+        turns = {} if before.endswith((EOS, *fmt.special)) else {"assistant": fmt.assistant}
+    return fmt.model_copy(update={"spaces": False} | {role: with_space(turn) for role, turn in turns.items()})
+
+
+def _format_of(template: str | Mapping[str, Any] | TemplateFormat) -> TemplateFormat:
+    if isinstance(template, TemplateFormat):
+        return template
     if isinstance(template, str):
         if template not in BUILT_IN:
             raise ValueError(f"template {template!r} is unknown: use one of {', '.join(BUILT_IN)}, or describe one")
@@ -142,8 +142,6 @@ def _format_of(template: str | Mapping[str, Any]) -> TemplateFormat:
 
 
 def _special_id(fmt: TemplateFormat, piece: str, tokenizer: Tokenizer) -> int:
-    if piece == EOS:
-        return tokenizer.eos_id
     id_ = tokenizer.id_of(piece)
     if id_ is None:
         raise ValueError(
@@ -152,11 +150,8 @@ def _special_id(fmt: TemplateFormat, piece: str, tokenizer: Tokenizer) -> int:
     return id_
 
 
-def _resolve(fmt: TemplateFormat, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of a string of the template: its special pieces are one token each, the rest is plain text."""
-    pieces = sorted((EOS, *fmt.special), key=len, reverse=True)  # the longest wins where one begins another
-    ids: list[int] = []
-    for i, part in enumerate(re.split("(" + "|".join(map(re.escape, pieces)) + ")", text)):
-        if part:
-            ids += [_special_id(fmt, part, tokenizer)] if i % 2 else tokenizer.encode(part)  # odd places: the pieces
-    return tuple(ids)
+def _resolve(text: str, ids: Mapping[str, int]) -> tuple[int | str, ...]:
+    """A string of the template: its control pieces by their ids, the rest as text."""
+    pieces = sorted(ids, key=len, reverse=True)  # the longest wins where one begins another
+    found = re.split("(" + "|".join(map(re.escape, pieces)) + ")", text)
+    return tuple(ids[part] if i % 2 else part for i, part in enumerate(found) if part)  # odd places: the pieces

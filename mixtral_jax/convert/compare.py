@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mixtral_jax.convert.table import Slot
 # fp32 on both sides, another order of summation: what may differ, relative to the logits' spread (their standard
 # deviation over the vocabulary, the mean of all positions). Small models have small logits.
 TRANSFORMERS_TOLERANCE = 1e-3
+TEXTS = ("The router", "two  spaces", "x\n\ny\tz", "naïve 漢字 🙂", "12345", "a</s>b<s>c", "<|im_end|> [INST]")
 _SHOWN = 8
 _ROWS, _LENGTH = 4, 64  # of the prompts that nobody gave
 
@@ -61,12 +63,14 @@ class Report:
     different_tensors: list[TensorDifference]
     config: dict[str, tuple[Any, Any]]
     logits: list[LogitDifference]
+    tokenizers: list[str]
     notes: list[str]
 
     @property
     def identical(self) -> bool:
-        """Same configuration, every tensor bit-equal, and every pair of logits equal within its tolerance."""
-        return not self.different_tensors and not self.config and all(pair.same for pair in self.logits)
+        """Same configuration and token ids, every tensor bit-equal, every pair of logits equal within its tolerance."""
+        same = not self.different_tensors and not self.config and all(pair.same for pair in self.logits)
+        return same and not self.tokenizers
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -89,7 +93,7 @@ class Report:
             out.append(
                 f"logits, {p.a} against {p.b}: {figures}; at most {p.allowed:.3g} for a spread of {p.spread:.3g}"
             )
-        return [*out, *self.notes, "identical" if self.identical else "DIFFERENT"]
+        return [*out, *self.tokenizers, *self.notes, "identical" if self.identical else "DIFFERENT"]
 
 
 def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | None = None) -> Report:
@@ -119,7 +123,52 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
             logits.append(compare_logits("A", "A in transformers", first, other, tolerance=TRANSFORMERS_TOLERANCE))
     theirs = source_b.config.model_dump()
     config = {key: (ours, theirs[key]) for key, ours in source_a.config.model_dump().items() if ours != theirs[key]}
-    return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, notes)
+    tokenizers, more = compare_tokenizers(a, b, source_a.small_files(), source_b.small_files())
+    notes += more
+    return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, tokenizers, notes)
+
+
+def compare_tokenizers(
+    a: PathLike, b: PathLike, files_a: Mapping[str, bytes], files_b: Mapping[str, bytes]
+) -> tuple[list[str], list[str]]:
+    """Texts that have other ids with the tokenizer of B, or with A's and B's as transformers reads them; notes."""
+    import mixtral_jax  # its front door: tokenizers belong to another room
+
+    found: dict[str, dict[str, list[int]]] = {}
+    notes = []
+    for name, path, files, other in (("A", a, files_a, files_b), ("B", b, files_b, files_a)):
+        if not any(file in files for file in ("tokenizer.model", "tokenizer.json")):
+            notes += [f"tokenizers not compared: {name} has none"] if other else []
+            continue
+        try:
+            found[name] = mixtral_jax.token_ids(files, TEXTS)
+            if theirs := _transformers_ids(path):
+                found[f"{name} in transformers"] = theirs
+        except ValueError as error:
+            notes.append(f"tokenizers not compared: {name}: {error}")
+    if len(found) < 2:
+        return [], notes
+    (first, ids), *others = found.items()
+    return [
+        f"tokenizer: {text!r} is {ids[text]} in {first}, {theirs[text]} in {name}"
+        for name, theirs in others
+        for text in [text for text in TEXTS if ids[text] != theirs[text]][:1]
+    ], notes
+
+
+def _transformers_ids(path: PathLike) -> dict[str, list[int]]:
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")) or is_remote(path):
+        return {}
+    if "config.json" not in Directory(path).names() or (Directory(path).local / "params").exists():
+        return {}
+    import transformers
+
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(os.fspath(path))
+    except Exception as error:  # whatever it makes of the files
+        raise ValueError(f"transformers cannot read it ({error})") from None
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    return {text: tokenizer(text, **options)["input_ids"] for text in TEXTS}
 
 
 def compare_tensors(a: Source, b: Source) -> list[TensorDifference]:

@@ -50,6 +50,9 @@ class MergedSource(ChangedSource):
         self._adapter, self._parts = adapter, {slot.name: slot for slot in adapter.slots}
         self._factor = functools.lru_cache(maxsize=32)(self._read_factor)
 
+    def template(self) -> Any:
+        return self._adapter.template() or super().template()
+
     def _module(self, slot: Slot) -> str | None:
         """What PEFT calls an adapted matrix."""
         module = PEFT + slot.name.removesuffix(".weight")

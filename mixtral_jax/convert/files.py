@@ -9,6 +9,11 @@ import fsspec
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 PathLike = str | os.PathLike[str]
+SMALL_FILES = {
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tekken.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+}  # fmt: skip
 
 
 class File:
@@ -123,6 +128,16 @@ class Directory:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_bytes(name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_small_files(directory: Directory) -> dict[str, bytes]:
+    """What lies beside weights; a SentencePiece model of another name comes as tokenizer.model, where none has it."""
+    names = directory.names()
+    found = {name: directory.read_bytes(name) for name in sorted(SMALL_FILES.intersection(names))}
+    models = [name for name in names if ".model" in name and not name.startswith(".")]
+    if models and "tokenizer.model" not in found:
+        found["tokenizer.model"] = directory.read_bytes(models[0])
+    return found
 
 
 def is_remote(path: PathLike) -> bool:

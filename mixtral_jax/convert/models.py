@@ -1,5 +1,7 @@
 """A checkpoint of any kind as a model, and a model as a Hugging Face directory."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -94,14 +96,34 @@ def save_hf(
     dtype: str | None = None,
     max_shard_size: str | int = SHARD,
     force: bool = False,
+    tokenizer: Any = None,
+    template: Any = None,
 ) -> None:
     """Write a model as a Hugging Face directory, in the dtype of its parameters unless `dtype` says otherwise.
 
+    Args:
+        tokenizer: written beside it for transformers: one from `load_tokenizer`, or its path.
+        template: its chat template, by name or description.
+
     Raises:
         FileExistsError: the directory exists and `force` is not set.
-        ValueError: too little disk space, an unknown dtype, or parameters without a place in that format (adapters).
+        ValueError: too little disk space, an unknown dtype, parameters without a place in that format (adapters), or a
+            tokenizer with more pieces than the model has rows.
     """
-    write_hf(ModelSource(model), directory, dtype=dtype, max_shard_size=max_shard_size, force=force, progress=False)
+    small: Mapping[str, bytes] = {}
+    if tokenizer is not None:
+        import mixtral_jax  # its front door: tokenizers belong to another room
+
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = mixtral_jax.load_tokenizer(os.fspath(tokenizer))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size} pieces, the model knows {model.config.vocab_size}"
+            raise ValueError(f"the tokenizer has {sizes}: resize the vocabulary first")
+        small = mixtral_jax.tokenizer_files(tokenizer, template)
+    write_hf(
+        ModelSource(model), directory, dtype=dtype, max_shard_size=max_shard_size, small=small, force=force,
+        progress=False,
+    )  # fmt: skip
 
 
 class ModelSource(NativeSource):

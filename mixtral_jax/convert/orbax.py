@@ -1,6 +1,7 @@
 """Orbax checkpoints as slots, in and out: our model directories, and the checkpoints of training runs."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -74,6 +75,10 @@ class OrbaxArrays(NativeSource):
     def read_box(self, path: str, box: tuple[int | slice, ...]) -> np.ndarray:
         return self._reader.read(self._prefix + path, box)
 
+    def template(self) -> Any:
+        data = run_config(self.directory.local).get("data", {}) if self.training else {}
+        return "auto" if data.get("examples") == "text" else data.get("template")
+
 
 class OrbaxSource(OrbaxArrays):
     """A model directory (config.json, params/) or one step of a training run, as slots. All checks are made here.
@@ -111,10 +116,28 @@ class OrbaxSource(OrbaxArrays):
         """Beside the weights, or where the training run took the tokenizer from."""
         if not self.training:
             return self.directory
-        named = run_config(self.directory.local).get("data", {}).get("tokenizer")
-        if not isinstance(named, str) or not os.path.exists(named):
+        named = self._named_tokenizer()
+        if named is None:
             return None
         return Directory(named if os.path.isdir(named) else os.path.dirname(os.path.abspath(named)))
+
+    def small_files(self) -> dict[str, bytes]:
+        named = self._named_tokenizer() if self.training else str(self.directory)
+        if named is None or os.path.isdir(named):
+            return {} if named is None else super().small_files()
+        content = Path(named).read_bytes()
+        if not named.endswith(".json"):
+            return {"tokenizer.model": content}
+        beside = super().small_files()
+        return {name: beside[name] for name in beside if ".model" not in name} | {"tokenizer.json": content}
+
+    def _named_tokenizer(self) -> str | None:
+        named = run_config(self.directory.local).get("data", {}).get("tokenizer")
+        if isinstance(named, str) and os.path.exists(named):
+            return named
+        if isinstance(named, str):
+            print(f"the tokenizer {named} of the run {self.directory} is not there, nor in the copy", file=sys.stderr)
+        return None
 
 
 class OrbaxSink:

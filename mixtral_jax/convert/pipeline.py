@@ -3,7 +3,7 @@
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -22,11 +22,6 @@ from mixtral_jax.dtypes import SHORT, WEIGHTS
 
 SHARD = "5GB"
 _SECONDS_BETWEEN_LINES = 10.0
-SIDE_FILES = {
-    "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tekken.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
-}  # fmt: skip
 
 
 def hf2orbax(
@@ -75,7 +70,8 @@ def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, forc
     """Any source to an Orbax model directory."""
     check_destination(dst, force=force, local=True)
     dtype_of = chosen_dtype(source, dtype)
-    write(source, dst, OrbaxSink, dtype_of, *_config(source, dtype_of), force=force, progress=progress)
+    small = None if source.template() is None else _exported(source)
+    write(source, dst, OrbaxSink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
 
 
 def write_hf(
@@ -84,16 +80,34 @@ def write_hf(
     *,
     dtype: str | None = None,
     max_shard_size: str | int = SHARD,
+    small: Mapping[str, bytes] | None = None,
     force: bool,
     progress: bool,
 ) -> None:
-    """Any source to a Hugging Face directory, local or remote."""
+    """Any source to a Hugging Face directory, local or remote.
+
+    `small`: the files of the tokenizer; None: the source's, with all that transformers needs to give the same ids.
+    """
     sink = partial(TensorSink, max_bytes=parse_size(max_shard_size))
     dtype_of = chosen_dtype(source, dtype)
     if progress:
         names = sorted({dtype_of(s).name for s in source.slots})
         print(f"{dst}: {_bytes(source, dtype_of):,} bytes of weights in {', '.join(names)}", file=sys.stderr)
-    write(source, dst, sink, dtype_of, *_config(source, dtype_of), force=force, progress=progress)
+    small = _exported(source) if small is None else small
+    write(source, dst, sink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
+
+
+def _exported(source: Source) -> Mapping[str, bytes]:
+    files = source.small_files()
+    if not any(name in files for name in ("tokenizer.model", "tokenizer.json")):
+        return files
+    import mixtral_jax  # its front door: tokenizers belong to another room
+
+    try:
+        return mixtral_jax.tokenizer_files(files, source.template())
+    except ValueError as error:
+        print(f"the files of the tokenizer are copied as they are: {error}", file=sys.stderr)
+        return files
 
 
 def write_like(model: Source, source: Source, dst: PathLike, *, force: bool, progress: bool) -> None:
@@ -110,6 +124,7 @@ def write(
     name: str,
     content: dict[str, Any],
     *,
+    small: Mapping[str, bytes] | None = None,
     force: bool,
     progress: bool,
     beside: Callable[[Directory], None] = lambda work: None,
@@ -118,16 +133,15 @@ def write(
 
     `name` with the JSON `content` is last, since without it nothing takes the directory for what it is.
     """
-    total, origin = _bytes(source, dtype_of), source.side_files()
+    total, small = _bytes(source, dtype_of), source.small_files() if small is None else small
     with new_directory(dst, needed_bytes=total, force=force) as work:
         with (
             open_sink(work, source, dtype_of) as sink,
             progress_bar(f"writing {dst}", total, show=progress) as advance,
         ):
             tally = copy(source, sink, dtype_of, advance, in_order=work.remote)
-        if origin is not None:
-            for file in SIDE_FILES.intersection(origin.names()):
-                work.write_bytes(file, origin.read_bytes(file))
+        for file, text in small.items():
+            work.write_bytes(file, text)
         beside(work)
         work.write_json(name, content)
     if tally.not_finite:

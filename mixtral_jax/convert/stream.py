@@ -17,7 +17,7 @@ import numpy as np
 
 from mixtral_jax.checkpoint import PIECE
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert.files import Directory
+from mixtral_jax.convert.files import Directory, read_small_files
 from mixtral_jax.convert.table import Slot
 
 BUDGET = 512 << 20  # bytes that all pieces in flight may take together
@@ -63,6 +63,15 @@ class Source(ABC):
 
     def side_files(self) -> Directory | None:
         """Where its tokenizer is."""
+        return None
+
+    def small_files(self) -> dict[str, bytes]:
+        """Its tokenizer and what belongs to it, by the usual names."""
+        origin = self.side_files()
+        return {} if origin is None else read_small_files(origin)
+
+    def template(self) -> Any:
+        """The chat template of the run that it comes from: a name or a description."""
         return None
 
 
@@ -114,6 +123,12 @@ class ChangedSource(Source):
 
     def side_files(self) -> Directory | None:
         return self.inner.side_files()
+
+    def small_files(self) -> dict[str, bytes]:
+        return self.inner.small_files()
+
+    def template(self) -> Any:
+        return self.inner.template()
 
 
 @dataclass

@@ -6,6 +6,7 @@ token, where they fit the devices' memory.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -99,9 +100,10 @@ def generate(
     )
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
     _refuse_nan(model, out_BN, first=1)
+    ended = [_until(row, rows.eos) for row in out_BN.tolist()]
+    _warn_of_length(model, max(len(p) + len(new) for p, new in zip(rows.prompts, ended, strict=True)))
     if rows.is_array:
         return out_BN[0] if rows.single else out_BN
-    ended = [_until(row, rows.eos) for row in out_BN.tolist()]
     return ended[0] if rows.single else ended
 
 
@@ -123,6 +125,9 @@ def stream(
         new = np.asarray(state.token_B)[: len(ended)]
         _refuse_nan(model, np.where(ended, 0, new)[:, None], first=number)
         yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
+        length = max(len(p) + number for p, end in zip(rows.prompts, ended, strict=True) if not end)
+        if number == 1 or length == model.config.max_position_embeddings + 1:  # once
+            _warn_of_length(model, length)
         ended = np.asarray(state.done_B)[: len(ended)]
         if ended.all():
             return
@@ -245,6 +250,15 @@ def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | S
             raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
     eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
     return _Request(prompts, eos, model.config.sliding_window, is_array, single)
+
+
+def _warn_of_length(model: Mixtral, length: int) -> None:
+    if length > (limit := model.config.max_position_embeddings):
+        warnings.warn(
+            f"prompt and text reach {length} tokens, the model was made for max_position_embeddings = {limit}: what "
+            "stands behind them is worth little",
+            stacklevel=3,
+        )
 
 
 def _read_lengths(lengths: Any, prompts: list[list[int]]) -> list[int]:

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mixtral_jax as mj
 from mixtral_jax.checkpoint import pieces
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import hf2orbax, load_params, orbax2hf, stream
+from mixtral_jax.convert import hf2orbax, load, load_params, orbax2hf, stream
 from mixtral_jax.convert import orbax as orbax_files
 from mixtral_jax.convert.orbax import OrbaxSource
 from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
+from tests.prepared import MODEL, TOKENIZER
 
 
 @pytest.fixture
@@ -187,3 +189,28 @@ def test_training_checkpoints_that_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"is no complete Orbax checkpoint|cannot be read"):
         orbax2hf(lora, tmp_path / "x", progress=False)
     assert os.listdir(tmp_path) == ["lora"]
+
+
+def test_a_runs_tokenizer_is_exported_under_the_usual_names(tmp_path, capsys):
+    """Whatever its name, and whatever else lies beside it; with all that transformers needs to read it as we do."""
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.model").write_bytes(b"another one")
+    shutil.copy(MODEL, tmp_path / "tok" / "my.model")
+    write_hub(tmp_path / "hf", TINY, random_tensors(TINY))
+    params = jax.tree.map(jnp.asarray, load_params(tmp_path / "hf"))
+    for name in ("my.model", "gone.model"):
+        save_run(tmp_path / name, params, MixtralConfig.from_hf(TINY), tokenizer=str(tmp_path / "tok" / name))
+        orbax2hf(tmp_path / name, tmp_path / f"{name}.hf", progress=False)
+    out = tmp_path / "my.model.hf"
+    assert (out / "tokenizer.model").read_bytes() == MODEL.read_bytes()
+    texts = ("Hello  there", " naïve\n</s>")
+    ids = {text: TOKENIZER.encode(text) for text in texts}
+    files = {name: (out / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert mj.token_ids(files, texts) == ids  # of the tokenizer.json alone
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert not (tmp_path / "gone.model.hf" / "tokenizer.model").exists()
+    assert "gone.model of the run" in capsys.readouterr().err
+    small = load(tmp_path / "hf")
+    with pytest.raises(ValueError, match="the tokenizer has 4096 pieces, the model knows"):
+        mj.save_hf(small, tmp_path / "no", tokenizer=MODEL)
+    assert not (tmp_path / "no").exists()

@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
+import mixtral_jax as mj
 from mixtral_jax.convert import hf2orbax, resize_vocab, verify
-from mixtral_jax.convert.compare import Outputs, compare_logits
+from mixtral_jax.convert.compare import Outputs, compare_logits, compare_tokenizers
 from tests.convert_files import BF16, DENSE, TINY, random_tensors, write_hub
+from tests.prepared import MODEL
 
 NAME = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 
@@ -114,3 +116,15 @@ def test_figures_of_two_distributions():
     small = [Outputs(1e-6 * x, None) for x in (p, p + 0.01 * q)]  # of a tiny model, 1e-2 apart and as good as 0
     assert not compare_logits("a", "b", *small, tolerance=1e-3).same
     assert compare_logits("a", "b", Outputs(p, None), Outputs(p, None), tolerance=0.0).same
+
+
+def test_tokenizers_are_compared(tmp_path):
+    ours = mj.tokenizer_files(MODEL)
+    assert compare_tokenizers(tmp_path, tmp_path, ours, {"tokenizer.model": MODEL.read_bytes()}) == ([], [])
+    theirs = json.loads(ours["tokenizer.json"])
+    del theirs["normalizer"]["normalizers"][0]  # no space in front, as transformers 5 reads a tokenizer.model alone
+    other = {"tokenizer.json": json.dumps(theirs).encode()}
+    (line,), notes = compare_tokenizers(tmp_path, tmp_path, ours, other)
+    assert line.startswith("tokenizer: 'The router' is [") and line.endswith("in B") and not notes
+    assert compare_tokenizers(tmp_path, tmp_path, ours, {}) == ([], ["tokenizers not compared: B has none"])
+    assert "is not a tokenizer.json" in compare_tokenizers(tmp_path, tmp_path, ours, {"tokenizer.json": b"{}"})[1][0]

@@ -16,12 +16,15 @@ BOS, EOS = 1, 2
 class CharTokenizer:
     """One id per character, so that every border is visible; control tokens by name."""
 
-    bos_id, eos_id = BOS, EOS
+    bos_id, eos_id, chat_template, spaced = BOS, EOS, None, "never"
 
     def __init__(self, *controls):
         self.controls = {piece: 3 + i for i, piece in enumerate(controls)}
 
-    def encode(self, text):
+    def reserve(self, pieces):
+        pass
+
+    def encode(self, text, place="start"):
         return [100 + ord(c) for c in text]
 
     def id_of(self, piece):

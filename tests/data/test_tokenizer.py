@@ -11,7 +11,8 @@ import pytest
 import sentencepiece as spm
 import tokenizers
 
-from mixtral_jax.data.text.tokenizer import load_tokenizer
+from mixtral_jax.data.text.export import as_json
+from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from mixtral_jax.data.train_tokenizer import train_sentencepiece, train_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -186,3 +187,82 @@ def test_a_pointer_or_a_pipe_in_place_of_a_tokenizer(tmp_path: Path, name: str) 
     for place in opened:
         with pytest.raises(ValueError, match=rf"{name} is no regular file"):
             load_tokenizer(place)
+
+
+IM = {"<|im_end|>": 4096, "<|im_start|>": 4097, "<think>": 4098}
+
+
+def _beside(directory: Path, *, special: bool = True, scheme: str = "first", model: bool = True) -> Path:
+    """The bundled tokenizer as transformers 5 saves a fine-tune of it: more tokens, another EOS, another space."""
+    directory.mkdir()
+    content = as_json(SentencePieceTokenizer(MODEL))
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    content["added_tokens"] += [{"id": i, "content": piece, **flags} for piece, i in IM.items()]
+    content["added_tokens"][-1]["special"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": "<s>"}))
+    if model:
+        shutil.copy(MODEL, directory)
+    return directory
+
+
+def test_files_that_name_more_tokens_win_over_tokenizer_model(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(_beside(tmp_path / "json"))
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.id_of("<|im_start|>")) == (4099, 4096, 4097)
+    assert "tokenizer.json (4099 pieces, BOS <s>, EOS <|im_end|>) is read rather than" in tokenizer.notes[0]
+    for name, content in {
+        "added_tokens.json": IM,
+        "tokenizer_config.json": {"added_tokens_decoder": {str(i): {"content": t} for t, i in IM.items()}},
+    }.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        shutil.copy(MODEL, directory)
+        (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+        (directory / name).write_text(json.dumps(content))
+        other = load_tokenizer(directory)
+        assert (other.vocab_size, other.eos_id, other.id_of("<|im_start|>")) == (4099, 4096, 4097)
+        assert other.notes and other.fingerprint() != load_tokenizer(MODEL).fingerprint()
+        for text in ("a<think>b", "<think>", "say <|im_end|> now"):
+            ids = other.encode(text)
+            assert ids.count(4098) == text.count("<think>") and not {4096, 4097} & set(ids)
+            assert other.encode_batch([text]) == [ids] == [other.encode_ends(text)[0]]
+        assert other.encode_ends("a<think>b")[1] == [1, 8, 9]
+    (tmp_path / "plain").mkdir()
+    shutil.copy(MODEL, tmp_path / "plain")
+    assert isinstance(load_tokenizer(tmp_path / "plain"), SentencePieceTokenizer)
+    assert not load_tokenizer(tmp_path / "plain").notes
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_typed_control_tokens_stay_text_whatever_their_file_calls_them(tmp_path: Path, special: bool) -> None:
+    tokenizer = load_tokenizer(_beside(tmp_path / "d", special=special))
+    for text in ("say <|im_end|> now", "<|im_start|>user", "</s>"):
+        ids = tokenizer.encode(text)
+        assert not {2, 4096, 4097} & set(ids) and tokenizer.decode(ids) == text
+    assert 4098 in tokenizer.encode("so <think> on")  # a word
+
+
+@pytest.mark.parametrize(("scheme", "spaced"), [("first", "start"), ("always", "always"), ("never", "never")])
+def test_a_text_is_encoded_where_it_stands(tmp_path: Path, scheme: str, spaced: str) -> None:
+    tokenizer = load_tokenizer(_beside(tmp_path / "d", scheme=scheme, model=False))
+    assert tokenizer.spaced == spaced
+    space, none = [315], [3951, 289]  # ▁the; t, he
+    want = {"start": [space, none, none], "always": [space, space, none], "never": [none] * 3}[spaced]
+    assert [tokenizer.encode("the", place) for place in ("start", "control", "text")] == want
+
+
+def test_ids_without_a_piece_are_shown(hugging_face: Path) -> None:
+    for tokenizer in (load_tokenizer(MODEL), load_tokenizer(hugging_face)):
+        ids = tokenizer.encode("the end")
+        beyond = [*ids[:1], 99_999, *ids[1:], 5000]
+        assert tokenizer.decode(beyond).replace("⟨99999⟩", "").removesuffix("⟨5000⟩") == "the end"
+        assert "⟨99999⟩" in tokenizer.decode(beyond)
+
+
+def test_what_else_ends_a_text_stands_in_generation_config(tmp_path: Path) -> None:
+    shutil.copy(MODEL, tmp_path)
+    for value, ends in ([2, 7], (2, 7)), (5, (5,)), (None, ()):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        assert load_tokenizer(tmp_path).ends == ends

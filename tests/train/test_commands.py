@@ -128,7 +128,7 @@ def test_text_and_chats_as_a_library(trained: Path, capsys: pytest.CaptureFixtur
     model, tokenizer, options = mj.load(run), mj.load_tokenizer(run), {"max_new_tokens": 6}
     ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("the router", "its")]
     new = generate(model, ids, eos_id=tokenizer.eos_id, **options)
-    texts = [tokenizer.decode([t for t in row if t != tokenizer.eos_id and t < tokenizer.vocab_size]) for row in new]
+    texts = [tokenizer.decode([t for t in row if t != tokenizer.eos_id]) for row in new]
     assert mj.generate(model, ids, eos_id=tokenizer.eos_id, **options) == new
     np.testing.assert_array_equal(mj.generate(model, np.array(ids[0]), **options), generate(model, ids[0], **options))
     assert mj.generate(model, "the router", tokenizer=tokenizer, **options) == texts[0]

@@ -1,13 +1,16 @@
 """`generate`: text from prompts, or answers in a chat."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.train import text
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.read_model import read_model, read_tokenizer, run_config
 
 
@@ -16,6 +19,8 @@ def generate(
     *,
     prompts: Sequence[str] | None = None,
     chat: bool = False,
+    system: str | None = None,
+    turns: str | None = None,
     template: str | None = None,
     tokenizer: str | None = None,
     dtype: Any = None,
@@ -26,24 +31,36 @@ def generate(
     Args:
         checkpoint: an Orbax or Hugging Face directory, a run, or one of its steps.
         prompts: None: standard input is one prompt; typed by hand in a chat, each line is a turn.
-        template: chat format; None: that of the run, else by the tokenizer's control tokens.
+        system: the system prompt of a chat.
+        turns: a file with the messages of a chat so far, as a JSON list, an object with `messages`, or one a line; the
+            answer to its last one is asked for, or to each prompt after it.
+        template: chat format; None: that of the run, else of the tokenizer's directory, else by its control tokens.
         tokenizer: None: that in the directory, else that of the run.
         options: max_new_tokens, temperature, top_k, top_p, seed.
 
     Raises:
-        UserError: no tokenizer is found, or it does not fit the model.
+        UserError: no tokenizer is found, it does not fit the model, or `turns` holds no messages.
     """
+    before = [{"role": "system", "content": system}] if system is not None else []
+    before += read_turns(turns) if turns is not None else []
+    if before and not chat:
+        raise UserError("--system and --turns belong to a chat: add --chat")
     run = run_config(checkpoint)
     options["tokenizer"] = read_tokenizer(tokenizer or checkpoint)
+    for note in options["tokenizer"].notes:
+        print(f"note: {note}", file=sys.stderr)
     options["template"] = template or (run.data.template if run is not None and run.stage != "pretrain" else None)
     compute = ComputeConfig(dtype=dtype or "auto")
     whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
     model = read_model(checkpoint, dtype="float32" if whole else None, compute=compute)
-    if prompts is None and chat and sys.stdin.isatty():
-        _converse(model, options)
+    answers_file = prompts is None and before and before[-1]["role"] in ("user", "tool")
+    if prompts is None and chat and sys.stdin.isatty() and not answers_file:
+        _converse(model, before, options)
         return 0
-    texts = [sys.stdin.read().rstrip("\n")] if prompts is None else list(prompts)
-    asked: list[Any] = [[{"role": "user", "content": each}] if chat else each for each in texts]
+    texts = list(prompts or ([""] if answers_file else [sys.stdin.read().rstrip("\n")]))
+    asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in texts]
+    if answers_file:
+        asked = [before]
     if len(texts) == 1:
         print("" if chat else texts[0], end="", flush=True)
         _write(text.stream(model, asked[0], **options))
@@ -55,9 +72,32 @@ def generate(
     return 0
 
 
-def _converse(model: Any, options: dict[str, Any]) -> None:
+def read_turns(file: str) -> list[dict[str, Any]]:
+    """The messages in a file.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--turns {file} cannot be read ({error})") from None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise UserError(f"--turns {file} is no JSON ({error})") from None
+    found = found.get("messages", [found]) if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
+        raise UserError(f'--turns {file} must hold messages, such as [{{"role": "user", "content": "Hello"}}]')
+    return found
+
+
+def _converse(model: Any, before: list[dict[str, Any]], options: dict[str, Any]) -> None:
     """Turns typed by hand, until the end of input."""
-    messages: list[dict[str, str]] = []
+    messages = list(before)
     with contextlib.suppress(EOFError):
         while True:
             messages.append({"role": "user", "content": input("> ")})

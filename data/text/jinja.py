@@ -1,0 +1,98 @@
+"""Which of our formats a chat template in jinja is: the one that writes the same for chats made to tell them apart."""
+
+import importlib.util
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from mixtral_jax.data.text.formats import BUILT_IN, CONTENT, EOS, TemplateFormat, TurnFormat, with_space
+from mixtral_jax.data.text.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+_CHAT: tuple[Message, ...] = (
+    {"role": "user", "content": " a\n b  "},
+    {"role": "assistant", "content": " c  d \n "},
+    {"role": "user", "content": "e "},
+)
+_SYSTEM: Message = {"role": "system", "content": " s\n t "}
+
+
+def recognise(jinja: str, tokenizer: Tokenizer) -> TemplateFormat | None:
+    """One of ours, or a variant of it with other spaces, trimming, BOS or place of the system prompt; None: no such.
+
+    Where the template does with a system prompt what no variant does, the format found refuses system prompts.
+    """
+    return _recognise(jinja, tokenizer.piece_of(tokenizer.bos_id), tokenizer.piece_of(tokenizer.eos_id))
+
+
+def can_render() -> bool:
+    """Whether jinja2 is installed."""
+    return importlib.util.find_spec("jinja2") is not None
+
+
+@lru_cache(maxsize=8)
+def _recognise(jinja: str, bos: str, eos: str) -> TemplateFormat | None:
+    def asked(chat: Sequence[Message], prompt: bool) -> str | None:
+        return _rendered(jinja, chat, prompt, bos, eos)
+
+    plain = [(chat, prompt, asked(chat, prompt)) for chat, prompt in ((_CHAT, True), (_CHAT[:2], False))]
+    whole = [(chat, prompt, asked(chat, prompt)) for chat, prompt in (((_SYSTEM, *_CHAT), True),)]
+    same = [
+        fmt
+        for fmt in itertools.chain.from_iterable(map(_variants, BUILT_IN.values()))
+        if all(written(fmt, chat, bos, eos, prompt=prompt) == text for chat, prompt, text in plain)
+    ]
+    for fmt in same:
+        if all(written(fmt, chat, bos, eos, prompt=prompt) == text for chat, prompt, text in whole):
+            return fmt
+    return same[0].model_copy(update={"system": "refuse"}) if same else None
+
+
+def _variants(fmt: TemplateFormat) -> Iterator[TemplateFormat]:
+    strips = [(fmt.trim, fmt.strip_answer), ("none", False), ("answers", False), ("all", False)]
+    places = dict.fromkeys((fmt.system, "first_user", "last_user"))
+    for bos, asks, answers, (trim, strip), system in itertools.product(
+        dict.fromkeys((fmt.bos, True, False)), ("", " "), ("", " "), dict.fromkeys(strips), places
+    ):
+        turns = {"user": with_space(fmt.user, asks), "assistant": with_space(fmt.assistant, answers)}
+        if fmt.tool is not None:
+            turns["tool"] = with_space(fmt.tool, asks)
+        yield fmt.model_copy(
+            update=turns | {"bos": bos, "trim": trim, "strip_answer": strip, "system": system, "spaces": False}
+        )
+
+
+def written(fmt: TemplateFormat, chat: Sequence[Message], bos: str, eos: str, *, prompt: bool) -> str:
+    """A chat without tools as text, with the header of the next answer if it is a `prompt`."""
+    out, before = bos if fmt.bos else "", ""
+    users = [i for i, message in enumerate(chat) if message["role"] == "user"]
+    host = users[0 if fmt.system == "first_user" else -1]
+    for i, message in enumerate(chat):
+        role, content = message["role"], fmt.stripped(message["role"], message["content"])
+        turn = getattr(fmt, role)
+        if role == "system" and not isinstance(turn, TurnFormat):
+            before = content + fmt.system_separator
+        else:
+            content = before + content if i == host else content
+            out += turn.open + turn.text.replace(CONTENT, content) + turn.close + turn.after
+    return (out + fmt.assistant.open * prompt).replace(EOS, eos)
+
+
+def _rendered(jinja: str, chat: Sequence[Message], prompt: bool, bos: str, eos: str) -> str | None:
+    """As transformers renders it; None where the template fails or refuses the chat."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    names: dict[str, Any] = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": prompt}
+    names |= {"raise_exception": refuse, "strftime_now": lambda _: "", "tools": None, "documents": None}
+    try:
+        return environment.from_string(jinja).render(messages=[dict(message) for message in chat], **names)
+    except Exception:  # whatever a stranger's template does wrong
+        return None
