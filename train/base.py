@@ -43,7 +43,7 @@ from mixtral_jax.quantize import QuantizedWeight, quantize
 from mixtral_jax.train.checkpoints import find
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.weights import Tree, keep, leaves, random_weights
+from mixtral_jax.train.weights import Tree, join, keep, leaves, random_weights
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -134,6 +134,16 @@ def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
         path: place_leaf(adapter, leaf, wanted[path].sharding, wanted[path].dtype) for path, leaf in found.items()
     }
     return unflatten_dict(placed, sep=".")
+
+
+def first_params(config: RunConfig, base: Tree, abstract: Tree) -> Tree:
+    """What is trained (`abstract`) as the run begins: of the base, and adapters that are new or lora.init_from's."""
+    lora, trained = config.adapters, {path for path, _ in leaves(abstract)}
+    if lora is None:
+        return keep(base, trained.__contains__)
+    made = adapter_weights(config, abstract) if lora.init_from else random_weights(config, keep(abstract, is_adapter))
+    own = {path for path, _ in leaves(made)}
+    return join(keep(base, (trained - own).__contains__), made)
 
 
 def check_base_shape(config: RunConfig) -> list[str]:

@@ -12,9 +12,8 @@ from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
-from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.base import adapter_weights, base_weights, check_base_shape, pin_base
+from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
@@ -36,12 +35,10 @@ from mixtral_jax.train.step import make_eval_step, make_train_step
 from mixtral_jax.train.weights import (
     abstract_params,
     is_trained,
-    join,
     keep,
     leaves,
     make_base_merge,
     make_merge,
-    random_weights,
     trainable_table,
 )
 
@@ -130,13 +127,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
         state = restore_state(found, abstract, tree_changes(changed))
     else:
-        fresh = None
-        if config.adapters is not None and config.adapters.init_from is not None:
-            fresh = adapter_weights(started, keep(weights, trained))
-        elif config.adapters is not None:
-            fresh = random_weights(config, keep(weights, is_adapter))
-        own = {path for path, _ in leaves(fresh or {})}
-        state = start_from(join(keep(base, lambda path: trained(path) and path not in own), fresh), optimizer, abstract)
+        state = start_from(first_params(started, base, keep(weights, trained)), optimizer, abstract)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
     eval_step = make_eval_step(objective, merge)

@@ -1,5 +1,6 @@
 """What a checkpoint stands for: its model (a run's adapters on the base under them, too), its tokenizer, its run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 
 from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import load
+from mixtral_jax.convert import is_remote, load
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
@@ -42,6 +43,15 @@ def read_model(
     own = arrays.restore(path, {"params": keep(weights, trained)}, partial=True)["params"]
     base = keep(base_weights(run, weights), lambda name: not trained(name))
     return make_merge(run)(join(own, base), None)
+
+
+def noted_base(checkpoint: str, init_from: str | None) -> Mapping[str, Any] | None:
+    """Which weights the run of a checkpoint stands on, by its notes, where it names the same init_from."""
+    path = newest_step(checkpoint)
+    if is_remote(path) or not (Path(path) / arrays.STATE).exists():
+        return None
+    meta = arrays.read_item(path, "meta")
+    return meta.get("base") if meta.get("config", {}).get("init_from") == init_from else None
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:

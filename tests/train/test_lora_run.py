@@ -24,7 +24,7 @@ from mixtral_jax.train.base import (
 from mixtral_jax.train.build import build
 from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.read_model import read_model
+from mixtral_jax.train.read_model import noted_base, read_model
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
 from tests.convert_files import TINY, random_tensors, write_hub
 from tests.lora_models import adapted, write_native
@@ -149,6 +149,8 @@ def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):
     checkpoint.save(steps / "2", moved, {name: checkpoint.read_item(steps / "1", name) for name in ("meta", "dataset")})
     assert pin_base(config, noted)[0].init_from == str(steps / "1")
     before = np.asarray(read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...])
+    assert noted_base(str(run), config.init_from) == noted
+    assert noted_base(str(run), "another") is None is noted_base(config.init_from, config.init_from)
     (steps / "1").rename(tmp_path / "copy")
     told = r"base/checkpoints/2 holds weights with digest \w+, .* those of \S+/1 at step 1 with digest"
     with pytest.raises(UserError, match=told):

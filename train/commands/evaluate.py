@@ -15,7 +15,7 @@ from mixtral_jax.data.prepare import prepare
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
-from mixtral_jax.train.base import base_weights
+from mixtral_jax.train.base import base_weights, pin_base
 from mixtral_jax.train.build import sequence_logps_of
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
@@ -24,7 +24,7 @@ from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
-from mixtral_jax.train.read_model import read_model
+from mixtral_jax.train.read_model import noted_base, read_model
 from mixtral_jax.train.run import agree
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
@@ -72,7 +72,8 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
 
         if isinstance(config, DpoStageConfig):
             if config.reference != "none":
-                put = live(sequence_logps_of(config), base_weights(config, abstract_params(config, mesh)), put)
+                started, _ = pin_base(config, noted_base(checkpoint, config.init_from))
+                put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
             score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
             return measure_sources(lambda batch: score(model, None, put(batch)), sources, config.eval.batches)
 
