@@ -63,6 +63,7 @@ class Failure(NamedTuple):
         return "; ".join(filter(None, (self.reason, self.remedy)))
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMED, _FULL, _BROKEN = (ExitCode.USAGE, ""), (ExitCode.STORAGE, f"make room and {AGAIN}"), (ExitCode.STORAGE, AGAIN)
 _MEMORY = ExitCode.UNEXPECTED, "free some, or ask for less: data.workers, micro_batch_size"
 _NAMES = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -70,7 +71,7 @@ _CHILD = ExitCode.UNEXPECTED, "if for memory, set data.workers lower"
 # what the system says -> exit code, and what to do
 TABLE: dict[int, tuple[ExitCode, str]] = {
     **dict.fromkeys((*_NAMES, errno.EPERM, errno.EACCES), _NAMED),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys(FULL, _FULL),
     **dict.fromkeys((errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT), _BROKEN),
     errno.ENOMEM: _MEMORY,
     errno.ECHILD: _CHILD,

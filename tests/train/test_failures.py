@@ -145,6 +145,17 @@ def test_a_full_disk_without_a_run_leaves_nothing_half(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_status_says_that_the_disk_is_full(tmp_path, monkeypatch):
+    place = RunDirectory(tmp_path)
+    place.write_status("running", 3, "and a long sentence that is gone afterwards, to its last word", None)
+    place.step = 5
+    monkeypatch.setattr(cache.os, "fsync", raising("ENOSPC"))
+    place.write_failure("full", 74)
+    assert json.loads((tmp_path / "STATUS").read_text()) == {
+        "state": "failed", "step": 5, "reason": "full", "exit_code": 74
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["EIO", "EPERM", "MemoryError"])
 def test_what_cannot_be_read_is_no_broken_checkpoint(trainer, name, monkeypatch):
     """An older one, or none, must not take its place."""

@@ -8,7 +8,7 @@ import jax
 
 from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
-from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of
+from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.run.environment import environment
 
 
@@ -55,7 +55,14 @@ class RunDirectory:
         """One JSON object: state (running, done, preempted, diverged, failed), step, reason, exit_code."""
         if jax.process_index() == 0:
             status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code}
-            write_atomically(self.path / "STATUS", json.dumps(status) + "\n")
+            place, text = self.path / "STATUS", json.dumps(status) + "\n"
+            try:
+                write_atomically(place, text)
+            except OSError as error:
+                if error.errno not in FULL or not place.exists():
+                    raise
+                with place.open("r+") as file:  # no room for a second one: over the first
+                    file.truncate(file.write(text))
 
     def write_failure(self, reason: str, exit_code: int, state: str = "failed") -> None:
         """Say in STATUS why this attempt ended, where it can be written; a refused one leaves what the run's says."""

@@ -28,7 +28,7 @@ _KEY, _ALIVE = "mixtral_jax/failed", "mixtral_jax/alive/"
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
 _meetings = itertools.count()  # a barrier opens once
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
-_SILENT_POLLS = 30  # of a process that is taken for lost; counted, as the clock goes on where all of a machine stands
+_SILENT_POLLS = 40  # of a process that is taken for lost; counted, as the clock goes on where all of a machine stands
 # what gloo, NCCL and jax's coordination service say where a partner is gone
 _BROKEN_OFF = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|socket closed|unavailable|deadline_exceeded|heartbeat|unhealthy", re.I
