@@ -89,11 +89,10 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     first_row = _first_row(config, found, prepared.fingerprint, say)
     first_screen(config, mesh, prepared, say)
     weights, trained = abstract_params(config, mesh), is_trained(config)
-    notes = [] if found else check_base_shape(config)
     for title, lines in {
         "note": tokenizer.notes,
         "trained": trainable_table(config, weights),
-        "warning": [*placement_warnings(config, mesh, leaves(weights)), *notes],
+        "warning": [*placement_warnings(config, mesh, leaves(weights)), *([] if found else check_base_shape(config))],
         "learned": mask_lines(config, prepared.train, tokenizer) if isinstance(config, TuningConfig) else [],
     }.items():
         for line in lines:

@@ -15,17 +15,10 @@ from typing import Any, Literal, Protocol
 import sentencepiece as spm
 
 from mixtral_jax.data.records import check_file
+from mixtral_jax.data.text.side_files import FILES, added_tokens, chat_template_of, ends_of, named, named_id, side_files
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|eot_id|>")
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_ALL_SIDE_FILES = (
-    *_SIDE_FILES,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 # Added tokens that count as control tokens whatever their files call them; `<think>` and the like are words.
 _CONTROL = re.compile(r"<\|[^|]+\|>|</?s>|<(?:bos|eos|pad|unk)>|\[/?[A-Z_]+\]")
 _MARK = "\U0010fffd"  # stands for an id without a piece while others are decoded; no text holds it
@@ -101,13 +94,13 @@ class SentencePieceTokenizer:
             self.processor = spm.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model ({error})") from None
-        self._added = {} if side is None else _added_tokens(side, self.processor.vocab_size())
+        self._added = {} if side is None else added_tokens(side, self.processor.vocab_size())
         self.vocab_size = max([self.processor.vocab_size() - 1, *self._added.values()]) + 1
         self._pieces = {id_: piece for piece, id_ in self._added.items()}
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if side is not None:
-            self.bos_id = _named_id(side, "bos_token", self.id_of, self.bos_id)
-            self.eos_id = _named_id(side, "eos_token", self.id_of, self.eos_id)
+            self.bos_id = named_id(side, "bos_token", self.id_of, self.bos_id)
+            self.eos_id = named_id(side, "eos_token", self.id_of, self.eos_id)
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} lacks a BOS or EOS piece: documents cannot be told apart")
         size = self.processor.vocab_size()
@@ -134,31 +127,28 @@ class SentencePieceTokenizer:
         return _changed(self.processor, lambda proto: setattr(proto.normalizer_spec, "add_dummy_prefix", False))
 
     def encode(self, text: str, place: Place = "start") -> list[int]:
-        processor = self._inside if place == "text" else self.processor
-        parts = self._split(text)
-        if not parts:
-            return processor.encode(text)
         ids: list[int] = []
-        for i, part in enumerate(parts):
-            words = [self._added[part]] if part in self._added else None
-            ids += words or (self.processor if i else processor).encode(part)
+        for part, word in self._split(text):
+            first = self._inside if place == "text" and not ids else self.processor
+            ids += first.encode(part) if word is None else [word]
         return ids
 
-    def _split(self, text: str) -> list[str]:
-        """At the words that the files beside the model add; nothing where there are none."""
+    def _split(self, text: str) -> list[tuple[str, int | None]]:
+        """At the words that the files beside the model add; these with their ids."""
         words = sorted(self._added.keys() - self.controls, key=len, reverse=True)
-        return re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else []
+        if not words:
+            return [(text, None)]
+        parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
+        return [(part, self._added[part] if i % 2 else None) for i, part in enumerate(parts)]
 
     def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
-        if found := self._split(text):
-            ids: list[int] = []
-            ends: list[int] = []
-            at = 0
-            for part in found:
-                more, places = ([self._added[part]], [len(part)]) if part in self._added else self._encode_ends(part)
-                ids, ends, at = ids + more, ends + [at + place for place in places], at + len(part)
-            return ids, ends
-        return self._encode_ends(text)
+        ids: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for part, word in self._split(text):
+            more, places = self._encode_ends(part) if word is None else ([word], [len(part)])
+            ids, ends, at = ids + more, ends + [at + place for place in places], at + len(part)
+        return ids, ends
 
     def _encode_ends(self, text: str) -> tuple[list[int], list[int]]:
         found = self.processor.encode(text, return_type="offset_mapping")
@@ -226,13 +216,12 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path):
         # The library starts one thread a core for a batch; prepare() already runs one process a core.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
         self._model, self._content = path.read_bytes(), {}
         self.files = {"tokenizer.json": self._model, **side_files(path.parent)}
         try:
             self._content = json.loads(self._model)
             added = self._content.get("added_tokens") or ()
-            ends = {name for key in ("bos_token", "eos_token") for name in _named(path.parent, key)}
+            ends = {name for key in ("bos_token", "eos_token") for name in named(path.parent, key)}
             self._reserved = sorted(
                 t["content"]
                 for t in added
@@ -247,15 +236,15 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._special(path, "bos_token", _BOS_NAMES)
         self.eos_id = self._special(path, "eos_token", _EOS_NAMES)
-        self.chat_template = _chat_template(path.parent)
+        self.chat_template = chat_template_of(path.parent)
 
     def _special(self, path: Path, key: str, usual: tuple[str, ...]) -> int:
-        named = _named(path.parent, key)
-        for token in named or usual:
+        told = named(path.parent, key)
+        for token in told or usual:
             token_id = self._tokenizer.token_to_id(token)
             if token_id is not None:
                 return token_id
-        tried = ", ".join(named or usual)
+        tried = ", ".join(told or usual)
         raise ValueError(f"{path} has no {key} (looked for {tried}): name it in tokenizer_config.json beside it")
 
     @cached_property
@@ -353,60 +342,6 @@ def _decode(
     return re.sub(_MARK, lambda _: next(shown, ""), text)
 
 
-# ---- the files beside a tokenizer
-
-
-def side_files(side: Path) -> dict[str, bytes]:
-    """What a directory says of its tokenizer beside the tokenizer itself."""
-    return {name: (side / name).read_bytes() for name in _ALL_SIDE_FILES if (side / name).is_file()}
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _named(side: Path, key: str) -> list[str]:
-    """What the files in a directory call a special token, such as eos_token."""
-    values = [_json_file(side / name).get(key) for name in _SIDE_FILES]
-    values = [value.get("content") if isinstance(value, dict) else value for value in values]
-    return [value for value in values if value]
-
-
-def _named_id(side: Path, key: str, id_of: Callable[[str], int | None], default: int) -> int:
-    return next((id_ for name in _named(side, key) if (id_ := id_of(name)) is not None), default)
-
-
-def _added_tokens(side: Path, size: int) -> dict[str, int]:
-    """Pieces with ids from `size` on that the files in a directory add to a SentencePiece model."""
-    added = dict(_json_file(side / "added_tokens.json"))
-    decoder = _json_file(side / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    added |= {token["content"]: int(id_) for id_, token in decoder.items()}
-    return {piece: id_ for piece, id_ in added.items() if isinstance(id_, int) and id_ >= size}
-
-
-def _chat_template(side: Path) -> str | None:
-    if (side / "chat_template.jinja").is_file():
-        return (side / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _json_file(side / name).get("chat_template")
-        if isinstance(found, list):  # of several, each with its name
-            found = next((t.get("template") for t in found if t.get("name") == "default"), None)
-        if isinstance(found, str):
-            return found
-    return None
-
-
-def _ends(side: Path) -> tuple[int, ...]:
-    """The ids of eos_token_id in generation_config.json."""
-    found = _json_file(side / "generation_config.json").get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    return tuple(i for i in found if isinstance(i, int))
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer from a SentencePiece model, a tokenizer.json, or a directory.
 
@@ -427,8 +362,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _check_files(path: Path) -> None:
     """Of a tokenizer and beside it nothing may be a pipe, which never ends, or a Git LFS pointer: see check_file."""
-    beside = (*_SIDE_FILES, "added_tokens.json", "generation_config.json", "chat_template.*")
-    directory, patterns = (path, ("*.model*", "tokenizer.json", *beside)) if path.is_dir() else (path.parent, beside)
+    directory, patterns = (path, ("*.model*", "tokenizer.json", *FILES)) if path.is_dir() else (path.parent, FILES)
     for file in [path, *sorted(file for pattern in patterns for file in directory.glob(pattern))]:
         if os.path.lexists(file) and not file.is_dir():
             check_file(str(file))
@@ -457,10 +391,10 @@ def _from_directory(path: Path) -> Tokenizer:
             files = "tokenizer.json" if rich.is_file() else f"{model.name} with the files beside it"
             tokenizer = other
             tokenizer.notes = (f"{path}: {files} ({facts[0]}) is read rather than {model.name} ({facts[1]})",)
-        tokenizer.chat_template = _chat_template(path)
+        tokenizer.chat_template = chat_template_of(path)
         tokenizer.files |= {"tokenizer.model": plain.model, **side_files(path)}
         tokenizer.files |= {"tokenizer.json": rich.read_bytes()} if rich.is_file() else {}
-    tokenizer.ends = _ends(path)
-    if (pad := _named(path, "pad_token")) and pad[0] == tokenizer.piece_of(tokenizer.eos_id):
+    tokenizer.ends = ends_of(path)
+    if (pad := named(path, "pad_token")) and pad[0] == tokenizer.piece_of(tokenizer.eos_id):
         tokenizer.notes += (f"{path}: pad_token is eos_token {pad[0]}; here padding has no token, and EOS is learned",)
     return tokenizer

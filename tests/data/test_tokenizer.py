@@ -224,7 +224,7 @@ def test_files_that_name_more_tokens_win_over_tokenizer_model(tmp_path: Path) ->
         other = load_tokenizer(directory)
         assert (other.vocab_size, other.eos_id, other.id_of("<|im_start|>")) == (4099, 4096, 4097)
         assert other.notes and other.fingerprint() != load_tokenizer(MODEL).fingerprint()
-        for text in ("a<think>b", "<think>", "say <|im_end|> now"):
+        for text in ("a<think>b", "<think>", "<|im_end|>", "say <|im_end|> now"):
             ids = other.encode(text)
             assert ids.count(4098) == text.count("<think>") and not {4096, 4097} & set(ids)
             assert other.encode_batch([text]) == [ids] == [other.encode_ends(text)[0]]
