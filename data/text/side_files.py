@@ -36,6 +36,7 @@ def named(side: Path, key: str) -> list[str]:
 
 
 def named_id(side: Path, key: str, id_of: Callable[[str], int | None], default: int) -> int:
+    """Id of the special token that they name, if there is such a piece."""
     return next((id_ for name in named(side, key) if (id_ := id_of(name)) is not None), default)
 
 
@@ -48,6 +49,7 @@ def added_tokens(side: Path, size: int) -> dict[str, int]:
 
 
 def chat_template_of(side: Path) -> str | None:
+    """The directory's chat template, in jinja."""
     if (side / "chat_template.jinja").is_file():
         return (side / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
