@@ -106,7 +106,7 @@ def test_the_exit_code(where, process, code, says, listener, tmp_path, capsys):
 
 
 def test_silence_is_counted_in_polls():
-    heard, beats = {}, {"1": 0, "2": 0}
+    heard, beats = {}, {"1": 0, "2": 0, "3": "left"}
     for poll in range(peers._SILENT_POLLS + 1):
         beats["1"] = poll
         lost = peers._silent([(f"mixtral_jax/alive/{i}", str(beat)) for i, beat in beats.items()], heard)

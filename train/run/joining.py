@@ -4,7 +4,6 @@ jax's own client would end this process by an abort where nobody answers, and it
 the port is taken: so both are tried by hand first.
 """
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -17,6 +16,7 @@ from typing import Any
 
 from mixtral_jax.train.errors import ExitCode, PeerLost, UserError
 
+_GONE_SECONDS = 2.0  # a process that is killed still holds its port for a moment
 _RETRY_SECONDS, _PORT_SECONDS = 0.5, 10.0  # the coordinator of a run that has just ended may still hold the port
 # what every client of HTTP/2 begins with, and the type of the frame that a server answers with
 _HELLO, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
@@ -114,11 +114,11 @@ def _end_in_order(host: str, port: int) -> None:
     """Where the coordinator goes, jax's client aborts at once, from a thread that no Python code sees: end with 76."""
 
     def aborted(number: int) -> None:
-        with contextlib.suppress(OSError):
-            socket.create_connection((host, port), timeout=1.0).close()
-            return  # it is there: something else is wrong, and the abort goes on
-        os.write(2, f"\nexit {ExitCode.PEER_LOST}: process 0, the coordinator at {host}:{port}, is gone\n".encode())
-        os._exit(ExitCode.PEER_LOST)
+        try:
+            check_answers(host, port, _GONE_SECONDS)  # then something else is wrong, and the abort goes on
+        except PeerLost:
+            os.write(2, f"\nexit {ExitCode.PEER_LOST}: process 0, the coordinator at {host}:{port}, is gone\n".encode())
+            os._exit(ExitCode.PEER_LOST)
 
     global _handler  # the system keeps its address only
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError, explain, failure_of
 from mixtral_jax.train.run.directory import RunDirectory
 
-_KEY, _ALIVE = "mixtral_jax/failed", "mixtral_jax/alive/"
+_KEY, _ALIVE, _LEFT = "mixtral_jax/failed", "mixtral_jax/alive/", "left"
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
 _meetings = itertools.count()  # a barrier opens once
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
@@ -65,8 +65,9 @@ def agree(**values: str | int) -> None:
 def failures_reported(place: RunDirectory) -> Iterator[None]:
     """An exception that ends this process is said in STATUS and to the other processes; theirs end this one."""
     ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(place, ended), name="peers", daemon=True)
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, args=(place, ended), name="peers", daemon=True).start()
+        watch.start()
     try:
         yield
     except BaseException as error:
@@ -85,6 +86,8 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
         raise
     finally:
         ended.set()
+        if watch.ident is not None:
+            watch.join(_GRACE_SECONDS)  # it says that we have left, before jax's client goes
 
 
 def _tell(code: int, reason: str) -> None:
@@ -97,10 +100,13 @@ def _watch(place: RunDirectory, ended: threading.Event) -> None:
     """Say that this process lives; end it where another one has failed or is lost."""
     heard: dict[str, tuple[str, int]] = {}  # what each process said last, and for how many polls
     for beat in itertools.count():
-        if ended.wait(_POLL_SECONDS):
-            return
+        left = ended.wait(_POLL_SECONDS)
         with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: joining.py sees to that
-            _store().key_value_set(f"{_ALIVE}{jax.process_index()}", str(beat), allow_overwrite=True)
+            said = _LEFT if left else str(beat)
+            _store().key_value_set(f"{_ALIVE}{jax.process_index()}", said, allow_overwrite=True)
+        if left:
+            return
+        with suppress(jax.errors.JaxRuntimeError):
             if jax.process_index() == 0 and (lost := _silent(_store().key_value_dir_get(_ALIVE), heard)):
                 error = PeerLost(f"process {lost} of the run has not been heard of for {_SILENT_POLLS} s; {AGAIN}")
                 reason = f"{type(error).__name__}: {error}"
@@ -118,7 +124,7 @@ def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> s
     """The number of a process that has said nothing new for too long, or nothing; `heard` is brought up to date."""
     for key, beat in said:
         before, polls = heard.get(key, ("", 0))
-        heard[key] = (beat, polls + 1 if beat == before else 0)
+        heard[key] = (beat, polls + 1 if beat == before != _LEFT else 0)
     return next((key.rpartition("/")[2] for key, (_, polls) in heard.items() if polls >= _SILENT_POLLS), "")
 
 
