@@ -50,6 +50,9 @@ class LoraConfig(FrozenConfig):
         description=f"patterns over {', '.join(TARGETS)}; gate, the router; or PEFT's names of these, which become "
         "ours: q_proj, k_proj, v_proj, o_proj, w1, w2, w3, all-linear",
     )
+    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = Field(
+        (), description="matrices that are trained whole and saved beside the adapters, by PEFT's names"
+    )
     init_from: str | None = Field(
         None,
         description="an adapter to begin with: a LoRA run, an adapter of ours or PEFT's; rank, alpha, rslora and "
@@ -76,6 +79,11 @@ class LoraConfig(FrozenConfig):
             if not any(_matches(target, pattern) for target in (*TARGETS, ROUTER)):
                 raise ValueError(f"targets: {pattern!r} matches none of {', '.join([*TARGETS, *PEFT_NAMES])}")
         return self
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The leaves of modules_to_save."""
+        return tuple({"embed_tokens": "embed.weight", "lm_head": "head.weight"}[name] for name in self.modules_to_save)
 
     @property
     def quantizes(self) -> bool:

@@ -153,13 +153,15 @@ class Mixtral(nnx.Module):
         self.config, self.compute = config, compute
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         size, std = (config.vocab_size, config.hidden_size), config.initializer_range
-        held = base_dtype(lora, param_dtype)
-        self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype, held=held)
+        whole = () if lora is None else lora.whole
+        matrices, dtype = ("embed.weight", "head.weight"), base_dtype(lora, param_dtype)
+        held = {name: param_dtype if name in whole else dtype for name in matrices}
+        self.embed = Embedding(*size, std, key=embed_key, dtype=param_dtype, held=held["embed.weight"])
         stack = (config.num_hidden_layers,)
         self.layers = Block(config, compute, key=layers_key, stack=stack, dtype=param_dtype, lora=lora)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=param_dtype)
         if not config.tie_word_embeddings:
-            self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held)
+            self.head = Head(*size[::-1], std, key=head_key, dtype=param_dtype, held=held["head.weight"])
         for _, leaf in nnx.iter_graph(self):
             if isinstance(leaf, nnx.Param) and "reduce_dtype" not in leaf.get_metadata():
                 leaf.set_metadata(reduce_dtype=reduce_dtype(compute).name)  # for `gather` and `sum_replicas`

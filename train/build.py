@@ -110,7 +110,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     if config.adapters is not None:
         frozen = keep(base, lambda path: not trained(path))
     if isinstance(config, DpoStageConfig) and config.reference in ("frozen", "lora_base"):
-        whole = frozen is not None and not config.router_factor  # else a copy: the base is trained on
+        whole = frozen is not None and not config.trains_of_base  # else a copy: the base is trained on
         put = live(sequence_logps_of(config), frozen if whole else base_weights(started, weights), put)
     layout = partial(
         Loader, prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,

@@ -42,7 +42,8 @@ def is_trained(config: RunConfig) -> Callable[[str], bool]:
     """Whether a parameter belongs to the trained ones (a frozen router without LoRA does, with a gradient of 0)."""
     if config.adapters is None:
         return lambda path: True
-    return lambda path: is_adapter(path) or (path == ROUTER and config.router_factor > 0)
+    whole = {*config.adapters.whole, *([ROUTER] if config.router_factor > 0 else [])}
+    return lambda path: is_adapter(path) or path in whole
 
 
 def make_merge(config: RunConfig) -> Callable[[Tree, Tree | None], Mixtral]:

@@ -156,9 +156,9 @@ class PeftAdapter(AdapterSource, TensorSource):
         targets = [target for target in (*TARGETS, ROUTER) if target in found]
         targets = [target for target in targets if not self._filled_in(target)] or targets
         self.slots = [slot for slot in self.slots if _target(slot) in targets or slot in whole]
-        self.lora = self.lora.model_copy(
-            update={"targets": tuple(GATE if target == ROUTER else target for target in targets)}
-        )
+        named = tuple(GATE if target == ROUTER else target for target in targets)
+        saved = tuple(name for path, name in WHOLE.items() if path in kept and name != GATE)
+        self.lora = self.lora.model_copy(update={"targets": named, "modules_to_save": saved})
 
     def _filled_in(self, target: str) -> bool:
         """Whether an expert's matrix has A and B of 0, which never learn: what export writes beside the others."""

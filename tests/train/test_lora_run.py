@@ -138,6 +138,34 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
         config_of("nowhere")
 
 
+def test_embedding_and_head_are_trained_whole_where_lora_says_so(tmp_path):
+    """And saved beside the adapters, exported as PEFT's modules_to_save, and begun with again."""
+    base = write_hub(tmp_path / "hf", HUB, random_tensors(HUB))
+    lora = {"rank": 2, "targets": "q_proj", "modules_to_save": ["embed_tokens", "lm_head"], "base_dtype": "bfloat16"}
+    changes = {"init_from": str(base), "model": MixtralConfig.from_hf(HUB).model_dump()}
+    config = load_config(write_tuning_file(tmp_path, "sft", lora=lora, **changes)).config
+    parts, state = build(config, None, None, lambda line: None)
+    whole = {name: value for name, value in leaves(state.params) if not is_adapter(name)}
+    assert {name: str(value.dtype) for name, value in whole.items()} == dict.fromkeys(config.lora.whole, "float32")
+    np.testing.assert_array_equal(whole["embed.weight"], load_params(base)["embed"]["weight"])
+    assert parts.merge(state.params).head.weight[...] is not None
+    moved = jax.tree.map(lambda x: x + 0.5, state.params)
+    meta = {"config": config.model_dump(mode="json"), "base": parts.base}
+    checkpoint.save(tmp_path / "run", {"params": moved}, {"meta": meta, "dataset": {}})
+    lora2peft(tmp_path / "run", tmp_path / "peft", progress=False)
+    note = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert note["modules_to_save"] == ["embed_tokens", "lm_head"] and note["target_modules"] == ["q_proj"]
+    for kind in ("run", "peft"):
+        again = {"init_from": str(tmp_path / kind), "base_dtype": "bfloat16"}
+        config = load_config(write_tuning_file(tmp_path, "sft", lora=again, **changes)).config
+        _, state = build(config, None, None, lambda line: None)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state.params, moved)), kind
+    file = write_tuning_file(tmp_path, "dpo", lora=lora, dpo={"reference": "lora_base"}, **changes)
+    with pytest.raises(UserError, match="modules_to_save trains of it: set reference: frozen"):
+        load_config(file)
+    assert load_config(file, ["dpo.reference=auto"]).config.reference == "frozen"
+
+
 def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):
     """Whoever reads it: a resumed run, generate and eval, merge-lora. A copy elsewhere is the base as well."""
     start("run", steps=1)

@@ -259,7 +259,7 @@ def _take_adapter(tree: Tree) -> dict[str, str]:
     lora, model = tree.values.get("lora"), tree.values.get("model")
     if not isinstance(lora, dict) or not isinstance(model, dict) or not isinstance(named := lora.get("init_from"), str):
         return {}
-    missing = [key for key in ("rank", "alpha", "rslora", "targets") if key not in lora]
+    missing = [key for key in ("rank", "alpha", "rslora", "targets", "modules_to_save") if key not in lora]
     if not missing:
         return {}
     from mixtral_jax.convert import open_adapter  # slow to import, and few files need it

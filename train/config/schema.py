@@ -79,6 +79,11 @@ class RunConfig(FrozenConfig):
         return 1.0
 
     @property
+    def trains_of_base(self) -> bool:
+        """Whether under adapters some of the base is trained whole, so that it is no reference."""
+        return self.adapters is not None and (self.router_factor > 0 or bool(self.adapters.whole))
+
+    @property
     def neftune(self) -> float:
         """Alpha of the noise on the embeddings."""
         return 0.0
@@ -285,6 +290,8 @@ class TuningConfig(RunConfig):
     def _fits_the_stage(self) -> Self:
         if self.data.examples != self.EXAMPLES:
             raise ValueError(f"data.examples is {self.data.examples}: stage {self.stage} reads {self.EXAMPLES}")
+        if self.lora is not None and "lm_head" in self.lora.modules_to_save and self.model.tie_word_embeddings:
+            raise ValueError("lora.modules_to_save names lm_head, but model.tie_word_embeddings: name embed_tokens")
         if self.lora is not None and self.lora.quantizes and self.compute.remat == "none":
             raise ValueError(
                 f"lora.base_dtype is {self.lora.base_dtype}, but compute.remat is none, which would keep every layer "
@@ -328,6 +335,8 @@ class DpoStageConfig(TuningConfig):
                 "dpo.reference is lora_base, but router.update trains the router of that base: "
                 "set router.update: frozen, or reference: frozen"
             )
+        if self.reference == "lora_base" and self.trains_of_base:
+            raise ValueError("dpo.reference is lora_base, but lora.modules_to_save trains of it: set reference: frozen")
         self.dpo.check_accumulation(self.accumulation)
         return self
 
@@ -335,4 +344,4 @@ class DpoStageConfig(TuningConfig):
     def reference(self) -> Reference:
         """The kind of reference, resolved."""
         kind = self.dpo.resolve_reference(lora=self.lora is not None)
-        return "frozen" if kind == "lora_base" and self.dpo.reference == "auto" and self.router_factor else kind
+        return "frozen" if kind == "lora_base" and self.dpo.reference == "auto" and self.trains_of_base else kind

@@ -56,7 +56,7 @@ def asks_reference(config: RunConfig) -> bool:
 
 def copies_reference(config: RunConfig) -> bool:
     """Whether that reference needs weights of its own: not where all of the base is frozen."""
-    return asks_reference(config) and (config.adapters is None or config.router_factor > 0)
+    return asks_reference(config) and (config.adapters is None or config.trains_of_base)
 
 
 def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:

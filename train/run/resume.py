@@ -112,7 +112,7 @@ def check_same_base(found: Found, config: RunConfig) -> None:
                 "set it back, or choose another run_name"
             )
         return
-    keys = ("rank", "alpha", "rslora", "targets", "base_dtype", "base_block")
+    keys = ("rank", "alpha", "rslora", "targets", "modules_to_save", "base_dtype", "base_block")
     pairs: dict[str, tuple[Any, Any]] = {"init_from": (then.get("init_from"), config.init_from)}
     if found.meta.get("base") and config.init_from is not None:
         pairs = {}  # its weights are compared, wherever they are now
