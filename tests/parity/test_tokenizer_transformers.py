@@ -14,7 +14,6 @@ from mixtral_jax.data.text.chat import encode_chat
 transformers = pytest.importorskip("transformers", reason="compares with transformers (extra: parity)")
 MODEL = Path(__file__).resolve().parents[2] / "data" / "samples" / "tokenizer.model"
 EACH = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}{{ %s }}{%% endif %%}"
-MISTRAL = "{{ bos_token }}" + EACH.replace(" }}{%% endif", " }}{%% endif")
 TEMPLATES = {
     "chatml": EACH % ("{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}", "'<|im_start|>assistant\n'"),
     "chatml with bos": "{{ bos_token }}"
