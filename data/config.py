@@ -50,8 +50,10 @@ class DataConfig(FrozenConfig):
         "text",
         description="text: documents, every token learned; chat: only answers are learned; preference: pairs of them",
     )
-    template: str | dict[str, Any] = Field(
-        "v1", description="chat format: v1, v3 (Mistral instruct), chatml, zephyr, llama3, or a description"
+    template: str | dict[str, Any] | None = Field(
+        None,
+        description="chat format: v1, v3 (Mistral instruct), chatml, zephyr, llama3, or a description; "
+        "null: that of the tokenizer's directory, else what its control tokens mean, else v1",
     )
     train_on: Literal["all", "last"] = Field("all", description="of a chat all answers are learned, or the last")
     packing: Literal["concat", "best_fit"] = Field(

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixtral_jax.data.text import Tokenizer, control_words, encode_prompt, load_template, usual_template
+from mixtral_jax.data.text import Tokenizer, control_words, encode_prompt, load_template
 from mixtral_jax.generation import Prompts
 from mixtral_jax.generation import generate as generate_tokens
 from mixtral_jax.generation import stream as stream_tokens
@@ -93,7 +93,7 @@ class _Codec:
         self._tokenizer, self._template = tokenizer, None
         ends = [tokenizer.eos_id, *(end for end in tokenizer.ends if end < model.config.vocab_size)]
         if any(map(_is_chat, prompts)):
-            self._template = load_template(template or usual_template(tokenizer), tokenizer)
+            self._template = load_template(template, tokenizer)
             close = self._template.answer_end
             ends += close if len(close) == 1 else ()
         self.ends = list(dict.fromkeys(ends))

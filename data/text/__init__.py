@@ -5,5 +5,5 @@ from mixtral_jax.data.text.examples import Documents, text_documents, token_dtyp
 from mixtral_jax.data.text.export import token_ids, tokenizer_files
 from mixtral_jax.data.text.layouts import VERSION as LAYOUT_VERSION
 from mixtral_jax.data.text.layouts import columns, layouts_of
-from mixtral_jax.data.text.template import load_template, usual_template
+from mixtral_jax.data.text.template import Template, load_template, usual_template
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, control_words, load_tokenizer

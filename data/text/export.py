@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.text.formats import CONTENT, EOS, TOOL_TOKENS, TemplateFormat, TurnFormat
-from mixtral_jax.data.text.jinja import can_render, recognise
+from mixtral_jax.data.text.jinja import recognise
 from mixtral_jax.data.text.template import load_template, usual_template
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -52,7 +52,7 @@ def tokenizer_files(
         fitted = load_template(template, tokenizer)
         ends += fitted.answer_end if len(fitted.answer_end) == 1 else ()
         theirs = tokenizer.chat_template
-        if theirs is None or not can_render() or recognise(theirs, tokenizer) != fitted.format:
+        if theirs is None or recognise(theirs, tokenizer) != fitted.format:
             out.pop("chat_template.json", None)
             config.pop("chat_template", None)
             out["chat_template.jinja"] = as_jinja(fitted.format).encode()

@@ -1,6 +1,5 @@
 """Which of our formats a chat template in jinja is: the one that writes the same for chats made to tell them apart."""
 
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -24,11 +23,6 @@ def recognise(jinja: str, tokenizer: Tokenizer) -> TemplateFormat | None:
     Where the template does with a system prompt what no variant does, the format found refuses system prompts.
     """
     return _recognise(jinja, tokenizer.piece_of(tokenizer.bos_id), tokenizer.piece_of(tokenizer.eos_id))
-
-
-def can_render() -> bool:
-    """Whether jinja2 is installed."""
-    return importlib.util.find_spec("jinja2") is not None
 
 
 @lru_cache(maxsize=8)

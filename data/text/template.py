@@ -8,7 +8,6 @@ the text before and behind it, because that is how it is generated.
 """
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from mixtral_jax.data.text.formats import (
     TurnFormat,
     with_space,
 )
-from mixtral_jax.data.text.jinja import can_render, recognise
+from mixtral_jax.data.text.jinja import recognise
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, control_words
 
 
@@ -54,8 +53,8 @@ class Template:
         )
 
 
-def load_template(template: str | Mapping[str, Any] | TemplateFormat, tokenizer: Tokenizer) -> Template:
-    """A built-in template by name or a description (the keys of TemplateFormat), made for one tokenizer.
+def load_template(template: str | Mapping[str, Any] | TemplateFormat | None, tokenizer: Tokenizer) -> Template:
+    """A built-in template by name, a description (the keys of TemplateFormat) or `usual_template`, for one tokenizer.
 
     A description with the name of a built-in one overrides single fields of it: `{name: chatml, bos: true}`. Where the
     chat_template of the tokenizer's own directory is a variant of the one named, with other spaces, say, it is that.
@@ -63,7 +62,7 @@ def load_template(template: str | Mapping[str, Any] | TemplateFormat, tokenizer:
     Raises:
         ValueError: unknown name, a wrong description, or a template that does not fit the tokenizer.
     """
-    fmt = _as_written(_format_of(template), tokenizer)
+    fmt = _as_written(usual_template(tokenizer) if template is None else _format_of(template), tokenizer)
     if fmt.name == "v1" and (id_ := tokenizer.id_of("[INST]")) is not None:
         raise ValueError(
             f"template v1 writes [INST] as text, but this tokenizer has it as control token {id_}: use template v3"
@@ -90,7 +89,7 @@ def usual_template(tokenizer: Tokenizer) -> TemplateFormat:
     Raises:
         ValueError: its chat_template is none that is known.
     """
-    if tokenizer.chat_template is not None and can_render():
+    if tokenizer.chat_template is not None:
         found = recognise(tokenizer.chat_template, tokenizer)
         if found is None:
             raise ValueError(
@@ -99,10 +98,7 @@ def usual_template(tokenizer: Tokenizer) -> TemplateFormat:
             )
         return BUILT_IN[found.name]
     marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "v3"}
-    name = next((name for piece, name in marks.items() if tokenizer.id_of(piece) is not None), "v1")
-    if tokenizer.chat_template is not None:
-        warnings.warn(f"to read the tokenizer's chat_template takes jinja2: {name} is assumed", stacklevel=2)
-    return BUILT_IN[name]
+    return BUILT_IN[next((name for piece, name in marks.items() if tokenizer.id_of(piece) is not None), "v1")]
 
 
 def _as_written(fmt: TemplateFormat, tokenizer: Tokenizer) -> TemplateFormat:
@@ -111,7 +107,7 @@ def _as_written(fmt: TemplateFormat, tokenizer: Tokenizer) -> TemplateFormat:
     Mistral's with a SentencePiece file are those of mistral-common: a directory's template is for its tokenizer.json.
     """
     ours = fmt.spaces and isinstance(tokenizer, SentencePieceTokenizer)
-    if tokenizer.chat_template is not None and fmt == BUILT_IN.get(fmt.name) and not ours and can_render():
+    if tokenizer.chat_template is not None and fmt == BUILT_IN.get(fmt.name) and not ours:
         found = recognise(tokenizer.chat_template, tokenizer)
         if found is not None and found.name == fmt.name:
             return found

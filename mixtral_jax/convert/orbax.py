@@ -77,7 +77,9 @@ class OrbaxArrays(NativeSource):
 
     def template(self) -> Any:
         data = run_config(self.directory.local).get("data", {}) if self.training else {}
-        return "auto" if data.get("examples") == "text" else data.get("template")
+        if not data:
+            return None
+        return "auto" if data.get("examples") == "text" else data.get("template") or "auto"
 
 
 class OrbaxSource(OrbaxArrays):

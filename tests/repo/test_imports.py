@@ -31,7 +31,7 @@ ONLY_IN = {
     # oracles, in tests alone; `verify` and the demo use them where the user has them, and say so where not
     "torch": {"mixtral_jax/convert/compare.py", "train/commands/demo.py"},
     "transformers": {"mixtral_jax/convert/compare.py", "train/commands/demo.py"},
-    "jinja2": {"data/text/jinja.py"},  # to read the chat templates of others, where the user has it
+    "jinja2": {"data/text/jinja.py"},
     "trl": set(),
     "peft": set(),
     "tensorflow": set(),
@@ -87,7 +87,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     for path in SOURCES:
         for module in imports(ast.parse(path.read_text(encoding="utf-8"))):
             top = module.split(".")[0]
-            if top in sys.stdlib_module_names or top in ("mixtral_jax", "torch", "transformers", "jinja2"):
+            if top in sys.stdlib_module_names or top in ("mixtral_jax", "torch", "transformers"):
                 continue
             owners = {canonical(owner) for owner in providers.get(top, [top])}
             assert owners & names, f"{path.name} imports {module}, which no dependency in pyproject.toml provides"

@@ -1,6 +1,8 @@
 """SFT on the step: packing changes nothing, masks are what the data say, runs learn answers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,17 +11,20 @@ import pytest
 from mixtral_jax.data.loader import Loader
 from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
+from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.objective import RouterConfig, next_token, token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import loss_and_gradients, make_train_step
 from tests.tiny import metrics_of, split, tiny_config, tiny_model
 from tests.tuning import write_tuning_file
 
+ROOT = Path(__file__).resolve().parents[2]
 OFF = RouterConfig(router_aux_loss_coef=0, router_z_loss_coef=0)
 
 
@@ -132,6 +137,28 @@ def test_everything_learned_is_refused_unless_asked_for(start, tmp_path):
     with pytest.raises(UserError, match=r"source 'all': .* \(100 %\) are learned"):
         start(data=data)
     start(data=data, allow_any_mask=True, steps=1)
+
+
+def test_chats_are_written_as_the_tokenizer_says_unless_the_file_says_otherwise(tmp_path):
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    shutil.copy(ROOT / "data" / "samples" / "tokenizer.model", directory)
+    turns = "{{'<|' + m.role + '|>\n' + m.content + '</s>\n'}}"
+    ask = "{% if add_generation_prompt %}{{'<|assistant|>\n'}}{% endif %}"
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}" + turns + "{% endfor %}" + ask)
+
+    def said(path, template):
+        data = {"tokenizer": str(path), "template": template}
+        config = load_config(write_tuning_file(tmp_path, "sft", data=data)).config
+        return next(mask_lines(config, (), load_tokenizer(path)))
+
+    assert said(directory, None) == "chats are written as zephyr"
+    assert said(directory, "v1") == "chats are written as v1; the tokenizer's own chat_template is zephyr"
+    assert said(directory / "tokenizer.model", None) == "chats are written as v1"
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    assert said(directory, "v1").endswith("own chat_template is none that is known")
+    with pytest.raises(ValueError, match="of no known format: name one of v1"):
+        said(directory, None)
 
 
 def test_documents_are_no_chats(tmp_path):
