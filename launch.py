@@ -48,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     from mixtral_jax.train.streams import Lasting
 
-    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
+    out = Lasting(sys.stdout)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Lasting(sys.stderr)):
         code = _call(args)
-        sys.stdout.flush()
+        out.flush()
+        if code == OK and out.error is not None:  # of a run's own lines nothing is lost: its log has them
+            return _explain(OSError(out.error.errno, f"the output could not be written: {out.error.strerror}"))
     return code
 
 
@@ -62,9 +65,13 @@ def _call(args: Parsed) -> int:
         print("exit 1: interrupted", file=sys.stderr)
         return UNEXPECTED
     except Exception as error:
-        from mixtral_jax.train.errors import explain
+        return _explain(error, args.traceback)
 
-        return explain(error, args.traceback)
+
+def _explain(error: Exception, with_traceback: bool = False) -> int:
+    from mixtral_jax.train.errors import explain
+
+    return explain(error, with_traceback)
 
 
 def build_parser() -> argparse.ArgumentParser:

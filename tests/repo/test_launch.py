@@ -272,6 +272,17 @@ def test_what_nobody_reads_ends_nothing(name: str, monkeypatch: pytest.MonkeyPat
         assert launch.main(["doctor"]) == 0 and done
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_an_answer_that_cannot_be_written_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(launch, "_function", lambda *_: lambda: print("the answer"))
+        assert launch.main(["doctor"]) == 74
+    assert "exit 74: the output could not be written: No space left on device" in capsys.readouterr().err
+
+
 def test_a_value_error_of_a_library_is_our_bug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

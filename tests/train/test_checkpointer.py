@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mixtral_jax.checkpoint import trees as arrays
@@ -21,7 +22,7 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     saved_steps,
 )
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, router_mask
 from mixtral_jax.train.run.resume import check_same_data, config_differences
 from mixtral_jax.train.state import abstract_state, create_state, start_from
 from tests.tiny import split, tiny_config, tiny_model
@@ -61,6 +62,19 @@ def test_saved_state_comes_back_with_its_position_and_meta(tmp_path):
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), state, expected)))
     assert {p.name for p in (tmp_path / "5").iterdir()} >= {"state", "dataset", "meta"}
+
+
+def test_a_checkpoint_whose_chain_scales_the_router_comes_back(tmp_path):
+    """As runs with a frozen or slower router, which are most LoRA runs, wrote them until 2026-11-28."""
+    scaled = optax.chain(
+        optax.scale_by_adam(), optax.add_decayed_weights(0.1, decay_mask), optax.masked(optax.scale(0.5), router_mask)
+    )
+    old = OPTIMIZER._replace(transformation=scaled)
+    Checkpointer(CheckpointConfig(asynchronous=False), tmp_path).save(
+        create_state(params(2), old), 5, DATA, {"step": 5, "config": {}}
+    )
+    state = restore_state(find(tmp_path, "auto", nothing_said), abstract())
+    jax.tree.map(np.testing.assert_array_equal, state, create_state(params(2), OPTIMIZER))
 
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path):

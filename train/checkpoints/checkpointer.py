@@ -1,5 +1,6 @@
 """Which step is saved when, and which one is resumed from."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
+import optax
 from etils import epath
 from pydantic import Field
 
@@ -189,10 +191,22 @@ def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = (
     except (ValueError, KeyError, TypeError) as error:
         if is_of_the_system(error):
             raise
+        if (state := _restore_with_factor(found, abstract)) is not None:
+            return state
         detail = str(error).partition("\n")[0][:300]  # Orbax shows whole trees
         if changed:
             detail += f"; changed since then: {', '.join(changed)}: set it back, or choose another run_name"
         raise UserError(f"checkpoint {found.step} does not fit: {detail}") from error
+
+
+def _restore_with_factor(found: Found, abstract: TrainState) -> TrainState | None:
+    """A state of before 2026-11-29, when the factor on the router's updates was a part of optax's chain."""
+    moments: Any = (*abstract.optimizer.moments, optax.MaskedState(optax.EmptyState()))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        state = checkpoint.restore(found.path, abstract._replace(optimizer=abstract.optimizer._replace(moments=moments)))
+        moments = state.optimizer.moments
+        return state._replace(optimizer=state.optimizer._replace(moments=moments[:-1]))
+    return None
 
 
 def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
