@@ -7,6 +7,7 @@ a disk that is full, or memory that this machine does not have.
 import difflib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -93,13 +94,18 @@ def failure_of(error: BaseException) -> Failure:
     if code in TABLE:
         exit_code, remedy = TABLE[code]
         return Failure(exit_code, _said(error), remedy)
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    room = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
-    ours = room in ("launch", "mixtral_jax", "__main__")
     # a ValueError (or NaN found) by our own code; the same from a library is our bug
-    if isinstance(error, ValidationError) or (ours and isinstance(error, ValueError | FloatingPointError)):
+    found = isinstance(error, ValueError | FloatingPointError) and is_raised_by_us(error)
+    if isinstance(error, ValidationError) or found:
         return Failure(ExitCode.USAGE, str(error) or type(error).__name__)
     return Failure(ExitCode.UNEXPECTED, "")
+
+
+def is_raised_by_us(error: BaseException) -> bool:
+    """Whether it comes from this project's code, not from a library that the code calls."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    room = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
+    return room in ("launch", "mixtral_jax", "__main__")
 
 
 def is_of_the_system(error: BaseException) -> bool:
@@ -130,8 +136,9 @@ def _system_code(error: BaseException) -> int:
     named = [code for kind, code in _OF_TYPE.items() if isinstance(error, kind)]
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         named.append(errno.ENOMEM)
-    if not isinstance(error, UserError | OSError):  # tensorstore and array_record report a full disk as their own
-        named += [c for c, (code, _) in TABLE.items() if code == ExitCode.STORAGE and os.strerror(c) in str(error)]
+    # tensorstore and array_record report a full disk as an error of their own, `INTERNAL: ...`
+    if type(error).__name__ != "JaxRuntimeError" and re.match(r"[A-Z_]+: ", str(error)):
+        named += [code for code in (*FULL, errno.EIO, errno.EROFS) if os.strerror(code) in str(error)]
     return named[0] if named else 0
 
 

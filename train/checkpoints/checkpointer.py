@@ -203,7 +203,9 @@ def _restore_with_factor(found: Found, abstract: TrainState) -> TrainState | Non
     """A state of before 2026-11-29, when the factor on the router's updates was a part of optax's chain."""
     moments: Any = (*abstract.optimizer.moments, optax.MaskedState(optax.EmptyState()))
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        state = checkpoint.restore(found.path, abstract._replace(optimizer=abstract.optimizer._replace(moments=moments)))
+        state = checkpoint.restore(
+            found.path, abstract._replace(optimizer=abstract.optimizer._replace(moments=moments))
+        )
         moments = state.optimizer.moments
         return state._replace(optimizer=state.optimizer._replace(moments=moments[:-1]))
     return None

@@ -21,7 +21,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
 from jax.experimental import multihost_utils
 
-from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError, explain, failure_of
+from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError, explain, failure_of, is_raised_by_us
 from mixtral_jax.train.run.directory import RunDirectory
 
 _KEY, _ALIVE, _LEFT = "mixtral_jax/failed", "mixtral_jax/alive/", "left"
@@ -72,10 +72,11 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
         yield
     except BaseException as error:
         several = jax.process_count() > 1
-        if several and not failure_of(error).sentence and _BROKEN_OFF.search(str(error)):
+        if several and _is_broken_off(error):
             if (failure := _read()) is not None:  # the partner has said why it is gone
                 _end_with(failure, place)
-            error = PeerLost(f"another process of the run is lost, in the middle of a step or a save; {AGAIN}")
+            told = str(error).partition("\n")[0]
+            error = PeerLost(f"another process of the run is lost, in the middle of a step or a save ({told}); {AGAIN}")
         code = failure_of(error).exit_code
         reason = f"{type(error).__name__}: {error}"
         place.write_failure(reason, code)
@@ -88,6 +89,13 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
         ended.set()
         if watch.ident is not None:
             watch.join(_GRACE_SECONDS)  # it says that we have left, before jax's client goes
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    """Whether a collective ended because a partner is gone."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return _BROKEN_OFF.search(str(error)) is not None
+    return isinstance(error, ValueError) and "gloo" in str(error).lower() and not is_raised_by_us(error)
 
 
 def _tell(code: int, reason: str) -> None:
