@@ -191,5 +191,9 @@ def test_the_table_has_a_code_for_every_kind():
     assert {code for code, _ in TABLE.values()} == {ExitCode.USAGE, ExitCode.STORAGE, ExitCode.UNEXPECTED}
     assert failure_of(StorageError("x")).exit_code == 74 and failure_of(UserError("x")).exit_code == 2
     assert failure_of(OSError(errno.EBADF, "x")).sentence == ""  # ours, with a traceback
+    assert failure_of(ValueError("INTERNAL: write: No space left on device [x]")).exit_code == 74  # tensorstore's
+    assert failure_of(ValueError("line 3: 'No space left on device' is no role")).exit_code != 74  # quotes a record
+    gloo = type("JaxRuntimeError", (RuntimeError,), {})("UNKNOWN: Gloo connect: Connection timed out")
+    assert failure_of(gloo).sentence == ""  # no disk: peers.py knows
     device = type("JaxRuntimeError", (RuntimeError,), {})("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
     assert failure_of(device).exit_code == 1 and "9 bytes" in failure_of(device).sentence

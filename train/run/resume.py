@@ -74,8 +74,8 @@ def check_same_data(found: Found, fingerprint: str, restart: bool, changed: Sequ
     why = (
         f"made with {' and '.join(blamed)}, which now is another order of rows"
         if blamed
-        else f"made from data with fingerprint {before}, but the data now have {fingerprint} (other files, or rows made "
-        "by another version)"
+        else f"made from data with fingerprint {before}, but the data now have {fingerprint} (other files, or rows "
+        "made by another version)"
     )
     raise UserError(
         f"checkpoint {found.step} was {why}: a position in one means nothing in the other. Set data.restart=true to "
