@@ -17,7 +17,7 @@ _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
 def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list[Text]:
     """Texts to print: what each source is and its share, then the first `rows` rows of the run.
 
-    Learned tokens are green, others dim; `|` begins a document of a row and control tokens stand in angle brackets.
+    Learned tokens are green, others dim; `|` begins a document of a row and control tokens stand by their names.
     """
     prepared = prepare(data, seq_len, seed)
     tokenizer = load_tokenizer(data.tokenizer)
@@ -60,7 +60,9 @@ def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:
     text = Text()
     last = bool(row.segment_ids[-1] and (row.targets[-1] or row.weights[-1]))  # else there is one place of padding
     start, used = 0, int(np.count_nonzero(row.segment_ids)) + last
-    control = np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id])
+    names = {id_: piece for piece in tokenizer.controls if (id_ := tokenizer.id_of(piece)) is not None}
+    names |= {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+    control = np.isin(tokens, [*names])
     for i in range(1, used + 1):
         same = i < used and learned[i] == learned[start] and segments[i] == segments[start]
         if same and not control[i] and not control[start]:
@@ -68,7 +70,7 @@ def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:
         if start == 0 or segments[start] != segments[start - 1]:
             text.append("|", style=_BORDER)
         if control[start]:
-            shown = "<bos>" if tokens[start] == tokenizer.bos_id else "<eos>"
+            shown = names[int(tokens[start])]
         else:  # behind the token before it, as a piece's leading space shows only after others
             lead = max(start - 1, 0) if start and segments[start] == segments[start - 1] else start
             before = tokenizer.decode(tokens[lead:start].tolist())

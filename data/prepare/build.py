@@ -125,7 +125,10 @@ def _lumps(recipe: Recipe, census: Census) -> Iterator[tuple[Lump, tuple[str, ..
         for lump in read_lumps(source, file, columns(source, kind), census):
             if layouts is None:
                 first = itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS)
-                layouts = layouts_of((record for _, record in first), source, kind)
+                try:
+                    layouts = layouts_of((record for _, record in first), source, kind)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from None
             yield lump, layouts
 
 

@@ -150,7 +150,8 @@ def _describe(source: PreparedSource) -> str:
         f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
         f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
     )
-    lost = "equal where cut to a row" if source.format.pairs else "without an answer to learn"
+    lost = "without an answer to learn, or with it behind the end of a row"
+    lost = "equal where cut to a row, or without an answer to learn" if source.format.pairs else lost
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)

@@ -8,6 +8,7 @@ the mask would have to be guessed back. Formats: Mistral's instruct templates v1
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -48,7 +49,7 @@ def encode_chat(
     Raises:
         ValueError: one sentence that names the message, when the conversation breaks a rule of the template.
     """
-    _check_order(messages)
+    _check_order(messages, template.format)
     if messages[-1]["role"] != "assistant":
         raise ValueError(
             f"messages[{len(messages) - 1}]: the conversation ends with role {messages[-1]['role']!r}, "
@@ -64,7 +65,7 @@ def encode_prompt(messages: Sequence[Message], template: Template, *, tools: Seq
     Raises:
         ValueError: as `encode_chat`, and when the conversation ends with the assistant.
     """
-    _check_order(messages)
+    _check_order(messages, template.format)
     if messages[-1]["role"] not in ("user", "tool"):
         raise ValueError(
             f"messages[{len(messages) - 1}]: a prompt must end with the user (or a tool), "
@@ -115,8 +116,8 @@ class _Turns:
         self._template, self._text, self._trainable = template, "", False
         self.ids = [template.tokenizer.bos_id] if template.format.bos else []
         self.learned = [False] * len(self.ids)
-        self._calls: list[str] = []  # ids of tool calls, and how many of them have a result
-        self._answered = 0
+        self._calls = 0
+        self._waiting: list[tuple[str, str]] = []  # id and function of the calls without a result
         self._place: Place = "control" if self.ids else "start"
 
     def _add_ids(self, ids: Sequence[int], trainable: bool, place: Place) -> None:
@@ -191,8 +192,9 @@ class _Turns:
             entry = {"name": function["name"], "arguments": arguments}
             id_ = call.get("id")
             if not (last and id_ in (None, "", "null")):  # nothing answers the last ones
-                self._calls.append(_call_id(f"call{len(self._calls):05}" if id_ in (None, "") else id_))
-                entry["id"] = self._calls[-1]
+                entry["id"] = _call_id(f"call{self._calls:05}" if id_ in (None, "") else id_)
+                self._waiting.append((entry["id"], entry["name"]))
+                self._calls += 1
             entries.append(entry)
         self.add_turn(self._template.format.assistant, _json(entries), trainable, tokens=_TOOL_CALLS)
 
@@ -201,19 +203,24 @@ class _Turns:
         if fmt.tool is None:
             raise ValueError(f"messages[{i}]: template {fmt.name} has no tool messages")
         if fmt.tool_calls == "mistral-v3":
-            content = _json({"content": _parsed(content), "call_id": self._answered_call(i, message)})
+            value = _parsed(content, parse_float=_finite, parse_constant=_finite)
+            content = _json({"content": value, "call_id": self._answered_call(i, message)})
         self.add_turn(fmt.tool, content)
 
     def _answered_call(self, i: int, message: Message) -> str:
-        """The id of the call whose result this is: the one that it names, else the next in order."""
-        waiting, id_ = self._calls[self._answered :], message.get("tool_call_id")
-        found = waiting[0] if id_ in (None, "") else _call_id(id_)
-        if found not in waiting:
-            raise ValueError(f"messages[{i}]: tool_call_id {id_!r} is of none of the calls that wait for a result")
-        at = self._calls.index(found, self._answered)
-        self._calls[self._answered], self._calls[at] = found, self._calls[self._answered]
-        self._answered += 1
-        return found
+        """The id of the call whose result this is: the one whose id or else function it names, else the next."""
+        id_, name, found = message.get("tool_call_id"), message.get("name"), self._waiting
+        if id_ not in (None, ""):
+            told = f"tool_call_id {id_!r}"
+            found = [call for call in self._waiting if call[0] == _call_id(id_)]
+        elif name not in (None, "") and len(self._waiting) > 1:
+            told = f"name {name!r}"
+            found = [call for call in self._waiting if call[1] == name]
+        if not found:
+            raise ValueError(f"messages[{i}]: {told} is of none of the calls that wait for a result")
+        call = found[0]
+        self._waiting.remove(call)
+        return call[0]
 
 
 def _system_prompt(messages: Sequence[Message], fmt: TemplateFormat) -> str:
@@ -232,19 +239,27 @@ def _weight(i: int, message: Message) -> bool:
 
 def _json(value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False)
-    except TypeError as error:  # a date, say, of a format that has them
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a date, say, of a format that has them; NaN
         raise ValueError(f"a tool holds what JSON cannot: {error}") from None
     utf8_size(text, "the JSON of a tool")
     return text
 
 
-def _parsed(text: str) -> Any:
-    """JSON in a string as the value that it stands for; empty is an empty object, no JSON stays text."""
+def _parsed(text: str, **numbers: Any) -> Any:
+    """JSON in a string as the value that it stands for; empty is an empty object, no JSON stays text. `numbers`: how they
+    are read, as json.loads has it.
+    """
     try:
-        return json.loads(text) if text else {}
-    except json.JSONDecodeError:
+        return json.loads(text, **numbers) if text else {}
+    except (ValueError, RecursionError):
         return text
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"JSON has no {text}")
+    return number
 
 
 def _function(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
@@ -271,20 +286,24 @@ _FOLLOWERS = {
 }
 
 
-def _check_order(messages: Sequence[Message]) -> None:
-    """Every message alone, then the order: system*, then user and assistant in turn, tool results after tool calls."""
+def _check_order(messages: Sequence[Message], fmt: TemplateFormat) -> None:
+    """Every message alone, then the order: system*, then user and assistant in turn, tool results after tool calls, or
+    after any answer where the template has turns for them and calls are text.
+    """
+    anywhere = fmt.tool is not None and fmt.tool_calls == "refuse"
     if not messages:
         raise ValueError("messages: the conversation is empty")
     previous, waiting = "system", 0  # waiting: tool calls without a result yet
     for i, message in enumerate(messages):
         _check_message(i, message)
         role = message["role"]
-        if role not in (("tool",) if waiting else _FOLLOWERS[previous]):
+        as_text = anywhere and role == "tool" and previous in ("assistant", "tool")
+        if role not in (("tool",) if waiting else _FOLLOWERS[previous]) and not as_text:
             raise ValueError(f"messages[{i}]: {_misplaced(role, previous, i, waiting)}")
         if role == "assistant":
             waiting = len(message.get("tool_calls") or ())
         elif role == "tool":
-            waiting -= 1
+            waiting = max(0, waiting - 1)
         previous = role
     if previous == "system":
         raise ValueError("messages: the conversation has no user turn")
@@ -313,7 +332,9 @@ def _check_message(i: int, message: Message) -> None:
     calls = message.get("tool_calls")
     if calls and not isinstance(calls, list):
         raise ValueError(f"messages[{i}]: tool_calls must be a list, got {calls!r:.80}")
-    if calls and role == "assistant":
+    if calls and role != "assistant":
+        raise ValueError(f"messages[{i}]: tool_calls in a message of role {role!r}")
+    if calls:
         if content:
             raise ValueError(f"messages[{i}]: an answer holds either content or tool_calls, this has both")
         return

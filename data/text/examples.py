@@ -128,7 +128,8 @@ def tuning_documents(
     layouts: Sequence[str] = (),
 ) -> Documents:
     """Fine-tuning examples that fit a row of `size` tokens: of a chat one sequence, of a preference two that are
-    neighbours. One of which nothing is left to learn, or of which both answers are cut to the same, is dropped.
+    neighbours. One of which nothing is left to learn (of a pair, on either side), or of which both answers are cut to
+    the same, is dropped.
 
     `layouts` are those that the file's first rows have.
     """
@@ -144,7 +145,7 @@ def tuning_documents(
             elif kind == "preference":
                 pair = _pair(shape, source, template)
                 whole, kept = pair, fit(pair, size)
-                lost = kept[0] == kept[1]
+                lost = kept[0] == kept[1] or not all(any(each.learned) for each in kept)
             else:
                 example = _example(shape, source, template, train_on)
                 whole, kept = (example,), (_cut(example, 0, size),)
@@ -197,7 +198,7 @@ def preference_pair(record: dict[str, Any], source: SourceConfig, template: Temp
 def _example(shape: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn) -> Example:
     if "messages" in shape:
         return encode_chat(shape["messages"], template, train_on=train_on, tools=shape.get("tools", ()))
-    return _answer(shape, "completion", source.completion_key, template)
+    return _answer(shape, "completion", source.completion_key, template, train_on)
 
 
 def _pair(shape: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
@@ -205,14 +206,15 @@ def _pair(shape: dict[str, Any], source: SourceConfig, template: Template) -> Pa
     return Pair(chosen, _answer(shape, "rejected", source.rejected_key, template))
 
 
-def _answer(shape: dict[str, Any], column: str, key: str, template: Template) -> Example:
+def _answer(shape: dict[str, Any], column: str, key: str, template: Template, train_on: TrainOn = "all") -> Example:
     """Prompt and answer as one sequence of which only the answer and its EOS are learned."""
     prompt, answer, tools = shape["prompt"], shape[column], shape.get("tools", ())
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
             raise ValueError(f"{key!r} is empty")
-        if tools:
-            raise ValueError(f"'tools' have no place in plain text: write the prompt and {key!r} as messages")
+        if tools or "system" in shape:
+            what = "'tools' have" if tools else "'system' has"
+            raise ValueError(f"{what} no place in plain text: write the prompt and {key!r} as messages")
         utf8_size(prompt + " " + answer, f"the prompt or {key!r}")
         tokenizer = template.tokenizer
         ids, ends = tokenizer.encode_ends(prompt + answer)
@@ -226,7 +228,7 @@ def _answer(shape: dict[str, Any], column: str, key: str, template: Template) ->
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError(f"the prompt and {key!r} must be strings or lists of messages")
     unlearned = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
-    return encode_chat(unlearned + answer, template, tools=tools)
+    return encode_chat(unlearned + answer, template, train_on=train_on, tools=tools)
 
 
 def _control_words(template: Template) -> re.Pattern[str]:

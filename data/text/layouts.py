@@ -3,27 +3,21 @@
 A chat becomes `{"messages"}`, or `{"prompt", "completion"}`; a preference `{"prompt", "chosen", "rejected"}`; each with
 `tools`. Messages are `{"role", "content"}` with our roles, whatever they were before. Which layout a file has is seen
 in its first rows (`layouts_of`), as a single row may allow two readings; a row that lacks those columns is read by
-those that it fills.
+those that it fills. Beside every layout may stand a system prompt, tools, and a label that marks the answer as bad.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.text.messages import conversation, functions, is_answer, truth, turns
 
 VERSION = 1  # part of the cache's fingerprint: raised when a row becomes another example than before
 Row = dict[str, Any]
 
-_MESSAGES_IN_JSON = re.compile(r"\s*\[\s*\{")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
-}
 
 
 class Layout(NamedTuple):
@@ -46,14 +40,32 @@ def columns(source: SourceConfig, kind: str) -> tuple[str, ...]:
     table = LAYOUTS[kind]
     layouts = table.values() if source.layout == "auto" else [table[source.layout]]
     names = [name for layout in layouts for name in (*layout.columns, *layout.besides)]
-    return tuple(dict.fromkeys(_key(source, name) for name in [*names, "tools"]))
+    names += [*_BESIDE, *(_QUESTIONS if kind == "preference" else ())]
+    keys = [key for name in names for key in (_key(source, name), *_SPELLINGS.get(name, ()))]
+    return tuple(dict.fromkeys(keys))
 
 
 def layouts_of(records: Iterable[Row], source: SourceConfig, kind: str) -> tuple[str, ...]:
-    """Names of the layouts of a file's first records: of each set of columns the first that fits most of them."""
+    """Names of the layouts of a file's first records: of each set of columns the first that fits most of them.
+
+    Raises:
+        ValueError: none of them has a column that the source names.
+    """
+    records = list(records)
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        key = _key(source, name)
+        if key != name and key in columns(source, kind) and records and not any(key in record for record in records):
+            raise ValueError(
+                f"source {source.name!r} sets {name}_key: {key!r}, a column that none of the first records has "
+                f"(they have {_names(records[0])}): set it right, or leave it out"
+            )
     if source.layout != "auto":
         return (source.layout,)
-    rows, found = [_filled(record, source) for record in records], []
+    rows: list[Row] = []
+    for record in records:
+        with contextlib.suppress(ValueError):  # a bad record, which shows nothing
+            rows.append(_filled(record, source))
+    found = []
     for name, layout in LAYOUTS[kind].items():
         own = [row for row in rows if layout.is_filled(row)]
         if own and 2 * sum(_fits(layout, row, source) for row in own) > len(own):
@@ -70,7 +82,10 @@ def normalise(record: Row, source: SourceConfig, kind: str, layouts: Sequence[st
     """
     row, table = _filled(record, source), LAYOUTS[kind]
     known = layouts if source.layout == "auto" else (source.layout,)
-    decided = [set(table[name].columns) for name in known]  # no row has fewer columns, or another reading of them
+    if known and "kto" not in known and not isinstance(row.get("label"), bool):
+        row.pop("label", None)  # of something else, as in the first rows
+    # no row has fewer columns, or another reading of them; in a file of labels none lacks its own
+    decided = [{*table[name].columns, *(table[name].besides if name == "kto" else ())} for name in known]
     for name, layout in table.items():
         another = source.layout == "auto" and not any(decided_on >= {*layout.columns} for decided_on in decided)
         if layout.is_filled(row) and (name in known or (another and _fits(layout, row, source))):
@@ -78,12 +93,31 @@ def normalise(record: Row, source: SourceConfig, kind: str, layouts: Sequence[st
     else:
         raise ValueError(_unknown(record, source, kind, known))
     shape = layout.read(row, source)
+    if shape is not None and "system" in row:
+        _put_system(row["system"], shape)
     if shape is not None and "tools" in row:
-        shape["tools"] = _functions(row["tools"], "'tools'")
+        shape["tools"] = functions(row["tools"], "'tools'")
     return name, shape
 
 
+def _put_system(text: Any, shape: Row) -> None:
+    """A system prompt of a column of its own, before the conversation, unless that begins with it; in texts there is no
+    place for it, which whoever encodes them says.
+    """
+    where = "messages" if "messages" in shape else "prompt"
+    messages = shape[where]
+    if isinstance(messages, str) and any(isinstance(shape.get(c), str) for c in ("completion", "chosen")):
+        shape["system"] = text
+        return
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    system = {"role": "system", "content": text}
+    if isinstance(messages, list) and system not in messages:
+        shape[where] = [system, *messages]
+
+
 def _key(source: SourceConfig, column: str) -> str:
+    if column == "conversations" and source.layout == "sharegpt" and source.messages_key != "messages":
+        return source.messages_key
     return getattr(source, f"{column}_key", column)
 
 
@@ -91,12 +125,36 @@ def _filled(record: Row, source: SourceConfig) -> Row:
     """The columns that hold something, under our names; formats without null write an empty list or text instead."""
     row = {}
     for column in _COLUMNS:
-        value = record.get(_key(source, column))
-        if value is not None and value != [] and (value != "" or column in _TEXTS):
-            row[column] = value
-    if "chosen" in row and "conversations" in row:
-        row.setdefault("prompt", row["conversations"])
+        for key in (_key(source, column), *_SPELLINGS.get(column, ())):
+            value = record.get(key)
+            if value is not None and value != [] and (value != "" or column in _TEXTS):
+                row.setdefault(column, value)
+    if {"chosen", "rejected"} <= row.keys() and not row.get("prompt"):
+        prompt = _question(row) if source.prompt_key == "prompt" else None
+        if prompt is not None:
+            row["prompt"] = prompt
+        elif not all(isinstance(row[column], str) and is_answer(row[column]) for column in ("chosen", "rejected")):
+            row.pop("prompt", None)  # empty text before whole conversations
     return row
+
+
+def _question(row: Row) -> Any:
+    """The prompt of answers that stand alone, where a column of another name holds it; text there is a user's turn."""
+    answers = [row["chosen"], row["rejected"]]
+    if not all(map(is_answer, answers)):
+        return None
+    name = next((name for name in _QUESTIONS if row.get(name)), None)
+    if name is None or name in ("conversations", "messages"):
+        return name and row[name]
+    if isinstance(answers[0], str) and isinstance(answers[1], str):
+        both = answers[0][: _common(*answers)]
+        if _HH_TURN.match(both) or re.search(rf"(?<!\w){re.escape(str(row[name]))}(?!\w)", both):
+            return None  # the question is in the answers
+    return _asked({**row, "instruction": row[name]} if name != "input" else {"instruction": row[name]})
+
+
+def _names(record: Row) -> str:
+    return ", ".join(f"{k!r}{' (empty)' * (record[k] in (None, [], ''))}" for k in list(record)[:8]) or "nothing"
 
 
 def _fits(layout: Layout, row: Row, source: SourceConfig) -> bool:
@@ -107,9 +165,10 @@ def _fits(layout: Layout, row: Row, source: SourceConfig) -> bool:
 
 
 def _unknown(record: Row, source: SourceConfig, kind: str, known: Sequence[str]) -> str:
-    has = ", ".join(f"{k!r}{' (empty)' * (record[k] in (None, [], ''))}" for k in list(record)[:8]) or "nothing"
+    has = _names(record)
     if known:
         needed = " and ".join(repr(_key(source, column)) for column in LAYOUTS[kind][known[0]].columns)
+        needed = "a chat and 'label'" if (kind, known[0]) == ("chat", "kto") else needed
         return f"layout {known[0]} needs {needed} (it has {has})"
     if kind == "preference":
         missing = next(
@@ -117,84 +176,6 @@ def _unknown(record: Row, source: SourceConfig, kind: str, known: Sequence[str])
         )
         return f"no {missing!r} (it has {has})"
     return f"neither {source.messages_key!r} nor {source.prompt_key!r} with {source.completion_key!r} (it has {has})"
-
-
-# --- values ---
-
-
-def conversation(value: Any, what: str) -> list[Any]:
-    """Messages in our spelling, from a list of them, JSON of one, a single message, or a column for each key.
-
-    Raises:
-        ValueError: none of these, or content with a part that is not text.
-    """
-    if isinstance(value, str) and _MESSAGES_IN_JSON.match(value):
-        value = _from_json(value, what)
-    if isinstance(value, Mapping):
-        of_each_key = [*value.values()]
-        if all(isinstance(values, list) for values in of_each_key) and len({*map(len, of_each_key)}) == 1:
-            value = [dict(zip(value, row, strict=True)) for row in zip(*of_each_key, strict=True)]
-        else:
-            value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"{what} is not a list of messages")
-    return [_message(message, f"{what}[{i}]") for i, message in enumerate(value)]
-
-
-def _turns(value: Any, what: str) -> Any:
-    """Text as it is, messages in our spelling."""
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value) if _MESSAGES_IN_JSON.match(value) else None
-        except ValueError:
-            return value
-        if not parsed or not all(isinstance(m, dict) and ("role" in m or "from" in m) for m in parsed):
-            return value
-        value = parsed
-    return conversation(value, what) if isinstance(value, list | Mapping) else value
-
-
-def _message(message: Any, what: str) -> Any:
-    if not isinstance(message, Mapping):
-        return message  # whoever encodes it says what is wrong
-    result = {key: value for key, value in message.items() if value is not None}
-    for ours, theirs in (("role", "from"), ("content", "value")):
-        if ours not in result and theirs in result:
-            result[ours] = result.pop(theirs)
-    role = result.get("role")
-    if role == "function_call":  # ShareGPT's: the content is JSON of the call
-        return {"role": "assistant", "tool_calls": _functions(result.get("content"), what)}
-    if isinstance(role, str):
-        result["role"] = _ROLES.get(role.lower(), role)
-    if isinstance(result.get("content"), list):
-        result["content"] = "".join(_text_of_part(part, what) for part in result["content"])
-    calls = _functions(result.pop("tool_calls", None), f"{what}: tool_calls")
-    return {**result, "tool_calls": calls} if calls else result
-
-
-def _text_of_part(part: Any, what: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"{what}: the content has a part of type {kind!r}: only parts of text can be learned")
-    return part["text"]
-
-
-def _functions(value: Any, what: str) -> list[Any]:
-    """Tools or calls as a list, each with its `function`; they come as JSON too, alone, or without that key."""
-    value = _from_json(value, what) if isinstance(value, str) and value else value
-    value = [value] if isinstance(value, Mapping) and value else value or []
-    if not isinstance(value, list):
-        raise ValueError(f"{what} is neither a list of functions nor JSON of one, got {value!r:.80}")
-    items = [_from_json(item, what) if isinstance(item, str) else item for item in value]
-    bare = [isinstance(item, Mapping) and "name" in item and not item.get("function") for item in items]
-    return [{**item, "function": item} if alone else item for item, alone in zip(items, bare, strict=True)]
-
-
-def _from_json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is text, but not JSON: {error}") from None
 
 
 # --- chats ---
@@ -205,22 +186,29 @@ def _chat(row: Row, source: SourceConfig) -> Row:
 
 
 def _sharegpt(row: Row, source: SourceConfig) -> Row:
-    return {"messages": _system(row) + conversation(row["conversations"], "'conversations'")}
-
-
-def _system(row: Row) -> list[Row]:
-    return [{"role": "system", "content": row["system"]}] if "system" in row else []
+    return {"messages": conversation(row["conversations"], repr(_key(source, "conversations")))}
 
 
 def _prompt_completion(row: Row, source: SourceConfig) -> Row:
     keys = {"prompt": source.prompt_key, "completion": source.completion_key}
-    return {column: _turns(row[column], repr(key)) for column, key in keys.items()}
+    return {column: turns(row[column], repr(key)) for column, key in keys.items()}
+
+
+def _labelled(row: Row) -> Layout | None:
+    """How the chat beside a label is written."""
+    return next((each for name, each in LAYOUTS["chat"].items() if name != "kto" and each.is_filled(row)), None)
 
 
 def _kto(row: Row, source: SourceConfig) -> Row | None:
-    if row.get("label") not in (True, False):
-        raise ValueError(f"'label' of an answer must be true or false, got {row.get('label')!r:.40}")
-    return _prompt_completion(row, source) if row["label"] else None
+    good, chat = truth(row["label"]), _labelled(row)
+    if good is None:
+        raise ValueError(
+            f"'label' of an answer must be true or false, got {row['label']!r:.40}: where it is no mark of good and "
+            "bad answers, set layout to that of the chats"
+        )
+    if chat is None:
+        raise ValueError("there is no chat beside 'label'")
+    return chat.read(row, source) if good else None
 
 
 def _no_pairs(row: Row, source: SourceConfig) -> Row:
@@ -230,20 +218,21 @@ def _no_pairs(row: Row, source: SourceConfig) -> Row:
     )
 
 
-def _alpaca(row: Row, source: SourceConfig) -> Row:
-    told = [row["instruction"], *([row["input"]] if "input" in row else [])]
+def _asked(row: Row) -> list[Row]:
+    """The turns before the answer to an instruction."""
+    told = [row["instruction"], row.get("input", "")]
     if not all(isinstance(text, str) for text in told):
         raise ValueError("'instruction' and 'input' must be strings")
     history = row.get("history", [])
-    turns = [*(history if isinstance(history, list) else [history]), ["\n\n".join(told), row["output"]]]
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    before = history if isinstance(history, list) else [history]
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise ValueError("'history' is not a list of [question, answer]")
-    messages = [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return {"messages": _system(row) + messages}
+    said = [text for turn in before for text in turn] + ["\n\n".join(filter(None, told))]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def _alpaca(row: Row, source: SourceConfig) -> Row:
+    return {"messages": [*_asked(row), {"role": "assistant", "content": row["output"]}]}
 
 
 # --- preferences ---
@@ -252,12 +241,19 @@ def _alpaca(row: Row, source: SourceConfig) -> Row:
 def _pair(row: Row, source: SourceConfig) -> tuple[Any, Any, Any]:
     """Prompt, if there is one, and two answers that differ."""
     keys = (source.chosen_key, source.rejected_key)
-    chosen, rejected = (_turns(row[c], repr(key)) for c, key in zip(("chosen", "rejected"), keys, strict=True))
+    chosen, rejected = (turns(row[c], repr(key)) for c, key in zip(("chosen", "rejected"), keys, strict=True))
     if type(chosen) is not type(rejected):
         raise ValueError(f"{keys[0]!r} and {keys[1]!r} are of different kinds")
     if chosen == rejected:
         raise ValueError(f"{keys[0]!r} and {keys[1]!r} are equal")
-    return _turns(row.get("prompt"), repr(source.prompt_key)), chosen, rejected
+    return turns(row.get("prompt"), repr(source.prompt_key)), chosen, rejected
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items, or letters, both begin with."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _preference(row: Row, source: SourceConfig) -> Row:
@@ -269,9 +265,8 @@ def _implicit(row: Row, source: SourceConfig) -> Row:
     _, chosen, rejected = _pair(row, source)
     if not isinstance(chosen, str | list):
         raise ValueError(f"{source.chosen_key!r} and {source.rejected_key!r} must be strings or lists of messages")
-    n, most = 0, min(len(chosen), len(rejected)) - isinstance(chosen, list)
-    while n < most and chosen[n] == rejected[n]:
-        n += 1
+    most = min(len(chosen), len(rejected)) - isinstance(chosen, list)
+    n = min(most, _common(chosen, rejected))
     if isinstance(chosen, str):
         n = max(chosen.rfind(" ", 0, n), chosen.rfind("\n", 0, n)) + 1
     if n <= 0:
@@ -332,24 +327,33 @@ def _hh(row: Row, source: SourceConfig) -> Row:
 
 _ANSWER = ("prompt", "completion")
 _PAIR = ("prompt", "chosen", "rejected")
+_ALPACA = ("instruction", "input", "history", "output")
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "chat": {
+        "kto": Layout(
+            ("label",),
+            _kto,
+            lambda row, source: truth(row["label"]) is not None and _labelled(row) is not None,
+            besides=("messages", "conversations", *_ANSWER, *_ALPACA),
+        ),
         "messages": Layout(("messages",), _chat),
-        "sharegpt": Layout(("conversations",), _sharegpt, besides=("system",)),
-        "kto": Layout((*_ANSWER, "label"), _kto, lambda row, source: isinstance(row["label"], bool)),
+        "sharegpt": Layout(("conversations",), _sharegpt),
         "prompt_completion": Layout(_ANSWER, _prompt_completion),
-        "alpaca": Layout(("instruction", "output"), _alpaca, besides=("input", "system", "history")),
+        "alpaca": Layout(("instruction", "output"), _alpaca, besides=("input", "history")),
     },
     "preference": {
         "hh": Layout(_PAIR[1:], _hh, _is_hh, besides=("prompt",)),
         "ultrafeedback": Layout(_PAIR, _ultrafeedback, _repeats_prompt),
-        "preference": Layout(_PAIR, _preference, besides=("conversations",)),
+        "preference": Layout(_PAIR, _preference),
         "implicit": Layout(_PAIR[1:], _implicit),
         "kto": Layout((*_ANSWER, "label"), _no_pairs),
     },
 }
-_COLUMNS = (
-    *dict.fromkeys(c for table in LAYOUTS.values() for each in table.values() for c in each.columns + each.besides),
-    "tools",
+_BESIDE = ("system", "label", "tools")  # of every layout
+_QUESTIONS = ("conversations", "messages", "question", "query", "instruction", "input")  # where a pair has no prompt
+_SPELLINGS = {"system": ("system_prompt", "system_message"), "label": ("kto_tag",), "tools": ("functions",)}
+_COLUMNS = dict.fromkeys(
+    [c for table in LAYOUTS.values() for each in table.values() for c in (*each.columns, *each.besides)]
+    + [*_BESIDE, *_QUESTIONS]
 )
 _TEXTS = {*_ANSWER, *_PAIR, "instruction", "output"}  # where empty text is text

@@ -169,6 +169,7 @@ REFUSED = [
     ([U, turn("assistant", "a\ud800")], r"messages\[1\]: the content holds half of a surrogate pair"),
     ([U, CALL, {**RESULT, "content": "\ud800"}, A], r"messages\[2\]: the content holds half of a surrogate pair"),
     ([U, {**CALL, "tool_calls": [{"function": {"name": "\ud800"}}]}], "JSON of a tool holds half of a surrogate pair"),
+    ([{**U, "tool_calls": CALL["tool_calls"]}, A], r"messages\[0\]: tool_calls in a message of role 'user'"),
     (["q"], r"messages\[0\]: a message is an object with role and content"),
 ]
 
@@ -179,6 +180,48 @@ def test_refusals_are_one_sentence_with_the_place(chat, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         encode_chat(chat, template)
     assert "\n" not in str(error.value)
+
+
+def test_results_without_an_id_go_by_the_name_of_their_function():
+    tokenizer, template = setup("v3")
+    calls = {"role": "assistant", "tool_calls": [{"id": id_ * 9, "function": {"name": id_}} for id_ in "fgh"]}
+    results = [turn("tool", f"of {name}", name=name) for name in "hgf"]
+    shown = tokenizer.show(encode_chat([U, calls, *results, A], template).tokens)
+    assert all(f'"of {name}", "call_id": "{name * 9}"' in shown for name in "fgh")
+    results[0]["name"] = "k"
+    with pytest.raises(ValueError, match=r"messages\[2\]: name 'k' is of none of the calls that wait for a result"):
+        encode_chat([U, calls, *results, A], template)
+    assert encode_chat([U, CALL, turn("tool", "1", name="k"), A], template) == encode_chat(
+        [U, CALL, RESULT, A], template
+    )
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_text_or_refused(number):
+    tokenizer, template = setup("v3")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f'{{"x": {number}}}'}}]}
+    parsed = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": float(number)}}}]}
+    for chat in ([U, call], [U, parsed]):
+        with pytest.raises(ValueError, match="a tool holds what JSON cannot: Out of range float"):
+            encode_chat(chat, template)
+    shown = tokenizer.show(encode_chat([U, CALL, turn("tool", number), A], template).tokens)
+    assert f'{{"content": "{number}", "call_id"' in shown
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000])
+def test_a_result_that_only_looks_like_json_is_text(text):
+    tokenizer, template = setup("v3")
+    shown = tokenizer.show(encode_chat([U, CALL, turn("tool", text), A], template).tokens)
+    assert f'{{"content": "{text}", "call_id"' in shown
+
+
+def test_templates_whose_calls_are_text_have_tool_turns():
+    tokenizer, template = setup("chatml")
+    results = [turn("tool", "r"), turn("tool", "s")]
+    shown = tokenizer.show(encode_chat([U, turn("assistant", "<tool_call>f"), *results, A], template).tokens)
+    assert "<|im_start|>tool\nr<|im_end|>\n<|im_start|>tool\ns<|im_end|>\n<|im_start|>assistant" in shown
+    with pytest.raises(ValueError, match="a tool result that answers no tool call"):
+        encode_chat([U, A, RESULT, A], setup("v1")[1])
 
 
 def test_v1_refuses_tools_and_prompt_refuses_an_answer():

@@ -26,6 +26,8 @@ SOURCE = SourceConfig(name="s", path="f")
 
 
 class Letters(CharTokenizer):
+    vocab_size = 1 << 20
+
     def encode_ends(self, text):
         return self.encode(text), list(range(1, len(text) + 1))
 
@@ -399,6 +401,8 @@ WHOLE = [
     ("chat", {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["a", "b"]]}),
     ("preference", {"prompt": "Hi", "chosen": [Q, A], "rejected": [Q, B], "tools": [TOOL]}),
     ("preference", {"chosen": f"{HUMAN} Hello", "rejected": f"{HUMAN} No."}),
+    ("preference", {"instruction": "a", "history": [["a", "b"]], "system": "s", "chosen": "c", "rejected": "d"}),
+    ("preference", {"messages": [Q], "chosen": A, "rejected": B, "label": 0}),
 ]
 
 

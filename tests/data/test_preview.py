@@ -1,5 +1,6 @@
 """What `data preview` prints, against the rows themselves."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mixtral_jax.data.preview import colour, mixture_lines, preview
 from mixtral_jax.data.rows.order import GlobalOrder
 from mixtral_jax.data.rows.row import RowFormat
 from mixtral_jax.data.text.tokenizer import load_tokenizer
+from tests.tiny import write_byte_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
@@ -62,6 +64,24 @@ def test_preview_colours_only_what_is_learned(cache: Path) -> None:
     assert "[INST]" not in parts["green"]
     assert parts["green"].count("<eos>") == parts["dim"].count("[/INST]")
     assert parts["bold magenta"] == "|" * parts["dim"].count("<bos>")
+
+
+def test_control_tokens_are_shown_by_their_piece(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    write_byte_tokenizer(file)
+    content = json.loads(file.read_text())
+    size = len(content["model"]["vocab"])
+    pieces = ["[INST]", "<|im_end|>", "<think>"]
+    for id_, piece in enumerate(pieces, size):
+        content["model"]["vocab"][piece] = id_
+        content["added_tokens"].append({**content["added_tokens"][0], "id": id_, "content": piece})
+    content["added_tokens"][-1]["special"] = False
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(file)
+    ids = [tokenizer.bos_id, size, *tokenizer.encode("hé"), size + 1, size + 1, size + 2, tokenizer.eos_id]
+    rows = RowFormat(40, "uint16", weighted=False)
+    row = rows.decode(rows.encode(np.array([len(ids)]), np.array(ids), None))
+    assert colour(row, tokenizer).plain == "|<bos>[INST]hé<|im_end|><|im_end|><think><eos>"
 
 
 def test_the_first_words_of_a_cut_row_stay_apart() -> None:
