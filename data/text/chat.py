@@ -247,8 +247,9 @@ def _json(value: Any) -> str:
 
 
 def _parsed(text: str, **numbers: Any) -> Any:
-    """JSON in a string as the value that it stands for; empty is an empty object, no JSON stays text. `numbers`: how they
-    are read, as json.loads has it.
+    """JSON in a string as the value that it stands for; empty is an empty object, no JSON stays text.
+
+    `numbers` are arguments of json.loads that say how they are read.
     """
     try:
         return json.loads(text, **numbers) if text else {}

@@ -123,7 +123,7 @@ def _key(source: SourceConfig, column: str) -> str:
 
 def _filled(record: Row, source: SourceConfig) -> Row:
     """The columns that hold something, under our names; formats without null write an empty list or text instead."""
-    row = {}
+    row: Row = {}
     for column in _COLUMNS:
         for key in (_key(source, column), *_SPELLINGS.get(column, ())):
             value = record.get(key)
