@@ -125,7 +125,7 @@ def _filled(record: Row, source: SourceConfig) -> Row:
     """The columns that hold something, under our names; formats without null write an empty list or text instead."""
     row: Row = {}
     for column in _COLUMNS:
-        for key in (_key(source, column), *_SPELLINGS.get(column, ())):
+        for key in (*_SPELLINGS.get(column, ()), _key(source, column)):
             value = record.get(key)
             if value is not None and value != [] and (value != "" or column in _TEXTS):
                 row.setdefault(column, value)
@@ -350,7 +350,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     },
 }
 _BESIDE = ("system", "label", "tools")  # of every layout
-_QUESTIONS = ("conversations", "messages", "question", "query", "instruction", "input")  # where a pair has no prompt
+_QUESTIONS = ("conversations", "messages", "question", "query", "problem", "instruction", "input")  # where a pair has no prompt
 _SPELLINGS = {"system": ("system_prompt", "system_message"), "label": ("kto_tag",), "tools": ("functions",)}
 _COLUMNS = dict.fromkeys(
     [c for table in LAYOUTS.values() for each in table.values() for c in (*each.columns, *each.besides)]

@@ -80,7 +80,7 @@ def test_a_system_column_has_no_place_in_plain_text():
     "asked",
     [
         {"question": "Hi"},
-        {"query": "Hi"},
+        {"problem": "Hi"},
         {"input": "Hi"},
         {"instruction": "Hi", "input": ""},
         {"messages": [Q]},
@@ -165,6 +165,7 @@ def test_an_answer_that_is_marked_bad_is_not_learned(name, record, good, bad):
 def test_a_label_of_classes_is_none_and_a_late_mark_is_seen(record):
     _, census = read([{**record, "label": label} for label in (2, 3, 0, "science")])
     assert census.counts["dropped"] == 0 and "kto" not in census.layouts
+    assert read([{**record, "label": "science", "kto_tag": False}])[1].counts["dropped"] == 1
     known = layouts_of([record], SOURCE, "chat")
     assert normalise({**record, "label": False}, SOURCE, "chat", known) == ("kto", None)
     with pytest.raises(ValueError, match=r"layout kto needs a chat and 'label' \(it has"):
