@@ -350,7 +350,8 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     },
 }
 _BESIDE = ("system", "label", "tools")  # of every layout
-_QUESTIONS = ("conversations", "messages", "question", "query", "problem", "instruction", "input")  # where a pair has no prompt
+# where a pair has its question, if it has no prompt
+_QUESTIONS = ("conversations", "messages", "question", "query", "problem", "instruction", "input")
 _SPELLINGS = {"system": ("system_prompt", "system_message"), "label": ("kto_tag",), "tools": ("functions",)}
 _COLUMNS = dict.fromkeys(
     [c for table in LAYOUTS.values() for each in table.values() for c in (*each.columns, *each.besides)]
