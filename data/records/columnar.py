@@ -1,8 +1,9 @@
 """Readers of formats that hold records rather than lines: Parquet, ArrayRecord, TFDS, Hugging Face data sets."""
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mixtral_jax.data.records.files import open_file
 from mixtral_jax.data.records.lump import Census, Lump
 
 _BATCH = 256
+Records = Iterator[dict[str, Any] | None]  # None: a bad one, which was reported and has its number
 
 
 def lumps(file: str, records: Iterable[Any], lump_bytes: int) -> Iterator[Lump]:
@@ -19,7 +21,7 @@ def lumps(file: str, records: Iterable[Any], lump_bytes: int) -> Iterator[Lump]:
     size, first = 0, 1
     for record in records:
         held.append(record)
-        size += 64 + sum(len(v) if isinstance(v, (str, bytes)) else 256 for v in record.values())
+        size += 64 + sum(len(v) if isinstance(v, (str, bytes)) else 256 for v in (record or {}).values())
         if size >= lump_bytes:
             yield Lump(file, first, records=tuple(held))
             first, held, size = first + len(held), [], 0
@@ -35,7 +37,7 @@ def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[
     return found
 
 
-def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
+def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Records:
     """Records of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -48,7 +50,7 @@ def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: C
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
 
-def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
+def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Records:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
     for file in _arrow_files(Path(path), source.split) if os.path.isdir(path) else [path]:
         yield from _arrow(file, columns, census)
@@ -57,24 +59,32 @@ def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], cens
 def _arrow_files(directory: Path, split: str | None) -> list[str]:
     splits_file = directory / "dataset_dict.json"
     if splits_file.exists():
-        splits = json.loads(splits_file.read_text())["splits"]
+        splits = _noted(splits_file, lambda noted: [str(name) for name in noted["splits"]])
         if split not in splits:
             raise ValueError(f"{directory} has the splits {', '.join(splits)}: set split to one of them")
         directory = directory / str(split)
     state_file = directory / "state.json"
     if not state_file.exists():
         raise ValueError(f"{directory} has no state.json: it is no data set saved on disk")
-    state = json.loads(state_file.read_text())
-    if split is not None and not splits_file.exists() and split != state.get("_split"):
+    names, own = _noted(state_file, lambda noted: ([e["filename"] for e in noted["_data_files"]], noted.get("_split")))
+    if split is not None and not splits_file.exists() and split != own:
         raise ValueError(f"{directory} is one data set, not several splits: leave split {split!r} out")
-    files = [str(directory / entry["filename"]) for entry in state["_data_files"]]
+    files = [str(directory / name) for name in names]
     for file in files:
         if not os.path.exists(file):
             raise ValueError(f"{file} is missing, though {state_file} names it")
     return files
 
 
-def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
+def _noted(path: Path, pick: Callable[[Any], Any]) -> Any:
+    """What the hub's library noted in a file of JSON."""
+    try:
+        return pick(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not what save_to_disk writes, save the data set again") from None
+
+
+def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Records:
     import pyarrow as pa
 
     try:
@@ -94,30 +104,51 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
 
 
-def _rows(batches: Iterable[Any], file: str, census: Census) -> Iterator[dict[str, Any]]:
-    """Rows without the keys that a struct has only because another row needs them: Arrow fills those with null."""
+def _rows(batches: Iterable[Any], file: str, census: Census) -> Records:
     number = 0
     for batch in batches:
         try:
-            rows = batch.to_pylist(maps_as_pydicts="strict")
-        except UnicodeDecodeError:  # nobody has checked the bytes so far: one row at a time
-            rows = []
+            yield from _records(batch)
+        except (ValueError, LookupError, OverflowError, RecursionError):  # a bad one among them: one at a time
             for i in range(batch.num_rows):
                 try:
-                    rows += batch.slice(i, 1).to_pylist(maps_as_pydicts="strict")
-                except UnicodeDecodeError:
-                    census.report(f"{file}, record {number + i + 1}: not UTF-8")
+                    record = _records(batch.slice(i, 1))[0]
+                except (ValueError, LookupError, OverflowError, RecursionError) as error:
+                    what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
+                    census.report(f"{file}, record {number + i + 1}: {what}")
+                    record = None
+                yield record
         number += batch.num_rows
-        yield from ({name: _without_null(value) for name, value in row.items()} for row in rows)
 
 
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(v) for key, v in value.items() if v is not None}
-    return [_without_null(v) for v in value] if isinstance(value, list) else value
+def _records(batch: Any) -> list[dict[str, Any] | None]:
+    readers = [(field.name, _reader(field.type)) for field in batch.schema]
+    return [{name: read(row[name]) for name, read in readers} for row in batch.to_pylist(maps_as_pydicts="strict")]
 
 
-def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Any]:
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """Leaves out the keys that a struct has only because another row needs them, which Arrow fills with null. What is
+    kept as JSON, as `datasets` keeps values of more than one type, is read and has its own keys.
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda value: value if value is None else json.loads(value)
+    kind = getattr(kind, "storage_type", kind)
+    if pa.types.is_struct(kind):
+        fields = [(field.name, _reader(field.type)) for field in kind]
+        return lambda value: value and {name: read(value[name]) for name, read in fields if value[name] is not None}
+    if pa.types.is_map(kind):
+        item = _reader(kind.item_type)
+        return lambda value: value and {key: item(v) for key, v in value.items() if v is not None}
+    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind):
+        entry = _reader(kind.value_type)
+        return lambda value: value and [entry(v) for v in value]
+    return lambda value: value
+
+
+def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Records:
     """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -135,22 +166,23 @@ def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], cens
             except UnicodeDecodeError:
                 where = f"{file}, record {number}"
                 census.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
+                yield None
     reader.close()
 
 
 def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
-    text = record.decode("utf-8")
-    if text.startswith("{"):
+    text = record.decode("utf-8-sig")
+    if text.lstrip().startswith("{"):
         try:
             parsed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None  # text that happens to begin with a brace
         if isinstance(parsed, dict):
             return parsed
     return {key: text}
 
 
-def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, Any]]:
+def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Records:
     """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
     import tensorflow_datasets
 
@@ -176,6 +208,7 @@ def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Cens
                 yield {key: _plain(record[key]) for key in wanted}
             except UnicodeDecodeError:
                 census.report(f"{path}, record {number + 1}: not UTF-8")
+                yield None
 
 
 def _plain(value: Any) -> Any:

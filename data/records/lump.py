@@ -43,11 +43,11 @@ class Lump:
     file: str
     first: int  # number of the first record
     lines: bytes = b""
-    records: tuple[Any, ...] = ()
+    records: tuple[Any, ...] = ()  # None: a bad one, which was reported
 
     def parse(self, census: Census) -> Iterator[tuple[int, Any]]:
         """Yields (record number, record); blank lines are passed over."""
-        yield from ((self.first + i, record) for i, record in enumerate(self.records))
+        yield from ((number, record) for number, record in enumerate(self.records, self.first) if record is not None)
         if not self.lines:
             return
         for number, line in enumerate(self.lines.split(b"\n"), self.first):
@@ -58,7 +58,9 @@ class Lump:
             except UnicodeDecodeError as error:
                 census.report(f"{self.file}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:
-                census.report(f"{self.file}, line {number}: malformed JSON ({error})")
+                at_its_end = getattr(error, "pos", 0) >= len(line.decode("utf-8").strip())
+                why = f"{error}; a record over several lines? each has to be on one" if at_its_end else error
+                census.report(f"{self.file}, line {number}: malformed JSON ({why})")
             else:
                 if isinstance(record, dict):
                     yield number, record
@@ -68,7 +70,7 @@ class Lump:
     @property
     def size(self) -> int:
         """Bytes, roughly."""
-        return len(self.lines) + sum(len(v) for r in self.records for v in r.values() if isinstance(v, str))
+        return len(self.lines) + sum(len(v) for r in self.records if r for v in r.values() if isinstance(v, str))
 
     def where(self, number: int) -> str:
         """How an error message names a record."""

@@ -164,8 +164,9 @@ def test_parquet_with_chats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_json", [True, False])
 def test_array_record(tmp_path: Path, as_json: bool) -> None:
     records = [json.dumps({"text": t}).encode() if as_json else t.encode() for t in [*TEXTS, "{ not json"]]
+    records += [("\ufeff\n " + json.dumps({"text": "marked"})).encode(), "\ufeff text".encode()]
     path = _array_record(tmp_path / "a.array_record-00000-of-00001", records)
-    assert _texts(path) == [*TEXTS, "{ not json"]
+    assert _texts(path) == [*TEXTS, "{ not json", "marked", " text"]
 
 
 def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +223,68 @@ def test_the_size_of_text_is_guessed_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"x" * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(b"x" * 1000)
     assert text_size_estimate([f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl.gz"]) == 5000
+
+
+@pytest.mark.parametrize("saved", ["a.parquet", "saved"])
+def test_values_that_datasets_keeps_as_json_are_what_they_were(tmp_path: Path, saved: str) -> None:
+    records = [
+        {"text": "a", "messages": [{"role": "user", "content": "b"}, {"content": [{"type": "c", "d": None}]}]},
+        {"text": "null", "messages": [{"name": "e", "content": {"f": {"g": [1, "h", None]}}}]},
+    ]
+    data = datasets.Dataset.from_list(records, on_mixed_types="use_json")
+    assert "Json" in str(data.features)
+    data.to_parquet(tmp_path / saved) if saved == "a.parquet" else data.save_to_disk(tmp_path / saved)
+    assert _read(str(tmp_path / saved))[0] == records
+
+
+def test_values_kept_as_json_anywhere_in_a_row(tmp_path: Path) -> None:
+    as_text = pa.schema({"text": pa.string(), "messages": pa.list_(pa.struct({"a": pa.string(), "b": pa.string()}))})
+    as_json = pa.schema({"text": pa.json_(), "messages": pa.list_(pa.struct({"a": pa.json_(), "b": pa.string()}))})
+    message = {"a": '{"y": null, "z": "[1]"}', "b": "[1]"}
+    rows = [{"text": '"a"', "messages": [message, {"a": None}]}, {"text": "{", "messages": None}, {"text": '"b"'}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=as_text).cast(as_json), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, record 2: Expecting property name"):
+        _read(str(tmp_path / "a.parquet"))
+    expected = {"text": "a", "messages": [{"a": {"y": None, "z": "[1]"}, "b": "[1]"}, {}]}
+    assert _read(str(tmp_path / "a.parquet"), skip=True)[0] == [expected, {"text": "b", "messages": None}]
+
+
+def test_a_map_with_one_key_twice_is_one_bad_record(tmp_path: Path) -> None:
+    rows = [{"text": {}}, {"text": [("a", 1), ("a", 2)]}, {"text": {"a": 3}}]
+    kinds = pa.schema({"text": pa.map_(pa.string(), pa.int64())})
+    pq.write_table(pa.Table.from_pylist(rows, schema=kinds), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, record 2: "):
+        _read(str(tmp_path / "a.parquet"))
+    assert _read(str(tmp_path / "a.parquet"), skip=True)[0] == [{"text": {}}, {"text": {"a": 3}}]
+
+
+def _with_a_bad_one(path: Path) -> Path:
+    """Three records, of which the second is not UTF-8."""
+    texts = [b"one", b"voil\xe0", b"three"]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), path)
+    elif path.suffix == ".json":
+        path.write_bytes(b"[" + b",".join(b'{"text": "%b"}' % text for text in texts) + b"]")
+    else:
+        _array_record(path, texts)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.array_record", "a.json"])
+def test_a_record_behind_a_bad_one_keeps_its_number(tmp_path: Path, name: str) -> None:
+    source, census = SourceConfig(name="s", path=str(_with_a_bad_one(tmp_path / name))), Census(skip=True)
+    lumps = read_lumps(source, str(source.path), ("text",), census)
+    found = [(number, record["text"]) for lump in lumps for number, record in lump.parse(census)]
+    assert (found, census.bad) == ([(1, "one"), (3, "three")], 1)
+    assert f"{name}, record 2: not UTF-8" in census.bad_examples[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"_data_files": [1], "splits": 2}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_saved_data_set_whose_notes_are_damaged(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        _read(str(tmp_path))
 
 
 # --- faults ---
