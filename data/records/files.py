@@ -35,8 +35,8 @@ def file_system(address: str) -> tuple[Any, str]:
     """
     try:
         return fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{address} cannot be read: {error}") from None
+    except Exception as error:  # each scheme has kinds of its own: no library for it, no archive, no permission
+        raise ValueError(f"{address} cannot be read: {error or type(error).__name__}") from None
 
 
 def file_size(path: str) -> int:
@@ -104,11 +104,18 @@ def files_below(directory: str) -> list[str]:
         return _visible(name.removeprefix(root).strip("/") for name in fs.find(root))
     been, found = {os.path.realpath(directory)}, []
     for above, folders, names in os.walk(directory, followlinks=True):
-        places = {folder: os.path.realpath(os.path.join(above, folder)) for folder in folders}
-        folders[:] = [folder for folder, place in places.items() if place not in been]
-        been.update(places.values())
+        places = {os.path.realpath(os.path.join(above, folder)): folder for folder in sorted(folders, reverse=True)}
+        folders[:] = [folder for place, folder in places.items() if place not in been]
+        been.update(places)
         found += [os.path.relpath(os.path.join(above, name), directory) for name in names]
     return _visible(found)
+
+
+def distinct(paths: Iterable[str]) -> list[str]:
+    """The paths without those that lead to where an earlier one leads, as links and other spellings do."""
+    places = {path: path if is_remote(path) else os.path.realpath(path) for path in paths}
+    first = {place: path for path, place in reversed(places.items())}
+    return [path for path, place in places.items() if first[place] == path]
 
 
 def split_glob(path: str) -> tuple[str, str]:

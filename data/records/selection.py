@@ -12,17 +12,23 @@ from ruamel.yaml.events import AliasEvent
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import files
-from mixtral_jax.data.records.sources import SETS, data_files, file_format, format_by_name
+from mixtral_jax.data.records.sources import SETS, compression, data_files, file_format, format_by_name
 
 _WORDS = {
     "train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"
 }  # fmt: skip
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_NUMBERED = re.compile(r"(.*?)(\d{5})-of-(\d{5})")
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|notice|copying|citation|contributing|code_of_conduct|change_?log|data_?(set_?)?card|datasheet|"
-    r"requirements)([^a-z0-9].*)?",
+    r"readme([^a-z0-9].*)?|(licen[cs]e|notice|copying|citation|contributing|code_of_conduct|change_?log|datasheet|"
+    r"data_?(set_?)?card|requirements)(\..*)?",
     re.IGNORECASE,
 )
+_BESIDE = re.compile(  # kinds of files that are no records, whatever their names
+    r"\.(md|rst|tex|html?|pdf|py|ipynb|sh|js|css|c|cc|cpp|h|java|go|rs|ya?ml|toml|cfg|ini|lock|log|png|jpe?g|gif|svg)$",
+    re.IGNORECASE,
+)
+_NOTES = ("dataset_dict.json", "state.json", "features.json")  # one of them is in a directory that is one data set
 _ABOUT_JSON = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _DOCUMENT = re.compile(r"\.md(\.gz|\.zst)?$", re.IGNORECASE)
 _SHOWN = 4  # names
@@ -60,7 +66,7 @@ def choose(source: SourceConfig) -> Choice:
             raise ValueError(f"source {source.name!r}: {error}") from None
         chosen += found
         described.append(words)
-    return Choice(tuple(dict.fromkeys(chosen)), "; ".join(described))
+    return Choice(tuple(files.distinct(chosen)), "; ".join(described))
 
 
 def source_files(source: SourceConfig) -> list[str]:
@@ -69,9 +75,7 @@ def source_files(source: SourceConfig) -> list[str]:
 
 
 def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
-    if os.path.isdir(os.path.join(path, "snapshots")) and os.path.isfile(main := os.path.join(path, "refs", "main")):
-        with open(main, encoding="utf-8") as stream:  # the hub's cache, which holds each revision of a data set
-            path = os.path.join(path, "snapshots", stream.read().strip())
+    path = _revision(path)
     is_there = not files.is_remote(path) and files.exists(path)  # then brackets are a part of its name
     root, pattern = (path, "") if is_there else files.split_glob(path)
     matches = files.matching(root, pattern) if pattern else [""] * files.exists(root)
@@ -80,20 +84,24 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     if not pattern and not files.is_directory(path):
         _check_split(source.split, path)
         return [path], path
-    direct, below, sets = set(), [], []
+    direct, below, noted = set(), [], []
     for match in matches:
         place = files.join(root, match)
         if not files.is_directory(place):
             direct.add(match)
-        elif not files.is_remote(place) and file_format(source, place) in SETS:
+            continue
+        found = [""] if _is_set(source, place) else files.files_below(place)
+        below += [f"{match}/{name}".strip("/") for name in found]
+        noted += [files.join(place, os.path.dirname(n)) for n in found if not n or os.path.basename(n) in _NOTES]
+    sets: list[str] = []
+    for place in sorted((place.rstrip("/") for place in noted if _is_set(source, place)), key=len):
+        if not f"{place}/".startswith(tuple(f"{outer}/" for outer in sets)):
             sets.append(place)
-        else:
-            below += [f"{match}/{name}".strip("/") for name in files.files_below(place)]
     inside = tuple(f"{place}/" for place in sets)
-    names = sorted({n for n in direct.union(below) if not files.join(root, n).startswith(inside)})
-    if sets and not names:
-        return sets, ", ".join(sets)
+    names = sorted({n for n in direct.union(below) if not f"{files.join(root, n)}/".startswith(inside)})
     about = {name for name in names if _is_about(os.path.basename(name))}
+    if sets and len(about) == len(names):
+        return sets, ", ".join(sets)
     data = [n for n in names if (n in direct or format_by_name(n)) and n not in about]
     if source.format == "auto" and any(format_by_name(name) != "text" for name in data):
         data = [name for name in data if not _DOCUMENT.search(name)]
@@ -101,7 +109,13 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
         data = [name for name in names if format_by_name(name)]
     if not data:
         raise ValueError(f"{path} is a directory without data files that are known by name: {_some(names)}")
-    chosen, splits = _choose_split(source.split, root, data, about, is_whole=not pattern)
+    unread = [n for n in names if n not in about | direct and format_by_name(n) is None and not _BESIDE.search(n)]
+    is_whole = not pattern or any(name not in direct for name in data)
+    chosen, splits = _choose_split(source.split, root, data, about, unread, is_whole=is_whole)
+    if is_whole:
+        _refuse_gaps(root, chosen, names)
+    places = set(files.distinct(files.join(root, name) for name in chosen))
+    chosen = [name for name in chosen if files.join(root, name) in places]
     texts = [name for name in chosen if format_by_name(name) == "text"]
     if source.format == "auto" and len(texts) not in (0, len(chosen)):
         records = _some(name for name in chosen if format_by_name(name) != "text")
@@ -119,6 +133,26 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     return [*sets, *(files.join(root, name) for name in chosen)], words
 
 
+def _revision(path: str) -> str:
+    """Of the hub's cache, which holds each revision of a data set, the main one; any other path is itself."""
+    above, main = os.path.join(path, "snapshots"), os.path.join(path, "refs", "main")
+    if os.path.isdir(above) and os.path.isfile(main):
+        with open(main, encoding="utf-8") as stream:
+            return os.path.join(above, stream.read().strip())
+    if os.path.isdir(above) and os.path.isdir(os.path.join(path, "blobs")):
+        revisions = sorted(os.listdir(above))
+        if len(revisions) > 1:
+            raise ValueError(
+                f"{path} holds the revisions {_some(revisions)}, and no refs/main: set path to one of {above}"
+            )
+        return os.path.join(above, *revisions)
+    return path
+
+
+def _is_set(source: SourceConfig, place: str) -> bool:
+    return not files.is_remote(place) and file_format(source, place) in SETS
+
+
 def _is_about(name: str) -> bool:
     """Whether a file is about the data: a card, a licence, what the hub's library notes beside its files."""
     is_text = format_by_name(name) in (None, "text")
@@ -129,19 +163,41 @@ def _refuse_twins(root: str, names: Sequence[str]) -> None:
     """A file and its compressed copy, or the same records in two formats, would be learned twice."""
     seen: dict[str, str] = {}
     for name in names:
-        stem = re.sub(r"\.(gz|zst)$", "", name)
+        stem = name[: -len(compression(name)) or None].lower()
         if format_by_name(name) != "text" and "-" not in os.path.splitext(stem)[1]:
             stem = os.path.splitext(stem)[0]
         if (twin := seen.setdefault(stem, name)) != name:
             raise ValueError(f"{root} holds the same twice, as {twin} and as {name}: set path to a glob of one of them")
 
 
+def _refuse_gaps(root: str, chosen: Sequence[str], names: Sequence[str]) -> None:
+    """Of parts that say how many they are (`train-00000-of-00003`, counted from 0 or 1) none may be missing."""
+    there: dict[tuple[str, int], set[int]] = {}
+    for part in filter(None, map(_NUMBERED.match, names)):
+        there.setdefault((part[1], int(part[3])), set()).add(int(part[2]))
+    for before, count in sorted({(part[1], int(part[3])) for part in filter(None, map(_NUMBERED.match, chosen))}):
+        numbers = there[before, count]
+        first = int(count in numbers)
+        if missing := sorted(set(range(first, first + count)) - numbers):
+            raise ValueError(
+                f"{root} lacks {before}{missing[0]:05}-of-{count:05} and so {len(missing):,} of {count:,} parts (an "
+                "incomplete download?): fetch them, or set path to a glob of those that are there"
+            )
+
+
 def _choose_split(
-    split: str | None, root: str, data: list[str], about: set[str], *, is_whole: bool
+    split: str | None, root: str, data: list[str], about: set[str], unread: list[str], *, is_whole: bool
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """The files of the split, and the splits that there are."""
-    card = _card_splits(root, data) if is_whole and "README.md" in about else {}
-    splits = card or _splits(root, data)
+    """The files of the split, and the splits that there are; a name that claims one counts, though it is not read."""
+    card = _card_splits(root, [*data, *unread]) if is_whole and "README.md" in about else {}
+    splits = {name: [n for n in of_it if n not in unread] for name, of_it in (card or _splits(root, data)).items()}
+    splits = {name: of_it for name, of_it in splits.items() if of_it}
+    lost = {name: of_it for name, of_it in (card or _splits(root, unread)).items() if is_whole and name not in splits}
+    if lost and split not in splits:
+        raise ValueError(
+            f"{root} holds {_by_split(lost)}, of no kind that is read, beside {_some(data)}: make JSON lines of it, or "
+            "set path to a glob of what is meant"
+        )
     if split is None:
         said = set[str]().union(*splits.values())
         rest = [name for name in data if name not in said]
@@ -188,7 +244,7 @@ def _card_splits(root: str, names: Sequence[str]) -> dict[str, list[str]]:
     with files.open_file(files.check_file(card)) as stream:
         text = stream.read(1 << 22).decode("utf-8", "replace").removeprefix("\ufeff")
     front = re.match(r"---[ \t]*\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
-    told = re.search(r"^configs:.*\n([ \t-].*\n|\s*\n)*", front[1], re.MULTILINE) if front else None
+    told = re.search(r"""^(["']?)configs\1\s*:.*\n([] \t#},-].*\n|\s*\n)*""", front[1], re.MULTILINE) if front else None
     if told is None:
         return {}
     try:

@@ -1,10 +1,10 @@
 """Files of records, read as lumps."""
 
 import codecs
-import itertools
 import json
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,18 +31,34 @@ _EXTENSIONS = {
     ".arrow": "datasets",
 }
 SETS = ("tfds", "datasets")  # formats of directories that are one data set
-_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how a JSON array of objects begins
+# how a JSON array of objects begins, with null or the like before the first, perhaps
+_ARRAY = re.compile(rb"""\s*\[\s*((null|true|false|[-+.\deE]+|"([^"\\]|\\.)*")\s*,\s*)*[{\]]""")
+_SURROGATE = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8
+_NO_END = "the JSON array has no end (an incomplete download?), or something follows it,"
+_MAGIC = {
+    "gzip": rb"\x1f\x8b",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "bzip2": rb"BZh\d1AY&SY",
+    "xz": rb"\xfd7zXZ\0",
+    "a zip archive": rb"PK\x03\x04",
+    "Parquet": rb"PAR1[\0-\x1f]",
+    "Arrow": rb"ARROW1\0\0|\xff{4}.{3}\0\x10\0\0\0",
+}
 _RATIO = {".gz": 4, ".zst": 4, ".parquet": 3}
+
+
+def compression(path: str) -> str:
+    """`.gz` or `.zst` where a name ends so, in letters of any size; else nothing."""
+    ending = os.path.splitext(own_name(path))[1].lower()
+    return ending if ending in (".gz", ".zst") else ""
 
 
 def format_by_name(path: str) -> str | None:
     """What a file holds, by its extension; None: that says nothing."""
-    stem, extension = os.path.splitext(own_name(path))
-    if extension in (".gz", ".zst"):
-        extension = os.path.splitext(stem)[1]
+    name = own_name(path)
+    extension = os.path.splitext(name[: -len(compression(path)) or None])[1]
     # ArrayRecord shards are usually named NAME.array_record-00000-of-00001
-    extension = extension.split("-")[0]
-    return _EXTENSIONS.get(extension.lower())
+    return _EXTENSIONS.get(extension.split("-")[0].lower())
 
 
 def file_format(source: SourceConfig, path: str) -> str:
@@ -68,7 +84,7 @@ def text_size_estimate(files: Iterable[str]) -> int:
     """Bytes of text, roughly: from file sizes and usual compression ratios."""
     total = 0
     for file in files:
-        ratio = _RATIO.get(os.path.splitext(file)[1], 1)
+        ratio = _RATIO.get(os.path.splitext(own_name(file))[1].lower(), 1)
         total += ratio * sum(file_size(part) for part in data_files(file))
     return total
 
@@ -104,13 +120,16 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census
 
 def with_text_column(source: SourceConfig, names: Sequence[str]) -> SourceConfig:
     """The source with the column that holds its texts: where that is not set, and there is no `text`, the only one of
-    strings in the first records of its first file.
+    strings in the first records that there are. Beside lists or objects, as a chat has them, it may be its id.
     """
-    if source.text_key != "text" or not names:
+    if source.text_key != "text":
         return source
-    lump = next(read_lumps(source, names[0], (), Census(skip=True)), Lump(names[0], 1))
-    strings = {key for _, record in lump.parse(Census(skip=True)) for key in record if isinstance(record[key], str)}
-    return source.model_copy(update={"text_key": strings.pop()}) if len(strings) == 1 else source
+    lumps = (lump for name in names for lump in read_lumps(source, name, (), Census(skip=True)))
+    first = next(filter(None, ([record for _, record in lump.parse(Census(skip=True))] for lump in lumps)), [])
+    kinds = {type(value) for record in first for value in record.values()}
+    strings = {key for record in first for key, value in record.items() if isinstance(value, str)}
+    is_one = len(strings) == 1 and not {list, dict} & kinds
+    return source.model_copy(update={"text_key": strings.pop()}) if is_one else source
 
 
 class _CutOff(Exception):
@@ -147,52 +166,66 @@ def _jsonl(file: str, census: Census) -> Iterator[Lump]:
         yield Lump(file, number, lines)
 
 
-def _array(file: str, census: Census) -> Iterator[dict[str, Any]]:
+def _array(file: str, census: Census) -> columnar.Records:
     """The objects of a JSON array, read piece by piece; of one that is cut off or malformed, those before that."""
-    utf8, decoder, mark = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder(), re.compile(r"\s*[\[,]\s*")
-    text, at, number, fault = "", 0, 0, ""
-    try:
-        for block in itertools.chain(_blocks(file), [b""]):
-            text, at, last = text[at:] + utf8.decode(block, not block), 0, not block
-            while rest := text[at:].lstrip()[:1]:
-                found = mark.match(text, at)
-                if rest == "]" or (found and number == 0 and text.startswith("]", found.end())):
-                    break
-                if found is None or (rest == "[") != (number == 0):
-                    fault = "malformed JSON (no comma)"
-                    break
-                try:
-                    record, at = decoder.raw_decode(text, found.end())
-                except json.JSONDecodeError as error:
-                    left = 0 if error.msg.startswith("Unterminated") else len(text.rstrip()) - error.pos
-                    if left > (0 if last else 16):  # else the object goes on in the next block
-                        fault = f"malformed JSON ({error.msg})"
-                    break
-                number += 1
-                if isinstance(record, dict):
-                    yield record
-                else:
-                    census.report(f"{file}, record {number}: expected a JSON object, found {kind_of(record)}")
-            if fault:
+    utf8, decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
+    gap = re.compile(r"\s*(.?)\s*(.?)", re.DOTALL)  # a bracket or a comma, and what follows it
+    blocks, text, at, number, enough = _blocks(file), "", 0, 0, 0
+    fault, is_last, is_over = "", False, False
+    while not (fault or is_last):
+        cut = ""
+        try:
+            block = next(blocks, b"")
+        except _CutOff as error:
+            block, cut = b"", str(error)
+        is_last = not block
+        if at:
+            text, at = text[at:], 0
+        text += utf8.decode(block, is_last)
+        if len(text) < enough and not is_last:
+            continue
+        while not fault and (found := gap.match(text, at)) and (mark := found[1]):
+            if is_over or mark not in (",]" if number else "["):
+                fault = _NO_END if is_over else "malformed JSON (no comma)"
+            elif mark == "]" or (mark == "[" and found[2] == "]"):
+                at, is_over = found.end(1 if mark == "]" else 2), True
+            elif not found[2]:
                 break
-        else:
-            if not re.fullmatch(r"\s*(\[\s*)?\]\s*", text[at:]):
-                fault = "the JSON array has no end (an incomplete download?), or something follows it,"
-    except _CutOff as error:
-        fault = str(error)
-    except (UnicodeDecodeError, RecursionError) as error:
-        fault = str(error)
+            else:
+                try:
+                    record, end = decoder.raw_decode(text, found.start(2))
+                except (ValueError, RecursionError) as error:
+                    what = getattr(error, "msg", str(error))
+                    left = 0 if what.startswith("Unterminated") else len(text.rstrip()) - getattr(error, "pos", 0)
+                    if left > (0 if is_last else 16):  # else the object goes on in the next block
+                        fault = f"malformed JSON ({what})"
+                    enough = 2 * (len(text) - at)  # so that a large one is not begun anew with every block
+                    break
+                if end == len(text) and not is_last:
+                    break  # of a number, perhaps
+                number += 1
+                is_utf8 = _SURROGATE.search(text, at, end) is None
+                at = end
+                if is_utf8 and isinstance(record, dict):
+                    yield record
+                    continue
+                what = f"expected a JSON object, found {kind_of(record)}" if is_utf8 else "not UTF-8"
+                census.report(f"{file}, record {number}: {what}")
+                yield None
+        if is_last:
+            fault = cut or fault or ("" if is_over else _NO_END)
     if fault:
         census.report(f"{file}: {fault} after record {number}; nothing behind it is read")
 
 
-def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[dict[str, str]]:
+def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> columnar.Records:
     """A file is one document; one of more than 8 MB is cut at line ends."""
     for number, piece in enumerate(_pieces(file, census), 1):
         try:
             yield {source.text_key: piece.decode("utf-8")}
         except UnicodeDecodeError as error:
             census.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
+            yield None
 
 
 def _pieces(file: str, census: Census) -> Iterator[bytes]:
@@ -214,7 +247,7 @@ def _blocks(file: str) -> Iterator[bytes]:
     """The bytes of a text, decompressed and without a byte order mark; raises _CutOff where they end early.
 
     Raises:
-        ValueError: it is UTF-16, by its mark or by its first two characters.
+        ValueError: it is UTF-16, by its mark or by its first two characters, or no text but one of _MAGIC.
     """
     blocks, head = _bytes(file), b""
     for block in blocks:
@@ -223,6 +256,9 @@ def _blocks(file: str) -> Iterator[bytes]:
             break
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head[1:4:2] == b"\0\0" or head[:3:2] == b"\0\0":
         raise ValueError(f"{file} is UTF-16 text: make it UTF-8, with iconv -f UTF-16 -t UTF-8 for one")
+    for kind, beginning in _MAGIC.items():
+        if re.match(beginning, head, re.DOTALL):
+            raise ValueError(f"{file} is no text: it holds {kind}; give it the name that says so")
     yield head.removeprefix(codecs.BOM_UTF8)
     yield from blocks
 
@@ -231,17 +267,17 @@ def _bytes(file: str) -> Iterator[bytes]:
     try:
         with open_file(file) as stream:
             raw = iter(lambda: stream.read(_READ_BYTES), b"")
-            if own_name(file).endswith(".gz"):
+            if compression(file) == ".gz":
                 yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)
-            elif own_name(file).endswith(".zst"):
+            elif compression(file) == ".zst":
                 import zstandard
 
                 reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
                 yield from _inflate(raw, reader.decompressobj, zstandard.ZstdError)
             else:
                 yield from raw
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # the last of an archive around it
+        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) -> Iterator[bytes]:
@@ -258,7 +294,8 @@ def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) ->
                 data = inflate.decompress(block)
             except failure as error:
                 raise _CutOff(f"damaged, or not compressed as its name says ({error}),") from None
-            yield data
+            if data:
+                yield data
             block = inflate.unused_data if inflate.eof else b""
             inflate = None if inflate.eof else inflate
     if inflate is not None:

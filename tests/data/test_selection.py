@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pytest
 from datasets import data_files as hub
@@ -105,7 +106,7 @@ def test_what_was_chosen_and_what_was_not_is_said_with_its_rows(tmp_path: Path) 
         (["train.jsonl", "test.jsonl"], "*.jsonl", None, ["test.jsonl", "train.jsonl"]),
         (["train.jsonl", "test.jsonl"], "*.jsonl", "test", ["test.jsonl"]),
         (["train.jsonl"], "*", None, ["train.jsonl"]),
-        (["data/a-00000-of-09.jsonl", "data/x-00000-of-00009.jsonl"], "data", "x", ["data/x-00000-of-00009.jsonl"]),
+        (["data/a-00000-of-09.jsonl", "data/x-00000-of-00001.jsonl"], "data", "x", ["data/x-00000-of-00001.jsonl"]),
         (["data/x-00000-of-00009.jsonl"], "data/*", "x", ["data/x-00000-of-00009.jsonl"]),
         (["a/1.jsonl", "b/2.jsonl"], "**/*.jsonl", None, ["a/1.jsonl", "b/2.jsonl"]),
         (["train.jsonl"], "train.jsonl", "train", ["train.jsonl"]),
@@ -115,6 +116,18 @@ def test_what_was_chosen_and_what_was_not_is_said_with_its_rows(tmp_path: Path) 
         (["a[1].jsonl"], "a[1].jsonl", None, ["a[1].jsonl"]),
         (["license.jsonl", "a.jsonl"], "", None, ["a.jsonl", "license.jsonl"]),
         (["a.txt", "a.md"], "", None, ["a.md", "a.txt"]),
+        (["license-plates.txt", "notice_of_it.txt", "data card.txt"], "", None,
+         ["data card.txt", "license-plates.txt", "notice_of_it.txt"]),
+        (["a.txt", "NOTICE.txt", "README_fr.txt", "Licence.fr.txt"], "", None, ["a.txt"]),
+        (["TRAIN.JSONL.GZ"], "", "train", ["TRAIN.JSONL.GZ"]),
+        (["all.jsonl", "train.py", "eval.png"], "", None, ["all.jsonl"]),
+        (["train.csv", "test.jsonl"], "", "test", ["test.jsonl"]),
+        (["train.csv", "test.jsonl"], "*.jsonl", None, ["test.jsonl"]),
+        (["en/train.jsonl", "en/test.jsonl"], "e*", "train", ["en/train.jsonl"]),
+        (["x-00002-of-00002.jsonl", "x-00001-of-00002.jsonl"], "", None,
+         ["x-00001-of-00002.jsonl", "x-00002-of-00002.jsonl"]),
+        (["x-00001-of-00002.jsonl", "x-00002-of-00003.jsonl"], "x*", None,
+         ["x-00001-of-00002.jsonl", "x-00002-of-00003.jsonl"]),
     ],
 )  # fmt: skip
 def test_globs_files_and_folders(
@@ -145,6 +158,23 @@ def test_globs_files_and_folders(
         (["a.jsonl", "a.jsonl.gz"], "", None, "holds the same twice, as a.jsonl and as a.jsonl.gz: set path to a glob"),
         (["train.parquet", "train.json"], "", "train", "the same twice, as train.json and as train.parquet"),
         (["a.txt", "a.txt.zst"], "*", None, "the same twice, as a.txt and as a.txt.zst"),
+        (["TRAIN.JSONL", "TRAIN.JSONL.GZ"], "", None, "the same twice"),
+        (
+            ["train.csv", "test.jsonl"],
+            "",
+            None,
+            r"holds train \(train.csv\), of no kind that is read, beside test.jsonl",
+        ),
+        (["train.csv", "test.jsonl"], "", "train", r"holds train \(train.csv\), of no kind that is read"),
+        (["train.jsonl.bz2", "all.jsonl"], "", None, r"holds train \(train.jsonl.bz2\), of no kind"),
+        (["train/a.tar", "test/a.jsonl"], "", None, r"holds train \(train/a.tar\), of no kind"),
+        (["en/train.jsonl", "en/test.jsonl"], "e*", None, r"holds the splits train .*en/train.jsonl.*: set split"),
+        (
+            ["data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet"],
+            "",
+            None,
+            "lacks data/train-00001-of-00003 and so 1 of 3 parts",
+        ),
         (["train.csv"], "", None, "without data files that are known by name: LICENSE, README.md, train.csv"),
     ],
 )
@@ -153,6 +183,13 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^source 's': .*{message}"):
         _chosen(_clone(tmp_path, names) / path, split=split)
+
+
+def test_a_card_that_names_a_split_of_no_kind_that_is_read_is_refused(tmp_path: Path) -> None:
+    root = _clone(tmp_path, ["a.csv", "b.jsonl"], CONFIGS.replace("main/*.jsonl", "a.csv").replace("held/more*", "b*"))
+    with pytest.raises(ValueError, match=r"holds train \(a.csv\), of no kind that is read"):
+        _chosen(root)
+    assert _names(root, split="test") == ["b.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +213,9 @@ def test_a_card_that_cannot_be_followed_is_refused(tmp_path: Path, configs: str,
     ["data_files: a/*.jsonl", "data_files: [a/x.jsonl]", "data_files: {train: ./a/x.jsonl}", "data_dir: a"],
 )
 def test_the_ways_to_write_a_configuration(tmp_path: Path, config: str) -> None:
-    root = _clone(tmp_path, ["a/x.jsonl", "train.jsonl"], f"---\nconfigs:\n- config_name: a\n  {config}\n---\n")
-    assert _names(root) == _names(root, split="train") == ["a/x.jsonl"]
+    for key in ("configs:", '"configs":', "configs :\n# a note", "configs:\r"):
+        root = _clone(tmp_path, ["a/x.jsonl", "train.jsonl"], f"---\n{key}\n- config_name: a\n# b\n  {config}\n---\n")
+        assert _names(root) == _names(root, split="train") == ["a/x.jsonl"]
 
 
 def test_the_column_that_was_found_is_said_and_counts(tmp_path: Path) -> None:
@@ -200,6 +238,24 @@ def test_the_hubs_cache_stands_for_its_main_revision(tmp_path: Path) -> None:
     assert _chosen(tmp_path, split="train") == [str(new / "train.jsonl")]
 
 
+def test_the_hubs_cache_without_a_main_revision(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    old = _clone(tmp_path / "snapshots" / "old", ["train.jsonl"])
+    assert _chosen(tmp_path) == [str(old / "train.jsonl")]
+    _clone(tmp_path / "snapshots" / "new", ["train.jsonl"])
+    with pytest.raises(ValueError, match="holds the revisions new, old, and no refs/main: set path to one of"):
+        _chosen(tmp_path)
+
+
+def test_a_folder_of_saved_data_sets_is_those_alone(tmp_path: Path) -> None:
+    words = datasets.Dataset.from_dict({"text": ["a"]})
+    words.save_to_disk(tmp_path / "all" / "one")
+    datasets.DatasetDict(aside=words).save_to_disk(tmp_path / "all" / "two")
+    _clone(tmp_path / "all", ["one/cache-12ab.arrow"])
+    expected = [f"{tmp_path}/all/one", f"{tmp_path}/all/two"]
+    assert _chosen(tmp_path / "all") == _chosen(tmp_path) == _chosen(tmp_path / "all" / "*") == expected
+
+
 def test_files_inside_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("d/train.jsonl.gz", gzip.compress(b'{"text": "words"}\n'))
@@ -216,6 +272,16 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path: Path) -> None:
     (root / "train.jsonl").symlink_to(tmp_path / "blob")
     (root / "loop").symlink_to(root)
     assert _names(root) == ["train.jsonl"]
+    assert _chosen((str(root), f"{root}/../clone/train.jsonl")) == [str(root / "train.jsonl")]
+    (root / "train-2.jsonl").symlink_to("train.jsonl")
+    assert _names(root) == ["train-2.jsonl"]
+    (root / "train-2.jsonl").unlink()
+    for name in ("train", "train-b"):
+        (root / name).symlink_to(tmp_path / "more")
+    _clone(tmp_path / "more", ["a.jsonl"])
+    assert _names(root, split="train") == ["train/a.jsonl"]
+    (root / "train").unlink()
+    (root / "train-b").unlink()
     (tmp_path / "blob").unlink()
     with pytest.raises(ValueError, match=r"train.jsonl is a link to nothing: .*blob is not there"):
         _chosen(root)
@@ -240,6 +306,8 @@ def test_addresses_that_nothing_reads(tmp_path: Path) -> None:
     for path, message in (
         ("nosuch://a/b.jsonl", "cannot be read: Protocol not known: nosuch"),
         ("memory://nothing.jsonl", "no file matches memory://nothing.jsonl"),
+        (f"zip://*.jsonl::{__file__}", f"{__file__} cannot be read: File is not a zip file"),
+        (f"tar://a.jsonl::{__file__}", f"{__file__} cannot be read: "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             _chosen(path)
