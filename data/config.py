@@ -1,6 +1,6 @@
 """What a run reads: sources, tokenizer, packing, mixture. Paths are relative to the working directory."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,7 +15,9 @@ class SourceConfig(FrozenConfig):
     """One named collection of records."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the source in every metric")
-    path: str | tuple[str, ...] = Field(description="file, directory, glob or fsspec address, or a list of them")
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="file, directory, glob or fsspec address, or a list of them"
+    )
     weight: float | None = Field(
         None, gt=0, description="share of the rows, relative to the other sources; null: by size"
     )

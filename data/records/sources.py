@@ -17,6 +17,7 @@ from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
 
 _READ_BYTES = 1 << 18
 _ZSTD_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; a file takes the memory that it asks for
+_RECORD_CHARS = 256 << 20  # of a record in a JSON array, which is held until its end is found
 _TEXT_PIECE_BYTES = 8 << 20
 
 _EXTENSIONS = {
@@ -182,7 +183,9 @@ def _array(file: str, census: Census) -> columnar.Records:
         if at:
             text, at = text[at:], 0
         text += utf8.decode(block, is_last)
-        if len(text) < enough and not is_last:
+        if len(text) > _RECORD_CHARS:
+            fault = f"a record of more than {_RECORD_CHARS >> 20} MB (a string without its end? write it as JSON lines)"
+        elif len(text) < enough and not is_last:
             continue
         while not fault and (found := gap.match(text, at)) and (mark := found[1]):
             if is_over or mark not in (",]" if number else "["):

@@ -23,6 +23,7 @@ def test_defaults() -> None:
     ("changes", "message"),
     [
         ({"train": []}, "at least 1 item"),
+        ({"train": [{"name": "a", "path": []}]}, r"path.*\n.*at least 1 item"),
         ({"pakcing": "concat"}, "Extra inputs are not permitted"),
         ({"packing": "tight"}, "'concat' or 'best_fit'"),
         ({"temperature": 0}, "greater than 0"),

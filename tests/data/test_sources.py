@@ -173,6 +173,11 @@ def test_a_large_record_of_an_array_is_not_parsed_with_every_block(
     monkeypatch.setattr(sources, "_READ_BYTES", 100)
     assert _read(str(tmp_path / "f.json"))[0] == records
     assert sum(parsed) < 6 * len(json.dumps(records))
+    monkeypatch.setattr(sources, "_RECORD_CHARS", 2000)
+    with pytest.raises(
+        ValueError, match=r"f.json: a record of more than 0 MB .*write it as JSON lines.* after record 1"
+    ):
+        _read(str(tmp_path / "f.json"))
 
 
 def test_parquet(tmp_path: Path) -> None:
