@@ -1,10 +1,15 @@
 """Files to be read, on this machine or behind an address that fsspec knows (`gs://`, `s3://`, `hf://`, ...)."""
 
+import contextlib
+import errno
 import glob
 import os
 import re
 import stat
-from collections.abc import Iterable
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -22,9 +27,18 @@ def own_name(path: str) -> str:
     return path.partition("::")[0] if is_remote(path) else path
 
 
-def open_file(path: str) -> Any:
-    """For a `with` block: the bytes of a file, as a stream that can seek."""
-    return fsspec.open(path, "rb") if is_remote(path) else open(path, "rb")
+@contextlib.contextmanager
+def open_file(path: str) -> Iterator[Any]:
+    """The bytes of a file, as a stream that can seek.
+
+    Raises:
+        OSError: it cannot be read, or is inside an archive that is damaged.
+    """
+    try:
+        with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as stream:
+            yield stream
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise OSError(errno.EIO, str(error), path) from None
 
 
 def file_system(address: str) -> tuple[Any, str]:

@@ -127,7 +127,7 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     others = {split: [n for n in of_it if n not in taken] for split, of_it in splits.items()}
     said = taken.union(*others.values())
     left = {"": [name for name in names if name not in said], **others}
-    words = f"{root or '.'}: {f'split {source.split}: ' if source.split else ''}{_some(chosen)}"
+    words = f"{root or '.'}: {f'split {source.split}: ' if source.split else ''}{_some([*sets, *chosen])}"
     if any(left.values()):
         words += f"; not read: {_by_split(left)}"
     return [*sets, *(files.join(root, name) for name in chosen)], words

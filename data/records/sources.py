@@ -4,7 +4,6 @@ import codecs
 import json
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -279,8 +278,8 @@ def _bytes(file: str) -> Iterator[bytes]:
                 yield from _inflate(raw, reader.decompressobj, zstandard.ZstdError)
             else:
                 yield from raw
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # the last of an archive around it
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) -> Iterator[bytes]:

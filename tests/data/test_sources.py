@@ -461,14 +461,17 @@ def test_a_text_that_is_something_else_is_said_to_be_that(tmp_path: Path, kind: 
         _read(str(tmp_path / name), skip=True)
 
 
-def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
+def test_an_archive_that_is_damaged_inside(tmp_path: Path, name: str) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / name)
+    (tmp_path / "f.jsonl").write_bytes(LINES)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("f.jsonl", LINES)
+        archive.write(tmp_path / name, name)
     content = bytearray((tmp_path / "a.zip").read_bytes())
     content[100] ^= 1
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(ValueError, match=r"f.jsonl::.*a.zip cannot be read: Bad CRC-32"):
-        _read(f"zip://f.jsonl::{tmp_path}/a.zip", skip=True)
+    with pytest.raises(ValueError, match=rf"{name}::.*a.zip cannot be read.*: .*Bad CRC-32"):
+        _read(f"zip://{name}::{tmp_path}/a.zip", skip=True)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
