@@ -59,14 +59,14 @@ def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], cens
 def _arrow_files(directory: Path, split: str | None) -> list[str]:
     splits_file = directory / "dataset_dict.json"
     if splits_file.exists():
-        splits = _noted(splits_file, lambda noted: [str(name) for name in noted["splits"]])
+        splits = noted(str(splits_file), lambda it: [str(name) for name in it["splits"]])
         if split not in splits:
             raise ValueError(f"{directory} has the splits {', '.join(splits)}: set split to one of them")
         directory = directory / str(split)
     state_file = directory / "state.json"
     if not state_file.exists():
         raise ValueError(f"{directory} has no state.json: it is no data set saved on disk")
-    names, own = _noted(state_file, lambda noted: ([e["filename"] for e in noted["_data_files"]], noted.get("_split")))
+    names, own = noted(str(state_file), lambda it: ([e["filename"] for e in it["_data_files"]], it.get("_split")))
     if split is not None and not splits_file.exists() and split != own:
         raise ValueError(f"{directory} is one data set, not several splits: leave split {split!r} out")
     files = [str(directory / name) for name in names]
@@ -76,10 +76,11 @@ def _arrow_files(directory: Path, split: str | None) -> list[str]:
     return files
 
 
-def _noted(path: Path, pick: Callable[[Any], Any]) -> Any:
+def noted(path: str, pick: Callable[[Any], Any]) -> Any:
     """What the hub's library noted in a file of JSON."""
     try:
-        return pick(json.loads(path.read_text(encoding="utf-8")))
+        with open_file(path) as stream:
+            return pick(json.load(stream))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not what save_to_disk writes, save the data set again") from None
 

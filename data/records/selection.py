@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records import files
+from mixtral_jax.data.records import columnar, files
 from mixtral_jax.data.records.sources import SETS, compression, data_files, file_format, format_by_name
 
 _WORDS = {
@@ -28,8 +28,8 @@ _BESIDE = re.compile(  # kinds of files that are no records, whatever their name
     r"\.(md|rst|tex|html?|pdf|py|ipynb|sh|js|css|c|cc|cpp|h|java|go|rs|ya?ml|toml|cfg|ini|lock|log|png|jpe?g|gif|svg)$",
     re.IGNORECASE,
 )
-_NOTES = ("dataset_dict.json", "state.json", "features.json")  # one of them is in a directory that is one data set
-_ABOUT_JSON = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_STATE = "state.json"  # beside the files of a data set that was saved
+_ABOUT_JSON = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", _STATE)
 _DOCUMENT = re.compile(r"\.md(\.gz|\.zst)?$", re.IGNORECASE)
 _SHOWN = 4  # names
 
@@ -84,25 +84,22 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
     if not pattern and not files.is_directory(path):
         _check_split(source.split, path)
         return [path], path
-    direct, below, noted = set(), [], []
+    direct, below, sets = set(), [], []
     for match in matches:
         place = files.join(root, match)
         if not files.is_directory(place):
             direct.add(match)
-            continue
-        found = [""] if _is_set(source, place) else files.files_below(place)
-        below += [f"{match}/{name}".strip("/") for name in found]
-        noted += [files.join(place, os.path.dirname(n)) for n in found if not n or os.path.basename(n) in _NOTES]
-    sets: list[str] = []
-    for place in sorted((place.rstrip("/") for place in noted if _is_set(source, place)), key=len):
-        if not f"{place}/".startswith(tuple(f"{outer}/" for outer in sets)):
+        elif not files.is_remote(place) and file_format(source, place) in SETS:
             sets.append(place)
+        else:
+            below += [f"{match}/{name}".strip("/") for name in files.files_below(place)]
     inside = tuple(f"{place}/" for place in sets)
-    names = sorted({n for n in direct.union(below) if not f"{files.join(root, n)}/".startswith(inside)})
+    names = sorted({n for n in direct.union(below) if not files.join(root, n).startswith(inside)})
     about = {name for name in names if _is_about(os.path.basename(name))}
     if sets and len(about) == len(names):
         return sets, ", ".join(sets)
-    data = [n for n in names if (n in direct or format_by_name(n)) and n not in about]
+    aside = about | _kept_aside(root, names)
+    data = [n for n in names if (n in direct or format_by_name(n)) and n not in aside]
     if source.format == "auto" and any(format_by_name(name) != "text" for name in data):
         data = [name for name in data if not _DOCUMENT.search(name)]
     if not data and len(about) == len(names):
@@ -149,8 +146,16 @@ def _revision(path: str) -> str:
     return path
 
 
-def _is_set(source: SourceConfig, place: str) -> bool:
-    return not files.is_remote(place) and file_format(source, place) in SETS
+def _kept_aside(root: str, names: Sequence[str]) -> set[str]:
+    """What `datasets` keeps for itself (cache-*.arrow) beside the files of a data set that is saved there."""
+    aside = set[str]()
+    for name in names:
+        above, base = os.path.split(name)
+        beside = {n for n in names if os.path.dirname(n) == above and n.endswith(".arrow")} if base == _STATE else ()
+        if beside:
+            own = columnar.noted(files.join(root, name), lambda it: {e["filename"] for e in it["_data_files"]})
+            aside.update(n for n in beside if os.path.basename(n) not in own)
+    return aside
 
 
 def _is_about(name: str) -> bool:

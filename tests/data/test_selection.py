@@ -247,13 +247,17 @@ def test_the_hubs_cache_without_a_main_revision(tmp_path: Path) -> None:
         _chosen(tmp_path)
 
 
-def test_a_folder_of_saved_data_sets_is_those_alone(tmp_path: Path) -> None:
+def test_of_saved_data_sets_below_a_folder_what_is_kept_aside_is_not_read(tmp_path: Path) -> None:
     words = datasets.Dataset.from_dict({"text": ["a"]})
-    words.save_to_disk(tmp_path / "all" / "one")
-    datasets.DatasetDict(aside=words).save_to_disk(tmp_path / "all" / "two")
-    _clone(tmp_path / "all", ["one/cache-12ab.arrow"])
-    expected = [f"{tmp_path}/all/one", f"{tmp_path}/all/two"]
-    assert _chosen(tmp_path / "all") == _chosen(tmp_path) == _chosen(tmp_path / "all" / "*") == expected
+    datasets.DatasetDict(train=words, test=words).save_to_disk(tmp_path / "all" / "two")
+    _clone(tmp_path / "all", ["two/train/cache-12ab.arrow"])
+    expected = [f"{tmp_path}/all/two/train/data-00000-of-00001.arrow"]
+    assert _chosen(tmp_path / "all", split="train") == _chosen(tmp_path, split="train") == expected
+    with pytest.raises(ValueError, match=r"holds the splits train .*, test .*: set split to one of them"):
+        _chosen(tmp_path / "all")
+    (tmp_path / "all" / "two" / "train" / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"state.json is damaged"):
+        _chosen(tmp_path / "all", split="train")
 
 
 def test_files_inside_an_archive(tmp_path: Path) -> None:
