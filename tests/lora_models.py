@@ -72,7 +72,8 @@ def merged(leaves: dict[str, np.ndarray], scale: float) -> dict[str, jax.Array]:
 def write_native(directory: Path, config: MixtralConfig, lora: LoraConfig, leaves: dict, base: str | None) -> Path:
     """An adapter directory of ours, by Orbax itself."""
     directory.mkdir()
-    checkpoint.save(directory / "params", adapter_tree(leaves))
+    whole = unflatten_dict({name: leaves[name] for name in lora.whole}, sep=".")
+    checkpoint.save(directory / "params", adapter_tree(leaves) | whole)
     note = {"format": 1, "base": base, "lora": lora.model_dump(mode="json"), "model": config.model_dump(mode="json")}
     (directory / "adapter.json").write_text(json.dumps(note))
     return directory

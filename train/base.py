@@ -20,7 +20,6 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from mixtral_jax import checkpoint
-from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import (
     Leaf,
     Source,
@@ -41,7 +40,7 @@ from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import abstract_model
 from mixtral_jax.quantize import QuantizedWeight, quantize
 from mixtral_jax.train.checkpoints import find
-from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config
+from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import Tree, join, keep, leaves, random_weights
 
@@ -83,6 +82,8 @@ def stands_on_base(config: RunConfig) -> bool:
 def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any] | None]:
     """The config with init_from as the weights that the run began with, and what is noted of these.
 
+    Weights far away have no digest, for which all would be fetched: their place stands for them.
+
     Args:
         noted: what a checkpoint of the run says of its base; None: the run begins, or the checkpoint is an old one.
 
@@ -91,21 +92,25 @@ def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, d
     """
     if config.init_from is None or not stands_on_base(config):
         return config, None
-    path = newest_step(config.init_from)
-    if is_remote(path):  # names one directory, which nothing trains on
-        return config, {"path": path, "step": None, "digest": None}
-    path = str(sibling(Path(path), noted["step"] if noted else None))
+    path = sibling(newest_step(config.init_from), noted["step"] if noted else None)
+    if noted and path != noted["path"] and (is_remote(path) or is_remote(noted["path"])):
+        raise UserError(
+            f"init_from: {path} cannot be compared, for what is not on this machine has no digest, with the base of "
+            f"the run, {noted['path']}: name that, or train anew under another run_name"
+        )
     try:
-        source = open_source(path)
-        check_identity(noted, source, f"init_from: {path}")
+        source = None if is_remote(path) else open_source(path)
+        if source is not None:
+            check_identity(noted, source, f"init_from: {path}")
     except (ValueError, FileNotFoundError) as error:
         if noted:
             raise UserError(str(error)) from error
         return config, None  # what is wrong with it is said where the weights are read
     if not noted:
-        step = int(Path(path).name) if (epath.Path(path) / checkpoint.STATE).exists() else None
-        noted = {"path": path, "step": step, "digest": weights_identity(source)}
-    return config.model_copy(update={"init_from": path}), dict(noted)
+        name = path.rpartition("/")[2]
+        step = int(name) if name.isdigit() and (epath.Path(path) / checkpoint.STATE).exists() else None
+        noted = {"step": step, "digest": source and weights_identity(source)}
+    return config.model_copy(update={"init_from": path}), {**noted, "path": path}
 
 
 def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
@@ -119,8 +124,9 @@ def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
     try:
         adapter = open_adapter(lora.init_from, config.model)
         check_same_model(config.model, adapter, "the run")
-        if config.init_from is not None and adapter.base_noted is not None and not is_remote(config.init_from):
-            check_identity(adapter.base_noted, open_source(newest_step(config.init_from)), config.init_from)
+        base = config.init_from and newest_step(config.init_from)
+        if base and adapter.base_noted is not None and not is_remote(base):
+            check_identity(adapter.base_noted, open_source(base), base)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"lora.init_from: {error}") from error
     found = {slot.leaf.path: slot.leaf for slot in adapter.slots}
@@ -128,8 +134,11 @@ def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
     told = [f"{key} {b:g}, the run's is {a:g}" for key, (a, b) in scales.items() if not math.isclose(a, b)]
     told += [f"{path}, which the run does not train" for path in sorted(found.keys() - wanted.keys())]
     told += [f"no {path}" for path in sorted(wanted.keys() - found.keys()) if is_adapter(path)]
-    if told:
-        raise UserError(f"lora.init_from: {lora.init_from} has {'; '.join(told[:4])}: set lora as the adapter is")
+    shapes = {path: (found[path].shape, wanted[path].shape) for path in sorted(found.keys() & wanted.keys())}
+    other = [f"{path} of shape {b}, the run's is {a}" for path, (b, a) in shapes.items() if not told and a != b]
+    if told or other:
+        do = "set lora as the adapter is" if told else "convert resize-vocab gives the base as many rows as the adapter"
+        raise UserError(f"lora.init_from: {lora.init_from} has {'; '.join([*told, *other][:4])}: {do}")
     placed = {
         path: place_leaf(adapter, leaf, wanted[path].sharding, wanted[path].dtype) for path, leaf in found.items()
     }
@@ -156,13 +165,9 @@ def check_base_shape(config: RunConfig) -> list[str]:
         return []
     path = newest_step(config.init_from)
     try:
-        if (epath.Path(path) / checkpoint.STATE).exists():  # a step of a run, which may be remote
-            theirs = MixtralConfig(**checkpoint.read_item(path, "meta")["config"]["model"])
-        else:
-            theirs = open_source(path).config
-    except (OSError, KeyError, ValueError):
-        # What is wrong with it is said where the weights are read; a remote Orbax model directory is read there only.
-        return []
+        theirs = shape_of(path)
+    except (OSError, ValueError):
+        return []  # what is wrong with it is said where the weights are read
     different = config.model.differences(theirs)
     if config.model.vocab_size != theirs.vocab_size:
         different["vocab_size"] = (config.model.vocab_size, theirs.vocab_size)

@@ -100,9 +100,12 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
 
     share = batch_share(mesh, config.rows_per_micro_batch)
     started, noted = pin_base(config, found and found.meta.get("base"))
+    agree(base="none" if noted is None else f"step {noted['step']} with digest {noted['digest']}")
     put, references, frozen, base = make_put(mesh, share), None, None, None
     if isinstance(started, DpoStageConfig):
-        say(f"{'reference':>8}  {started.reference}")
+        after = bool(started.lora and started.lora.init_from) and started.reference != "none"
+        ahead = ": init_from without the adapter of lora.init_from, with which the policy begins ahead of it"
+        say(f"{'reference':>8}  {started.reference}{ahead * after}")
         if started.reference == "precomputed":  # before the run's own weights: one model in memory at a time
             references = numbers_of_reference(started, weights, prepared, put, share, say)
     if found is None or config.adapters is not None:

@@ -2,16 +2,22 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from mixtral_jax.checkpoint import STATE
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.convert.files import PathLike
+from mixtral_jax.convert.files import Directory, PathLike
+from mixtral_jax.convert.hf import read_config, read_shape
+from mixtral_jax.convert.mistral import is_mistral
+from mixtral_jax.convert.orbax import newest_step, run_shape
 from mixtral_jax.convert.parts import edges, place, read_parts
 from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
@@ -48,7 +54,18 @@ def load(
 
 
 def load_config(path: PathLike) -> MixtralConfig:
-    """The shape of the model at `path`; the checkpoint is checked, no weight is read."""
+    """The shape of the model at `path`, by what it says of itself: no weight is looked at, so it may be anywhere.
+
+    Raises:
+        ValueError, FileNotFoundError: it says nothing of a model; there is nothing.
+    """
+    directory = Directory(path)
+    root = path if directory.remote else newest_step(directory.local)
+    with suppress(KeyError):  # a kind of URL that Orbax does not know
+        if (epath.Path(root) / STATE).exists():
+            return run_shape(root)
+    if "config.json" in directory.names() and not is_mistral(directory):
+        return read_shape(read_config(directory), directory)
     return open_source(path).config
 
 

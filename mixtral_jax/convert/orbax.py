@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from etils import epath
 
 from mixtral_jax import checkpoint
 from mixtral_jax.checkpoint import HELD, PIECE, ArrayReader, ArraySpec, ArrayWriter, piece_shape
@@ -97,16 +98,12 @@ class OrbaxSource(OrbaxArrays):
                 f"with convert merge-lora BASE MERGED --adapter {path}"
             )
         if self.training:
-            shape = run_config(self.directory.local).get("model")
-            if not isinstance(shape, dict):
-                raise ValueError(
-                    f"{path}/meta holds no config.model: it is no checkpoint of a training run of this package"
-                )
+            shape = run_shape(path)
             if "layers.attention.query" not in self.names:
                 raise ValueError(
                     f"{path} holds no whole model (adapters only?): merge them first with convert merge-lora"
                 )
-            self.hf_config = MixtralConfig(**shape).to_hf()
+            self.hf_config = shape.to_hf()
         else:
             self.hf_config = read_config(self.directory)
         self.config = read_shape(self.hf_config, self.directory)
@@ -207,18 +204,27 @@ def newest_step(root: Path) -> Path:
     return max(whole, key=lambda p: int(p.name)) if whole else root
 
 
-def sibling(root: Path, step: int | None) -> Path:
-    """Beside a step of a run the other one that is named, if it is there whole; else `root`."""
-    other = root if step is None else root.with_name(str(step))
-    return other if root.name.isdigit() and (other / checkpoint.COMMIT).is_file() else root
+def sibling(path: str, step: int | None) -> str:
+    """Beside a step of a run the other one that is named, if it is there whole; else `path`."""
+    parent, slash, name = path.rpartition("/")
+    other = f"{parent}{slash}{step}"
+    return other if name.isdigit() and (epath.Path(other) / checkpoint.COMMIT).exists() else path
 
 
-def run_config(root: Path) -> dict[str, Any]:
+def run_config(root: PathLike) -> dict[str, Any]:
     """The configuration that a training run noted beside the state of a step."""
     return run_notes(root).get("config", {})
 
 
-def run_notes(root: Path) -> dict[str, Any]:
+def run_shape(root: PathLike) -> MixtralConfig:
+    """The model that a training run noted there; raises ValueError where it did not."""
+    shape = run_config(root).get("model")
+    if not isinstance(shape, dict):
+        raise ValueError(f"{root}/meta holds no config.model: it is no checkpoint of a training run of this package")
+    return MixtralConfig(**shape)
+
+
+def run_notes(root: PathLike) -> dict[str, Any]:
     """All that it noted there: its configuration, and which weights it stands on."""
     try:
         return dict(checkpoint.read_item(root, "meta"))

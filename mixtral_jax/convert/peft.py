@@ -20,8 +20,8 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, write_adapter
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.hf import one_line, read_config, read_shape
-from mixtral_jax.convert.pipeline import open_source
+from mixtral_jax.convert.hf import one_line
+from mixtral_jax.convert.models import load_config
 from mixtral_jax.convert.safetensors import Tensor, TensorSource, read_tensors
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
 from mixtral_jax.lora import GATE, PEFT_NAMES, ROUTER, TARGETS, LoraConfig
@@ -276,14 +276,6 @@ def peft2lora(
         raise ValueError(
             f"{src}/{CONFIG} names the base {where!r}, which is no directory here: say --base and its directory"
         )
-    adapter = PeftAdapter(src, _shape(where))
+    adapter = PeftAdapter(src, load_config(where))
     adapter.base = where
     write_adapter(adapter, dst, force=force, progress=progress)
-
-
-def _shape(base: PathLike) -> MixtralConfig:
-    """The shape of a model, for which config.json is enough."""
-    directory = Directory(base)
-    if "config.json" in directory.names():
-        return read_shape(read_config(directory), directory)
-    return open_source(base).config

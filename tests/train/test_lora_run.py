@@ -188,7 +188,7 @@ def test_a_base_that_moved_on_is_found_again_or_refused(start, tmp_path):
     with pytest.raises(ValueError, match=r"base holds weights with digest"):
         merge_lora(tmp_path / "runs" / "base", tmp_path / "out", adapter=run, progress=False)
     start("run", steps=2, init_from=str(tmp_path / "copy"))
-    assert checkpoint.read_item(run / "checkpoints" / "2", "meta")["base"] == noted
+    assert checkpoint.read_item(run / "checkpoints" / "2", "meta")["base"] == noted | {"path": str(tmp_path / "copy")}
     after = read_model(str(run), compute=ComputeConfig()).layers.moe.w2[...]
     np.testing.assert_array_equal(before, after)
 

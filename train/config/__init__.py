@@ -7,5 +7,6 @@ from mixtral_jax.train.config.load import (
     load_config,
     read_config,
     resolved_yaml,
+    shape_of,
 )
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes

@@ -242,12 +242,14 @@ def _take_shape(tree: Tree) -> dict[str, str]:
     problems = {"model": "null takes the shape from init_from, which names no checkpoint: set it, or give a model"}
     if isinstance(base, str):
         try:
-            shape = shape_of(base).model_dump(mode="json")
-            tree.origins |= {f"model.{key}": f"init_from {base}" for key in shape if key not in given}
+            shape, origin = shape_of(base).model_dump(mode="json"), f"init_from {base}"
+        except (ValueError, OSError) as error:
+            shape, origin = _as_it_began(tree, "init_from", "model")
+            problems = {"model": f"its shape was to be that of init_from, but {error}"}
+        if shape:
+            tree.origins |= {f"model.{key}": origin for key in shape if key not in given}
             tree.values["model"] = {**shape, **given}
             return {}
-        except (ValueError, OSError) as error:
-            problems = {"model": f"its shape was to be that of init_from, but {error}"}
     if model is not None and base is None:
         return {}  # what is missing is named one by one
     tree.values["model"] = {**PRESETS["tiny"], **given}  # so that the other problems can be found too
@@ -265,13 +267,22 @@ def _take_adapter(tree: Tree) -> dict[str, str]:
     from mixtral_jax.convert import open_adapter  # slow to import, and few files need it
 
     try:
-        own = open_adapter(named, MixtralConfig(**model)).lora.model_dump(mode="json")
+        own, origin = open_adapter(named, MixtralConfig(**model)).lora.model_dump(mode="json"), f"adapter {named}"
     except (ValueError, OSError) as error:
-        told = "model is none" if isinstance(error, ValidationError) else error
-        return {"lora.init_from": f"rank and scale were to be those of this adapter, but {told}"}
-    tree.origins |= {f"lora.{key}": f"adapter {named}" for key in missing}
+        own, origin = _as_it_began(tree, "lora.init_from", "lora")
+        if not own:
+            told = "model is none" if isinstance(error, ValidationError) else error
+            return {"lora.init_from": f"rank and scale were to be those of this adapter, but {told}"}
+    tree.origins |= {f"lora.{key}": origin for key in missing}
     tree.values["lora"] = lora | {key: own[key] for key in missing}
     return {}
+
+
+def _as_it_began(tree: Tree, source: str, section: str) -> tuple[dict[str, Any], str]:
+    """A section of the run's own config.yaml, and its place, if it began with the same `source`, which is gone now."""
+    file = Path(str(tree.values.get("output_dir", "runs")), str(tree.values.get("run_name")), "config.yaml")
+    before = read_tree(file) if file.is_file() else Tree()
+    return before.find(section)[1] if before.find(source) == tree.find(source) else {}, str(file)
 
 
 def shape_of(path: str) -> MixtralConfig:

@@ -1,0 +1,138 @@
+"""Which weights a run stands on: near or far, moved, swapped, gone, or of another shape."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import numpy as np
+import pytest
+
+from mixtral_jax import checkpoint
+from mixtral_jax.config import MixtralConfig
+from mixtral_jax.convert import load_config as load_shape
+from mixtral_jax.lora import LoraConfig, is_adapter
+from mixtral_jax.train import base as room
+from mixtral_jax.train.base import adapter_weights, check_base_shape, pin_base
+from mixtral_jax.train.config import load_config, resolved_yaml
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run import check_same_base
+from mixtral_jax.train.weights import abstract_params, is_trained, keep
+from tests.convert_files import TINY, random_tensors, write_hub
+from tests.lora_models import adapted, write_native
+from tests.tiny import write_run_file
+from tests.tuning import write_tuning_file
+
+HUB = TINY | {"vocab_size": 320, "rope_theta": 1e6}
+LORA = {"rank": 2, "targets": ["q_proj"]}
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch):
+    """A directory that passes for another machine's."""
+    there = tmp_path / "far"
+    monkeypatch.setattr(room, "is_remote", lambda path: "://" in str(path) or str(path).startswith(str(there)))
+    return there
+
+
+def tuned(tmp_path, stage="sft", **changes):
+    return load_config(write_tuning_file(tmp_path, stage, **({"lora": LORA} | changes))).config
+
+
+def save_step(path, model):
+    meta = {"config": {"model": model}}
+    checkpoint.save(path, {"params": {"x": np.zeros(2)}}, {"meta": meta, "dataset": {}})
+
+
+def test_a_base_that_is_far_away_is_known_by_its_path(tmp_path, far):
+    near = [str(write_hub(tmp_path / name, HUB, random_tensors(HUB))) for name in ("one", "two")]
+    for stage, changes in (("sft", {}), ("dpo", {"lora": None})):
+        config = tuned(tmp_path, stage, init_from=str(far / "a"), **changes)
+        at = lambda path, config=config: config.model_copy(update={"init_from": str(path)})  # noqa: E731 - short
+        started, noted = pin_base(config, None)
+        assert (started, noted) == (config, {"path": str(far / "a"), "step": None, "digest": None})
+        assert pin_base(config, noted) == (config, noted)
+        local = pin_base(at(near[0]), None)[1]
+        assert pin_base(at(near[1]), local) == (at(near[1]), local | {"path": near[1]})  # a copy, noted where it is
+        for before, path in ((noted, far / "b"), (noted, near[0]), (local, far / "a")):
+            with pytest.raises(UserError, match=f"init_from: {path} .* not on this machine.* {before['path']}"):
+                found = SimpleNamespace(step=1, meta={"config": config.model_dump(mode="json"), "base": before})
+                check_same_base(found, at(path))  # it leaves that to what knows the place
+                pin_base(at(path), before)
+
+
+def test_the_step_of_a_run_that_keeps_its_checkpoints_far_away_stays_the_base(tmp_path, far):
+    file = write_run_file(tmp_path, run_name="base", checkpoint={"directory": str(far)})
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    (tmp_path / "runs" / "base" / "config.yaml").write_text(resolved_yaml(load_config(file).config))
+    config = tuned(tmp_path, init_from=str(tmp_path / "runs" / "base"))
+    save_step(far / "1", config.model.model_dump())
+    started, noted = pin_base(config, None)
+    assert started.init_from == noted["path"] == str(far / "1") and noted["step"] == 1
+    save_step(far / "2", config.model.model_dump())
+    assert pin_base(config, noted) == (started, noted)
+    (far / "1").rename(far / "copy")
+    assert pin_base(tuned(tmp_path, init_from=str(far / "copy")), None)[1]["step"] is None
+    with pytest.raises(UserError, match=r"far/2 .* not on this machine"):
+        pin_base(config, noted)
+
+
+@pytest.mark.parametrize(
+    "kind", ["hub far away", "model directory", "model directory far away", "step", "step far away"]
+)
+def test_the_shape_of_a_base_is_compared_wherever_it_is(tmp_path, far, kind):
+    """No weight is read: what it says of itself is enough."""
+    shape, place = MixtralConfig.from_hf(HUB), (far if "far" in kind else tmp_path) / "1"
+    where = str(place)
+    if "step" in kind:
+        save_step(place, shape.model_dump())
+    elif "far" in kind:
+        where = f"memory://base-{tmp_path.name}"
+        fsspec.filesystem("memory").pipe(f"{where}/config.json", json.dumps(HUB).encode())
+        fsspec.filesystem("memory").pipe(f"{where}/params/x" if "model" in kind else f"{where}/model.safetensors", b"x")
+    else:
+        (place / "params").mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(HUB))
+    assert load_shape(where) == shape
+    assert check_base_shape(tuned(tmp_path, init_from=where, model=shape.model_dump())) == []
+    with pytest.raises(UserError, match=r"model\.rope_theta is 10000\.0, there it is 1000000\.0"):
+        check_base_shape(tuned(tmp_path, init_from=where, model=shape.model_dump() | {"rope_theta": 1e4}))
+    file = write_tuning_file(tmp_path, "sft", init_from=where)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+    assert load_config(file).config.model == shape
+
+
+def test_an_adapter_with_other_rows_than_the_model_is_refused(tmp_path):
+    shape = MixtralConfig.from_hf(HUB)
+    lora = LoraConfig(rank=2, targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
+    longer = shape.model_copy(update={"vocab_size": 330})
+    whole = {k: v for k, v in adapted(longer, lora)[1].items() if is_adapter(k) or k in lora.whole}
+    write_native(tmp_path / "adapter", longer, lora, whole, "base")
+    config = tuned(tmp_path, model=shape.model_dump(), lora={"init_from": str(tmp_path / "adapter")})
+    told = r"embed\.weight of shape \(330, 64\), the run's is \(320, 64\)".replace("64", str(shape.hidden_size))
+    with pytest.raises(UserError, match=told + ".*resize-vocab"):
+        adapter_weights(config, keep(abstract_params(config, None), is_trained(config)))
+
+
+def test_a_run_that_goes_on_needs_no_file_that_it_has_read(tmp_path):
+    """Neither the base whose shape `model: null` took nor the adapter that gave rank and scale."""
+    shape, lora = MixtralConfig.from_hf(HUB), LoraConfig(rank=3, alpha=6.0, targets=("q_proj",))
+    base = write_hub(tmp_path / "hf", HUB, random_tensors(HUB))
+    own = {k: v for k, v in adapted(shape, lora)[1].items() if is_adapter(k)}
+    write_native(tmp_path / "adapter", shape, lora, own, str(base))
+    file = write_tuning_file(tmp_path, "sft", init_from=str(base), lora={"init_from": str(tmp_path / "adapter")})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+    config = load_config(file).config
+    for path in ("hf", "adapter"):
+        (tmp_path / path).rename(tmp_path / f"gone-{path}")
+    with pytest.raises(UserError, match="hf does not exist"):
+        load_config(file)
+    kept = Path(config.run_dir) / "config.yaml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(resolved_yaml(config))
+    again, provenance = load_config(file)
+    assert again == config
+    assert provenance.origins["model.rope_theta"] == provenance.origins["lora.rank"] == str(kept)
+    for key in ("init_from", "lora.init_from"):  # it began with something else
+        with pytest.raises(UserError, match="elsewhere does not exist"):
+            load_config(file, [f"{key}={tmp_path / 'elsewhere'}"])
