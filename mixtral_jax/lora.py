@@ -145,7 +145,10 @@ class LowRank:
 
 
 class Adapter(nnx.Module):
-    """A and B of one matrix, or of one matrix of each expert. Input and output may have several dimensions."""
+    """A and B of one matrix, or of one matrix of each expert. Input and output may have several dimensions.
+
+    `metadata` is that of both parameters, beside their axes.
+    """
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class Adapter(nnx.Module):
         key: jax.Array,
         stack: dict[str, int],
         dtype: jnp.dtype,
+        **metadata: Any,
     ):
         self.scale, self.dropout = lora.scale, lora.dropout
         self.groups = sum(name == "experts" for name in stack)
@@ -163,8 +167,8 @@ class Adapter(nnx.Module):
         a_shape = (*stack.values(), *inputs.values(), lora.rank)
         b_shape = (*stack.values(), lora.rank, *outputs.values())
         a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
-        self.a = nnx.Param(a, axes=(*stack, *inputs, "lora_rank"))
-        self.b = nnx.Param(jnp.zeros(b_shape, dtype), axes=(*stack, "lora_rank", *outputs))
+        self.a = nnx.Param(a, axes=(*stack, *inputs, "lora_rank"), **metadata)
+        self.b = nnx.Param(jnp.zeros(b_shape, dtype), axes=(*stack, "lora_rank", *outputs), **metadata)
 
     def ready(self, dtype: jnp.dtype, rng: jax.Array | None) -> LowRank:
         """Both matrices gathered and flat: (..., I, r) and (..., r, O)."""

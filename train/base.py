@@ -27,6 +27,7 @@ from mixtral_jax.convert import (
     check_same_model,
     edges,
     is_remote,
+    is_training_checkpoint,
     open_adapter,
     open_source,
     place,
@@ -108,7 +109,7 @@ def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, d
         return config, None  # what is wrong with it is said where the weights are read
     if not noted:
         name = path.rpartition("/")[2]
-        step = int(name) if name.isdigit() and (epath.Path(path) / checkpoint.STATE).exists() else None
+        step = int(name) if name.isdigit() and is_training_checkpoint(path) else None
         noted = {"step": step, "digest": source and weights_identity(source)}
     return config.model_copy(update={"init_from": path}), {**noted, "path": path}
 
@@ -209,7 +210,7 @@ def _say_once(line: str) -> None:
 
 def holds_adapters(path: str) -> bool:
     """Whether it is a step of a run that trained adapters."""
-    return (epath.Path(path) / checkpoint.STATE).exists() and any(map(is_adapter, checkpoint.tree_shapes(path)))
+    return is_training_checkpoint(path) and any(map(is_adapter, checkpoint.tree_shapes(path)))
 
 
 def read_weights(path: str, abstract: Tree) -> Tree:

@@ -103,9 +103,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     agree(base="none" if noted is None else f"step {noted['step']} with digest {noted['digest']}")
     put, references, frozen, base = make_put(mesh, share), None, None, None
     if isinstance(started, DpoStageConfig):
-        after = bool(started.lora and started.lora.init_from) and started.reference != "none"
-        ahead = ": init_from without the adapter of lora.init_from, with which the policy begins ahead of it"
-        say(f"{'reference':>8}  {started.reference}{ahead * after}")
+        say(f"{'reference':>8}  {reference_line(started)}")
         if started.reference == "precomputed":  # before the run's own weights: one model in memory at a time
             references = numbers_of_reference(started, weights, prepared, put, share, say)
     if found is None or config.adapters is not None:
@@ -160,6 +158,13 @@ def _first_row(config: RunConfig, found: Found | None, fingerprint: str, say: Sa
     for line in changed:
         say(f"  changed {line}")
     return row
+
+
+def reference_line(config: DpoStageConfig) -> str:
+    """The kind of reference, and where it is not what the policy begins as."""
+    if config.reference == "none" or config.lora is None or config.lora.init_from is None:
+        return config.reference
+    return f"{config.reference}: without the adapter {config.lora.init_from}, so the policy differs from it at step 0"
 
 
 def sequence_logps_of(config: DpoStageConfig) -> Callable[[Any, Any], jax.Array]:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import load
+from mixtral_jax.convert import is_training_checkpoint, load
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
@@ -49,7 +48,7 @@ def read_model(
 def noted_base(checkpoint: str, init_from: str | None) -> Mapping[str, Any] | None:
     """Which weights the run of a checkpoint stands on, by its notes, where it names the same init_from."""
     path = newest_step(checkpoint)
-    if not (epath.Path(path) / arrays.STATE).exists():
+    if not is_training_checkpoint(path):
         return None
     meta = arrays.read_item(path, "meta")
     return meta.get("base") if meta.get("config", {}).get("init_from") == init_from else None

@@ -111,7 +111,8 @@ def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
         return [head]
     lora = config.adapters
     head += f": rank {lora.rank}, scale {lora.scale:g}" + (f", dropout {lora.dropout:g}" if lora.dropout else "")
-    head += "" if config.router_factor or config.model.is_dense else "; the router is frozen"
+    if not config.router_factor and not config.model.is_dense:
+        head += f"; the router {'moves by its adapter alone' if lora.adapts('moe.router') else 'is frozen'}"
     head += "" if lora.base_dtype == "float32" else f"; the base is held in {lora.base_dtype}"
     width = max(map(len, rows))
     return [head, *(f"  {name:{width}}  {size:>14,}" for name, size in rows.items())]

@@ -2,22 +2,19 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from mixtral_jax.checkpoint import STATE
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.mistral import is_mistral
-from mixtral_jax.convert.orbax import newest_step, run_shape
+from mixtral_jax.convert.orbax import is_training_checkpoint, newest_step, run_shape
 from mixtral_jax.convert.parts import edges, place, read_parts
 from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
@@ -61,9 +58,8 @@ def load_config(path: PathLike) -> MixtralConfig:
     """
     directory = Directory(path)
     root = path if directory.remote else newest_step(directory.local)
-    with suppress(KeyError):  # a kind of URL that Orbax does not know
-        if (epath.Path(root) / STATE).exists():
-            return run_shape(root)
+    if is_training_checkpoint(root):
+        return run_shape(root)
     if "config.json" in directory.names() and not is_mistral(directory):
         return read_shape(read_config(directory), directory)
     return open_source(path).config

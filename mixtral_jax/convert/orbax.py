@@ -186,9 +186,13 @@ def _chunk(slot: Slot, rows: int, itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def is_training_checkpoint(path: Path) -> bool:
-    """One step of a training run: {state, dataset, meta}."""
-    return (path / "state").is_dir() and (path / "meta").is_dir()
+def is_training_checkpoint(path: PathLike) -> bool:
+    """Whether it is one step of a training run, {state, dataset, meta}, wherever it is."""
+    try:
+        root = epath.Path(path)
+    except KeyError:  # a kind of URL that Orbax does not know
+        return False
+    return (root / "state").is_dir() and (root / "meta").is_dir()
 
 
 def is_orbax(path: Path) -> bool:

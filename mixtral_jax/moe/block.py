@@ -51,6 +51,7 @@ class SparseMoe(nnx.Module):
         experts = {**layers, "experts": config.num_local_experts}
         hidden, ffn = {"expert_embed": config.hidden_size}, {"ffn": config.intermediate_size}
         routes = {"embed": config.hidden_size, "router_experts": config.num_local_experts}
+        wide = {"reduce_dtype": "float32"}  # of the router, as all of its maths
 
         def value(index: int, shape: dict[str, int]) -> jax.Array:
             normal = jax.random.normal(jax.random.fold_in(key, index), tuple(shape.values()), dtype)
@@ -58,14 +59,14 @@ class SparseMoe(nnx.Module):
 
         if not config.is_dense:
             shape = {**layers, **routes}
-            self.router = nnx.Param(value(0, shape), axes=tuple(shape), reduce_dtype="float32")  # as all of its maths
+            self.router = nnx.Param(value(0, shape), axes=tuple(shape), **wide)
         w13, w2 = {**experts, **hidden, "gate_up": 2, **ffn}, {**experts, **ffn, **hidden}
         self.w13 = base_weight(value(1, w13), w13, "expert_embed", lora)
         self.w2 = base_weight(value(2, w2), w2, "ffn", lora)
         if lora is not None and lora.adapts("moe.router") and not config.is_dense:
             inputs, outputs = ({name: routes[name]} for name in routes)
             own_key = jax.random.fold_in(key, 6)
-            self.router_lora = Adapter(lora, inputs, outputs, key=own_key, stack=layers, dtype=dtype)
+            self.router_lora = Adapter(lora, inputs, outputs, key=own_key, stack=layers, dtype=dtype, **wide)
         matrices = {"w1": (hidden, ffn), "w3": (hidden, ffn), "w2": (ffn, hidden)}
         for index, (name, (inputs, outputs)) in enumerate(matrices.items(), start=3):
             if lora is not None and lora.adapts(f"moe.{name}"):

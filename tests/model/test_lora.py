@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.config import MixtralConfig
+from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.generation.cache import decode, prefill
 from mixtral_jax.lora import TARGETS, LoraConfig, LowRank, is_adapter, low_rank
-from mixtral_jax.model import Mixtral, Noise, next_token_sums
+from mixtral_jax.model import Mixtral, Noise, abstract_model, next_token_sums
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
 from tests.lora_models import FP32, adapted, flat_params, merged, rebuilt
@@ -180,3 +180,11 @@ def test_cached_decoding_equals_the_full_forward_pass(config, targets) -> None:
     for t in range(6, 12):
         logits_BV, cache = step(model, cache, tokens_BT[:, t], jnp.int32(t), pad_B, np.ones(2, bool))
         np.testing.assert_allclose(logits_BV, want_BTV[:, t], atol=1e-5)
+
+
+def test_gradients_of_the_routers_adapter_are_summed_as_those_of_the_router():
+    """In fp32, whatever the dtype of the others: on accelerators a sum over `data` would be in bfloat16."""
+    compute, lora = ComputeConfig(dtype="bfloat16", reduce_dtype="bfloat16"), LoraConfig(targets=("gate", "q_proj"))
+    state = nnx.to_flat_state(nnx.state(abstract_model(SPARSE, compute, lora=lora)))
+    wide = {".".join(map(str, path)) for path, v in state if v.get_metadata()["reduce_dtype"] == "float32"}
+    assert wide == {"layers.moe.router", "layers.moe.router_lora.a", "layers.moe.router_lora.b"}

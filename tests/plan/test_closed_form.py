@@ -7,7 +7,7 @@ import pytest
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
-from mixtral_jax.train.plan.closed_form import attention_pairs, flops, useful
+from mixtral_jax.train.plan.closed_form import attention_pairs, flops, traffic, useful
 from mixtral_jax.train.plan.compile import for_accelerator
 from mixtral_jax.train.plan.placement import memory
 from mixtral_jax.train.plan.search import candidates, likely_rate
@@ -102,3 +102,30 @@ def test_search_prunes_by_arithmetic_and_ranks_what_is_left(make_config):
     assert found and all(c.memory.peak <= CHIPS["v5p"].memory for c in found)
     assert [likely_rate(c) for c in found] == sorted(map(likely_rate, found), reverse=True)
     assert not candidates(config, parse_topology("v5e-4"))
+
+
+def test_a_routers_adapter_and_what_is_trained_whole_are_counted_as_what_they_are(make_tuning_config):
+    common = {
+        "model": BIG, "seq_len": 4096, "global_batch_size": 32, "compute": {"remat": "none"},
+        "mesh": {"data": 1, "fsdp": 8},
+    }  # fmt: skip
+    sizes, tokens = make_tuning_config("sft", **common).mesh.sizes(8), 32 * 4096 / 8
+    head, router = 32000 * 4096, 32 * 4096 * 8
+
+    def cost(update="frozen", **changes):
+        lora = {"rank": 16, "targets": ["q_proj"], **changes}
+        config = make_tuning_config("sft", **common, router={"update": update}, lora=lora)
+        return flops(config, sizes), useful(config, sizes)[0], traffic(config, sizes)["fsdp"]
+
+    none = cost()
+    for changes, products, gradients in (
+        ({"modules_to_save": ["lm_head"]}, head, head),
+        ({"modules_to_save": ["embed_tokens"]}, 0, head),
+        ({"update": "train"}, router, router),
+        ({"targets": ["q_proj", "gate"]}, router, 0),  # it is added to the router before that is multiplied
+    ):
+        got = cost(**changes)
+        assert got[0].experts == none[0].experts
+        assert got[0].dots - none[0].dots == pytest.approx(2 * tokens * products)
+        assert got[1] - none[1] == pytest.approx(2 * tokens * products)
+        assert got[2] - none[2] == pytest.approx(2 * gradients * 7 / 8)  # in bf16

@@ -186,6 +186,8 @@ def test_the_schema_knows_every_key_and_the_presets(stage: str) -> None:
     assert schema["properties"].keys() == STAGES[stage].model_fields.keys()
     assert schema["additionalProperties"] is False
     assert "mixtral-8x7b" in schema["properties"]["model"]["anyOf"][0]["properties"]["preset"]["enum"]
+    assert [kind["type"] for kind in schema["properties"]["steps"]["anyOf"]] == ["integer", "null"]
+    assert "stage" in schema["required"] and "model" not in schema["required"]  # init_from may say the model
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,6 +1,7 @@
 """Runs that train adapters: what is trained and saved, resuming, the base that they stand on."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
         load(tmp_path / "runs" / "once")
 
 
-def test_a_run_goes_on_from_an_adapter(tmp_path):
+def test_a_run_goes_on_from_an_adapter(tmp_path, monkeypatch):
     """Ours or PEFT's: rank, alpha and targets are its own, or an error that names both; a router trained beside it."""
     base = write_hub(tmp_path / "hf", HUB, random_tensors(HUB))
     shape, lora = MixtralConfig.from_hf(HUB), LoraConfig(rank=2, alpha=6.0, targets=("q_proj", "gate"))
@@ -121,7 +122,10 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
         assert got.keys() == own.keys()
         for name, value in got.items():
             np.testing.assert_array_equal(value, own[name], err_msg=name)
+    agreed = {}
+    monkeypatch.setattr("mixtral_jax.train.build.agree", lambda **values: agreed.update(values))
     _, state = build(config, None, None, lambda line: None)
+    assert re.fullmatch(r"step None with digest \w{24}", agreed["base"])  # every process has the same one
     for name, value in leaves(state.params):
         np.testing.assert_array_equal(value, own[name], err_msg=name)
     for changes, told in (
@@ -283,3 +287,20 @@ def test_split_and_join_are_inverse_and_the_table_counts_what_is_trained(tmp_pat
     whole = load_config(write_tuning_file(tmp_path, "sft", router={"update": "frozen"})).config
     head, *rows = trainable_table(whole, abstract_params(whole, None))
     assert "the router is frozen" in head and not rows
+
+
+def test_a_router_that_moves_by_its_adapter_keeps_the_balance_loss_of_the_checkpoint(make_tuning_config):
+    """However `targets` name it; only a router that stays as it is needs none."""
+    own = MixtralConfig.model_fields["router_aux_loss_coef"].default
+    for targets, update, coefficient, told in (
+        (["all-linear"], None, own, "; the router moves by its adapter alone"),
+        ("gate", "frozen", own, "; the router moves by its adapter alone"),
+        (["q_proj", "gate"], 0.5, own, ""),
+        (["q_proj"], None, 0, "; the router is frozen"),
+        (None, None, 0, "; the router is frozen"),
+    ):
+        lora = {"rank": 2} | ({} if targets is None else {"targets": targets})
+        config = make_tuning_config("sft", lora=lora, router={"update": update})
+        assert config.router.router_aux_loss_coef == coefficient, targets
+        head = trainable_table(config, abstract_params(config, None))[0]
+        assert head.endswith("rank 2, scale 16" + told), targets

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from mixtral_jax.train.build import reference_line
 from mixtral_jax.train.preference.config import DpoConfig
 
 REFUSED_CONFIGS = [
@@ -49,3 +50,15 @@ def test_aot_refuses_accumulation_unless_asked():
     DpoConfig(loss_type="aot").check_accumulation(1)
     DpoConfig(loss_type="aot", aot_per_micro_batch=True).check_accumulation(2)
     DpoConfig().check_accumulation(8)
+
+
+def test_a_reference_that_the_policy_does_not_begin_as_is_said(make_tuning_config):
+    lora = {"rank": 2, "alpha": 4.0, "rslora": False, "targets": ["q_proj"], "modules_to_save": []}
+    for begun, dpo, told in (
+        (None, {}, "lora_base"),
+        ("adapter", {}, "lora_base: without the adapter adapter, so the policy differs from it at step 0"),
+        ("adapter", {"reference": "frozen"}, "frozen: without the adapter adapter, so the policy differs from it at "),
+        ("adapter", {"loss_type": "simpo"}, "none"),
+    ):
+        line = reference_line(make_tuning_config("dpo", lora=lora | {"init_from": begun}, dpo=dpo))
+        assert line.startswith(told) and (":" in line) == (":" in told)

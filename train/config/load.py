@@ -180,6 +180,7 @@ def json_schema(stage: str) -> dict[str, Any]:
         "properties": {"preset": {"enum": list(PRESETS), "type": "string"}},
         "required": ["preset"],
     }
+    schema["required"].remove("model")  # init_from may say it
     schema["properties"]["model"] = {"anyOf": [preset, schema["properties"]["model"], {"type": "null"}]}
     return schema
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.lora import LoraConfig
+from mixtral_jax.lora import ROUTER, LoraConfig
 from mixtral_jax.parallel import MeshConfig
 from mixtral_jax.train.checkpoints import CheckpointConfig, EarlyStoppingConfig, watching_problems
 from mixtral_jax.train.hooks import EvalConfig, LogConfig, SampleConfig
@@ -107,7 +107,7 @@ class RunConfig(FrozenConfig):
             raise ValueError("is no name of a directory")
         return name
 
-    @field_validator("steps", mode="before")
+    @field_validator("steps", mode="before", json_schema_input_type=Annotated[int, Field(ge=0)] | None)
     @classmethod
     def _null_is_zero(cls, steps: Any) -> Any:
         return 0 if steps is None else steps
@@ -241,11 +241,16 @@ class TunedRouterConfig(RouterConfig):
         "hf_pooled", description="the released checkpoints' own definition, or per_layer, that of pretraining here"
     )
     router_aux_loss_coef: float = Field(
-        0.02, ge=0, description="not set: model.router_aux_loss_coef, the checkpoint's own, or 0 with a frozen router"
+        0.02,
+        ge=0,
+        description="not set: model.router_aux_loss_coef, the checkpoint's own, or 0 with a frozen router "
+        "without an adapter",
     )
     router_z_loss_coef: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
     update: Literal["train", "frozen"] | float = Field(
-        "train", description="train, frozen (not set: so under lora), or a factor on the router's learning rate"
+        "train",
+        description="train, frozen (not set: so under lora), or a factor on the router's learning rate; its "
+        "adapter, where lora.targets name gate, learns as the others do",
     )
 
     @model_validator(mode="after")
@@ -282,7 +287,8 @@ class TuningConfig(RunConfig):
             own = MixtralConfig.model_fields["router_aux_loss_coef"].default
             if isinstance(model, Mapping):
                 own = model.get("router_aux_loss_coef", own)
-            router.setdefault("router_aux_loss_coef", 0.0 if router["update"] == "frozen" else own)
+            still = router["update"] == "frozen" and not _adapts_router(values.get("lora"))
+            router.setdefault("router_aux_loss_coef", 0.0 if still else own)
             settled["router"] = router
         return settled
 
@@ -310,6 +316,13 @@ class TuningConfig(RunConfig):
     @property
     def neftune(self) -> float:
         return self.neftune_noise_alpha
+
+
+def _adapts_router(lora: Any) -> bool:
+    try:
+        return LoraConfig(targets=lora["targets"]).adapts(ROUTER)
+    except (TypeError, KeyError, ValueError):  # none, those of default, or what is said where all is checked
+        return False
 
 
 class SftConfig(TuningConfig):

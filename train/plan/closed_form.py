@@ -56,15 +56,16 @@ class Roofline(NamedTuple):
 def useful_per_token(config: RunConfig, attention: Literal["causal", "full"]) -> float:
     """FLOPs of one token: MixtralConfig.flops_per_token as the stage has it.
 
-    Under LoRA the frozen matrices have no gradient, which is a third of their work, and the adapters are trained
-    beside them; a live reference of DPO is one more forward pass over everything.
+    Under LoRA the frozen matrices have no gradient, which is a third of their work, and adapters, perhaps head and
+    router too, are trained beside them; a live reference of DPO is one more forward pass over everything.
     """
     model = config.model
     whole = model.flops_per_token(config.seq_len, attention) * (1 + asks_reference(config) / 3)
     if config.adapters is None:
         return whole
     dense, experts = placement.adapter_params(config)
-    return whole - model.matmul_flops + 6 * (dense + experts * model.num_experts_per_tok / model.num_local_experts)
+    used = dense + experts * model.num_experts_per_tok / model.num_local_experts
+    return whole - model.matmul_flops + 6 * used + 2 * sum(placement.thawed_params(config))
 
 
 def useful(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
@@ -87,7 +88,8 @@ def flops(config: RunConfig, sizes: Mapping[str, int]) -> Flops:
     dense_adapters, expert_adapters = placement.adapter_params(config)
     dense = layers * (own.attention + own.router * sizes["tensor"])
     dots = dense * (once + again.dense) + dense_adapters * (3 + again.dense)
-    dots += own.head * (once + (config.stage == "dpo"))
+    router, head = placement.thawed_params(config)
+    dots += own.head * (once + (config.stage == "dpo")) + head + router * sizes["tensor"]
     up = 2 / 3 * again.experts
     experts = layers * model.num_local_experts * own.expert * (once + up) + expert_adapters * (3 + up)
     pairs = attention_pairs(config.seq_len, model.sliding_window)
@@ -139,7 +141,9 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     compute_bytes = placement.compute_bytes(config)
     reduce_bytes = max(compute_bytes, 4 if config.compute.reduce_dtype == "float32" else 2)
     # gathered for the forward, again for the backward, once for a reference, and the gradient's way back
-    passes = 2 + asks_reference(config) + (reduce_bytes / compute_bytes if config.adapters is None else 0)
+    back, lora = reduce_bytes / compute_bytes, config.adapters
+    passes = 2 + asks_reference(config) + back * (lora is None)
+    whole = 0.0 if lora is None else own.head * len(lora.whole) + layers * own.router * (config.router_factor > 0)
     trips = 4 + recomputes(config, sizes).rows  # there and back, forward and backward
     shards = "+".join(axis for axis in ("fsdp", "expert") if sizes[axis] > 1)
     sent = defaultdict[str, float](float)
@@ -151,7 +155,7 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
             sent[axes] += config.accumulation * compute_bytes * numbers * (count - 1) / count
 
     send("fsdp", passes * experts)
-    send(shards, passes * dense)
+    send(shards, passes * dense + back * whole)
     if sizes["data"] > 1:  # once, behind all micro-batches
         sent["data"] = reduce_bytes * 2 * placement.resident(config, sizes)["parameters"] / 4
     if not model.is_dense:

@@ -83,11 +83,24 @@ def resident(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def adapter_params(config: RunConfig) -> tuple[int, int]:
-    """(attention, experts): trained parameters of the adapters of all layers."""
+    """(attention, experts): trained parameters of the adapters of all layers, but the router's (see thawed_params)."""
     held = _held(config.model, config.adapters, tuple((axis, 1) for axis in MESH_AXES))
-    rooms = ("layers.attention.", "layers.moe.")
+    rooms = ("layers.attention.", "layers.moe.w")
     attention, experts = (sum(n for p, n in held.items() if p.startswith(r) and is_adapter(p)) // 4 for r in rooms)
     return attention, experts
+
+
+def thawed_params(config: RunConfig) -> tuple[int, int]:
+    """(router, head): parameters of the base whose products have gradients under adapters.
+
+    The router's where it is trained or has an adapter, for that is added to it before it is multiplied.
+    """
+    lora, own = config.adapters, config.model.matmul_params
+    if lora is None:
+        return 0, 0
+    head = "embed.weight" if config.model.tie_word_embeddings else "head.weight"
+    router = config.router_factor > 0 or lora.adapts("moe.router")
+    return config.model.num_hidden_layers * own.router * router, own.head * (head in lora.whole)
 
 
 @functools.cache
