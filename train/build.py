@@ -97,7 +97,6 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     }.items():
         for line in lines:
             say(f"{title:>8}  {line}")
-
     share = batch_share(mesh, config.rows_per_micro_batch)
     started, noted = pin_base(config, found and found.meta.get("base"))
     agree(base="none" if noted is None else f"step {noted['step']} with digest {noted['digest']}")

@@ -51,7 +51,7 @@ class SparseMoe(nnx.Module):
         experts = {**layers, "experts": config.num_local_experts}
         hidden, ffn = {"expert_embed": config.hidden_size}, {"ffn": config.intermediate_size}
         routes = {"embed": config.hidden_size, "router_experts": config.num_local_experts}
-        wide = {"reduce_dtype": "float32"}  # of the router, as all of its maths
+        wide: dict[str, Any] = {"reduce_dtype": "float32"}  # of the router, as all of its maths
 
         def value(index: int, shape: dict[str, int]) -> jax.Array:
             normal = jax.random.normal(jax.random.fold_in(key, index), tuple(shape.values()), dtype)
