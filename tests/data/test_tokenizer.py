@@ -266,3 +266,28 @@ def test_what_else_ends_a_text_stands_in_generation_config(tmp_path: Path) -> No
     for value, ends in ([2, 7], (2, 7)), (5, (5,)), (None, ()):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         assert load_tokenizer(tmp_path).ends == ends
+
+
+def _symbols(path: Path, symbols: list[str], prefix: bool) -> SentencePieceTokenizer:
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world, a and b think", "hello again"] * 9), model_prefix=str(path),
+        model_type="bpe", vocab_size=320, hard_vocab_limit=False, byte_fallback=True, user_defined_symbols=symbols,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
+    )  # fmt: skip
+    return SentencePieceTokenizer(path.with_suffix(".model"))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("symbols", [["<think>", "<|im_end|>"], ["ll", "<"], ["<a>", "<b>"], ["▁▁", "▁▁▁"]])
+def test_symbols_of_a_sentencepiece_model_keep_their_ids_in_tokenizer_json(
+    tmp_path: Path, symbols: list[str], prefix: bool
+) -> None:
+    ours = _symbols(tmp_path / "m", symbols, prefix)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(as_json(ours)))
+    theirs.encode_special_tokens = True
+    assert theirs.get_vocab_size() == ours.vocab_size
+    for symbol in (s.replace("▁", " ") for s in symbols):
+        for text in (f"{a}{symbol}{b}" for a in ("", "hello", "a ", symbol) for b in ("", "world", " b", "  b")):
+            ids = ours.encode(text)
+            assert theirs.encode(text, add_special_tokens=False).ids == ids, text
+            assert theirs.decode(ids) == ours.decode(ids) == text
