@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.convert import table
-from mixtral_jax.convert.adapter import NativeAdapter
+from mixtral_jax.convert.adapter import WHOLE, NativeAdapter
 from mixtral_jax.convert.models import read_leaf
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
@@ -72,7 +72,7 @@ def merged(leaves: dict[str, np.ndarray], scale: float) -> dict[str, jax.Array]:
 def write_native(directory: Path, config: MixtralConfig, lora: LoraConfig, leaves: dict, base: str | None) -> Path:
     """An adapter directory of ours, by Orbax itself."""
     directory.mkdir()
-    checkpoint.save(directory / "params", adapter_tree(leaves))
+    checkpoint.save(directory / "params", adapter_tree(leaves, lora.modules_to_save))
     note = {"format": 1, "base": base, "lora": lora.model_dump(mode="json"), "model": config.model_dump(mode="json")}
     (directory / "adapter.json").write_text(json.dumps(note))
     return directory
@@ -83,6 +83,7 @@ def stored_leaves(adapter: NativeAdapter) -> dict[str, np.ndarray]:
     return {leaf.path: read_leaf(adapter, leaf) for leaf in table.leaves(adapter.config, adapter.lora)}
 
 
-def adapter_tree(leaves: dict) -> dict:
-    """The adapter leaves alone, nested."""
-    return unflatten_dict({name: value for name, value in leaves.items() if is_adapter(name)}, sep=".")
+def adapter_tree(leaves: dict, whole: tuple[str, ...] = ()) -> dict:
+    """The adapter leaves alone, nested; and those of `whole`, by PEFT's names."""
+    kept = {name: value for name, value in leaves.items() if is_adapter(name) or WHOLE.get(name) in whole}
+    return unflatten_dict(kept, sep=".")
