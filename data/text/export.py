@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.formats import CONTENT, EOS, TOOL_TOKENS, TemplateFormat, TurnFormat
-from mixtral_jax.data.text.jinja import recognise
+from mixtral_jax.data.text.jinja import CHAT, recognise
 from mixtral_jax.data.text.template import load_template, usual_template
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -70,8 +71,9 @@ def tokenizer_files(
     return out
 
 
-def token_ids(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, list[int]]:
-    """The ids of each text by the tokenizer in these files.
+def tokenizer_facts(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, Any]:
+    """What two tokenizers must have in common: the ids of each text behind BOS, EOS, what ends a text, and a chat's ids
+    (its template where that is of no known format).
 
     Raises:
         ValueError: they hold no tokenizer.
@@ -80,7 +82,14 @@ def token_ids(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, lis
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
         tokenizer = load_tokenizer(scratch)
-    return {text: tokenizer.encode(text) for text in texts}
+    facts: dict[str, Any] = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
+    facts |= {"EOS": tokenizer.eos_id, "what ends a text": sorted({tokenizer.eos_id, *tokenizer.ends})}
+    if tokenizer.chat_template is not None:
+        try:
+            facts["a chat"] = encode_prompt(CHAT, load_template(None, tokenizer))
+        except ValueError:
+            facts["a chat"] = tokenizer.chat_template
+    return facts
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, int]:
