@@ -11,7 +11,7 @@ import pytest
 import sentencepiece as spm
 import tokenizers
 
-from mixtral_jax.data.text.export import as_json
+from mixtral_jax.data.text.export import as_json, tokenizer_files
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from mixtral_jax.data.train_tokenizer import train_sentencepiece, train_tokenizer
 
@@ -291,3 +291,25 @@ def test_symbols_of_a_sentencepiece_model_keep_their_ids_in_tokenizer_json(
             ids = ours.encode(text)
             assert theirs.encode(text, add_special_tokens=False).ids == ids, text
             assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("added_tokens.json", "<x>"), ("generation_config.json", "eos_token_id"), ("special_tokens_map.json", "eos_token")]
+    + [("tokenizer_config.json", key) for key in ("bos_token", "pad_token", "added_tokens_decoder", "chat_template")],
+)
+def test_files_beside_a_tokenizer_are_read_or_refused_in_one_sentence(tmp_path: Path, name: str, key: str) -> None:
+    shutil.copy(MODEL, tmp_path)
+    odd = [0, -1, 1.5, True, "x", None, [], {}, [1], ["x"], [[]], {"1": "x"}, {"x": 1}, {"content": 1}, {"9999": {}}]
+    refused = 0
+    for content in [*({key: value} for value in odd), [], "x", 1]:
+        (tmp_path / name).write_text(json.dumps(content))
+        try:
+            tokenizer_files(load_tokenizer(tmp_path))
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{tmp_path / name}: ") and "\n" not in str(error)
+    assert refused >= 9
+    (tmp_path / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=f"{name}: Invalid JSON"):
+        load_tokenizer(tmp_path)
