@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
     from mixtral_jax.convert import load, save_hf
-    from mixtral_jax.data.text import token_ids, tokenizer_files
+    from mixtral_jax.data.text import tokenizer_facts, tokenizer_files
     from mixtral_jax.model import Mixtral, abstract_model
     from mixtral_jax.train.config import read_config as load_config
     from mixtral_jax.train.read_model import read_tokenizer as load_tokenizer
@@ -30,12 +30,12 @@ _PLACES = {
     "load_config": "train.config:read_config",
     "load_tokenizer": "train.read_model:read_tokenizer",
     "save_hf": "convert:save_hf",
-    "token_ids": "data.text:token_ids",
+    "tokenizer_facts": "data.text:tokenizer_facts",
     "tokenizer_files": "data.text:tokenizer_files",
 }
 __all__ = [
     "ComputeConfig", "Mixtral", "MixtralConfig", "MoeConfig", "Trainer", "abstract_model", "generate", "load",
-    "load_config", "load_tokenizer", "save_hf", "token_ids", "tokenizer_files",
+    "load_config", "load_tokenizer", "save_hf", "tokenizer_facts", "tokenizer_files",
 ]  # fmt: skip
 
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):

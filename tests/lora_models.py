@@ -72,8 +72,7 @@ def merged(leaves: dict[str, np.ndarray], scale: float) -> dict[str, jax.Array]:
 def write_native(directory: Path, config: MixtralConfig, lora: LoraConfig, leaves: dict, base: str | None) -> Path:
     """An adapter directory of ours, by Orbax itself."""
     directory.mkdir()
-    whole = unflatten_dict({name: leaves[name] for name in lora.whole}, sep=".")
-    checkpoint.save(directory / "params", adapter_tree(leaves) | whole)
+    checkpoint.save(directory / "params", adapter_tree(leaves, lora.whole))
     note = {"format": 1, "base": base, "lora": lora.model_dump(mode="json"), "model": config.model_dump(mode="json")}
     (directory / "adapter.json").write_text(json.dumps(note))
     return directory
@@ -84,6 +83,7 @@ def stored_leaves(adapter: NativeAdapter) -> dict[str, np.ndarray]:
     return {leaf.path: read_leaf(adapter, leaf) for leaf in table.leaves(adapter.config, adapter.lora)}
 
 
-def adapter_tree(leaves: dict) -> dict:
-    """The adapter leaves alone, nested."""
-    return unflatten_dict({name: value for name, value in leaves.items() if is_adapter(name)}, sep=".")
+def adapter_tree(leaves: dict, whole: tuple[str, ...] = ()) -> dict:
+    """The adapter leaves alone, nested; and those of `whole`."""
+    kept = {name: value for name, value in leaves.items() if is_adapter(name) or name in whole}
+    return unflatten_dict(kept, sep=".")

@@ -2,7 +2,7 @@
 
 from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.examples import Documents, text_documents, token_dtype, tuning_documents
-from mixtral_jax.data.text.export import token_ids, tokenizer_files
+from mixtral_jax.data.text.export import tokenizer_facts, tokenizer_files
 from mixtral_jax.data.text.layouts import VERSION as LAYOUT_VERSION
 from mixtral_jax.data.text.layouts import columns, layouts_of
 from mixtral_jax.data.text.template import Template, load_template, usual_template

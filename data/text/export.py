@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.data.text.chat import encode_prompt
 from mixtral_jax.data.text.formats import CONTENT, EOS, TOOL_TOKENS, TemplateFormat, TurnFormat
-from mixtral_jax.data.text.jinja import recognise
+from mixtral_jax.data.text.jinja import CHAT, recognise
 from mixtral_jax.data.text.template import load_template, usual_template
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # types of a SentencePiece model's pieces
 _BPE = 2  # type of a model
+_PRIVATE = 0xF0000  # from here on Unicode has characters for private use
 
 
 def tokenizer_files(
@@ -32,7 +34,9 @@ def tokenizer_files(
         with tempfile.TemporaryDirectory(prefix="mixtral-jax-tokenizer-") as scratch:
             for name, content in tokenizer.items():
                 (Path(scratch) / name).write_bytes(content)
-            return dict(tokenizer) | tokenizer_files(load_tokenizer(scratch), template)
+            loaded = load_tokenizer(scratch)
+        others = {name: content for name, content in tokenizer.items() if name not in loaded.files}
+        return others | tokenizer_files(loaded, template)
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     out = dict(tokenizer.files)
     config = json.loads(out.get("tokenizer_config.json", b"{}"))
@@ -67,8 +71,9 @@ def tokenizer_files(
     return out
 
 
-def token_ids(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, list[int]]:
-    """The ids of each text by the tokenizer in these files.
+def tokenizer_facts(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, Any]:
+    """What two tokenizers must have in common: the ids of each text behind BOS, EOS, what ends a text, and a chat's ids
+    (its template where that is of no known format).
 
     Raises:
         ValueError: they hold no tokenizer.
@@ -77,7 +82,14 @@ def token_ids(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, lis
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
         tokenizer = load_tokenizer(scratch)
-    return {text: tokenizer.encode(text) for text in texts}
+    facts: dict[str, Any] = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
+    facts |= {"EOS": tokenizer.eos_id, "what ends a text": sorted({tokenizer.eos_id, *tokenizer.ends})}
+    if tokenizer.chat_template is not None:
+        try:
+            facts["a chat"] = encode_prompt(CHAT, load_template(None, tokenizer))
+        except ValueError:
+            facts["a chat"] = tokenizer.chat_template
+    return facts
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, int]:
@@ -97,6 +109,8 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
     A space goes in front of each text that begins or follows a control token, as SentencePiece puts it in front of a
     text: `Prepend` does that whatever the text begins with, `Metaspace` only where it does not begin with a space.
+    A symbol of the model's own (type user-defined) is no added token, behind which there would be another space: a
+    private character stands for it, which is the piece's name there.
 
     Raises:
         ValueError: the model is not BPE, or changes texts before it cuts them.
@@ -111,12 +125,15 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         raise ValueError("only SentencePiece models of kind BPE without normalisation can be written as tokenizer.json")
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefix = [{"type": "Prepend", "prepend": "▁"}] if rules.add_dummy_prefix else []
-    decoders: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    symbols = {p.piece: chr(_PRIVATE + i) for i, p in enumerate(proto.pieces) if p.type == _USER}
+    longest = sorted(symbols, key=len, reverse=True)
+    hide = [{"type": "Replace", "pattern": {"String": piece}, "content": symbols[piece]} for piece in longest]
+    decoders: list[dict[str, Any]]
+    decoders = [{"type": "Replace", "pattern": {"String": symbols[piece]}, "content": piece} for piece in longest]
+    decoders += [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    marked = [
-        (i, p.piece, p.type != _USER) for i, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL, _USER)
-    ]
+    marked = [(i, p.piece, True) for i, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL)]
     marked += [(i, word, word in tokenizer.controls) for word, i in tokenizer.words.items()]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     bos = tokenizer.piece_of(tokenizer.bos_id)
@@ -128,7 +145,7 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": piece, **flags, "special": special} for i, piece, special in marked],
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, space]},
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, space, *hide]},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -146,7 +163,7 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": proto.trainer_spec.byte_fallback,
             "ignore_merges": False,
-            "vocab": {p.piece: i for i, p in enumerate(proto.pieces)},
+            "vocab": {symbols.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)},
             "merges": _merges(proto.pieces),
         },
     }

@@ -9,7 +9,7 @@ from mixtral_jax.data.text.formats import BUILT_IN, CONTENT, EOS, TemplateFormat
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-_CHAT: tuple[Message, ...] = (
+CHAT: tuple[Message, ...] = (
     {"role": "user", "content": " a\n b  "},
     {"role": "assistant", "content": " c  d \n "},
     {"role": "user", "content": "e "},
@@ -30,8 +30,8 @@ def _recognise(jinja: str, bos: str, eos: str) -> TemplateFormat | None:
     def asked(chat: Sequence[Message], prompt: bool) -> str | None:
         return _rendered(jinja, chat, prompt, bos, eos)
 
-    plain = [(chat, prompt, asked(chat, prompt)) for chat, prompt in ((_CHAT, True), (_CHAT[:2], False))]
-    whole = [(chat, prompt, asked(chat, prompt)) for chat, prompt in (((_SYSTEM, *_CHAT), True),)]
+    plain = [(chat, prompt, asked(chat, prompt)) for chat, prompt in ((CHAT, True), (CHAT[:2], False))]
+    whole = [(chat, prompt, asked(chat, prompt)) for chat, prompt in (((_SYSTEM, *CHAT), True),)]
     same = [
         fmt
         for fmt in itertools.chain.from_iterable(map(_variants, BUILT_IN.values()))

@@ -1,9 +1,10 @@
 """The files beside a tokenizer: what they call its special tokens, which pieces they add, its chat template."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (
@@ -15,23 +16,53 @@ FILES = (
 )
 
 
+class _Token(BaseModel):
+    content: str
+
+
+class _Named(BaseModel):
+    name: str
+    template: str
+
+
+_Special = str | _Token | None
+
+
+class _Side(BaseModel):
+    """The keys that are read, of the kinds that transformers writes; each file has some of them."""
+
+    model_config = ConfigDict(strict=True)
+
+    bos_token: _Special = None
+    eos_token: _Special = None
+    pad_token: _Special = None
+    added_tokens_decoder: dict[int, _Token] | None = None
+    chat_template: str | list[_Named] | None = None  # of several, each with its name
+    eos_token_id: int | list[int] | None = None
+
+
+_T = TypeVar("_T")
+_SIDE, _ADDED = TypeAdapter(_Side), TypeAdapter(dict[str, int])
+
+
 def side_files(side: Path) -> dict[str, bytes]:
     """What a directory says of its tokenizer beside the tokenizer itself."""
     return {name: (side / name).read_bytes() for name in FILES if (side / name).is_file()}
 
 
-def _json_file(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: TypeAdapter[_T]) -> _T:
     try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+        return kind.validate_json(path.read_bytes() if path.is_file() else b"{}", strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f": {first['loc'][0]}" if first["loc"] else ""
+        raise ValueError(f"{path}{where}: {first['msg']}") from None
 
 
 def named(side: Path, key: str) -> list[str]:
     """What the files in a directory call a special token, such as eos_token."""
-    values = [_json_file(side / name).get(key) for name in _SIDE_FILES]
-    values = [value.get("content") if isinstance(value, dict) else value for value in values]
+    found: list[_Special] = [getattr(_read(side / name, _SIDE), key) for name in _SIDE_FILES]
+    values = [value.content if isinstance(value, _Token) else value for value in found]
     return [value for value in values if value]
 
 
@@ -42,27 +73,29 @@ def named_id(side: Path, key: str, id_of: Callable[[str], int | None], default: 
 
 def added_tokens(side: Path, size: int) -> dict[str, int]:
     """Pieces with ids from `size` on that the files in a directory add to a SentencePiece model."""
-    added = dict(_json_file(side / "added_tokens.json"))
-    decoder = _json_file(side / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    added |= {token["content"]: int(id_) for id_, token in decoder.items()}
-    return {piece: id_ for piece, id_ in added.items() if isinstance(id_, int) and id_ >= size}
+    added = _read(side / "added_tokens.json", _ADDED)
+    decoder = _read(side / "tokenizer_config.json", _SIDE).added_tokens_decoder or {}
+    added |= {token.content: id_ for id_, token in decoder.items()}
+    return {piece: id_ for piece, id_ in added.items() if id_ >= size}
 
 
 def chat_template_of(side: Path) -> str | None:
     """The directory's chat template, in jinja."""
-    if (side / "chat_template.jinja").is_file():
-        return (side / "chat_template.jinja").read_text(encoding="utf-8")
+    if (jinja := side / "chat_template.jinja").is_file():
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{jinja} is no text in UTF-8: {error}") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _json_file(side / name).get("chat_template")
-        if isinstance(found, list):  # of several, each with its name
-            found = next((t.get("template") for t in found if t.get("name") == "default"), None)
-        if isinstance(found, str):
+        found = _read(side / name, _SIDE).chat_template
+        if isinstance(found, list):
+            found = next((t.template for t in found if t.name == "default"), None)
+        if found is not None:
             return found
     return None
 
 
 def ends_of(side: Path) -> tuple[int, ...]:
     """The ids of eos_token_id in generation_config.json."""
-    found = _json_file(side / "generation_config.json").get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    return tuple(i for i in found if isinstance(i, int))
+    found = _read(side / "generation_config.json", _SIDE).eos_token_id
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)

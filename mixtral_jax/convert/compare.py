@@ -17,7 +17,7 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import HfSource
 from mixtral_jax.convert.models import load
-from mixtral_jax.convert.pipeline import open_source, write_hf
+from mixtral_jax.convert.pipeline import exported_files, open_source, write_hf
 from mixtral_jax.convert.stream import ChangedSource, ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
 
@@ -68,7 +68,7 @@ class Report:
 
     @property
     def identical(self) -> bool:
-        """Same configuration and token ids, every tensor bit-equal, every pair of logits equal within its tolerance."""
+        """Same configuration and tokenizer, every tensor bit-equal, every pair of logits equal within its tolerance."""
         same = not self.different_tensors and not self.config and all(pair.same for pair in self.logits)
         return same and not self.tokenizers
 
@@ -123,7 +123,7 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
             logits.append(compare_logits("A", "A in transformers", first, other, tolerance=TRANSFORMERS_TOLERANCE))
     theirs = source_b.config.model_dump()
     config = {key: (ours, theirs[key]) for key, ours in source_a.config.model_dump().items() if ours != theirs[key]}
-    tokenizers, more = compare_tokenizers(a, b, source_a.small_files(), source_b.small_files())
+    tokenizers, more = compare_tokenizers(a, b, exported_files(source_a), exported_files(source_b))
     notes += more
     return Report(os.fspath(a), os.fspath(b), len(source_a.slots), differences, config, logits, tokenizers, notes)
 
@@ -131,32 +131,35 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
 def compare_tokenizers(
     a: PathLike, b: PathLike, files_a: Mapping[str, bytes], files_b: Mapping[str, bytes]
 ) -> tuple[list[str], list[str]]:
-    """Texts that have other ids with the tokenizer of B, or with A's and B's as transformers reads them; notes."""
+    """What is not the same with the tokenizer of B, or with A's and B's as transformers reads them; notes.
+
+    Of each, the first fact alone: a text's ids, BOS among them, EOS, what ends a text, a chat's ids.
+    """
     import mixtral_jax  # its front door: tokenizers belong to another room
 
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     notes = []
-    for name, path, files, other in (("A", a, files_a, files_b), ("B", b, files_b, files_a)):
+    for name, path, files in (("A", a, files_a), ("B", b, files_b)):
         if not any(file in files for file in ("tokenizer.model", "tokenizer.json")):
-            notes += [f"tokenizers not compared: {name} has none"] if other else []
             continue
         try:
-            found[name] = mixtral_jax.token_ids(files, TEXTS)
-            if theirs := _transformers_ids(path):
+            found[name] = mixtral_jax.tokenizer_facts(files, TEXTS)
+            if theirs := _transformers_facts(path):
                 found[f"{name} in transformers"] = theirs
         except ValueError as error:
             notes.append(f"tokenizers not compared: {name}: {error}")
-    if len(found) < 2:
+    if not found:
         return [], notes
-    (first, ids), *others = found.items()
-    return [
-        f"tokenizer: {text!r} is {ids[text]} in {first}, {theirs[text]} in {name}"
+    (first, facts), *others = found.items()
+    lacking = [f"tokenizer: {name} has none that can be read" for name in ("A", "B") if name not in found]
+    return lacking + [
+        f"tokenizer: {key!r} is {facts[key]!r} in {first}, {theirs[key]!r} in {name}"
         for name, theirs in others
-        for text in [text for text in TEXTS if ids[text] != theirs[text]][:1]
+        for key in [key for key in facts if key in theirs and facts[key] != theirs[key]][:1]
     ], notes
 
 
-def _transformers_ids(path: PathLike) -> dict[str, list[int]]:
+def _transformers_facts(path: PathLike) -> dict[str, Any]:
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")) or is_remote(path):
         return {}
     if "config.json" not in Directory(path).names() or (Directory(path).local / "params").exists():
@@ -167,8 +170,8 @@ def _transformers_ids(path: PathLike) -> dict[str, list[int]]:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(os.fspath(path))
     except Exception as error:  # whatever it makes of the files
         raise ValueError(f"transformers cannot read it ({error})") from None
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    return {text: tokenizer(text, **options)["input_ids"] for text in TEXTS}
+    ids = {text: tokenizer(text, split_special_tokens=True)["input_ids"] for text in TEXTS}
+    return ids | {"EOS": tokenizer.eos_token_id}
 
 
 def compare_tensors(a: Source, b: Source) -> list[TensorDifference]:

@@ -84,6 +84,8 @@ class ExportedAdapter(ChangedSource):
             lora = lora.model_copy(update={"targets": (*lora.targets, "moe.w1", "moe.w3", "moe.w2")})
         held = {slot.leaf.path for slot in adapter.slots} & WHOLE.keys()
         whole = [replace(slot, name=PEFT + slot.name) for slot in slots(config) if slot.leaf.path in held]
+        embedding = [slot for slot in whole if slot.leaf.path == "embed.weight" and config.tie_word_embeddings]
+        whole += [replace(slot, name=f"{PEFT}lm_head.weight") for slot in embedding]  # PEFT looks for both
         super().__init__(adapter, config, slots(config, lora) + whole)
         self._last = {slot.leaf.path[-1]: slot for slot in adapter.slots}
 
@@ -119,6 +121,8 @@ def peft_config(adapter: AdapterSource, exported: list[Slot], base: str | None) 
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": whole or None,
+        # Without it, PEFT leaves the head what the base's embedding is.
+        "ensure_weight_tying": adapter.config.tie_word_embeddings and "embed_tokens" in whole,
         "rank_pattern": {},
         "alpha_pattern": {},
     }

@@ -43,7 +43,7 @@ class HfSource(TensorSource):
         place = self._place_fused if fused else lambda slot: Place(slot.name, slot.shape)
         self.put_in_place({slot: place(slot) for slot in slots(config)})
         if head is not None:
-            self._check_tied(head, kept["model.embed_tokens.weight"])
+            check_tied(head, kept["model.embed_tokens.weight"], f"config.json of {directory}")
 
     def _place_fused(self, slot: Slot) -> Place:
         prefix = f"model.layers.{slot.layer}.mlp."
@@ -55,17 +55,22 @@ class HfSource(TensorSource):
             return Place(prefix + "experts.down_proj", (E, D, F), slot.expert * D)
         return Place(prefix + "gate.weight" if slot.leaf.path == ROUTER else slot.name, slot.shape)
 
-    def _check_tied(self, head: Tensor, embedding: Tensor) -> None:
-        """A tied model may carry its head a second time; then it must be the embedding."""
-        same = (head.shape, head.code) == (embedding.shape, embedding.code)
-        for start in range(0, head.shape[0], 4096):
-            stop = min(start + 4096, head.shape[0])
-            same = same and head.rows(start, stop).tobytes() == embedding.rows(start, stop).tobytes()
-        if not same:
-            raise ValueError(
-                f"config.json of {self.directory} ties the embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight: set tie_word_embeddings to false"
-            )
+
+def check_tied(head: Tensor, embedding: Tensor, where: str) -> None:
+    """A tied model may carry its head a second time; then it must be the embedding.
+
+    Raises:
+        ValueError: it is another matrix.
+    """
+    same = (head.shape, head.code) == (embedding.shape, embedding.code)
+    for start in range(0, head.shape[0], 4096):
+        stop = min(start + 4096, head.shape[0])
+        same = same and head.rows(start, stop).tobytes() == embedding.rows(start, stop).tobytes()
+    if not same:
+        raise ValueError(
+            f"{where} ties the embeddings, but {head.name} differs from {embedding.name}: set tie_word_embeddings to "
+            "false"
+        )
 
 
 def read_config(directory: Directory) -> dict[str, Any]:

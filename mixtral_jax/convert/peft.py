@@ -20,7 +20,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, write_adapter
 from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
-from mixtral_jax.convert.hf import one_line
+from mixtral_jax.convert.hf import check_tied, one_line
 from mixtral_jax.convert.models import load_config
 from mixtral_jax.convert.safetensors import Tensor, TensorSource, read_tensors
 from mixtral_jax.convert.table import PEFT, A, B, Place, Slot, slots
@@ -43,14 +43,15 @@ class Settings:
     lora: LoraConfig
     base: str | None
     whole: tuple[str, ...]  # modules_to_save
+    ties: bool  # ensure_weight_tying
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
 
-    def of(self, *module: str) -> LoraConfig:
-        """With rank and alpha of one module, by any of its names; a pattern matches the end of one, as in PEFT."""
+    def of(self, module: str) -> LoraConfig:
+        """With rank and alpha of one module; a pattern matches the end of its name, as in PEFT."""
 
         def matching(patterns: dict[str, Any], default: Any) -> Any:
-            found = (v for key, v in patterns.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in module))
+            found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
             return next(found, default)
 
         rank, alpha = matching(self.rank_pattern, self.lora.rank), matching(self.alpha_pattern, self.lora.alpha)
@@ -68,6 +69,7 @@ class _Numbers(BaseModel):
     use_rslora: bool | None = None
     base_model_name_or_path: str | None = None
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
 
@@ -104,7 +106,7 @@ def read_settings(directory: Directory) -> Settings:
     lora = LoraConfig(
         rank=rank, alpha=alpha, rslora=bool(read.use_rslora), dropout=dropout, targets=PEFT_NAMES["all-linear"]
     )
-    return Settings(lora, read.base_model_name_or_path, whole, ranks, alphas)
+    return Settings(lora, read.base_model_name_or_path, whole, bool(read.ensure_weight_tying), ranks, alphas)
 
 
 def _refuse(config: dict[str, Any], where: str) -> None:
@@ -135,7 +137,7 @@ class PeftAdapter(AdapterSource, TensorSource):
         directory = Directory(path)
         self._settings = read_settings(directory)
         self.base, lora = self._settings.base, self._settings.lora
-        tensors = read_tensors(directory, [WEIGHTS])
+        tensors = _without_tied_head(read_tensors(directory, [WEIGHTS]), self._settings, config, directory)
         super().__init__(directory, {}, _with_rows(config, tensors, directory), tensors)
         self._halves: dict[str, bool] = {}
         self._own: dict[str, LoraConfig] = {}  # rank and scale of a slot's module, by the slot's name
@@ -192,8 +194,8 @@ class PeftAdapter(AdapterSource, TensorSource):
             columns = slice(first * E + e, (first + held) * E, E)
             return Place(fused + B, (outputs, rank * E), half * slot.rows, columns)
         name = slot.name.replace(*_GATE) if slot.name.replace(*_GATE) in self.tensors else slot.name
-        module = stem.removeprefix(PEFT)
-        own = self._settings.of(module, module.replace(*_GATE), module.replace(*_GATE) + ".weight")
+        module = stem.removeprefix(PEFT)  # but of the router PEFT adapts the parameter
+        own = self._settings.of(module.replace(*_GATE) + ".weight" if _target(slot) == ROUTER else module)
         self._note(slot, own, own.rank)
         rank_at = 0 if slot.name.endswith(A) else 1
         return Place(name, tuple(own.rank if axis == rank_at else n for axis, n in enumerate(slot.shape)))
@@ -231,6 +233,22 @@ def _for_all(own: list[LoraConfig], lora: LoraConfig) -> LoraConfig:
         return lora
     rank = max(each.rank for each in own)
     return lora.model_copy(update={"rank": rank, "alpha": own[0].scale * rank, "rslora": False})
+
+
+def _without_tied_head(
+    tensors: Mapping[str, Tensor], settings: Settings, config: MixtralConfig, where: Directory
+) -> dict[str, Tensor]:
+    """Without the head that PEFT saves a second time beside the embedding of a base that ties the two."""
+    kept = dict(tensors)
+    if config.tie_word_embeddings and (embedding := kept.get(f"{PEFT}model.embed_tokens.weight")):
+        if "embed_tokens" in settings.whole and not settings.ties:
+            raise ValueError(
+                f"{where}/{CONFIG}: modules_to_save names embed_tokens without ensure_weight_tying, so the head stays "
+                "the base's in PEFT, while here it is the embedding: untie the base, or train it with that set"
+            )
+        if head := kept.pop(f"{PEFT}lm_head.weight", None):
+            check_tied(head, embedding, f"the base of {where}")
+    return kept
 
 
 def _with_rows(config: MixtralConfig, tensors: Mapping[str, Tensor], where: Directory) -> MixtralConfig:

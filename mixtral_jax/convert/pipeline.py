@@ -70,7 +70,7 @@ def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, forc
     """Any source to an Orbax model directory."""
     check_destination(dst, force=force, local=True)
     dtype_of = chosen_dtype(source, dtype)
-    small = None if source.template() is None else _exported(source)
+    small = None if source.template() is None else exported_files(source)
     write(source, dst, OrbaxSink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
 
 
@@ -93,11 +93,12 @@ def write_hf(
     if progress:
         names = sorted({dtype_of(s).name for s in source.slots})
         print(f"{dst}: {_bytes(source, dtype_of):,} bytes of weights in {', '.join(names)}", file=sys.stderr)
-    small = _exported(source) if small is None else small
+    small = exported_files(source) if small is None else small
     write(source, dst, sink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
 
 
-def _exported(source: Source) -> Mapping[str, bytes]:
+def exported_files(source: Source) -> Mapping[str, bytes]:
+    """The files of its tokenizer, with all that transformers needs to give the same ids."""
     files = source.small_files()
     if not any(name in files for name in ("tokenizer.model", "tokenizer.json")):
         return files

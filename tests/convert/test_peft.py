@@ -309,6 +309,27 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, base):
     assert read_hub(tmp_path / "out")["lm_head.weight"].shape == (40, 24)
 
 
+def test_an_embedding_that_is_the_head_too_is_said_to_be(tmp_path):
+    tied = {**TINY, "tie_word_embeddings": True}
+    write_hub(tmp_path / "base", tied, random_tensors(tied))
+    write_hub(tmp_path / "untied", TINY, random_tensors(TINY))
+    lora = LoraConfig(rank=3, targets=("attention.query",), modules_to_save=("embed_tokens",))
+    leaves = random_leaves(TINY, lora) | {"embed.weight": np.ones((37, 24), np.float32)}
+    for name, shape in ("tied", tied), ("native", TINY):
+        write_native(tmp_path / name, MixtralConfig.from_hf(shape), lora, leaves, str(tmp_path / "base"))
+    lora2peft(tmp_path / "tied", tmp_path / "peft", progress=False)
+    assert json.loads((tmp_path / "peft" / CONFIG).read_text())["ensure_weight_tying"] is True
+    peft2lora(tmp_path / "peft", tmp_path / "back", progress=False)
+    says(tmp_path / "peft", ensure_weight_tying=False)
+    with pytest.raises(ValueError, match="embed_tokens without ensure_weight_tying, so the head stays the base's"):
+        peft2lora(tmp_path / "peft", tmp_path / "out", progress=False)
+    says(tmp_path / "peft", modules_to_save=None)  # as saved after resize_token_embeddings: the base's own, tied
+    peft2lora(tmp_path / "peft", tmp_path / "resized", progress=False)
+    for adapter, base in ("tied", "untied"), ("native", "base"):
+        with pytest.raises(ValueError, match="another base: tie_word_embeddings is"):
+            merge_lora(tmp_path / base, tmp_path / "out", adapter=tmp_path / adapter, progress=False)
+
+
 def test_native_directories_that_are_refused(tmp_path):
     leaves, shape = random_leaves(TINY, LORA), MixtralConfig.from_hf(TINY)
     write_native(tmp_path / "rank", shape, LORA.model_copy(update={"rank": 4}), leaves, None)

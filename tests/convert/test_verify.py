@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -126,5 +127,22 @@ def test_tokenizers_are_compared(tmp_path):
     other = {"tokenizer.json": json.dumps(theirs).encode()}
     (line,), notes = compare_tokenizers(tmp_path, tmp_path, ours, other)
     assert line.startswith("tokenizer: 'The router' is [") and line.endswith("in B") and not notes
-    assert compare_tokenizers(tmp_path, tmp_path, ours, {}) == ([], ["tokenizers not compared: B has none"])
+    assert compare_tokenizers(tmp_path, tmp_path, ours, {}) == (["tokenizer: B has none that can be read"], [])
+    assert compare_tokenizers(tmp_path, tmp_path, {}, {}) == ([], [])
     assert "is not a tokenizer.json" in compare_tokenizers(tmp_path, tmp_path, ours, {"tokenizer.json": b"{}"})[1][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<unk>"}, "'EOS' is 2 in A, 0 in B"),
+        ("tokenizer_config.json", {"bos_token": "<unk>"}, r"'The router' is \[1, .* in A, \[0, .* in B"),
+        ("generation_config.json", {"eos_token_id": [2, 7]}, r"'what ends a text' is \[2\] in A, \[2, 7\] in B"),
+        ("chat_template.jinja", "{{ bos_token }}{{ messages[0].content }}", "'a chat' is .* in A, '{{ bos_token }}"),
+    ],
+)
+def test_what_else_tokenizers_say_is_compared(tmp_path, name, changes, told):
+    ours = mj.tokenizer_files(MODEL, "zephyr")
+    changed = changes if isinstance(changes, str) else json.dumps(json.loads(ours[name]) | changes)
+    lines, notes = compare_tokenizers(tmp_path, tmp_path, ours, ours | {name: changed.encode()})
+    assert len(lines) == 1 and re.match(f"tokenizer: {told}", lines[0]) and not notes

@@ -85,6 +85,8 @@ def test_what_belongs_to_a_tokenizer_is_made_or_kept(tmp_path: Path) -> None:
     assert json.loads(files["generation_config.json"])["eos_token_id"] == 2
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    old = {"tokenizer.model": MODEL.read_bytes(), "chat_template.json": b'{"chat_template": "other"}', "note.txt": b""}
+    assert tokenizer_files(old, "zephyr") == files | {"note.txt": b""}  # two templates would contradict each other
     again = load_tokenizer(tmp_path)
     assert again.fingerprint() == load_tokenizer(MODEL).fingerprint()
     assert usual_template(again).name == "zephyr"

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece as spm
 import tokenizers
 
-from mixtral_jax.data.text.export import as_json
+from mixtral_jax.data.text.export import as_json, tokenizer_files
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from mixtral_jax.data.train_tokenizer import train_sentencepiece, train_tokenizer
 
@@ -266,3 +266,50 @@ def test_what_else_ends_a_text_stands_in_generation_config(tmp_path: Path) -> No
     for value, ends in ([2, 7], (2, 7)), (5, (5,)), (None, ()):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         assert load_tokenizer(tmp_path).ends == ends
+
+
+def _symbols(path: Path, symbols: list[str], prefix: bool) -> SentencePieceTokenizer:
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world, a and b think", "hello again"] * 9), model_prefix=str(path),
+        model_type="bpe", vocab_size=320, hard_vocab_limit=False, byte_fallback=True, user_defined_symbols=symbols,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
+    )  # fmt: skip
+    return SentencePieceTokenizer(path.with_suffix(".model"))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("symbols", [["<think>", "<|im_end|>"], ["ll", "<"], ["<a>", "<b>"], ["▁▁", "▁▁▁"]])
+def test_symbols_of_a_sentencepiece_model_keep_their_ids_in_tokenizer_json(
+    tmp_path: Path, symbols: list[str], prefix: bool
+) -> None:
+    ours = _symbols(tmp_path / "m", symbols, prefix)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(as_json(ours)))
+    theirs.encode_special_tokens = True
+    assert theirs.get_vocab_size() == ours.vocab_size
+    for symbol in (s.replace("▁", " ") for s in symbols):
+        for text in (f"{a}{symbol}{b}" for a in ("", "hello", "a ", symbol) for b in ("", "world", " b", "  b")):
+            ids = ours.encode(text)
+            assert theirs.encode(text, add_special_tokens=False).ids == ids, text
+            assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("added_tokens.json", "<x>"), ("generation_config.json", "eos_token_id"), ("special_tokens_map.json", "eos_token")]
+    + [("tokenizer_config.json", key) for key in ("bos_token", "pad_token", "added_tokens_decoder", "chat_template")],
+)
+def test_files_beside_a_tokenizer_are_read_or_refused_in_one_sentence(tmp_path: Path, name: str, key: str) -> None:
+    shutil.copy(MODEL, tmp_path)
+    odd = [0, -1, 1.5, True, "x", None, [], {}, [1], ["x"], [[]], {"1": "x"}, {"x": 1}, {"content": 1}, {"9999": {}}]
+    refused = 0
+    for content in [*({key: value} for value in odd), [], "x", 1]:
+        (tmp_path / name).write_text(json.dumps(content))
+        try:
+            tokenizer_files(load_tokenizer(tmp_path))
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{tmp_path / name}: ") and "\n" not in str(error)
+    assert refused >= 9
+    (tmp_path / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=f"{name}: Invalid JSON"):
+        load_tokenizer(tmp_path)

@@ -167,7 +167,7 @@ IMPORTS: dict[str, dict[str, Any]] = {
     "all-linear": dict(target_modules="all-linear"),
     "patterns": dict(
         target_modules=["q_proj", "v_proj", "gate"], rank_pattern={"v_proj": 8, "layers.0.self_attn.q_proj": 2},
-        alpha_pattern={"v_proj": 12, "gate.weight": 5},
+        alpha_pattern={"v_proj": 12, "gate": 9, "gate.weight": 5},  # PEFT adapts a parameter, and never asks for "gate"
     ),
     "one pattern for all": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 16}),
     "rsLoRA with patterns": dict(target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 7}, use_rslora=True),
@@ -213,6 +213,24 @@ def test_what_peft_trains_is_merged_and_comes_in(plain, tmp_path, name):
         lora2peft(tmp_path / "native", tmp_path / "out", base=tmp_path / "orbax", progress=False)
         back = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         np.testing.assert_allclose(logits(back), want, atol=3e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tied_embedding_that_is_trained_whole_stays_tied(tmp_path):
+    build(tmp_path / "base", **SPARSE, tie_word_embeddings=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(p.requires_grad * 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path / "peft")
+    peft2lora(tmp_path / "peft", tmp_path / "native", base=tmp_path / "base", progress=False)
+    lora2peft(tmp_path / "native", tmp_path / "out", progress=False)
+    np.testing.assert_allclose(logits(in_peft(tmp_path, "out")), logits(model), atol=3e-5)
+    merge_lora(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "peft", progress=False)
+    got = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    np.testing.assert_allclose(got, logits(model), atol=3e-5)
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rsLoRA"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.convert.compare import compare_tokenizers
 from mixtral_jax.data.text import encode_prompt, load_template, load_tokenizer, tokenizer_files, usual_template
 from mixtral_jax.data.text.chat import encode_chat
 
@@ -129,6 +130,16 @@ def tuned(path: Path) -> Path:
 def _mistral(name: str) -> Path:
     data = pytest.importorskip("mistral_common", reason="needs the released tokenizers (extra: parity)")
     return Path(data.__file__).parent / "data" / name
+
+
+def test_verify_sees_what_transformers_leaves_out(tmp_path: Path) -> None:
+    path = exported(tmp_path / "out", MODEL, "v1")
+    ours = tokenizer_files(MODEL)
+    assert compare_tokenizers(path, tmp_path, ours, ours) == ([], [])
+    changed = json.loads((path / "tokenizer.json").read_text()) | {"post_processor": None}
+    (path / "tokenizer.json").write_text(json.dumps(changed))  # no BOS
+    (line,), _ = compare_tokenizers(path, tmp_path, ours, ours)
+    assert line.startswith("tokenizer: 'The router' is [1, ") and line.endswith("in A in transformers")
 
 
 EXPORTS = {
