@@ -136,9 +136,6 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     marked = [(i, p.piece, True) for i, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL)]
     marked += [(i, word, word in tokenizer.controls) for word, i in tokenizer.words.items()]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    bos = tokenizer.piece_of(tokenizer.bos_id)
-    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     unknown = next((p.piece for p in proto.pieces if p.type == _UNKNOWN), None)
     return {
         "version": "1.0",
@@ -147,12 +144,7 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": piece, **flags, "special": special} for i, piece, special in marked],
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, space, *hide]},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _begin_with(tokenizer.piece_of(tokenizer.bos_id), tokenizer.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
@@ -166,6 +158,18 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "vocab": {symbols.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)},
             "merges": _merges(proto.pieces),
         },
+    }
+
+
+def _begin_with(bos: str, id_: int) -> dict[str, Any]:
+    """A post-processor that puts BOS in front of each text."""
+    texts = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
+    begin = [{"SpecialToken": {"id": bos, "type_id": i}} for i in range(2)]
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin[0], texts[0]],
+        "pair": [begin[0], texts[0], begin[1], texts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [id_], "tokens": [bos]}},
     }
 
 
