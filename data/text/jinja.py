@@ -1,6 +1,8 @@
 """Which of our formats a chat template in jinja is: the one that writes the same for chats made to tell them apart."""
 
 import itertools
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,6 +11,7 @@ from mixtral_jax.data.text.formats import BUILT_IN, CONTENT, EOS, TemplateFormat
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+_STEPS = 100_000  # of one rendering, each a line of Python; a usual template takes some hundreds
 CHAT: tuple[Message, ...] = (
     {"role": "user", "content": " a\n b  "},
     {"role": "assistant", "content": " c  d \n "},
@@ -81,12 +84,31 @@ def _rendered(jinja: str, chat: Sequence[Message], prompt: bool, bos: str, eos: 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    class Bounded(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            size = math.prod(abs(x) if isinstance(x, int | float) else len(x) for x in (left, right))
+            if operator == "**" or size > _STEPS:
+                raise TemplateError("too large a number or text")
+            return super().call_binop(context, operator, left, right)
+
+    steps = itertools.count()
+
+    def step(*_: Any) -> Any:
+        if next(steps) > _STEPS:
+            raise TemplateError("too many steps")
+        return step
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     names: dict[str, Any] = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": prompt}
     names |= {"raise_exception": refuse, "strftime_now": lambda _: "", "tools": None, "documents": None}
+    before = sys.gettrace()
     try:
-        return environment.from_string(jinja).render(messages=[dict(message) for message in chat], **names)
+        template = environment.from_string(jinja)
+        sys.settrace(step)  # of every line of it, for a loop in a loop would have no end
+        return template.render(messages=[dict(message) for message in chat], **names)
     except Exception:  # whatever a stranger's template does wrong
         return None
+    finally:
+        sys.settrace(before)

@@ -67,6 +67,19 @@ def test_others_are_not(jinja: str, tmp_path: Path) -> None:
     assert load_template("v1", tokenizer).format.name == "v1"  # named by a person
 
 
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 'a' * 99999999999 }}",
+    ],
+)
+def test_a_template_without_end_is_of_no_known_format(jinja: str) -> None:
+    assert recognise(jinja, load_tokenizer(MODEL)) is None
+
+
 def test_the_template_of_a_directory_is_used_wherever_it_lies(tmp_path: Path) -> None:
     shutil.copy(MODEL, tmp_path)
     for file, content in {
