@@ -123,14 +123,11 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     plain = not (rules.precompiled_charsmap or rules.remove_extra_whitespaces) and rules.escape_whitespaces
     if proto.trainer_spec.model_type != _BPE or proto.trainer_spec.treat_whitespace_as_suffix or not plain:
         raise ValueError("only SentencePiece models of kind BPE without normalisation can be written as tokenizer.json")
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefix = [{"type": "Prepend", "prepend": "▁"}] if rules.add_dummy_prefix else []
     symbols = {p.piece: chr(_PRIVATE + i) for i, p in enumerate(proto.pieces) if p.type == _USER}
-    longest = sorted(symbols, key=len, reverse=True)
-    hide = [{"type": "Replace", "pattern": {"String": piece}, "content": symbols[piece]} for piece in longest]
-    decoders: list[dict[str, Any]]
-    decoders = [{"type": "Replace", "pattern": {"String": symbols[piece]}, "content": piece} for piece in longest]
-    decoders += [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    longest = sorted(symbols.items(), key=lambda item: len(item[0]), reverse=True)
+    changes = [(" ", "▁"), *longest]
+    decoders = [_replace(new, old) for old, new in reversed(changes)]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     marked = [(i, p.piece, True) for i, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL)]
@@ -142,7 +139,7 @@ def as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": piece, **flags, "special": special} for i, piece, special in marked],
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, space, *hide]},
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, *(_replace(old, new) for old, new in changes)]},
         "pre_tokenizer": None,
         "post_processor": _begin_with(tokenizer.piece_of(tokenizer.bos_id), tokenizer.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
@@ -171,6 +168,10 @@ def _begin_with(bos: str, id_: int) -> dict[str, Any]:
         "pair": [begin[0], texts[0], begin[1], texts[1]],
         "special_tokens": {bos: {"id": bos, "ids": [id_], "tokens": [bos]}},
     }
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
 def _merges(pieces: Any) -> list[list[str]]:
