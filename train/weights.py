@@ -88,7 +88,10 @@ def random_weights(config: RunConfig, abstract: Tree) -> Tree:
     """Random parameters by the seed with the paths and placement of `abstract`, made where they lie."""
     paths = {path for path, _ in leaves(abstract)}
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda: keep(fresh_weights(config), paths.__contains__), out_shardings=shardings)()
+    # runs once: the CPU's compiler takes 15 s for it at its highest level and 3 at its first, with the same numbers
+    once = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    make = lambda: keep(fresh_weights(config), paths.__contains__)  # noqa: E731 - short
+    return jax.jit(make, out_shardings=shardings, compiler_options=once)()
 
 
 def trainable_table(config: RunConfig, abstract: Tree) -> list[str]:
