@@ -30,7 +30,7 @@ sys.exit(launch.main(sys.argv[1:]))
 
 def environment():
     """One CPU device; the tests' compilation cache."""
-    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
+    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": os.getcwd()}
 
 
 def launch(file, *overrides, code=None):
