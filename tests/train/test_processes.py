@@ -182,6 +182,7 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(file, two):
     assert (place(file, "two_of_one") / "samples/8.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_four_processes_with_tensor_across_them_and_ctrl_c_on_one(file, two):
     """From a checkpoint of two processes, on another mesh. Processes that share heads read the same rows."""
     begin_from(file, "two", 4, "four")

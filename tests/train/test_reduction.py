@@ -51,7 +51,7 @@ def _like(tree, by_path):
     return jax.tree.map_with_path(lambda path, _: by_path[tuple(k.key for k in path)], tree)
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all weights", "adapters"])
 def test_the_sum_over_data_comes_once_behind_the_micro_batches(lora):
     batch = random_batch((3, 8, 16))
     run, params, frozen, _ = make(ComputeConfig(dtype="float32"), lora)
