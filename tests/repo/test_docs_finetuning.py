@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import jax
@@ -43,8 +42,8 @@ def elsewhere(tmp_path, monkeypatch):
     for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.evaluate"):
         monkeypatch.setattr(f"{module}.make_mesh", lambda config: None)
     monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # compiling takes minutes
-    save_hf(Mixtral(MixtralConfig(**MODEL), key=jax.random.key(0)), BASE, dtype="bfloat16")
-    shutil.copy(ROOT / "data" / "samples" / "tokenizer.model", BASE)
+    stand_in = Mixtral(MixtralConfig(**MODEL), key=jax.random.key(0))
+    save_hf(stand_in, BASE, dtype="bfloat16", tokenizer=ROOT / "data" / "samples" / "tokenizer.model")
     return tmp_path
 
 

@@ -10,13 +10,17 @@ from mixtral_jax.train.run.signals import Interrupts
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_each_of_them_stops_after_the_step(name, monkeypatch):
-    before = signal.getsignal(getattr(signal, name))
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)  # whoever started the tests may ignore it: nohup
     monkeypatch.setattr(os, "write", closed_terminal)
-    with Interrupts() as interrupts:
-        assert interrupts.requested(1) is None
-        signal.raise_signal(getattr(signal, name))
-        assert interrupts.requested(2) == name
-    assert signal.getsignal(getattr(signal, name)) == before
+    try:
+        with Interrupts() as interrupts:
+            assert interrupts.requested(1) is None
+            signal.raise_signal(number)
+            assert interrupts.requested(2) == name
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def closed_terminal(*_):
