@@ -108,7 +108,9 @@ def test_entropy_of_the_prediction(numbers, chunk):
     for found in (asked[0][1], jax.jit(sums)(x, w)[1], jax.jit(lambda x: sums(x, padded, vocab=V)[1])(x)):
         np.testing.assert_allclose(found.entropy_sum, want, rtol=2e-6)
     assert plain[0][1].entropy_sum == 0
-    assert plain[0][0] == asked[0][0] and (plain[1] == asked[1]).all()
+    # Two programs, which LLVM may round otherwise in the last bit.
+    np.testing.assert_allclose(plain[0][0], asked[0][0], rtol=2e-7)
+    np.testing.assert_allclose(plain[1], asked[1], atol=1e-7)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
