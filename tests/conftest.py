@@ -4,8 +4,10 @@ The environment is set while pytest loads this file, before anything imports jax
 it. Under pytest-xdist every worker loads this file by itself.
 """
 
+import gc
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}".strip()
 
 _connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+_MANY_MAPPINGS = 25_000
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "", None, socket.gethostname())
 
 
@@ -73,6 +76,18 @@ def _no_network() -> Any:
     patch.setattr(socket, "getaddrinfo", _guarded_getaddrinfo)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Any:
+    """A process may have 65,530 mappings; a program of XLA's on a CPU takes ten or more, and jax keeps them all.
+
+    Without this a worker dies after some thousand tests, in whichever is next.
+    """
+    yield
+    if "jax" in sys.modules and Path("/proc/self/maps").read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
