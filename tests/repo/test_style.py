@@ -64,7 +64,9 @@ def test_no_suppression_without_a_reason(path: Path) -> None:
 def test_children_import_nothing_from_the_current_directory(path: Path) -> None:
     """`python -c` and `-m` look there first; `multiprocessing` starts the former, and no option of its own says not."""
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"sys\.executable(?!, \"-P\")|^\s*(import|from) multiprocessing|ProcessPoolExecutor", text, re.M)
+    assert not re.search(
+        r"sys\.executable(?!, \"-P\")|^\s*(import|from) multiprocessing|ProcessPoolExecutor", text, re.M
+    )
 
 
 def test_a_bare_suppression_is_seen() -> None:

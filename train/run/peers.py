@@ -62,10 +62,9 @@ def agree(**values: str | int) -> None:
 
 
 @contextmanager
-def failures_reported(place: RunDirectory) -> Iterator[None]:
+def failures_reported(place: RunDirectory | None) -> Iterator[None]:
     """An exception that ends this process is said in STATUS and to the other processes; theirs end this one."""
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(place, ended), name="peers", daemon=True)
+    watch = _Watch(place)
     if jax.process_count() > 1:
         watch.start()
     try:
@@ -79,16 +78,14 @@ def failures_reported(place: RunDirectory) -> Iterator[None]:
             error = PeerLost(f"another process of the run is lost, in the middle of a step or a save ({told}); {AGAIN}")
         code = failure_of(error).exit_code
         reason = f"{type(error).__name__}: {error}"
-        place.write_failure(reason, code)
+        _note(place, reason, code)
         if several:
             explain(error)
             _tell(code, reason)
             _end(code)  # without jax's own farewell, which waits for all, and without a save that does
         raise
     finally:
-        ended.set()
-        if watch.ident is not None:
-            watch.join(_GRACE_SECONDS)  # it says that we have left, before jax's client goes
+        watch.close()
 
 
 def _is_broken_off(error: BaseException) -> bool:
@@ -104,28 +101,68 @@ def _tell(code: int, reason: str) -> None:
         _store().key_value_set(_KEY, json.dumps(failure), allow_overwrite=True)
 
 
-def _watch(place: RunDirectory, ended: threading.Event) -> None:
-    """Say that this process lives; end it where another one has failed or is lost."""
-    heard: dict[str, tuple[str, int]] = {}  # what each process said last, and for how many polls
-    for beat in itertools.count():
-        left = ended.wait(_POLL_SECONDS)
-        with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: joining.py sees to that
-            said = _LEFT if left else str(beat)
-            _store().key_value_set(f"{_ALIVE}{jax.process_index()}", said, allow_overwrite=True)
-        if left:
-            return
-        with suppress(jax.errors.JaxRuntimeError):
-            if jax.process_index() == 0 and (lost := _silent(_store().key_value_dir_get(_ALIVE), heard)):
-                error = PeerLost(f"process {lost} of the run has not been heard of for {_SILENT_POLLS} s; {AGAIN}")
-                reason = f"{type(error).__name__}: {error}"
-                _tell(ExitCode.PEER_LOST, reason)
-                place.write_failure(reason, ExitCode.PEER_LOST)
-                explain(error)
-                _end(ExitCode.PEER_LOST)
-        failure = _read()
-        # it may be failing for the same reason: let it say so itself
-        if failure is not None and not ended.wait(_GRACE_SECONDS):
-            _end_with(failure, place)
+class _Watch:
+    """Says that this process lives, and ends it where another one has failed or is lost.
+
+    Two threads: a call of the store lasts for as long as the coordinator is cut off or stopped, so that what counts
+    the polls without an answer must not be what asks.
+    """
+
+    def __init__(self, place: RunDirectory | None) -> None:
+        self._place, self._ended, self._answers = place, threading.Event(), 0
+        self._threads = [threading.Thread(target=f, name="peers", daemon=True) for f in (self._ask, self._count)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Say that we have left, before jax's client goes."""
+        self._ended.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(_GRACE_SECONDS)
+
+    def _ask(self) -> None:
+        heard: dict[str, tuple[str, int]] = {}  # what each process said last, and for how many polls
+        me = jax.process_index()
+        for beat in itertools.count():
+            left = self._ended.wait(_POLL_SECONDS)
+            with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone or cut off: counted
+                said = _LEFT if left else str(beat)
+                _store().key_value_set(f"{_ALIVE}{me}", said, allow_overwrite=True)
+                self._answers += 1
+            if left:
+                return
+            if lost := _silent(_beats(me), heard):
+                self._lost(f"process {lost} of the run has not been heard of for {_SILENT_POLLS} s", tell=me == 0)
+            failure = _read()
+            # it may be failing for the same reason: let it say so itself
+            if failure is not None and not self._ended.wait(_GRACE_SECONDS):
+                _end_with(failure, self._place)
+
+    def _count(self) -> None:
+        before, polls = 0, 0
+        while not self._ended.wait(_POLL_SECONDS):
+            before, polls = self._answers, polls + 1 if self._answers == before else 0
+            if polls >= _SILENT_POLLS:
+                self._lost(f"process 0, which coordinates the run, has not answered for {_SILENT_POLLS} s", tell=False)
+
+    def _lost(self, what: str, tell: bool) -> None:
+        error = PeerLost(f"{what}; {AGAIN}")
+        reason = f"{type(error).__name__}: {error}"
+        if tell:
+            _tell(ExitCode.PEER_LOST, reason)
+        _note(self._place, reason, ExitCode.PEER_LOST)
+        explain(error)
+        _end(ExitCode.PEER_LOST)
+
+
+def _beats(me: int) -> list[tuple[str, str]]:
+    """What process 0 hears of all, and what the others hear of it."""
+    with suppress(jax.errors.JaxRuntimeError):  # it has said nothing yet, or is gone
+        return _store().key_value_dir_get(_ALIVE) if me == 0 else [("0", _store().key_value_try_get(f"{_ALIVE}0"))]
+    return []
 
 
 def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> str:
@@ -136,11 +173,16 @@ def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> s
     return next((key.rpartition("/")[2] for key, (_, polls) in heard.items() if polls >= _SILENT_POLLS), "")
 
 
-def _end_with(failure: dict[str, Any], place: RunDirectory) -> None:
+def _end_with(failure: dict[str, Any], place: RunDirectory | None) -> None:
     code, reason = failure["exit_code"], f"process {failure['process']} failed: {failure['reason']}"
-    place.write_failure(reason, code)
+    _note(place, reason, code)
     print(f"exit {code}: {reason}", file=sys.stderr)
     _end(code)
+
+
+def _note(place: RunDirectory | None, reason: str, code: int) -> None:
+    if place is not None:  # an evaluation has no STATUS
+        place.write_failure(reason, code)
 
 
 def _store() -> Any:
