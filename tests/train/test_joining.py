@@ -115,6 +115,7 @@ def test_silence_is_counted_in_polls():
 
 MEMBER = """
 import os, sys, time
+from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.run import joining, peers
 from mixtral_jax.train.run.directory import RunDirectory
 from pathlib import Path
@@ -125,11 +126,11 @@ place = RunDirectory(Path(sys.argv[4]))
 place.create()
 place.step = 7
 with peers.failures_reported(place):
-    peers.meet("start")
+    meet("start")
     time.sleep(1.5)
     if process == killed:
         os.kill(os.getpid(), number)
-    peers.meet("never")  # as a save does that waits for its partner
+    meet("never")  # as a save does that waits for its partner
 """
 
 

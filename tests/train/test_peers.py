@@ -78,7 +78,7 @@ def ended_with(monkeypatch, tmp_path, store, seconds, process=1):
     codes, over = [], threading.Event()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(peers, "_store", lambda: store)
+    monkeypatch.setattr(peers, "store", lambda: store)
     monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(peers, "_GRACE_SECONDS", 5.0)
     monkeypatch.setattr(peers, "_SILENT_POLLS", 20)

@@ -1,4 +1,4 @@
-"""The other processes of a run: do they mean the same run, and has one of them failed?
+"""The other processes of a run: has one of them failed?
 
 A process that fails says so where all can read it, and one that is killed stops to say that it lives. Without that
 the others would wait for a partner that is gone, until jax's coordination service aborts them (after 100 s).
@@ -11,54 +11,23 @@ import re
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
-import numpy as np
-from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
-from jax.experimental import multihost_utils
 
-from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError, explain, failure_of, is_raised_by_us
+from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, explain, failure_of, is_raised_by_us
+from mixtral_jax.train.meetings import store
 from mixtral_jax.train.run.directory import RunDirectory
 
 _KEY, _ALIVE, _LEFT = "mixtral_jax/failed", "mixtral_jax/alive/", "left"
-_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
-_meetings = itertools.count()  # a barrier opens once
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
 _SILENT_POLLS = 40  # of a process that is taken for lost; counted, as the clock goes on where all of a machine stands
 # what gloo, NCCL and jax's coordination service say where a partner is gone
 _BROKEN_OFF = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|socket closed|unavailable|deadline_exceeded|heartbeat|unhealthy", re.I
 )
-
-
-def meet(what: str) -> None:
-    """Wait until every process has come as far. A collective waits too, but on CPUs for no longer than 30 s."""
-    if jax.process_count() > 1:
-        _store().wait_at_barrier(f"mixtral_jax/{what}/{next(_meetings)}", _PATIENCE_MILLISECONDS)
-
-
-def agree(**values: str | int) -> None:
-    """Check that every process has the same values; all of them call this.
-
-    Raises:
-        UserError: some differ; the message names them.
-    """
-    if jax.process_count() == 1:
-        return
-    meet("agree")
-    own = [zlib.crc32(str(value).encode()) for value in values.values()]
-    table = multihost_utils.process_allgather(np.array(own, np.uint32))
-    other = [name for name, column in zip(values, table.T, strict=True) if len(set(column.tolist())) > 1]
-    if other:
-        here = ", ".join(f"{name} {values[name]}" for name in other)
-        raise UserError(
-            f"the processes of this run differ in {' and '.join(other)} (process {jax.process_index()} has {here}): "
-            "start all with the same file and overrides, on the same data, with a checkpoint directory that all see"
-        )
 
 
 @contextmanager
@@ -98,7 +67,7 @@ def _is_broken_off(error: BaseException) -> bool:
 def _tell(code: int, reason: str) -> None:
     failure = {"process": jax.process_index(), "reason": reason, "exit_code": code}
     with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
-        _store().key_value_set(_KEY, json.dumps(failure), allow_overwrite=True)
+        store().key_value_set(_KEY, json.dumps(failure), allow_overwrite=True)
 
 
 class _Watch:
@@ -130,7 +99,7 @@ class _Watch:
             left = self._ended.wait(_POLL_SECONDS)
             with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone or cut off: counted
                 said = _LEFT if left else str(beat)
-                _store().key_value_set(f"{_ALIVE}{me}", said, allow_overwrite=True)
+                store().key_value_set(f"{_ALIVE}{me}", said, allow_overwrite=True)
                 self._answers += 1
             if left:
                 return
@@ -161,7 +130,7 @@ class _Watch:
 def _beats(me: int) -> list[tuple[str, str]]:
     """What process 0 hears of all, and what the others hear of it."""
     with suppress(jax.errors.JaxRuntimeError):  # it has said nothing yet, or is gone
-        return _store().key_value_dir_get(_ALIVE) if me == 0 else [("0", _store().key_value_try_get(f"{_ALIVE}0"))]
+        return store().key_value_dir_get(_ALIVE) if me == 0 else [("0", store().key_value_try_get(f"{_ALIVE}0"))]
     return []
 
 
@@ -185,17 +154,11 @@ def _note(place: RunDirectory | None, reason: str, code: int) -> None:
         place.write_failure(reason, code)
 
 
-def _store() -> Any:
-    client = distributed.global_state.client
-    assert client is not None, "several processes always have a coordinator"
-    return client
-
-
 def _read() -> dict[str, Any] | None:
     if jax.process_count() == 1:
         return None
     try:
-        return json.loads(_store().key_value_try_get(_KEY))
+        return json.loads(store().key_value_try_get(_KEY))
     except (jax.errors.JaxRuntimeError, AssertionError):  # nobody has failed, or the coordinator is gone
         return None
 
