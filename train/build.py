@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
@@ -21,7 +22,7 @@ from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
 from mixtral_jax.train.plan import placement_warnings
-from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed, weights_digest
+from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
     check_same_base,
     check_same_data,
@@ -182,7 +183,7 @@ def numbers_of_reference(
     """The log-probabilities of all rows under the weights that the run starts from, for the loader to add."""
     reference = base_weights(config, weights)
     made_of = {
-        "weights": weights_digest(reference),
+        "weights": arrays_identity(reference),
         "model": config.model.model_dump(mode="json"),
         "compute": config.compute.model_dump(mode="json"),
         "ld_alpha": config.dpo.ld_alpha,

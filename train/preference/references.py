@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
@@ -63,24 +61,6 @@ def precomputed(
             directory = Path(cache_dir) / "references" / digest(key)[:24]
             result[source.fingerprint] = _numbers(directory, key, source, ask, rows, share, say)
     return result
-
-
-def weights_digest(weights: Any) -> str:
-    """A hash of every bit of the weights, computed where they lie; the same on every mesh."""
-
-    @jax.jit
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        mixed = (bits ^ (bits >> 15)) * (2 * place + 1) + bits * jnp.uint32(0x9E3779B1)
-        return jnp.stack([jnp.sum(mixed), jnp.sum((mixed ^ (mixed >> 13)) * jnp.uint32(0x85EBCA77))])
-
-    return digest(
-        [
-            [path, [int(v) for v in jax.device_get(checksum(x))]]
-            for path, x in sorted(flatten_dict(weights, sep=".").items())
-        ]
-    )
 
 
 def _numbers(
