@@ -294,4 +294,6 @@ COMMANDS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
+    if sys.flags.safe_path:  # PYTHONSAFEPATH is set, so that Python has not put this file's directory there
+        sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     sys.exit(main())

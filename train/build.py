@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
@@ -17,12 +18,12 @@ from mixtral_jax.train.base import base_weights, check_base_shape, first_params,
 from mixtral_jax.train.checkpoints import Found, Say, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
+from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
 from mixtral_jax.train.plan import placement_warnings
-from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed, weights_digest
+from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
-    agree,
     check_same_base,
     check_same_data,
     config_differences,
@@ -63,14 +64,20 @@ class Parts(NamedTuple):
 def prepare_data(config: RunConfig) -> PreparedData:
     """All that the run reads, as rows on disk; what was made just now is said."""
     speak = jax.process_index() == 0
-    prepared = prepare(config.data, config.seq_len, config.seed, progress=speak)
+    with first_alone(config.data.cache_dir):
+        prepared = prepare(config.data, config.seq_len, config.seed, progress=speak)
     if prepared.fresh and speak:
         progress.say(prepared.summary())
     return prepared
 
 
 def settle_steps(config: RunConfig) -> RunConfig:
-    """The config with `steps` instead of `data.epochs`: the last step reaches the last row of the last epoch."""
+    """The config with `steps` instead of `data.epochs`: the last step reaches the last row of the last epoch.
+
+    Raises:
+        UserError: the processes have not the same configuration; they would do different things from here on.
+    """
+    agree(configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})))  # paths may differ
     epochs = config.data.epochs
     if config.steps or epochs is None:
         return config
@@ -86,7 +93,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)
-    first_row = _first_row(config, found, prepared.fingerprint, say)
+    first_row = _first_row(config, found, prepared, say)
     first_screen(config, mesh, prepared, say)
     weights, trained = abstract_params(config, mesh), is_trained(config)
     for title, lines in {
@@ -118,7 +125,6 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     )  # fmt: skip
     rows = config.eval.batch_size or config.rows_per_micro_batch
     held_out = eval_sources(prepared, batch_size=rows, shard=share, references=references)
-    agree(validation=" ".join(source.fingerprint for source in held_out.values()))
 
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     abstract = abstract_state(keep(weights, trained), optimizer)
@@ -141,17 +147,17 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     return parts, state
 
 
-def _first_row(config: RunConfig, found: Found | None, fingerprint: str, say: Say) -> int:
+def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, say: Say) -> int:
     """The global row that the next step begins with; the processes and the checkpoint must mean the same run."""
     agree(
-        configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),  # paths may differ
-        data=fingerprint,
+        data=prepared.fingerprint,
         checkpoint=-1 if found is None else found.step,
+        validation=" ".join(source.fingerprint for source in prepared.validation),
     )
     if found is None:
         return 0
     changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
-    row = check_same_data(found, fingerprint, config.data.restart, changed)
+    row = check_same_data(found, prepared.fingerprint, config.data.restart, changed)
     check_same_base(found, config)
     say(f"resuming from checkpoint {found.step} at row {row}")
     for line in changed:
@@ -177,7 +183,7 @@ def numbers_of_reference(
     """The log-probabilities of all rows under the weights that the run starts from, for the loader to add."""
     reference = base_weights(config, weights)
     made_of = {
-        "weights": weights_digest(reference),
+        "weights": arrays_identity(reference),
         "model": config.model.model_dump(mode="json"),
         "compute": config.compute.model_dump(mode="json"),
         "ld_alpha": config.dpo.ld_alpha,

@@ -109,7 +109,7 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a small file so that a reader sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")  # containers number their processes alike
     try:
         with open(temporary, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

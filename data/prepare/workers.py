@@ -87,10 +87,11 @@ class Workers:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    """A process that finds this package wherever the caller stands, and imports nothing that lies beside the caller."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, inherited)])  # "" would be where we stand
     return subprocess.Popen(
-        [sys.executable, "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
+        [sys.executable, "-P", "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -94,6 +94,24 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     assert done.stdout == "started\n[(4, 2), (9, 3)]\n"
 
 
+def test_nothing_beside_the_user_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that lie in the current directory under the names of modules are not what a worker imports."""
+    for name in ("data", "train", "json", "pickle", "random", "numpy", "jax", "signal", "mixtral_jax"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(tmp_path)
+    for inherited in ("", os.pathsep, f"{ROOT}{os.pathsep}"):  # an empty entry is the current directory too
+        monkeypatch.setenv("PYTHONPATH", inherited)
+        with Workers(2) as pool:
+            lengths = [length for _, length in pool.ordered(length_of_file_name, iter("ab"))]
+        assert lengths == [len(__file__)] * 2 and not (tmp_path / "marker").exists()
+
+
+def length_of_file_name(_: str) -> int:
+    import random  # as a library would, late
+
+    return len(__file__) + 0 * len(random.__name__)
+
+
 def test_a_tokenizer_is_loaded_once() -> None:
     path = str(SAMPLES / "tokenizer.model")
     assert process_tokenizer(path) is process_tokenizer(path)

@@ -74,12 +74,13 @@ def test_the_editable_install_is_the_checkout(tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(ROOT) for file in found), found
 
 
-def test_a_users_own_data_and_train_are_not_in_the_way(tmp_path: Path) -> None:
-    """People keep `data/` and `train.py` where they work; the command line must not import those."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError('the wrong data')")
-    (tmp_path / "train.py").write_text("raise RuntimeError('the wrong train')")
-    assert "steps" in python(str(ROOT / "launch.py"), "config", "schema", "pretrain", cwd=tmp_path)
+def test_a_users_own_files_are_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People keep `data.py` and `json.py` where they work; the command line must not import those."""
+    for name in ("data", "train", "json", "random", "argparse", "numpy", "jax", "launch", "mixtral_jax"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('the wrong {name}')")
+    for safe in ("", "1"):  # which takes the script's own directory away too
+        monkeypatch.setenv("PYTHONSAFEPATH", safe)
+        assert "steps" in python(str(ROOT / "launch.py"), "config", "schema", "pretrain", cwd=tmp_path)
     script = Path(sysconfig.get_path("scripts")) / "mixtral-jax"
     assert script.exists(), "the console script is not installed"
     assert "steps" in python(str(script), "config", "schema", "pretrain", cwd=tmp_path)

@@ -60,6 +60,15 @@ def test_no_suppression_without_a_reason(path: Path) -> None:
         assert bare_suppressions(path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_children_import_nothing_from_the_current_directory(path: Path) -> None:
+    """`python -c` and `-m` look there first; `multiprocessing` starts the former, and no option of its own says not."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(
+        r"sys\.executable(?!, \"-P\")|^\s*(import|from) multiprocessing|ProcessPoolExecutor", text, re.M
+    )
+
+
 def test_a_bare_suppression_is_seen() -> None:
     mark = "# type: " + "ignore"
     assert bare_suppressions(f"x = 1  {mark}\ny = 2  {mark}[misc]\nz = 3  # no" + "qa: E501\n").__len__() == 3

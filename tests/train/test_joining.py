@@ -115,37 +115,40 @@ def test_silence_is_counted_in_polls():
 
 MEMBER = """
 import os, sys, time
+from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.run import joining, peers
 from mixtral_jax.train.run.directory import RunDirectory
 from pathlib import Path
-process, port, killed = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+process, port, killed, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[5])
 joining.join(f"127.0.0.1:{port}", 2, process, 60)
 peers._SILENT_POLLS, peers._LAST_SECONDS = 3, 0.0
 place = RunDirectory(Path(sys.argv[4]))
 place.create()
 place.step = 7
 with peers.failures_reported(place):
-    peers.meet("start")
+    meet("start")
     time.sleep(1.5)
     if process == killed:
-        os.kill(os.getpid(), 9)
-    peers.meet("never")  # as a save does that waits for its partner
+        os.kill(os.getpid(), number)
+    meet("never")  # as a save does that waits for its partner
 """
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_while_the_other_waits(killed, tmp_path):
-    """Neither an abort nor a wait of minutes; the coordinator's end too."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_or_stopped_while_the_other_waits(killed, number, tmp_path):
+    """Neither an abort nor a wait of minutes; the coordinator's end too, and its silence."""
     command = [sys.executable, "-c", MEMBER]
-    arguments = [str(free_port()), str(killed), str(tmp_path)]
+    arguments = [str(free_port()), str(killed), str(tmp_path), str(int(number))]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     both = [
         subprocess.Popen([*command, str(i), *arguments], stderr=subprocess.PIPE, text=True, env=env) for i in (0, 1)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 76, errors
-    last = errors[1 - killed].strip().splitlines()[-1]
-    assert last.startswith("exit 76: process ") and ("1 of the run" if killed else "0, the coordinator") in last
+    error = both[1 - killed].communicate(timeout=120)[1]
+    both[killed].kill()  # it is stopped yet
+    both[killed].communicate()
+    assert [both[killed].returncode, both[1 - killed].returncode] == [-signal.SIGKILL, 76], error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("exit 76: process ") and ("1 of the run" if killed else "0, ") in last
     if killed:
         assert '"step": 7' in (tmp_path / "STATUS").read_text()

@@ -42,8 +42,12 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def run_processes(count, devices, file, name, *overrides, event="none"):
-    """(exit codes, outputs, seconds from the first end to the last) of `count` processes of one run."""
+def run_processes(count, devices, file, name, *overrides, event="none", of_each=lambda i: []):
+    """(exit codes, outputs, seconds from the first end to the last) of `count` processes of one run.
+
+    Args:
+        of_each: the overrides that process i alone has.
+    """
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
         "JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count),
@@ -54,7 +58,8 @@ def run_processes(count, devices, file, name, *overrides, event="none"):
     for i, log in enumerate(logs):
         with log.open("w") as out:
             own = env | {"JAX_PROCESS_ID": str(i)}
-            processes.append(subprocess.Popen([*command, *overrides], env=own, stdout=out, stderr=subprocess.STDOUT))
+            words = [*command, *overrides, *of_each(i)]
+            processes.append(subprocess.Popen(words, env=own, stdout=out, stderr=subprocess.STDOUT))
     ends = [0.0] * count
     deadline = time.monotonic() + 400
     while not all(ends) and time.monotonic() < deadline:
@@ -215,12 +220,19 @@ def held_out(path):
 @pytest.mark.parametrize(
     ("setting", "differ"),
     [
-        (lambda i, place: f"seed={i}", "configuration and data"),
+        (lambda i, place: f"seed={i}", "configuration"),
+        (lambda i, place: f"steps={'null' if i else 8} data.epochs={1 if i else 'null'}", "configuration"),
         (lambda i, place: f"output_dir={place / str(i)}", "checkpoint"),
         (lambda i, place: held_out(place / ("val.jsonl", "train.jsonl")[i]), "validation"),
         (lambda i, place: held_out(place / "val.jsonl") if i else "data.validation=[]", "validation"),
     ],
-    ids=["another seed", "a directory that only one sees", "other held-out data", "held-out data for one only"],
+    ids=[
+        "another seed",
+        "epochs for steps",
+        "a directory that only one sees",
+        "other held-out data",
+        "held-out data for one only",
+    ],
 )
 def test_processes_of_different_runs_say_so(file, setting, differ):
     """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
@@ -233,7 +245,7 @@ def test_processes_of_different_runs_say_so(file, setting, differ):
     ends = []
     for i in range(2):
         own = env | {"JAX_PROCESS_ID": str(i)}
-        settings = ["run_name=different", setting(i, file.parent)]
+        settings = ["run_name=different", *setting(i, file.parent).split()]
         command = [sys.executable, "-c", code, "pretrain", str(file), *settings]
         ends.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
     errors = [process.communicate(timeout=300)[1] for process in ends]
@@ -252,5 +264,28 @@ def test_pairs_with_a_reference_that_both_processes_ask(tmp_path, reference):
     shutil.rmtree(tmp_path / "cache" / "references", ignore_errors=True)
     codes, outputs, _ = run_processes(2, 1, file, "two", "mesh={data: 1, fsdp: 2}")
     assert codes == [0, 0], "\n".join(outputs)
+    assert_same_pairs(file, "two")
+
+
+def assert_same_pairs(file, name):
     for key in ("train/loss", "train/grad_norm", "rewards/margins", "eval/loss"):
-        assert series(file, "two", key) == pytest.approx(series(file, "alone", key), rel=1e-5, abs=1e-6), key
+        assert series(file, name, key) == pytest.approx(series(file, "alone", key), rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_processes_with_a_cache_of_their_own_each(tmp_path):
+    """Each prepares its rows; numbers of the reference are computed over both, and one that lost them is told."""
+    file = write_tuning_file(tmp_path, "dpo", dpo={"reference": "precomputed"}, log={"every": 1}, eval={"every": 2})
+    run_alone(file, "alone", 2, "mesh={data: 1, fsdp: 2}")
+    caches = [tmp_path / f"cache-{i}" for i in range(2)]
+    for name, lost in (("first", []), ("again", [1, 0]), ("third", [0])):
+        for number, i in enumerate(lost):
+            sorted(caches[i].rglob("part-*.npy"))[number].unlink()
+        codes, outputs, _ = run_processes(
+            2, 1, file, name, "mesh={data: 1, fsdp: 2}", of_each=lambda i: [f"data.cache_dir={caches[i]}"]
+        )
+        assert codes == [0, 0], "\n".join(outputs)
+        assert_same_pairs(file, name)
+        assert ("computing" in outputs[0]) == (name == "first")
+        first, second = (sorted(p.relative_to(c) for p in c.rglob("references/*/*")) for c in caches)
+        assert first == second and len(first) == 4  # two files each of training and validation

@@ -21,11 +21,11 @@ from mixtral_jax.train.config import DpoStageConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks import measure_sources
+from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
 from mixtral_jax.train.read_model import noted_base, read_model
-from mixtral_jax.train.run import agree
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
 
@@ -89,7 +89,8 @@ def open_validation(
     """The validation sources of a run file, prepared, and the way of their batches onto the devices."""
     rows = config.eval.batch_size or config.rows_per_micro_batch
     share = batch_share(mesh, rows)
-    prepared = prepare(config.data, config.seq_len, config.seed, train=False)
+    with first_alone(config.data.cache_dir):
+        prepared = prepare(config.data, config.seq_len, config.seed, train=False)
     return eval_sources(prepared, batch_size=rows, shard=share), make_put(mesh, share)
 
 

@@ -3,4 +3,4 @@
 from mixtral_jax.train.preference.config import DpoConfig, Reference
 from mixtral_jax.train.preference.losses import loss
 from mixtral_jax.train.preference.objective import PairSums, make_sequence_logps, preference
-from mixtral_jax.train.preference.references import Put, live, precomputed, weights_digest
+from mixtral_jax.train.preference.references import Put, live, precomputed

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
 from mixtral_jax.data.prepare import PreparedSource, digest, write_atomically
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.meetings import gather, hear, meet
 
 PART_BATCHES = 64  # micro-batches in a file: what a killed job computes again at most
 Put = Callable[[Any], Any]
@@ -64,24 +63,6 @@ def precomputed(
     return result
 
 
-def weights_digest(weights: Any) -> str:
-    """A hash of every bit of the weights, computed where they lie; the same on every mesh."""
-
-    @jax.jit
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        mixed = (bits ^ (bits >> 15)) * (2 * place + 1) + bits * jnp.uint32(0x9E3779B1)
-        return jnp.stack([jnp.sum(mixed), jnp.sum((mixed ^ (mixed >> 13)) * jnp.uint32(0x85EBCA77))])
-
-    return digest(
-        [
-            [path, [int(v) for v in jax.device_get(checksum(x))]]
-            for path, x in sorted(flatten_dict(weights, sep=".").items())
-        ]
-    )
-
-
 def _numbers(
     directory: Path,
     key: dict[str, Any],
@@ -91,35 +72,57 @@ def _numbers(
     share: tuple[int, int],
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """The numbers of one source; a job that was stopped goes on where it was."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """The numbers of one source; a job that was stopped goes on where it was.
+
+    The directory may be one that all processes share or an own one of each: a part that some process has is not
+    computed again, and each keeps what it lacked.
+    """
     described, meta = json.dumps(key, sort_keys=True), directory / "meta.json"
     if meta.exists() and meta.read_text() != described:
-        found = json.loads(meta.read_text())
-        other = [name for name in key if found.get(name) != json.loads(described)[name]]
+        noted = json.loads(meta.read_text())
+        other = [name for name in key if noted.get(name) != json.loads(described)[name]]
         raise UserError(f"{directory} holds reference numbers of another {', '.join(other)}: remove the directory")
-    if jax.process_index() == 0:
-        write_atomically(meta, described)
     batches = range(-(-source.rows // rows))
     parts = [batches[first : first + PART_BATCHES] for first in batches[::PART_BATCHES]]
-    files = {directory / f"part-{i:05d}-of-{len(parts):05d}.npy": part for i, part in enumerate(parts)}
-    missing = {file: part for file, part in files.items() if not file.exists()}
-    if missing:
-        say(f"reference: computing {source.rows:,} rows of {source.name}, {len(missing)} of {len(parts)} parts")
-        _compute(missing, EvalSource(source, rows, share), ask)
-    numbers = np.concatenate([np.load(file) for file in files])[: source.rows]
-    if numbers.shape != (source.rows, source.format.pairs, 2):
-        raise UserError(f"{directory} holds numbers of shape {numbers.shape}: it is damaged, remove the directory")
-    return numbers
+    files = [directory / f"part-{i:05d}-of-{len(parts):05d}.npy" for i in range(len(parts))]
+    shapes = [(len(part) * rows, source.format.pairs, 2) for part in parts]
+    found = [_read(file, shape) for file, shape in zip(files, shapes, strict=True)]
+    there = gather(np.array([part is not None for part in found]))  # by process and part
+    directory.mkdir(parents=True, exist_ok=True)
+    if not meta.exists():
+        write_atomically(meta, described)
+    if missing := int(np.sum(~there.any(axis=0))):
+        say(f"reference: computing {source.rows:,} rows of {source.name}, {missing} of {len(parts)} parts")
+    asked, lacking = EvalSource(source, rows, share), [i for i, part in enumerate(found) if part is None]
+    numbers = [np.zeros(shape, np.float32) if part is None else part for part, shape in zip(found, shapes, strict=True)]
+    for i in np.flatnonzero(~there.all(axis=0)).tolist():
+        holders = np.flatnonzero(there[:, i])
+        numbers[i] = hear(numbers[i], int(holders[0])) if holders.size else _compute(parts[i], asked, ask)
+        if i in lacking and jax.process_index() == 0:
+            _write(files[i], numbers[i])
+    meet("reference")
+    for i in lacking:
+        if _read(files[i], shapes[i]) is None:  # what process 0 has written lies elsewhere
+            _write(files[i], numbers[i])
+    return np.concatenate(numbers)[: source.rows]
 
 
-def _compute(files: Mapping[Path, Iterable[int]], source: EvalSource, ask: Put) -> None:
-    for file, batches in files.items():
-        answers = (ask(source.batch(number)).ref_logps for number in batches)
-        found = [multihost_utils.process_allgather(answer, tiled=True)[0] for answer in answers]
-        if jax.process_index() == 0:
-            stream = io.BytesIO()
-            np.save(stream, np.concatenate(found).astype(np.float32))
-            write_atomically(file, stream.getvalue())
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("reference")
+def _compute(batches: Iterable[int], source: EvalSource, ask: Put) -> np.ndarray:
+    answers = (ask(source.batch(number)).ref_logps for number in batches)
+    found = [multihost_utils.process_allgather(answer, tiled=True)[0] for answer in answers]
+    return np.concatenate(found).astype(np.float32)
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A part, or None where it is not there or not whole."""
+    try:
+        numbers = np.load(file)
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
+    return numbers if numbers.shape == shape and numbers.dtype == np.float32 else None
+
+
+def _write(file: Path, numbers: np.ndarray) -> None:
+    stream = io.BytesIO()
+    np.save(stream, numbers)
+    write_atomically(file, stream.getvalue())

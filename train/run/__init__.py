@@ -1,9 +1,10 @@
 """A run on this machine: its directory, its processes, signals, and what it says at the start."""
 
+from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
 from mixtral_jax.train.run.masks import mask_lines
-from mixtral_jax.train.run.peers import agree, failures_reported, meet
+from mixtral_jax.train.run.peers import failures_reported
 from mixtral_jax.train.run.processes import initialize
 from mixtral_jax.train.run.resume import (
     check_same_base,

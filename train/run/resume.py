@@ -13,8 +13,8 @@ from mixtral_jax.train import checkpoints
 from mixtral_jax.train.checkpoints import Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.meetings import agree, check_shared, meet
 from mixtral_jax.train.run.directory import RunDirectory
-from mixtral_jax.train.run.peers import agree, meet
 
 
 def where_to_start(
@@ -23,6 +23,7 @@ def where_to_start(
     """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
     existing = checkpoints.saved_steps(directory)
     agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
+    check_shared("checkpoint.directory", directory)
     _together(lambda: checkpoints.discard_unfinished(directory))
     newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
     if force and not isinstance(config.resume, int):
