@@ -59,8 +59,8 @@ def in_the_run(name):
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(patience, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(checkpointer, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience, "PAUSES", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(checkpointer, "PAUSES", (0.001, 0.001, 0.001))
 
 
 def raising(name):

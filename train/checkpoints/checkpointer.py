@@ -68,7 +68,7 @@ class Checkpointer:
     def __init__(self, config: CheckpointConfig, directory: epath.PathLike, newest: int | None = None):
         """`newest` is a step whose checkpoint is whole: it is not saved again."""
         self._config = config
-        self.directory = epath.Path(directory)
+        self.directory, self.asynchronous = epath.Path(directory), config.asynchronous
         self._newest = self._tried = newest
         self._under_way: Together[Saved] | None = None
         self._refusals = 0  # in a row
@@ -133,7 +133,7 @@ class Checkpointer:
             return Saved(step, size, seconds, problem=self._prune(step, best))
 
         self._under_way = Together(finish)
-        return before if self._config.asynchronous else self.wait()
+        return before if self.asynchronous else self.wait()
 
     def wait(self) -> Saved | None:
         """Until nothing is being written. The finished save that was not reported yet, if any.

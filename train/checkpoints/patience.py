@@ -8,7 +8,7 @@ import jax
 
 from mixtral_jax.train.errors import AGAIN, StorageError, failure_of, is_of_storage
 
-PAUSES = (1.0, 4.0, 16.0)  # seconds before each further attempt
+PAUSES = (1.0, 3.0, 9.0)  # seconds before each further attempt
 
 T = TypeVar("T")
 

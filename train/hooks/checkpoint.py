@@ -31,12 +31,15 @@ class Checkpoint:
     def run(self, moment: Moment) -> None:
         """Report the save under way, where it has ended, and start the one that is due.
 
+        One in the background that is refused is made again behind a later step, with that step's state and rows.
+
         Raises:
             StorageError: the file system refused it, and all attempts after it; the checkpoints before stand.
         """
         self._attempt(self._checkpointer.wait)
         if self._checkpointer.wanted(moment.step, moment.last) or moment.step == self._best.step:
-            self._begin(moment)
+            save = self._begin if self._checkpointer.asynchronous else self.save
+            save(moment)
 
     def save(self, moment: Moment) -> None:
         """Save, and wait until it is whole; again where it is refused.
