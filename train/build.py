@@ -15,7 +15,7 @@ from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
-from mixtral_jax.train.checkpoints import Found, Say, restore_state
+from mixtral_jax.train.checkpoints import Found, Say, patiently, restore_state
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.meetings import agree, first_alone
@@ -130,7 +130,8 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
         changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
-        state = restore_state(found, abstract, tree_changes(changed))
+        what = f"checkpoint {found.step} could not be read"
+        state = patiently(what, lambda: restore_state(found, abstract, tree_changes(changed)), say, alone=False)
     else:
         state = start_from(first_params(started, base, keep(weights, trained)), optimizer, abstract)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)

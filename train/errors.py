@@ -83,6 +83,9 @@ _OF_TYPE = {  # exceptions that are raised without the system's number
     MemoryError: errno.ENOMEM,
 }  # fmt: skip
 
+_OF_CONTENTS = (ValueError, KeyError, TypeError)
+_NOT_SERVED = ("UNAVAILABLE: ", "DEADLINE_EXCEEDED: ", "ABORTED: ", "RESOURCE_EXHAUSTED: ")  # an object store's, 503
+
 
 def failure_of(error: BaseException) -> Failure:
     """What an exception means for the process that it ends."""
@@ -110,7 +113,18 @@ def is_raised_by_us(error: BaseException) -> bool:
 
 def is_of_the_system(error: BaseException) -> bool:
     """Whether it says nothing of what a file holds, only that nobody could look: no permission, a disk, no memory."""
-    return _system_code(error) not in (0, *_NAMES)
+    code = _system_code(error)
+    return code not in _NAMES if code else not isinstance(error, _OF_CONTENTS)
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether storage refused what a run does with its own checkpoints, whose names nobody has mistyped."""
+    if isinstance(error, UserError) or type(error).__name__ == "JaxRuntimeError":  # is said already; a peer, or memory
+        return False
+    room, code = type(error).__module__.partition(".")[0], _system_code(error)
+    of_a_client = isinstance(error, RuntimeError) or room not in ("builtins", "mixtral_jax")  # of an object store
+    refused = isinstance(error, OSError) or bool(code) or (of_a_client and not isinstance(error, _OF_CONTENTS))
+    return refused and code not in (errno.ENOMEM, errno.ECHILD)
 
 
 def explain(error: BaseException, with_traceback: bool = False) -> ExitCode:
@@ -139,6 +153,7 @@ def _system_code(error: BaseException) -> int:
     # tensorstore and array_record report a full disk as an error of their own, `INTERNAL: ...`
     if type(error).__name__ != "JaxRuntimeError" and re.match(r"[A-Z_]+: ", str(error)):
         named += [code for code in (*FULL, errno.EIO, errno.EROFS) if os.strerror(code) in str(error)]
+        named += [errno.ETIMEDOUT] * str(error).startswith(_NOT_SERVED)
     return named[0] if named else 0
 
 

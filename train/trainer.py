@@ -14,7 +14,7 @@ from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.build import Parts, build, settle_steps
-from mixtral_jax.train.checkpoints import Best, Checkpointer, saved_steps
+from mixtral_jax.train.checkpoints import Best, Checkpointer, stands
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import AGAIN, ExitCode, StorageError, UserError, failure_of
@@ -116,7 +116,8 @@ class Trainer:
             self._checkpoints = self.config.checkpoint.directory or self.run.checkpoints
             self._found = where_to_start(self.config, self._checkpoints, force, self.run, self.say)
             self.step = self._start = 0 if self._found is None else self._found.step
-            self._best = Best(self.config.early_stopping, self._found and self._found.meta.get("best"))
+            record = self._found and self._found.meta.get("best")
+            self._best = Best(self.config.early_stopping, record, self.config.checkpoint.every)
             if nothing_left := self._nothing_left():
                 self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
             else:
@@ -281,16 +282,12 @@ class Trainer:
                 self.save()
         failure = failure_of(error)
         if failure.exit_code != ExitCode.UNEXPECTED:  # else a pipe or a process
-            raise StorageError(f"{failure.reason}; {self._stands()}: {failure.remedy or AGAIN}") from error
-
-    def _stands(self) -> str:
-        saved = saved_steps(self._checkpoints)
-        return f"checkpoint {saved[-1]} stands" if saved else "there is no checkpoint"
+            raise StorageError(f"{failure.reason}; {stands(self._checkpoints)}: {failure.remedy or AGAIN}") from error
 
     def _diverged(self, error: Diverged) -> None:
         self.step = error.step - 1
-        self._checkpoint.finish(error.step)
-        self._end("diverged", f"{error}; no update was made, {self._stands()}", ExitCode.NOT_FINITE)
+        self._checkpoint.finish()
+        self._end("diverged", f"{error}; no update was made, {stands(self._checkpoints)}", ExitCode.NOT_FINITE)
 
     @property
     def model(self) -> Mixtral:
@@ -329,8 +326,7 @@ class Trainer:
             except Diverged as error:
                 self._diverged(error)
                 raise UserError(f"there is nothing to save: {error}") from error
-            self._checkpoint.run(Moment(self.step, self._state, None, self._ledger.tokens, False))
-            self._checkpoint.finish(self.step)
+            self._checkpoint.save(Moment(self.step, self._state, None, self._ledger.tokens, False))
         return epath.Path(self._checkpoints) / str(self.step)
 
     def say(self, line: str) -> None:
@@ -345,7 +341,7 @@ class Trainer:
         """
         try:
             if self._parts is not None:
-                self._checkpoint.finish(self.step)
+                self._checkpoint.finish()
         finally:
             self._opened.close()
 

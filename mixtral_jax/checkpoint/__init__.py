@@ -8,6 +8,7 @@ from mixtral_jax.checkpoint.trees import (
     STATE,
     damage,
     discard_unfinished,
+    is_there,
     read_item,
     restore,
     save,

@@ -99,9 +99,8 @@ def discard_unfinished(path: epath.PathLike) -> None:
 
 
 def read_item(path: epath.PathLike, name: str) -> dict[str, Any]:
-    """The JSON item `name` of a checkpoint."""
-    with _context((name,)):
-        return ocp.load_checkpointables(_absolute(path), {name: None})[name]  # type: ignore[return-value]  # JSON
+    """The JSON item `name` of a checkpoint, read as the file that it is: Orbax has errors of its own for all."""
+    return json.loads((_absolute(path) / name / "data.json").read_text())
 
 
 def tree_shapes(path: epath.PathLike) -> Shapes:
@@ -110,16 +109,32 @@ def tree_shapes(path: epath.PathLike) -> Shapes:
         return _flat_shapes(ocp.checkpointables_metadata(_absolute(path)).metadata[STATE])
 
 
+def is_there(path: epath.Path, directory: bool = False) -> bool:
+    """Whether something, or a directory, lies there. exists() says no, too, where a disk or a server does not answer.
+
+    Raises:
+        OSError: nobody could look.
+    """
+    try:
+        return path.stat().is_directory or not directory
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def damage(path: epath.PathLike) -> str | None:
-    """Why the checkpoint at `path` is not whole, or None. Sizes are compared; contents are not read."""
+    """Why the checkpoint at `path` is not whole, or None. Sizes are compared; contents are not read.
+
+    Raises:
+        OSError: nobody could look. That says nothing of the checkpoint.
+    """
     target = _absolute(path)
-    if not (target / COMMIT).exists():
+    if not is_there(target / COMMIT):
         return f"{COMMIT} is missing"
-    if not (target / FILES).exists():  # killed between the commit and the list: the commit itself is complete
+    if not is_there(target / FILES):  # killed between the commit and the list: the commit itself is complete
         return None
     try:
-        expected = json.loads((target / FILES).read_text())
-    except ValueError:
+        expected = dict(json.loads((target / FILES).read_text()))
+    except (ValueError, TypeError):
         return f"{FILES} is not readable"
     found = _file_sizes(target)
     for name, size in expected.items():
@@ -200,10 +215,11 @@ def _check_shapes(path: epath.Path, stored: Shapes, wanted: Shapes, partial: boo
 def _file_sizes(path: epath.Path, prefix: str = "") -> dict[str, int]:
     sizes: dict[str, int] = {}
     for child in path.iterdir():
-        if child.is_dir():
+        found = child.stat()
+        if found.is_directory:
             sizes |= _file_sizes(child, f"{prefix}{child.name}/")
         elif child.name != FILES:
-            sizes[f"{prefix}{child.name}"] = child.stat().length
+            sizes[f"{prefix}{child.name}"] = found.length
     return sizes
 
 

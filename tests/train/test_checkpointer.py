@@ -126,6 +126,25 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damag
     assert again is not None and again.step == 6
 
 
+def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
+    """keep_last 1, a broken 8 above a good 6: the save of 7 left the broken one alone."""
+    save_steps(tmp_path, [6, 8], keep_last=9)
+    damage_uncommit(tmp_path / "8")
+    save_steps(tmp_path, [7], keep_last=1)
+    found = find(tmp_path, "auto", lambda line: None)
+    assert found is not None and found.step == 7 and saved_steps(tmp_path) == [7, 8]
+    save_steps(tmp_path, [8], keep_last=1)
+    assert saved_steps(tmp_path) == [8] and arrays.damage(tmp_path / "8") is None
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_uncommit])
+def test_broken_ones_between_whole_ones_do_not_count(tmp_path, damage):
+    save_steps(tmp_path, [2, 4, 6], keep_last=9)
+    damage(tmp_path / "6")
+    save_steps(tmp_path, [8], keep_last=2)
+    assert saved_steps(tmp_path) == [4, 8]
+
+
 def test_if_none_is_whole_it_says_so(tmp_path):
     save_steps(tmp_path, [3, 6])
     damage_truncate(tmp_path / "3")

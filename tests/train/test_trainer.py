@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint import trees
 from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.checkpoints import checkpointer
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import AGAIN, UserError
 from tests.documented import undocumented
@@ -161,24 +163,49 @@ def test_a_failing_tracker_does_not_stop_the_run(start, monkeypatch):
     assert out.count("TensorBoard failed (no room in the event file); training goes on without it") == 1
 
 
-def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(start, place, monkeypatch):
-    from mixtral_jax.checkpoint import trees as checkpoint
+@pytest.fixture
+def refuse(monkeypatch):
+    """Saves of these steps leave what a full file system does: nothing under the final name."""
+    original = trees.PendingSave.result
+    monkeypatch.setattr(checkpointer, "PAUSES", (0.001, 0.001, 0.001))
 
-    original = checkpoint.PendingSave.result
+    def refuse(*steps):
+        def result(self):
+            written = original(self)
+            if self._path.name in steps:
+                self._path.rmtree()
+                raise OSError(28, "No space left on device")
+            return written
 
-    def result(self):
-        written = original(self)
-        if self._path.name == "6":
-            self._path.rmtree()  # what a file system that is full leaves: nothing under the final name
-            raise OSError(28, "No space left on device")
-        return written
+        monkeypatch.setattr(trees.PendingSave, "result", result)
 
-    monkeypatch.setattr(checkpoint.PendingSave, "result", result)
+    return refuse
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(start, place, refuse):
+    refuse("6", "7", "8")
     with pytest.raises(UserError, match=r"could not be written to .*: No space left on device; checkpoint 3 stands"):
         start()
     ended = status(place)
     assert (ended["state"], ended["step"], ended["exit_code"]) == ("failed", 8, 74) and AGAIN in ended["reason"]
-    monkeypatch.undo()
+
+
+def test_a_save_that_is_refused_is_made_again_with_the_rows_of_its_own_step(one_device, tmp_path, place, refuse):
+    """It was noticed at the next save, which was then not made. A run that goes on from there is the same."""
+    refuse("3")
+    options = {"checkpoint": {"every": 3, "keep_last": 9}, "log": {"every": 1}}
+    with loop.Trainer(load_config(write_run_file(tmp_path, **options)).config) as trainer:
+        for moment in trainer.steps():
+            if moment.step in (3, 5):
+                trainer._checkpoint._checkpointer._under_way._future.exception()  # until it has ended
+    saved = checkpointer.saved_steps(place / "checkpoints")
+    assert saved == [5, 6, 8]
+    found = checkpointer.find(place / "checkpoints", 5, print)
+    assert (found.dataset["next_row"], found.meta["step"]) == (40, 5)
+    losses = {line["step"]: line["train/loss"] for line in metrics_of(place) if "train/loss" in line}
+    checkpointer.discard(place / "checkpoints", [6, 8])
+    loop.run(load_config(write_run_file(tmp_path, **options)).config)
+    assert {line["step"]: line["train/loss"] for line in metrics_of(place) if "train/loss" in line} == losses
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(start, tmp_path):

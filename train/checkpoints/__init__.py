@@ -10,6 +10,10 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     discard,
     discard_unfinished,
     find,
+    find_together,
     restore_state,
     saved_steps,
+    stands,
 )
+from mixtral_jax.train.checkpoints.owner import check_owner, own
+from mixtral_jax.train.checkpoints.patience import patiently, remedy, why

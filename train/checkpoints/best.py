@@ -20,7 +20,10 @@ MEASURED: Mapping[str, Mapping[str, bool]] = {
 
 
 class EarlyStoppingConfig(FrozenConfig):
-    """Keeps the checkpoint with the best evaluation, and ends a run that no longer gets better."""
+    """Keeps the checkpoint with the best evaluation, and ends a run that no longer gets better.
+
+    Improvements are saved, beside the other checkpoints at most one in `checkpoint.every` steps.
+    """
 
     metric: str = Field(
         "eval/loss", description="what is watched: eval/<what>, or eval/<source>/<what>; accuracies and margins go up"
@@ -48,9 +51,15 @@ def watching_problems(
 class Best:
     """The best evaluation so far. Without a config it never has one."""
 
-    def __init__(self, config: EarlyStoppingConfig | None, record: Mapping[str, Any] | None = None):
-        """`record` is what a checkpoint says; that of another metric counts for nothing."""
-        self._config = config
+    def __init__(
+        self, config: EarlyStoppingConfig | None, record: Mapping[str, Any] | None = None, every: int | None = None
+    ):
+        """`record` is what a checkpoint says; that of another metric counts for nothing.
+
+        Between the checkpoints of each `every` steps an improvement is saved once in as many: while a run gets better
+        at every evaluation, the next one would replace it. None: each of them.
+        """
+        self._config, self._every = config, every
         self._record: dict[str, Any] | None = None
         if config is not None:
             # patience compares with `mark`, and has waited for so many evaluations
@@ -68,12 +77,14 @@ class Best:
         """That of the best evaluation."""
         return None if self._record is None else self._record["step"]
 
-    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation. One that is not a number is no improvement."""
+    def judge(self, step: int, metrics: Mapping[str, float], saved: bool = False) -> None:
+        """Take note of an evaluation, of a step that is `saved` anyway. One that is not a number is no improvement."""
         if self._config is None or self._record is None:
             return
         value = float(metrics[self._config.metric])
-        if self._gain(value, self._record["value"]) > 0:
+        every, before = self._every, self.step
+        often = every is not None and step % every and before is not None and step - before < every
+        if (saved or not often) and self._gain(value, self._record["value"]) > 0:
             self._record |= {"value": value, "step": step}
         if self._gain(value, self._record["mark"]) > self._config.min_delta:
             self._record |= {"mark": value, "waited": 0}
@@ -100,7 +111,10 @@ class Best:
         """As a part of a sentence; empty where there is none."""
         if self._record is None or self.step is None:
             return ""
-        return f"the best {self._record['metric']}, {self._record['value']:.4f}, is that of checkpoint {self.step}"
+        better = self._gain(self._record["mark"], self._record["value"]) > 0
+        unsaved = f" ({self._record['mark']:.4f} came too soon after it to be saved)" * better
+        value = f"{self._record['value']:.4f}"
+        return f"the best {self._record['metric']}, {value}, is that of checkpoint {self.step}{unsaved}"
 
     @property
     def why_stopped(self) -> str:

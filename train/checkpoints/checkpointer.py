@@ -1,10 +1,11 @@
 """Which step is saved when, and which one is resumed from."""
 
 import contextlib
+import itertools
+import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ from pydantic import Field
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
-from mixtral_jax.train.errors import UserError, is_of_the_system
+from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
+from mixtral_jax.train.checkpoints.together import Together, told
+from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
 from mixtral_jax.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -25,6 +28,9 @@ class CheckpointConfig(FrozenConfig):
     """When the run is saved and what is kept; the last step is always saved."""
 
     every: int | None = Field(200, gt=0, description="steps between checkpoints; null: only the last step")
+    every_minutes: float | None = Field(
+        None, gt=0, description="minutes after which one is made however many steps that are; null: steps alone count"
+    )
     keep_last: int = Field(2, gt=0, description="how many of the newest checkpoints are kept")
     keep_every: int | None = Field(
         None, gt=0, description="checkpoints at multiples of this many steps are kept for ever"
@@ -50,22 +56,52 @@ class Saved(NamedTuple):
     step: int
     bytes: int
     seconds: float
+    problem: str = ""  # with what else was to be done: removing the old ones
 
 
 class Checkpointer:
-    """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}."""
+    """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}.
+
+    All processes call all of it in the same order, and get the same answers.
+    """
 
     def __init__(self, config: CheckpointConfig, directory: epath.PathLike, newest: int | None = None):
         """`newest` is a step whose checkpoint is whole: it is not saved again."""
         self._config = config
-        self.directory = epath.Path(directory)
-        self._newest = newest
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: Future[Saved] | None = None
+        self.directory, self.asynchronous = epath.Path(directory), config.asynchronous
+        self._newest = self._tried = newest
+        self._under_way: Together[Saved] | None = None
+        self._refusals = 0  # in a row
+        self._again: float | None = None  # the time at which what was refused is tried again
+        self._last: float | None = None  # that of the last save
+        self._word = (-1, "")  # a step, and what process 0 said behind it
 
     def due(self, step: int, last: bool) -> bool:
-        """Is a checkpoint to be made after `step` updates?"""
-        return last or (self._config.every is not None and step % self._config.every == 0)
+        """Is a checkpoint to be made after `step` updates, or is there news of the one under way?"""
+        return self.wanted(step, last) or self._said(step) != ""
+
+    def wanted(self, step: int, last: bool) -> bool:
+        """Is a checkpoint to be made?"""
+        every = self._config.every
+        return last or (every is not None and step % every == 0) or self._said(step) == _SAVE
+
+    def _said(self, step: int) -> str:
+        """What clock and storage of process 0 ask for after this step; nobody asks them while nothing can have come."""
+        if self._config.every_minutes is None and self._under_way is None and self._again is None:
+            return ""
+        if self._word[0] != step:
+            self._word = (step, told(self._look))
+        return self._word[1]
+
+    def _look(self) -> str:
+        now = time.monotonic()
+        if self._last is None:  # before the first step was compiled nothing could be saved
+            self._last = now
+        if self._under_way is not None:
+            return _ENDED if self._under_way.ended() else ""
+        minutes = self._config.every_minutes
+        passed = minutes is not None and now - self._last >= 60 * minutes
+        return _SAVE if passed or (self._again is not None and now >= self._again) else ""
 
     def save(
         self, state: TrainState, step: int, dataset: Mapping[str, Any], meta: Mapping[str, Any], best: int | None = None
@@ -80,20 +116,24 @@ class Checkpointer:
         before = self.wait()
         if step == self._newest:
             return before
-        started = time.perf_counter()
-        path = self.directory / str(step)
+        started, path = time.perf_counter(), self.directory / str(step)
+        self._last, self._again = time.monotonic(), None
+        if step == self._tried and told(lambda: checkpoint.damage(path) or _WHOLE) == _WHOLE:
+            self._newest, self._refusals = step, 0  # refused behind its commit
+            self._prune(step, best)
+            return before
+        self._tried = step
         if jax.process_index() == 0:
-            path.rmtree(missing_ok=True)  # one that was passed over as broken when this run resumed
+            remove(path)  # one that was passed over as broken when this run resumed, or that was refused
         pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
         self._newest = step
 
         def finish() -> Saved:
-            saved = Saved(step, bytes=pending.result(), seconds=time.perf_counter() - started)
-            self._prune(best)
-            return saved
+            size, seconds = pending.result(), time.perf_counter() - started
+            return Saved(step, size, seconds, problem=self._prune(step, best))
 
-        self._under_way = self._thread.submit(finish)
-        return before if self._config.asynchronous else self.wait()
+        self._under_way = Together(finish)
+        return before if self.asynchronous else self.wait()
 
     def wait(self) -> Saved | None:
         """Until nothing is being written. The finished save that was not reported yet, if any.
@@ -104,32 +144,74 @@ class Checkpointer:
         if self._under_way is None:
             return None
         try:
-            return self._under_way.result()
+            saved = self._under_way.result()
         except Exception:
-            self._newest = None  # it may be tried again
+            self._newest = self._under_way = None  # it may be tried again
             raise
-        finally:
-            if self._under_way.done():  # else it was the waiting that was interrupted
-                self._under_way = None
+        self._under_way, self._refusals = None, 0  # where the waiting is interrupted it goes on
+        return saved
 
-    def _prune(self, best: int | None) -> None:
-        """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`."""
+    def refused(self) -> float | None:
+        """A save was: in how many seconds `due` asks for another one. None: that was the last attempt."""
+        if self._refusals == len(PAUSES):
+            return None
+        pause = PAUSES[self._refusals]
+        self._refusals, self._again = self._refusals + 1, time.monotonic() + pause
+        return pause
+
+    def _prune(self, newest: int, best: int | None) -> str:
+        """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`.
+
+        `newest` has just become whole. Returns what could not be done: no reason to save it again.
+        """
         if jax.process_index() != 0:
-            return
-        if best is None:  # of a run that watched something before
-            best = best_step(self.directory)
-        elif best != best_step(self.directory):
-            point_to(self.directory, best)
-        old, every = saved_steps(self.directory)[: -self._config.keep_last], self._config.keep_every
-        discard(self.directory, [step for step in old if step != best and (every is None or step % every)])
+            return ""
+        try:
+            if best is None:  # of a run that watched something before
+                best = best_step(self.directory)
+            elif best != best_step(self.directory):
+                point_to(self.directory, best)
+            older, every = [s for s in saved_steps(self.directory) if s < newest], self._config.keep_every
+            kept: set[int | None] = set(
+                itertools.islice(whole_steps(self.directory, older), self._config.keep_last - 1)
+            )
+            kept |= {best, *(s for s in older if every is not None and s % every == 0)}
+            discard(self.directory, [step for step in older if step not in kept])
+        except Exception as error:
+            if not is_of_storage(error):
+                raise
+            return f"older checkpoints could not be removed: {why(error)}"
+        return ""
+
+
+_SAVE, _ENDED, _WHOLE = "save", "ended", "whole"
 
 
 def saved_steps(directory: epath.PathLike) -> list[int]:
-    """Steps with a directory, whole or not, in order."""
+    """Steps with a directory, whole or not, in order.
+
+    Raises:
+        OSError: nobody could look.
+    """
     root = epath.Path(directory)
-    if not root.exists():
-        return []
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
+    names = [p.name for p in root.iterdir()] if checkpoint.is_there(root) else []
+    return sorted(int(name) for name in names if name.isdigit() and checkpoint.is_there(root / name, directory=True))
+
+
+def whole_steps(directory: epath.PathLike, steps: Sequence[int] | None = None) -> Iterator[int]:
+    """Those of the steps (None: of all) whose checkpoint is whole, the newest first."""
+    root = epath.Path(directory)
+    found = saved_steps(root) if steps is None else steps
+    return (step for step in reversed(found) if checkpoint.damage(root / str(step)) is None)
+
+
+def stands(directory: epath.PathLike) -> str:
+    """The newest whole checkpoint as a part of a sentence."""
+    try:
+        newest = next(whole_steps(directory), None)
+    except OSError as error:
+        return f"which checkpoints stand cannot be seen ({why(error)})"
+    return "there is no checkpoint" if newest is None else f"checkpoint {newest} stands"
 
 
 def best_step(directory: epath.PathLike) -> int | None:
@@ -165,7 +247,7 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
                 if broken:
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
                 return Found(step, root / str(step), items["dataset"], items["meta"])
-        except Exception as error:  # whatever Orbax makes of a broken file
+        except Exception as error:
             if is_of_the_system(error):
                 raise  # nothing is wrong with the checkpoint
             problem = f"it cannot be read ({type(error).__name__})"
@@ -175,6 +257,18 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     if resume == "must":
         raise UserError(f"resume: must, but {root} holds no checkpoint")
     return None
+
+
+def find_together(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+    """What `find` finds. Process 0 looks, again where storage does not answer, and the others are told.
+
+    Raises:
+        UserError: see `find`.
+        StorageError: it still does not answer: no older checkpoint takes the place of one that may be whole.
+    """
+    what = f"the checkpoints in {directory} could not be read"
+    found = told(lambda: json.dumps(patiently(what, lambda: find(directory, resume, say), say), default=os.fspath))
+    return None if (items := json.loads(found)) is None else Found(items[0], epath.Path(items[1]), *items[2:])
 
 
 def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = ()) -> TrainState:
@@ -216,9 +310,13 @@ def discard(directory: epath.PathLike, steps: Iterable[int]) -> None:
     for step in steps if jax.process_index() == 0 else ():
         if best_step(directory) == step:
             point_to(directory, None)
-        path = epath.Path(directory) / str(step)
-        (path / checkpoint.COMMIT).unlink(missing_ok=True)  # from here on it counts as incomplete
-        path.rmtree(missing_ok=True)
+        remove(epath.Path(directory) / str(step))
+
+
+def remove(path: epath.Path) -> None:
+    """Remove a checkpoint; half removed it counts as incomplete."""
+    (path / checkpoint.COMMIT).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
 
 
 def discard_unfinished(directory: epath.PathLike) -> None:

@@ -1,12 +1,16 @@
 """Saving between steps, and the word about it."""
 
 import contextlib
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from mixtral_jax.train.checkpoints import Best, Checkpointer, Saved, saved_steps
+import jax
+
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Saved, remedy, stands, why
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import AGAIN, ExitCode, StorageError, failure_of
+from mixtral_jax.train.errors import StorageError, is_of_storage
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
 
@@ -25,29 +29,58 @@ class Checkpoint:
         return self._checkpointer.due(step, last) or step == self._best.step
 
     def run(self, moment: Moment) -> None:
-        """Raises StorageError where the file system refuses; the checkpoints before stand."""
+        """Report the save under way, where it has ended, and start the one that is due.
+
+        One in the background that is refused is made again behind a later step, with that step's state and rows.
+
+        Raises:
+            StorageError: the file system refused it, and all attempts after it; the checkpoints before stand.
+        """
+        self._attempt(self._checkpointer.wait)
+        if self._checkpointer.wanted(moment.step, moment.last) or moment.step == self._best.step:
+            save = self._begin if self._checkpointer.asynchronous else self.save
+            save(moment)
+
+    def save(self, moment: Moment) -> None:
+        """Save, and wait until it is whole; again where it is refused.
+
+        Raises:
+            StorageError: see `run`.
+        """
+        self._attempt(self._checkpointer.wait)
+        while pause := self._begin(moment) or self._attempt(self._checkpointer.wait):
+            time.sleep(pause)
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            StorageError: it could not be written, and its state is gone.
+        """
+        self._attempt(self._checkpointer.wait, again=False)
+
+    def _begin(self, moment: Moment) -> float:
         dataset, meta = self._items(moment)
-        best = self._best.step
-        self._attempt(lambda: self._checkpointer.save(moment.state, moment.step, dataset, meta, best), moment.step)
+        save = partial(self._checkpointer.save, moment.state, moment.step, dataset, meta, self._best.step)
+        return self._attempt(save, again=jax.process_count() == 1)  # the others are in the midst of theirs
 
-    def finish(self, step: int) -> None:
-        """Wait for the save under way."""
-        self._attempt(self._checkpointer.wait, step)
-
-    def _attempt(self, action: Callable[[], Saved | None], step: int) -> None:
+    def _attempt(self, action: Callable[[], Saved | None], *, again: bool = True) -> float:
+        """Seconds after which it is to be tried again; 0: it is done."""
         try:
             saved = action()
-        except OSError as error:
-            steps = [s for s in saved_steps(self._checkpointer.directory) if s != step]
-            stands = f"checkpoint {steps[-1]} stands" if steps else "there is no earlier checkpoint"
-            failure, reason = failure_of(error), error.strerror or error
-            if failure.sentence and failure.exit_code == ExitCode.UNEXPECTED:  # a worker, memory
+        except Exception as error:
+            if not is_of_storage(error):  # a worker, memory
                 raise
             place = self._checkpointer.directory
-            raise StorageError(
-                f"a checkpoint could not be written to {place}: {reason}; {stands}: {failure.remedy or AGAIN}"
-            ) from error
+            refused = f"a checkpoint could not be written to {place}: {why(error)}; {stands(place)}"
+            pause = self._checkpointer.refused() if again else None
+            if pause is None:
+                raise StorageError(f"{refused}: {remedy(error)}") from error
+            self._console.say(f"{refused}; it is made again in {pause:g} s")
+            return pause
         if saved is not None:
             with contextlib.suppress(OSError):  # it is saved; the next line of metrics will say it again
                 self._writer.write(saved.step, {"checkpoint/seconds": saved.seconds, "checkpoint/bytes": saved.bytes})
-            self._console.say(f"checkpoint {saved.step}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.1f} s")
+            told = f"checkpoint {saved.step}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.1f} s"
+            self._console.say(told + f"; {saved.problem}" * bool(saved.problem))
+        return 0.0

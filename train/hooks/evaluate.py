@@ -45,7 +45,7 @@ class Evaluate:
         metrics = self.measure(moment.state.params)
         self._writer.write(moment.step, metrics)
         self._console.say(eval_lines(moment.step, metrics, list(self._sources)))
-        self._best.judge(moment.step, metrics)
+        self._best.judge(moment.step, metrics, moment.last)
 
     def measure(self, params: Params) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""

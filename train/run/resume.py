@@ -21,13 +21,16 @@ def where_to_start(
     config: RunConfig, directory: epath.PathLike, force: bool, place: RunDirectory, say: Say
 ) -> Found | None:
     """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
-    existing = checkpoints.saved_steps(directory)
+    whose = config.model_dump(mode="json")
+    _together(lambda: checkpoints.check_owner(directory, whose, say))
+    existing = checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
     agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
     check_shared("checkpoint.directory", directory)
     _together(lambda: checkpoints.discard_unfinished(directory))
     newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
     if force and not isinstance(config.resume, int):
         _together(lambda: _begin_anew(directory, existing, place))
+        _together(lambda: checkpoints.own(directory, whose))
         return None
     if config.resume == "never" and existing:
         raise UserError(
@@ -39,7 +42,8 @@ def where_to_start(
             f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
             "another run_name, or --force to delete them"
         )
-    found = checkpoints.find(directory, config.resume, say)
+    found = checkpoints.find_together(directory, config.resume, say)
+    _together(lambda: checkpoints.own(directory, whose))
     # One meeting whatever was found, so that processes that found different checkpoints reach the comparison in build
     _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoints.discard(directory, newer))
     return found

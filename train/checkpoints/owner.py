@@ -1,0 +1,100 @@
+"""Whose a checkpoint directory is: that of one run, whose name stands in it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from mixtral_jax import checkpoint
+from mixtral_jax.data.prepare import digest, write_atomically
+from mixtral_jax.train.checkpoints.checkpointer import saved_steps
+from mixtral_jax.train.checkpoints.patience import patiently
+from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of
+
+OWNER = "OWNER.json"
+# where a run lies and how it is watched, not what it is
+_ELSEWHERE = ("output_dir", "data", "checkpoint", "log", "eval", "sample", "resume", "steps")
+
+
+class Owner(NamedTuple):
+    """A run: the same name in another directory is another one, unless its configuration is the same (it was moved)."""
+
+    run_name: str
+    run_directory: str
+    configuration: str  # digest
+
+
+def owner_of(config: Mapping[str, Any]) -> Owner:
+    """The run of a resolved configuration, as a checkpoint keeps it."""
+    place = os.path.realpath(os.path.join(config["output_dir"], config["run_name"]))
+    return Owner(config["run_name"], place, digest({k: v for k, v in config.items() if k not in _ELSEWHERE}))
+
+
+def check_owner(directory: epath.PathLike, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Nothing is touched. What lies inside the run's own directory is its own.
+
+    Raises:
+        UserError: the directory belongs to another run, both are named; or it cannot be looked into.
+        StorageError: it does not answer.
+    """
+    now, root = owner_of(config), epath.Path(directory)
+    look = partial(_noted, root, look=not _is_inside(directory, now))
+    noted = patiently(f"checkpoint.directory: {directory} could not be read", look, say)
+    if noted is None:
+        return
+    moved = noted.configuration == now.configuration
+    if noted.run_name == now.run_name and (noted.run_directory == now.run_directory or moved):
+        return
+    raise UserError(
+        f"checkpoint.directory: {directory} belongs to the run {noted.run_name} in {noted.run_directory}, and this is "
+        f"the run {now.run_name} in {now.run_directory}: give each run a directory of its own"
+    )
+
+
+def own(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Make the directory, and note in it whose it is.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    root, now = epath.Path(directory), owner_of(config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file, text = root / OWNER, json.dumps(now._asdict(), indent=2) + "\n"
+        if "://" in str(directory):
+            file.write_text(text)
+        elif not _is_inside(directory, now):
+            write_atomically(Path(file), text)
+        else:  # the place says it
+            probe = root / ".writable"
+            probe.write_text("")
+            probe.unlink()
+    except OSError as error:
+        kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
+        raise kind(f"checkpoint.directory: {directory} is not writable: {error.strerror or error}") from error
+
+
+def _is_inside(directory: epath.PathLike, owner: Owner) -> bool:
+    return "://" not in str(directory) and Path(os.path.realpath(directory)).is_relative_to(owner.run_directory)
+
+
+def _noted(root: epath.Path, look: bool) -> Owner | None:
+    """As OWNER.json says, or where `look` the newest checkpoint that can be read; None: nothing says it."""
+    try:
+        steps = saved_steps(root)
+    except PermissionError as error:
+        raise UserError(f"checkpoint.directory: {root} cannot be looked into: {error.strerror}") from error
+    with contextlib.suppress(*_NOTHING):
+        return Owner(**json.loads((root / OWNER).read_text()))
+    for step in reversed(steps) if look else ():
+        with contextlib.suppress(*_NOTHING):
+            return owner_of(checkpoint.read_item(root / str(step), "meta")["config"])
+    return None
+
+
+_NOTHING = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError)  # broken, or somebody else's

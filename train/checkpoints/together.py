@@ -1,0 +1,100 @@
+"""What several processes decide as one: process 0 says it, the others hear it. One process just does it."""
+
+import contextlib
+import errno
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any, Generic, TypeVar
+
+import jax
+from jax._src import distributed  # the key-value store of jax's own barriers, which has no public name
+
+_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # the peers' watch ends a process that waits for one that is gone
+_POLL_SECONDS, _KEPT = 0.05, 100  # words that a slower process may still have to hear
+_DONE = "done"
+_words, _works = itertools.count(), itertools.count()
+
+T = TypeVar("T")
+
+
+def told(say: Callable[[], str]) -> str:
+    """What process 0 says, to every process; all of them call this in the same order. Costs one message each."""
+    if jax.process_count() == 1:
+        return say()
+    number = next(_words)
+    if jax.process_index() > 0:
+        return _store().blocking_key_value_get(_word(number), _PATIENCE_MILLISECONDS)[1:]
+    word = say()
+    _store().key_value_set(_word(number), f"={word}")  # never empty
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _store().key_value_delete(_word(number - _KEPT))
+    return word
+
+
+class Together(Generic[T]):
+    """Work in the background, of which every process does its part: done where all of them have, else not at all."""
+
+    def __init__(self, work: Callable[[], T]):
+        self._future: Future[T] = Future()
+        self._place = f"mixtral_jax/work/{next(_works)}/"
+        Thread(target=self._do, args=(work,), name="together", daemon=True).start()
+
+    def _do(self, work: Callable[[], T]) -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            self._say(f"process {jax.process_index()}: {str(error).partition(chr(10))[0] or type(error).__name__}")
+            self._future.set_exception(error)
+        else:
+            self._say(_DONE)
+            self._future.set_result(result)
+
+    def _say(self, how: str) -> None:
+        if jax.process_count() > 1:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: nobody waits any more
+                _store().key_value_set(f"{self._place}{jax.process_index()}", how)
+
+    def ended(self) -> bool:
+        """Whether all have done their part or one has failed. Process 0 alone can say."""
+        if jax.process_count() == 1:
+            return self._future.done()
+        how = self._heard()
+        return len(how) == jax.process_count() or any(said != _DONE for said in how)
+
+    def result(self) -> T:
+        """Wait, and get the result of this process's part.
+
+        Raises:
+            OSError: that of another process could not be done. What raised here is raised as it is.
+        """
+        if jax.process_count() == 1:
+            return self._future.result()
+        verdict = told(self._judge)
+        if self._future.done() and (error := self._future.exception()) is not None:
+            raise error
+        if verdict != _DONE:  # the part of this process may wait for the other one: nobody waits for it
+            raise OSError(errno.EIO, verdict)
+        return self._future.result()
+
+    def _judge(self) -> str:
+        while not self.ended():
+            time.sleep(_POLL_SECONDS)
+        return next((how for how in self._heard() if how != _DONE), _DONE)
+
+    def _heard(self) -> list[str]:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
+            return [how for _, how in _store().key_value_dir_get(self._place)]
+        return []
+
+
+def _word(number: int) -> str:
+    return f"mixtral_jax/told/{number}"
+
+
+def _store() -> Any:
+    client = distributed.global_state.client
+    assert client is not None, "several processes always have a coordinator"
+    return client
