@@ -121,6 +121,7 @@ class Trainer:
             if nothing_left := self._nothing_left():
                 self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
             else:
+                self.run.begin()
                 self._ready()
             self._opened = opened.pop_all()
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
@@ -24,6 +26,8 @@ class RunDirectory:
         self.profile = path / "profile"
         self.log = path / "logs" / f"process_{jax.process_index()}.log"
         self.checkpoints = path / "checkpoints"
+        self.attempts = path / "attempts"
+        self.attempt = max(self._numbers(), default=0)  # the number of this one, once it has begun; before, the last
         self.step: int | None = None  # that this attempt has come to; None: it has not begun
 
     def create(self) -> None:
@@ -41,15 +45,28 @@ class RunDirectory:
             kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
             raise kind(f"output_dir: {self.path} is not writable: {error.strerror or error}") from error
 
+    def begin(self) -> None:
+        """Nothing is left to refuse: from here on this attempt has a number, one more than the last; all call this."""
+        if jax.process_index() == 0:
+            self.attempt = max(self._numbers(), default=0) + 1
+            (self.attempts / str(self.attempt)).mkdir(parents=True)
+        if jax.process_count() > 1:  # the directory of another machine may be another one
+            self.attempt = int(multihost_utils.broadcast_one_to_all(np.int32(self.attempt)))
+
+    def _numbers(self) -> list[int]:
+        return [int(p.name) for p in self.attempts.glob("*") if p.name.isdecimal()]
+
     def describe(self, config: RunConfig, provenance: Provenance | None, mesh: jax.sharding.Mesh | None) -> None:
-        """Write what the run is made of: the resolved configuration, the one that was given, and the environment."""
+        """Write what the attempt is made of: the resolved configuration, the one that was given, the environment."""
         if jax.process_index() != 0:
             return
-        write_atomically(self.path / "config.yaml", resolved_yaml(config))
+        files = {"config.yaml": resolved_yaml(config), "env.json": json.dumps(environment(mesh), indent=2) + "\n"}
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
-            write_atomically(self.path / "config.input.yaml", overrides + provenance.text)
-        write_atomically(self.path / "env.json", json.dumps(environment(mesh), indent=2) + "\n")
+            files["config.input.yaml"] = overrides + provenance.text
+        for name, text in files.items():
+            for place in (self.attempts / str(self.attempt), self.path):  # the run's own are those of the last attempt
+                write_atomically(place / name, text)
 
     def write_status(self, state: str, step: int, reason: str, exit_code: int | None) -> None:
         """One JSON object: state (running, done, preempted, diverged, failed), step, reason, exit_code."""
@@ -70,8 +87,11 @@ class RunDirectory:
             before = json.loads((self.path / "STATUS").read_text())
         except (OSError, ValueError):
             before = None
-        if self.step is None and before is not None and exit_code == ExitCode.USAGE:
-            return
+        if self.step is None and exit_code == ExitCode.USAGE:
+            with contextlib.suppress(OSError):  # an attempt that was refused is none, unless it has files
+                (self.attempts / str(self.attempt)).rmdir()
+            if before is not None:
+                return
         step = self.step if self.step is not None else (before or {}).get("step", 0)
         with contextlib.suppress(OSError):
             self.write_status(state, step, reason, exit_code)
