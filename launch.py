@@ -142,10 +142,20 @@ def _train(args: Parsed) -> int:
     config, provenance = _load(args, args.command)
     if args.dry_run:
         return _function("train.run", "dry_run")(config, provenance)
+    _join(args)
+    return _function("train.trainer", "run")(config, provenance, force=args.force)
+
+
+def _evaluate(args: Parsed) -> int:
+    config = _load(args).config
+    _join(args)
+    return _function("train.commands.evaluate", "evaluate")(args.checkpoint, config, as_json=args.as_json)
+
+
+def _join(args: Parsed) -> None:
     _function("train.run", "initialize")(
         coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id, timeout=args.timeout
     )
-    return _function("train.trainer", "run")(config, provenance, force=args.force)
 
 
 def _plan(args: Parsed) -> int:
@@ -194,14 +204,17 @@ _CHECKPOINT = _told("checkpoint", "an Orbax or Hugging Face directory, a run, or
 _JSON = _flag("--json", "print one JSON object", dest="as_json")
 _DTYPE = _told("--dtype", "cast; default: as stored", choices=("float32", "bfloat16", "float16"))
 _ANYTHING = _told("rest", "anything", nargs=argparse.REMAINDER)
-_TRAINING = (
-    _CFG,
-    _flag("--dry-run", "print what would be trained, on what, and exit"),
-    _flag("--force", "start a finished run again from the beginning"),
+_JOINING = (
     _told("--coordinator", "address of process 0 of a run of several processes", metavar="HOST:PORT"),
     _told("--num-processes", "number of processes of the run", type=int, metavar="N"),
     _told("--process-id", "number of this process, from 0", type=int, metavar="I"),
     _told("--timeout", "seconds in which the processes must find each other", default=60.0, metavar="SECONDS"),
+)
+_TRAINING = (
+    _CFG,
+    _flag("--dry-run", "print what would be trained, on what, and exit"),
+    _flag("--force", "start a finished run again from the beginning"),
+    *_JOINING,
 )
 _SRC_DST = (
     _told("src", "directory to read", metavar="SRC"),
@@ -267,8 +280,7 @@ COMMANDS = {
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
-        "train.commands.evaluate:evaluate", "loss, perplexity and bits per byte of each source",
-        _CHECKPOINT, _CFG, _JSON),
+        _evaluate, "loss, perplexity and bits per byte of each source", _CHECKPOINT, _CFG, _JSON, *_JOINING),
     "generate": Command(
         "train.commands.generate:generate", "continue a prompt or answer in a chat", _CHECKPOINT,
         _told("--prompt", "text to continue; may be repeated", action="append", dest="prompts", metavar="TEXT"),

@@ -19,6 +19,7 @@ import pytest
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.train import feed
 from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.commands import evaluate
 from mixtral_jax.train.config.load import load_config
 from tests.processes import record_rows, without_gloo
 from tests.tiny import metrics_of, write_run_file
@@ -213,6 +214,42 @@ def test_a_process_that_fails_ends_the_others_and_says_why(file, two):
     assert outputs[0].splitlines()[-1] == f"exit 74: {ended['reason']}"
 
 
+def launch_two(arguments):
+    """(exit codes, outputs, errors) of two processes of one device each with the command line arguments(i)."""
+    code = "import sys, launch; sys.exit(launch.main(sys.argv[1:]))"
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {XLA_FLAGS}"}
+    joining = ["--coordinator", free_address(), "--num-processes", "2", "--process-id"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments(i), *joining, str(i)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in both]
+    return [process.returncode for process in both], *zip(*said, strict=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_two_processes_evaluate_what_one_does(stage, tmp_path, monkeypatch):
+    """The same figures, printed once; and one that finds no file ends both."""
+    file = write_run_file(tmp_path) if stage == "pretrain" else write_tuning_file(tmp_path, stage)
+    run_alone(file, "run", 2, "steps=3", "mesh={data: 1, fsdp: 2}")
+    checkpoint = str(place(file, "run"))
+    monkeypatch.setattr(evaluate, "make_mesh", lambda config: None)
+    expected = evaluate.measure(checkpoint, load_config(file).config)
+    shutil.rmtree(tmp_path / "cache")
+    common = ["eval", checkpoint, str(file), "--json", "mesh={data: 1, fsdp: 2}"]
+    codes, outputs, errors = launch_two(lambda i: [*common, f"data.cache_dir={tmp_path / str(i)}"])
+    assert codes == [0, 0], errors
+    assert without_gloo(outputs[1]).strip() == ""
+    found = json.loads(without_gloo(outputs[0]))
+    assert found.pop("checkpoint") == checkpoint and found == pytest.approx(expected, rel=1e-5)
+    codes, _, errors = launch_two(lambda i: [*common, f"data.tokenizer={('gone', file)[i]}"])
+    assert codes == [2, 2], errors
+
+
 def held_out(path):
     return f"data.validation=[{{name: words, path: {path}}}]"
 
@@ -220,11 +257,11 @@ def held_out(path):
 @pytest.mark.parametrize(
     ("setting", "differ"),
     [
-        (lambda i, place: f"seed={i}", "configuration"),
-        (lambda i, place: f"steps={'null' if i else 8} data.epochs={1 if i else 'null'}", "configuration"),
-        (lambda i, place: f"output_dir={place / str(i)}", "checkpoint"),
-        (lambda i, place: held_out(place / ("val.jsonl", "train.jsonl")[i]), "validation"),
-        (lambda i, place: held_out(place / "val.jsonl") if i else "data.validation=[]", "validation"),
+        (lambda i, place: [f"seed={i}"], "configuration"),
+        (lambda i, place: ["steps=null", "data.epochs=1"][2 * i :], "configuration"),
+        (lambda i, place: [f"output_dir={place / str(i)}"], "checkpoint"),
+        (lambda i, place: [held_out(place / ("val.jsonl", "train.jsonl")[i])], "validation"),
+        (lambda i, place: [held_out(place / "val.jsonl") if i else "data.validation=[]"], "validation"),
     ],
     ids=[
         "another seed",
@@ -236,20 +273,9 @@ def held_out(path):
 )
 def test_processes_of_different_runs_say_so(file, setting, differ):
     """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
-    code = "import sys, launch; sys.exit(launch.main(sys.argv[1:]))"
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2",
-    }  # fmt: skip
     (file.parent / "0/different/checkpoints/4").mkdir(parents=True, exist_ok=True)
-    ends = []
-    for i in range(2):
-        own = env | {"JAX_PROCESS_ID": str(i)}
-        settings = ["run_name=different", *setting(i, file.parent).split()]
-        command = [sys.executable, "-c", code, "pretrain", str(file), *settings]
-        ends.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
-    errors = [process.communicate(timeout=300)[1] for process in ends]
-    assert [process.returncode for process in ends] == [2, 2], errors
+    codes, _, errors = launch_two(lambda i: ["pretrain", str(file), "run_name=different", *setting(i, file.parent)])
+    assert codes == [2, 2], errors
     for i, text in enumerate(errors):
         assert f"error: the processes of this run differ in {differ} (process {i} has {differ.split()[0]} " in text
 

@@ -6,16 +6,17 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from mixtral_jax.data.loader import EvalSource, eval_sources
-from mixtral_jax.data.prepare import prepare
+from mixtral_jax.data.prepare import digest, prepare
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
-from mixtral_jax.train.base import base_weights, pin_base
+from mixtral_jax.train.base import base_weights, newest_step, pin_base
 from mixtral_jax.train.build import sequence_logps_of
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
@@ -26,6 +27,7 @@ from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
 from mixtral_jax.train.read_model import noted_base, read_model
+from mixtral_jax.train.run import failures_reported
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
 
@@ -36,7 +38,8 @@ def evaluate(checkpoint: str, config: RunConfig, *, as_json: bool = False) -> in
     Raises:
         UserError: as `measure`.
     """
-    metrics = measure(checkpoint, config)
+    with failures_reported(None):
+        metrics = measure(checkpoint, config)
     if jax.process_index() == 0:
         names = [source.name for source in config.data.validation]
         print(json.dumps({"checkpoint": checkpoint, **metrics}) if as_json else _table(metrics, names))
@@ -57,6 +60,10 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
     data = config.data
     if not data.validation:
         raise UserError("data.validation is empty: there is nothing to evaluate")
+    agree(
+        configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),
+        checkpoint=Path(newest_step(checkpoint)).name,  # of a run that goes on
+    )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         model = read_model(checkpoint, mesh=mesh, compute=config.compute)
@@ -90,7 +97,7 @@ def open_validation(
     rows = config.eval.batch_size or config.rows_per_micro_batch
     share = batch_share(mesh, rows)
     with first_alone(config.data.cache_dir):
-        prepared = prepare(config.data, config.seq_len, config.seed, train=False)
+        prepared = prepare(config.data, config.seq_len, config.seed, progress=jax.process_index() == 0, train=False)
     return eval_sources(prepared, batch_size=rows, shard=share), make_put(mesh, share)
 
 

@@ -107,7 +107,7 @@ class _Watch:
                 self._lost(f"process {lost} of the run has not been heard of for {_SILENT_POLLS} s", tell=me == 0)
             failure = _read()
             # it may be failing for the same reason: let it say so itself
-            if failure is not None and not self._ended.wait(_GRACE_SECONDS):
+            if failure is not None and failure["process"] != me and not self._ended.wait(_GRACE_SECONDS):
                 _end_with(failure, self._place)
 
     def _count(self) -> None:
