@@ -1,6 +1,5 @@
 """A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import Census, Lump
 from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
 from mixtral_jax.data.text.layouts import normalise
-from mixtral_jax.data.text.template import BUILT_IN, Template, TurnFormat
+from mixtral_jax.data.text.template import Template
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
 MAX_ENCODED = 4_000_000  # characters
@@ -134,7 +133,6 @@ def tuning_documents(
     `layouts` are those that the file's first rows have.
     """
     examples: list[Example] = []
-    control = _control_words(template)
     for number, record in lump.parse(census):
         try:
             whole: tuple[Example, ...] = ()
@@ -158,7 +156,7 @@ def tuning_documents(
             census.counts["dropped"] += 1
             continue
         census.counts["truncated"] += kept != whole
-        if any(map(control.search, _texts(shape))):
+        if any(map(template.words.search, _texts(shape))):
             census.counts["control_words"] += 1
         examples += kept
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
@@ -229,16 +227,6 @@ def _answer(shape: dict[str, Any], column: str, key: str, template: Template, tr
         raise ValueError(f"the prompt and {key!r} must be strings or lists of messages")
     unlearned = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
     return encode_chat(unlearned + answer, template, train_on=train_on, tools=tools)
-
-
-def _control_words(template: Template) -> re.Pattern[str]:
-    """What stands for a control token, or around a turn, in this template and the built-in ones."""
-    words = {"<s>", "</s>"}
-    for fmt in (*BUILT_IN.values(), template.format):
-        turns = [turn for turn in (fmt.user, fmt.assistant, fmt.tool, fmt.system) if isinstance(turn, TurnFormat)]
-        written = " ".join(text for t in turns for text in (t.open, t.text, t.close, t.after))
-        words |= {*fmt.special, *re.findall(r"<\S+?>|\[\S+?\]", written)}
-    return re.compile("|".join(map(re.escape, sorted(words))))
 
 
 def _texts(shape: Any) -> Iterator[str]:

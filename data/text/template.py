@@ -38,11 +38,13 @@ class Template:
 
     @cached_property
     def words(self) -> re.Pattern[str]:
-        """What a content should not hold: BOS, EOS and the marks of the template, which would be encoded as letters."""
-        fmt, tokenizer = self.format, self.tokenizer
-        strings = "".join(text for turn in _turns(fmt) for text in (turn.open, turn.text, turn.close, turn.after))
-        named = {tokenizer.piece_of(tokenizer.bos_id), tokenizer.piece_of(tokenizer.eos_id), *fmt.special}
-        return re.compile("|".join(map(re.escape, sorted(named | set(control_words(strings)), key=len, reverse=True))))
+        """What a text should not hold: BOS, EOS and the marks of any template, which would be encoded as letters."""
+        tokenizer = self.tokenizer
+        found = {"<s>", "</s>", tokenizer.piece_of(tokenizer.bos_id), tokenizer.piece_of(tokenizer.eos_id)}
+        for fmt in (*BUILT_IN.values(), self.format):
+            strings = (text for turn in _turns(fmt) for text in (turn.open, turn.text, turn.close, turn.after))
+            found |= {*fmt.special, *control_words(" ".join(strings))}
+        return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
 
     @property
     def answer_end(self) -> tuple[int, ...]:
