@@ -257,9 +257,11 @@ def _finish(job: _PackJob, packed: list[Counter[str]]) -> None:
         **census.counts,
     )
     prepared.save(job.directory)
-    if recipe.place.exists():  # a damaged one, else it would have been used
-        shutil.rmtree(recipe.place)
-    os.rename(job.directory, recipe.place)
+    if recipe.load():  # made meanwhile on a machine that does not see our locks, and perhaps in use
+        shutil.rmtree(job.directory)
+    else:
+        shutil.rmtree(recipe.place, ignore_errors=True)  # a damaged one
+        os.rename(job.directory, recipe.place)
     _remove(parts)
 
 

@@ -89,7 +89,7 @@ class Workers:
 def _start() -> subprocess.Popen[bytes]:
     """A process that finds this package wherever the caller stands, and imports nothing that lies beside the caller."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, inherited)])  # "" would be where we stand
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(os.path.isabs, inherited)])  # "" is where we stand
     return subprocess.Popen(
         [sys.executable, "-P", "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
         stdin=subprocess.PIPE,

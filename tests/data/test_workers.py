@@ -99,7 +99,7 @@ def test_nothing_beside_the_user_is_imported(tmp_path: Path, monkeypatch: pytest
     for name in ("data", "train", "json", "pickle", "random", "numpy", "jax", "signal", "mixtral_jax"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write({name!r})\n")
     monkeypatch.chdir(tmp_path)
-    for inherited in ("", os.pathsep, f"{ROOT}{os.pathsep}"):  # an empty entry is the current directory too
+    for inherited in ("", os.pathsep, f"{ROOT}{os.pathsep}", "."):  # an empty entry is the current directory too
         monkeypatch.setenv("PYTHONPATH", inherited)
         with Workers(2) as pool:
             lengths = [length for _, length in pool.ordered(length_of_file_name, iter("ab"))]
