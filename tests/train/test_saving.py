@@ -266,7 +266,7 @@ class Store:
 def process(monkeypatch):
     """process(i): from here on this is process i of three; each counts its words anew."""
     store = Store()
-    monkeypatch.setattr(together, "_store", lambda: store)
+    monkeypatch.setattr(together, "store", lambda: store)
     monkeypatch.setattr(together.jax, "process_count", lambda: 3)
 
     def process(index):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
-from jax._src import distributed  # the key-value store of jax's own barriers, which has no public name
+
+from mixtral_jax.train.meetings import store
 
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # the peers' watch ends a process that waits for one that is gone
 _POLL_SECONDS, _KEPT = 0.05, 100  # words that a slower process may still have to hear
@@ -26,11 +27,11 @@ def told(say: Callable[[], str]) -> str:
         return say()
     number = next(_words)
     if jax.process_index() > 0:
-        return _store().blocking_key_value_get(_word(number), _PATIENCE_MILLISECONDS)[1:]
+        return store().blocking_key_value_get(_word(number), _PATIENCE_MILLISECONDS)[1:]
     word = say()
-    _store().key_value_set(_word(number), f"={word}")  # never empty
+    store().key_value_set(_word(number), f"={word}")  # never empty
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _store().key_value_delete(_word(number - _KEPT))
+        store().key_value_delete(_word(number - _KEPT))
     return word
 
 
@@ -55,7 +56,7 @@ class Together(Generic[T]):
     def _say(self, how: str) -> None:
         if jax.process_count() > 1:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: nobody waits any more
-                _store().key_value_set(f"{self._place}{jax.process_index()}", how)
+                store().key_value_set(f"{self._place}{jax.process_index()}", how)
 
     def ended(self) -> bool:
         """Whether all have done their part or one has failed. Process 0 alone can say."""
@@ -86,15 +87,9 @@ class Together(Generic[T]):
 
     def _heard(self) -> list[str]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
-            return [how for _, how in _store().key_value_dir_get(self._place)]
+            return [how for _, how in store().key_value_dir_get(self._place)]
         return []
 
 
 def _word(number: int) -> str:
     return f"mixtral_jax/told/{number}"
-
-
-def _store() -> Any:
-    client = distributed.global_state.client
-    assert client is not None, "several processes always have a coordinator"
-    return client
