@@ -22,8 +22,10 @@ from mixtral_jax.convert.table import Slot
 WHOLE = 1 << 29  # parameters up to which every value of files counts; training moves all of a larger model's matrices
 _RUN = 1 << 16  # values that stay in a core's cache while they are mixed
 # odd numbers: what a step along each axis adds to a value's place, and what mixes
-_STEPS = tuple(map(np.uint32, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)))
-_FIRST, _SECOND, _THIRD = map(np.uint32, (0x7FEB352D, 0x846CA68B, 0xB55A4F09))
+_STEPS = tuple(
+    map(np.uint32, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09))
+)
+_FIRST, _SECOND, _THIRD = map(np.uint32, (0x7FEB352D, 0x846CA68B, 0xAC4C1B51))
 _KIND = "w"  # begins a digest of this kind; an earlier version's cannot be compared
 
 
@@ -66,9 +68,12 @@ def _named(sums: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
 
 def _mixed(bits: Any, place: Any) -> tuple[Any, Any]:
     """Two numbers for each value, uint32, in numpy or in jax."""
-    mixed = (bits ^ (place * _FIRST)) * _SECOND
-    mixed = mixed ^ (mixed >> np.uint32(15))
-    return mixed, (mixed ^ (mixed >> np.uint32(11))) * _THIRD
+    mixed = bits ^ place
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * _FIRST
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * _SECOND
+    mixed = mixed ^ (mixed >> np.uint32(16))
+    other = mixed * _THIRD
+    return mixed, other ^ (other >> np.uint32(15))
 
 
 def _slot_sums(source: Source, slot: Slot) -> np.ndarray:

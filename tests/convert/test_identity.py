@@ -76,3 +76,13 @@ def test_no_device_holds_a_whole_leaf_while_it_is_digested():
     collectives = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)"
     moved = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(collectives, program.as_text())]
     assert moved and max(moved) <= 8
+
+
+@pytest.mark.parametrize("flip", [1 << 31, 1 << 30, 1 << 16, 3 << 30], ids=["sign", "exponent", "last of bf16", "two"])
+def test_changes_of_two_values_do_not_cancel(flip):
+    """A weak mixture forgets every sixteenth pair of signs, and so, now and then, that a matrix was negated."""
+    bits, place = np.random.default_rng(0).integers(0, 1 << 32, (2, 2, 1 << 18)).astype(np.uint32)
+    before, after = (identity._mixed(each, place) for each in (bits, bits ^ np.uint32(flip)))
+    change = [np.sum(new - old, axis=0, dtype=np.uint32) for old, new in zip(before, after, strict=True)]
+    assert not np.any((change[0] == 0) & (change[1] == 0))
+    assert max(np.count_nonzero(each == 0) for each in change) <= 2  # of 2^18 pairs; chance gives one in 2^32

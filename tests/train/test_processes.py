@@ -281,6 +281,15 @@ def test_processes_of_different_runs_say_so(file, setting, differ):
 
 
 @pytest.mark.slow
+def test_a_new_run_whose_processes_do_not_share_its_directory(file):
+    codes, _, errors = launch_two(lambda i: ["pretrain", str(file), f"output_dir={file.parent / 'unshared' / str(i)}"])
+    assert codes == [2, 2], errors
+    for text in errors:
+        assert "checkpoint.directory: " in text and "is not one directory for all processes: process 1 does not" in text
+    assert not list((file.parent / "unshared").rglob(".seen*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["precomputed", "frozen"])
 def test_pairs_with_a_reference_that_both_processes_ask(tmp_path, reference):
     """The reference's numbers are computed over both, and kept by process 0 for both."""
