@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,16 +61,17 @@ class Attempt:
     """`processes` of one command, with a fault."""
 
     def __init__(
-        self, world: World, name: str, fault: Fault, processes: int, usual: float, label: str,
-        counts: Path | None = None,
+        self, world: World, name: str, fault: Fault, processes: int, usual: float, label: str, *,
+        overrides: Sequence[str] = (), counts: Path | None = None,
     ):  # fmt: skip
-        """`usual` is how many seconds an undisturbed attempt takes; `counts` gets the events of process 0."""
-        self._counts = counts
+        """`usual` is how many seconds an undisturbed attempt takes; `<counts>.<process>` gets the events of each."""
+        self._counts, self._overrides = counts, overrides
         self._world, self._name, self._fault, self._usual = world, name, fault, usual
         self._run = world.runs / name
         self._clock = world.outputs / f"{label}.clock"
         self._logs = [world.outputs / f"{label}.{i}.out" for i in range(processes)]
         self._log_before = self._log_size()
+        self._from_outside = fault.kind != "none" and fault.phase == "moment"
         self._hit, self._early = False, False
         self._full_since: float | None = None
         self._twin: subprocess.Popen[str] | None = None
@@ -82,8 +83,8 @@ class Attempt:
 
     def _start(self, process: int, address: str) -> subprocess.Popen[str]:
         spec = specification(self._fault, process, self._world.disk)
-        if self._counts and process == 0:
-            spec["counts"] = str(self._counts)
+        if self._counts:
+            spec["counts"] = f"{self._counts}.{process}"
         with self._logs[process].open("w") as out:
             return subprocess.Popen(
                 self._command(spec), env=self._environment(process, address), cwd=ROOT, text=True,
@@ -92,7 +93,7 @@ class Attempt:
 
     def _command(self, spec: Mapping[str, object]) -> list[str]:
         mesh = MESHES[len(self._logs)]
-        overrides = [f"run_name={self._name}", f"mesh={mesh}", "--timeout", "30"]
+        overrides = [f"run_name={self._name}", f"mesh={mesh}", "--timeout", "30", *self._overrides]
         return [
             sys.executable, "-m", "tests.soak.victim", json.dumps(spec), "pretrain", str(self._world.file), *overrides
         ]  # fmt: skip
@@ -123,7 +124,12 @@ class Attempt:
             for i, process in enumerate(self._processes):
                 if i not in ends and process.poll() is not None:
                     ends[i] = passed
-            if not self._hit and self._fault.phase == "moment" and passed > self._fault.at * self._usual:
+            if (
+                not self._hit
+                and self._fault.kind != "none"
+                and self._fault.phase == "moment"
+                and passed > self._fault.at * self._usual
+            ):
                 self._strike()
             if self._fault.clock and not stepped and passed > self._usual / 2:
                 self._clock.write_text(self._fault.clock[1])
@@ -147,7 +153,7 @@ class Attempt:
                 self._command({}), env=self._environment(0, ""), cwd=ROOT, text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        elif self._fault.kind != "none":
+        else:
             self._early = self._log_size() == self._log_before
             for i in self._fault.victims:
                 self._processes[i].send_signal(signal.Signals[self._fault.kind])

@@ -62,17 +62,23 @@ class Abilities:
         return [line for name, line in told.items() if not getattr(self, name)]
 
 
-def draw(rng: random.Random, processes: int, counts: Mapping[str, int], can: Abilities) -> Fault:
-    """The next fault; the same numbers come out of `rng` whatever the run has come to."""
+def draw(rng: random.Random, events: Sequence[Mapping[str, int]], can: Abilities) -> Fault:
+    """The next fault; the same numbers come out of `rng` whatever the run has come to.
+
+    `events` has how many events of each phase each process of an undisturbed run has.
+    """
+    processes = len(events)
+    who, everybody = rng.randrange(processes), rng.random() < 0.2 and processes > 1
+    counts = events[who]
     kinds = {"SIGKILL": 10, "stop": 5, "fill": 2 * can.disk, "twin": 1 * can.lease}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     kind = rng.choice(STOPS[: 5 if processes == 1 else 2]) if kind == "stop" else kind
     phases = ["moment", *(phase for phase in PHASES if counts.get(phase))]
-    phase = rng.choice(phases) if kind != "twin" else "moment"
+    phase = rng.choice(phases)
+    phase = "moment" if kind == "twin" or everybody else phase
     nth = 1 + int(counts.get(phase, 1) * rng.random() ** 2)  # a resumed attempt has fewer events
     delay = rng.choice((0.0, 0.2 * rng.random()))
-    at, who, everybody = rng.random(), rng.randrange(processes), rng.random() < 0.2
-    free, clock, cut = rng.random(), rng.random(), rng.random()
+    at, free, clock, cut = rng.random(), rng.random(), rng.random(), rng.random()
     offsets = rng.choice((("+0", "+3d"), ("+0", "-400d"), ("-9000d", "+0"), ("+5y", "-2h")))
     what, cold = rng.choice(CUTS), rng.random() < 0.05
     return Fault(

@@ -29,9 +29,10 @@ from tests.soak.faults import NONE, Abilities, Fault
 from tests.soak.victim import FILLER
 from tests.tiny import write_run_file
 
-STEPS, KEEP_LAST = 40, 2
+KEEP_LAST = 2
+STEPS = {1: 40, 2: 20, 4: 12}  # by processes
 CHANGES: dict[str, Any] = {
-    "steps": STEPS, "log": {"every": 1}, "eval": {"every": 5, "batches": 2}, "micro_batch_size": 4,
+    "log": {"every": 1}, "eval": {"every": 5, "batches": 2}, "micro_batch_size": 4,
     "checkpoint": {"every": 4, "keep_last": KEEP_LAST},
 }  # fmt: skip
 FAULTS = {1: 10, 2: 5, 4: 3}  # of one run, by its processes: a start of four takes ten times as long
@@ -48,7 +49,7 @@ class Soak:
     def __init__(self, world: World, can: Abilities, seed: int, processes: Sequence[int]):
         self._world, self._can, self._seed, self._allowed = world, can, seed, processes
         self._references: dict[int, Reference] = {}
-        self._counts: dict[int, dict[str, int]] = {}
+        self._events: dict[int, list[dict[str, int]]] = {}  # by process
         self._usual: dict[int, float] = {}
         self.made: Counter[tuple[str, int]] = Counter()  # (kind, processes) of faults that came to pass
         self.restarts, self.attempts = 0, 0
@@ -64,7 +65,7 @@ class Soak:
             weights = [SHARES[count] for count in self._allowed]
             count = rng.choices(list(self._allowed), weights)[0]
             self._refer(count)
-            planned = [faults.draw(rng, count, self._counts[count], self._can) for _ in range(FAULTS[count])]
+            planned = [faults.draw(rng, self._events[count], self._can) for _ in range(FAULTS[count])]
             part = 0
             while planned and time.monotonic() < until:
                 part += 1
@@ -79,15 +80,15 @@ class Soak:
             name = f"undisturbed-{count}"
             shutil.rmtree(self._world.runs / name, ignore_errors=True)
             faults.forget_prepared(self._world.cache)
-            attempt = Attempt(self._world, name, NONE, count, 0.0, f"{name}.{warm}", counts=events)
-            ended = attempt.finish()
+            ended = self._attempt(name, NONE, count, 0.0, f"{name}.{warm}", counts=events).finish()
             self.spent["undisturbed"] += ended.seconds
             if ended.problems:
                 raise SystemExit("\n".join([*ended.problems, *ended.outputs]))
-        self._references[count] = Reference(self._world.runs / name, STEPS)
-        self._counts[count], self._usual[count] = json.loads(events.read_text()), ended.seconds
+        self._references[count] = Reference(self._world.runs / name, STEPS[count])
+        self._events[count] = [json.loads(Path(f"{events}.{i}").read_text()) for i in range(count)]
+        self._usual[count] = ended.seconds
         shutil.rmtree(self._world.runs / name)
-        print(f"{count} undisturbed: {ended.seconds:.1f} s, events {self._counts[count]}", flush=True)
+        print(f"{count} undisturbed: {ended.seconds:.1f} s, events {self._events[count][0]}", flush=True)
 
     def _one_run(self, name: str, count: int, planned: list[Fault], until: float) -> list[Fault]:
         """Attempts with the faults that are planned until the run is done; returns those that are left."""
@@ -99,7 +100,7 @@ class Soak:
             label = f"{name}.{number}"
             cut = self._prepare(fault, run, rng)
             history.before(fault.cut if cut else None)
-            ended = Attempt(self._world, name, fault, count, self._usual[count], label).finish()
+            ended = self._attempt(name, fault, count, self._usual[count], label).finish()
             full = (self._world.disk / FILLER).exists() or fault.kind == "fill"
             (self._world.disk / FILLER).unlink(missing_ok=True)
             problems = ended.problems + history.after(ended.codes, full)
@@ -113,6 +114,10 @@ class Soak:
         shutil.rmtree(run, ignore_errors=True)
         return planned
 
+    def _attempt(self, name: str, fault: Fault, count: int, *others: Any, counts: Path | None = None) -> Attempt:
+        steps = [f"steps={STEPS[count]}"]
+        return Attempt(self._world, name, fault, count, *others, overrides=steps, counts=counts)
+
     def _prepare(self, fault: Fault, run: Path, rng: random.Random) -> Path | None:
         if fault.cold:
             faults.forget_prepared(self._world.cache)
@@ -121,7 +126,7 @@ class Soak:
     def _count(self, fault: Fault, count: int, ended: Ended, cut: Path | None, first: bool) -> None:
         self.attempts += 1
         self.restarts += not first
-        if ended.struck and fault.kind != "none":
+        if ended.struck:
             self.made[fault.kind, count] += len(fault.victims)
         self.made["cut", count] += cut is not None
         self.made["clock", count] += fault.clock is not None
@@ -167,7 +172,7 @@ def _ends(ended: Ended, history: History, run: Path) -> str:
     with contextlib.suppress(ValueError):
         status = read_status(run) or {}
         codes += f" {status.get('state')} at {status.get('step')}"
-    struck = "" if ended.struck else " (not struck)"
+    struck = "" if ended.struck or set(ended.codes) == {0} else " (not struck)"
     return f"exit {codes}{struck} after {ended.seconds:.1f} s; whole before {sorted(history.whole)}"
 
 

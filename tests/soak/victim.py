@@ -24,7 +24,7 @@ from typing import Any
 # Which phase a changed file belongs to; the first that matches the path counts.
 _FILES = (
     ("save", re.compile(r"/checkpoints/\d+\.|/checkpoints/\d+/files\.json")),
-    ("prune", re.compile(r"/checkpoints/\d+(/|$)")),  # what is not moved there, see `_phase`
+    ("prune", re.compile(r"/checkpoints/\d+(/|$)")),  # what is not moved there, see `phase_of`
     ("owner", re.compile(r"/LEASE|/checkpoints/")),
     ("status", re.compile(r"/STATUS")),
     ("prepare", re.compile(r"/cache/")),
@@ -66,7 +66,7 @@ class Fault:
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Python's audit hook."""
-        if phase := _phase(event, arguments):
+        if phase := phase_of(event, arguments):
             self.count(phase)
 
 
@@ -81,7 +81,7 @@ def fill(disk: Path) -> None:
                 pass
 
 
-def _phase(event: str, arguments: tuple[Any, ...]) -> str | None:
+def phase_of(event: str, arguments: tuple[Any, ...]) -> str | None:
     """That of a file which is opened for writing, made, moved or removed."""
     removes = event in ("os.remove", "os.rmdir")
     if event == "open":
