@@ -1,14 +1,15 @@
 """What must hold of a run's directory after every attempt, and of a run that is done."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-ATTEMPT_KEYS = ("attempt", "time", "wall_time")  # of a line of metrics: those that an undisturbed run has otherwise
-_NUMBERS = ("train/", "eval/", "moe/", "counts")
+_NUMBERS = ("train/", "eval/", "moe/", "counts")  # not what was timed, nor who measured it
 
 
 def whole_steps(checkpoints: Path) -> set[int]:
@@ -73,14 +74,21 @@ def arrays(path: Path) -> dict[str, bytes]:
     return {name: np.asarray(reader.read(name, ())).tobytes() for name in sorted(reader.names)}
 
 
+@dataclass(frozen=True)
 class Reference:
     """What a run that nobody disturbed has measured and saved."""
 
-    def __init__(self, run: Path, steps: int):
-        self.steps = steps
-        self.rows = {name: numbers(lines_of(run / name)) for name in ("metrics.jsonl", "moe.jsonl")}
-        self.arrays = arrays(run / "checkpoints" / str(steps))
-        self.dataset = (run / "checkpoints" / str(steps) / "dataset" / "data.json").read_text()
+    steps: int
+    rows: Mapping[str, dict[tuple[int, str], Any]]  # by file
+    arrays: dict[str, bytes]  # of the last checkpoint
+    dataset: str  # its place in the data
+
+    @classmethod
+    def of(cls, run: Path, steps: int) -> Self:
+        """Read it from the run's directory."""
+        last = run / "checkpoints" / str(steps)
+        rows = {name: numbers(lines_of(run / name)) for name in ("metrics.jsonl", "moe.jsonl")}
+        return cls(steps, rows, arrays(last), (last / "dataset" / "data.json").read_text())
 
 
 class History:
@@ -107,9 +115,15 @@ class History:
 
         Every promise is about the directory alone, so that it holds for whatever comes next.
         """
-        return [*self._rows(complete=set(codes) == {0}), *self._checkpoints(codes), *self._last_word(codes, full)]
+        done = set(codes) == {0} or self._claims_an_end()  # it may be killed behind its last word
+        return [*self._rows(done), *self._checkpoints(done), *self._last_word(codes, full)]
 
-    def _rows(self, complete: bool) -> list[str]:
+    def _claims_an_end(self) -> bool:
+        with contextlib.suppress(ValueError):
+            return (read_status(self.run) or {}).get("exit_code") == 0
+        return False
+
+    def _rows(self, done: bool) -> list[str]:
         told = []
         for name, wanted in self._reference.rows.items():
             try:
@@ -120,22 +134,22 @@ class History:
             other = [key for key, value in found.items() if repr(wanted.get(key)) != repr(value)]
             if other:
                 told.append(f"{name}: {other[0]} is {found[other[0]]}, undisturbed {wanted.get(other[0])}")
-            last = self._reference.steps if complete else max((step for step, _ in found), default=0) - 1
+            last = self._reference.steps if done else max((step for step, _ in found), default=0) - 1
             lack = [key for key in wanted if self.cut_until[name] < key[0] <= last and key not in found]
             if lack:
                 told.append(f"{name}: {lack[0]} is missing, and {len(lack) - 1} more")
         return told
 
-    def _checkpoints(self, codes: list[int]) -> list[str]:
+    def _checkpoints(self, done: bool) -> list[str]:
         place, told = self.run / "checkpoints", []
         now = whole_steps(place)
         newest = sorted(self.whole | now)[-self._keep_last :]
         if gone := [step for step in newest if step not in now]:
             told.append(f"whole checkpoints {gone} are gone; there were {sorted(self.whole)}, there are {sorted(now)}")
-        if set(codes) == {0}:
+        if done:
             last = place / str(self._reference.steps)
             if self._reference.steps not in now:
-                told.append(f"exit 0 without checkpoint {self._reference.steps}")
+                told.append(f"done without checkpoint {self._reference.steps}")
             elif arrays(last) != self._reference.arrays:
                 told.append("the last checkpoint has other arrays than that of the undisturbed run")
             elif (last / "dataset" / "data.json").read_text() != self._reference.dataset:
@@ -154,8 +168,8 @@ class History:
         code = status["exit_code"]
         if codes[0] >= 0 and code != codes[0] and not full:  # process 0 writes it
             return [f"exit {codes[0]}, but STATUS says {status}"]
-        if set(codes) == {-9} and code is not None:
+        if set(codes) == {-9} and code not in (None, 0):
             return [f"killed, but STATUS says {status}"]
         if code == 0 and (status["state"], status["step"]) != ("done", self._reference.steps):
-            return [f"exit 0 with work undone: {status}"]
+            return [f"STATUS has exit code 0 with work undone: {status}"]
         return []

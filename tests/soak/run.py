@@ -38,9 +38,7 @@ CHANGES: dict[str, Any] = {
 FAULTS = {1: 10, 2: 5, 4: 3}  # of one run, by its processes: a start of four takes ten times as long
 SHARES = {1: 8, 2: 2, 4: 1}
 DISK_MEGABYTES = 24
-HEADING = (
-    "| date | seed | minutes | processes | kills | full disks | files cut | clock steps | restarts | differences |"
-)
+HEADING = "| date | seed | minutes | processes | kills | full disks | files cut | clocks set | restarts | differences |"
 
 
 class Soak:
@@ -84,7 +82,7 @@ class Soak:
             self.spent["undisturbed"] += ended.seconds
             if ended.problems:
                 raise SystemExit("\n".join([*ended.problems, *ended.outputs]))
-        self._references[count] = Reference(self._world.runs / name, STEPS[count])
+        self._references[count] = Reference.of(self._world.runs / name, STEPS[count])
         self._events[count] = [json.loads(Path(f"{events}.{i}").read_text()) for i in range(count)]
         self._usual[count] = ended.seconds
         shutil.rmtree(self._world.runs / name)

@@ -63,7 +63,7 @@ def copies(tmp_path_factory):
         listeners.append(made)
         train(file)
         listeners.remove(made)
-        yield file, made.made, Reference(place / "runs" / "run", STEPS)
+        yield file, made.made, Reference.of(place / "runs" / "run", STEPS)
 
 
 def train(file, *overrides):
@@ -121,7 +121,7 @@ def test_killed_on_purpose_in_each_phase_it_ends_as_if_left_alone(tmp_path):
     write_run_file(tmp_path, output_dir=str(world.runs), **changes)
     ended = Attempt(world, "undisturbed", NONE, 1, 0.0, "undisturbed").finish()
     assert ended.codes == [0], ended.outputs
-    history = History(world.runs / "killed", Reference(world.runs / "undisturbed", 14), KEEP_LAST)
+    history = History(world.runs / "killed", Reference.of(world.runs / "undisturbed", 14), KEEP_LAST)
     for number, fault in enumerate(POINTS):
         if fault.cold:
             forget_prepared(world.cache)
