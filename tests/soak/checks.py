@@ -127,10 +127,14 @@ class History:
         told = []
         for name, wanted in self._reference.rows.items():
             try:
-                found = numbers(lines_of(self.run / name))
+                rows = lines_of(self.run / name)
+                found = numbers(rows)
             except ValueError as error:
                 told.append(f"{name}: {error}")
                 continue
+            attempts = [row["attempt"] for row in rows if "attempt" in row]
+            if attempts != sorted(attempts):
+                told.append(f"{name}: a line of an earlier attempt behind one of a later: {attempts}")
             other = [key for key, value in found.items() if repr(wanted.get(key)) != repr(value)]
             if other:
                 told.append(f"{name}: {other[0]} is {found[other[0]]}, undisturbed {wanted.get(other[0])}")

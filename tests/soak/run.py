@@ -51,7 +51,8 @@ class Soak:
         self._usual: dict[int, float] = {}
         self.made: Counter[tuple[str, int]] = Counter()  # (kind, processes) of faults that came to pass
         self.restarts, self.attempts = 0, 0
-        self.spent: Counter[str] = Counter()  # seconds
+        self.spent: Counter[str] = Counter()  # seconds, as the soak sees them
+        self.went: Counter[str] = Counter()  # seconds, as the runs that are done account for them
         self.differences: list[str] = []
 
     def go(self, until: float) -> None:
@@ -108,6 +109,7 @@ class Soak:
                 self._differs(label, run, problems, ended)
                 return planned
             if set(ended.codes) == {0}:
+                self.went.update((read_status(run) or {}).get("seconds", {}))
                 break
         shutil.rmtree(run, ignore_errors=True)
         return planned
@@ -161,6 +163,9 @@ class Soak:
             lines.append(f"  {kind}: " + ", ".join(f"{self.made[kind, c]} of {c}" for c in self._allowed))
         spent = ", ".join(f"{what} {time_:.0f} s" for what, time_ in self.spent.items())
         lines.append(f"{self.kills()} kills; time: {spent}")
+        if whole := sum(self.went.values()):
+            shares = [f"{kind} {seconds / whole:.1%}" for kind, seconds in self.went.most_common()]
+            lines.append(f"where the time of the runs went: {', '.join(shares)}")
         lines += [f"DIFFERENCE {difference}" for difference in self.differences]
         return "\n".join([*lines, f"{len(self.differences)} differences"])
 
