@@ -11,7 +11,10 @@ from tests.soak.checks import whole_steps
 from tests.soak.victim import PHASES
 
 STOPS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT")
-CUTS = ("metrics.jsonl", "moe.jsonl", "checkpoint", "STATUS", "LEASE", "cache", "compiled")
+CUTS = (
+    "metrics.jsonl", "moe.jsonl", "attempts/goodput.jsonl", "config.yaml", "STATUS", "LEASE", "checkpoint", "cache",
+    "compiled",
+)  # fmt: skip
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 
 

@@ -45,11 +45,19 @@ class Copies:
             phase = phase_of(event, arguments)
             if phase in ("save", "prune", "status", "owner") and self._run.exists():
                 with self._lock:
-                    copy = self._to / str(len(self.made))
-                    shutil.copytree(self._run, copy / "run", symlinks=True, ignore_dangling_symlinks=True)
-                    self.made.append((phase, copy))
+                    self._copy(phase)
         finally:
             self._busy.yes = False
+
+    def _copy(self, phase):
+        copy = self._to / str(len(self.made))
+        for _ in range(5):
+            try:
+                shutil.copytree(self._run, copy / "run", symlinks=True)
+                self.made.append((phase, copy))
+                return
+            except (OSError, shutil.Error):  # tensorstore's own threads went on: a file is no longer there
+                shutil.rmtree(copy)
 
 
 @pytest.fixture(scope="module")
