@@ -105,6 +105,15 @@ def test_the_exit_code(where, process, code, says, listener, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_waits_in_jax_ends_with_76():
+    """As a process does that has joined, where another is killed before all have seen each other's devices."""
+    code = (
+        "import time; from mixtral_jax.train.run import joining\nwith joining._ended_after(0.2, 'lost'): time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
+    assert (ended.returncode, ended.stderr) == (76, "\nexit 76: lost\n")
+
+
 def test_silence_is_counted_in_polls():
     heard, beats = {}, {"1": 0, "2": 0, "3": "left"}
     for poll in range(peers._SILENT_POLLS + 1):

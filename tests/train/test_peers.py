@@ -99,9 +99,11 @@ def test_a_process_whose_coordinator_does_not_beat_ends(monkeypatch, tmp_path, c
     assert "process 0 of the run has not been heard of for 20 s" in capsys.readouterr().err
 
 
-def test_process_0_ends_where_another_does_not_beat(monkeypatch, tmp_path):
+@pytest.mark.parametrize("last", ["7", None], ids=["no longer", "not once"])
+def test_process_0_ends_where_another_does_not_beat(last, monkeypatch, tmp_path):
+    """jax's own service would abort it (-6) after 100 s."""
     store = Store()
-    store.said[f"{peers._ALIVE}1"] = "7"
+    store.said |= {} if last is None else {f"{peers._ALIVE}1": last}
     assert ended_with(monkeypatch, tmp_path, store, 20, process=0) == 76
 
 

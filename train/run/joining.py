@@ -4,20 +4,23 @@ jax's own client would end this process by an abort where nobody answers, and it
 the port is taken: so both are tried by hand first.
 """
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from mixtral_jax.train.errors import ExitCode, PeerLost, UserError
+from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, UserError
 
 _GONE_SECONDS = 2.0  # a process that is killed still holds its port for a moment
 _RETRY_SECONDS, _PORT_SECONDS = 0.5, 10.0  # the coordinator of a run that has just ended may still hold the port
+_DEVICES_SECONDS = 30.0  # the least in which all processes see each other's devices
 # what every client of HTTP/2 begins with, and the type of the frame that a server answers with
 _HELLO, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 
@@ -55,6 +58,23 @@ def join(address: str, count: int, process_id: int, timeout: float, local_device
         _jax.get_distributed_runtime_client = make
     if process_id:
         _end_in_order(host, port)
+    with _ended_after(max(timeout, _DEVICES_SECONDS), f"a process that had come to {address} is lost; {AGAIN}"):
+        jax.devices()  # all wait here for each other's
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, reason: str) -> Iterator[None]:
+    """What waits in jax, which nothing interrupts, ends with 76 by then; jax itself would abort after 100 s."""
+
+    def end() -> None:
+        os.write(2, f"\nexit {ExitCode.PEER_LOST}: {reason}\n".encode())
+        os._exit(ExitCode.PEER_LOST)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
 
 
 def parse_address(address: str) -> tuple[str, int]:

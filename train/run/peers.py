@@ -93,8 +93,9 @@ class _Watch:
                 thread.join(_GRACE_SECONDS)
 
     def _ask(self) -> None:
-        heard: dict[str, tuple[str, int]] = {}  # what each process said last, and for how many polls
         me = jax.process_index()
+        # what each process said last, and for how many polls; one that is lost before its first word counts too
+        heard = {f"{_ALIVE}{i}": ("", 0) for i in range(jax.process_count() if me == 0 else 0)}
         for beat in itertools.count():
             left = self._ended.wait(_POLL_SECONDS)
             with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone or cut off: counted
@@ -136,8 +137,10 @@ def _beats(me: int) -> list[tuple[str, str]]:
 
 def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> str:
     """The number of a process that has said nothing new for too long, or nothing; `heard` is brought up to date."""
-    for key, beat in said:
+    beats = dict(said)
+    for key in heard | beats:
         before, polls = heard.get(key, ("", 0))
+        beat = beats.get(key, before)
         heard[key] = (beat, polls + 1 if beat == before != _LEFT else 0)
     return next((key.rpartition("/")[2] for key, (_, polls) in heard.items() if polls >= _SILENT_POLLS), "")
 
