@@ -136,6 +136,19 @@ def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatc
     assert saved_steps(tmp_path) == [7] and len(run.said) == 3
 
 
+def test_what_is_still_to_be_made_again_at_the_end_is_told(tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (99.0,))
+    refuse(full(), 2)
+    run = Run(tmp_path, every=2)
+    run.step(2)
+    run.step(3)
+    with pytest.raises(StorageError, match="No space left on device"):
+        run.hook.finish()
+    run.step(4)
+    run.step(5)
+    run.hook.finish()
+
+
 def test_what_was_refused_behind_its_commit_is_whole_and_not_written_over(tmp_path, monkeypatch):
     def listing(path):
         raise OSError(errno.EIO, "Input/output error")
@@ -145,6 +158,7 @@ def test_what_was_refused_behind_its_commit_is_whole_and_not_written_over(tmp_pa
     monkeypatch.setattr(checkpoint, "remove", lambda path: removed.append(path.name))
     removed = []
     run.hook.save(Moment(7, STATE, None, 0, False))
+    run.hook.finish()
     assert removed == ["7"] and saved_steps(tmp_path) == [7]  # before the first attempt alone
 
 
