@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mixtral_jax.checkpoint import trees
+from mixtral_jax.train import meetings
 from mixtral_jax.train.checkpoints import checkpointer as checkpoint
 from mixtral_jax.train.checkpoints import patience, together
 from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig
@@ -280,12 +281,13 @@ class Store:
 def process(monkeypatch):
     """process(i): from here on this is process i of three; each counts its words anew."""
     store = Store()
-    monkeypatch.setattr(together, "_store", lambda: store)
+    for module in (meetings, together):
+        monkeypatch.setattr(module, "store", lambda: store)
     monkeypatch.setattr(together.jax, "process_count", lambda: 3)
 
     def process(index):
         monkeypatch.setattr(together.jax, "process_index", lambda: index)
-        monkeypatch.setattr(together, "_words", iter(range(1000)))
+        monkeypatch.setattr(meetings, "_words", iter(range(1000)))
         monkeypatch.setattr(together, "_works", iter(range(1000)))
 
     process.store = store
@@ -294,9 +296,9 @@ def process(monkeypatch):
 
 def test_what_process_0_says_the_others_hear(process):
     process(0)
-    assert [together.told(lambda word=word: word) for word in ("save", "")] == ["save", ""]
+    assert [meetings.told(lambda word=word: word) for word in ("save", "")] == ["save", ""]
     process(2)
-    assert [together.told(lambda: "something else") for _ in range(2)] == ["save", ""]
+    assert [meetings.told(lambda: "something else") for _ in range(2)] == ["save", ""]
 
 
 def done(work):

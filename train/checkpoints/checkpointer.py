@@ -17,8 +17,9 @@ from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
-from mixtral_jax.train.checkpoints.together import Together, told
+from mixtral_jax.train.checkpoints.together import Together
 from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
+from mixtral_jax.train.meetings import told
 from mixtral_jax.train.state import TrainState
 
 Say = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""What several processes decide as one: process 0 says it, the others hear it. One process just does it."""
+"""What several processes do in the background as one."""
 
 import contextlib
 import errno
@@ -7,31 +7,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
-from jax._src import distributed  # the key-value store of jax's own barriers, which has no public name
 
-_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # the peers' watch ends a process that waits for one that is gone
-_POLL_SECONDS, _KEPT = 0.05, 100  # words that a slower process may still have to hear
-_DONE = "done"
-_words, _works = itertools.count(), itertools.count()
+from mixtral_jax.train.meetings import store, told
+
+_POLL_SECONDS, _DONE = 0.05, "done"
+_works = itertools.count()
 
 T = TypeVar("T")
-
-
-def told(say: Callable[[], str]) -> str:
-    """What process 0 says, to every process; all of them call this in the same order. Costs one message each."""
-    if jax.process_count() == 1:
-        return say()
-    number = next(_words)
-    if jax.process_index() > 0:
-        return _store().blocking_key_value_get(_word(number), _PATIENCE_MILLISECONDS)[1:]
-    word = say()
-    _store().key_value_set(_word(number), f"={word}")  # never empty
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _store().key_value_delete(_word(number - _KEPT))
-    return word
 
 
 class Together(Generic[T]):
@@ -55,7 +40,7 @@ class Together(Generic[T]):
     def _say(self, how: str) -> None:
         if jax.process_count() > 1:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: nobody waits any more
-                _store().key_value_set(f"{self._place}{jax.process_index()}", how)
+                store().key_value_set(f"{self._place}{jax.process_index()}", how)
 
     def ended(self) -> bool:
         """Whether all have done their part or one has failed. Process 0 alone can say."""
@@ -73,11 +58,12 @@ class Together(Generic[T]):
         if jax.process_count() == 1:
             return self._future.result()
         verdict = told(self._judge)
-        if self._future.done() and (error := self._future.exception()) is not None:
-            raise error
-        if verdict != _DONE:  # the part of this process may wait for the other one: nobody waits for it
+        if verdict == _DONE:
+            return self._future.result()
+        error = self._future.exception() if self._future.done() else None
+        if error is None or isinstance(error, jax.errors.JaxRuntimeError):  # waits for the other one, or has waited
             raise OSError(errno.EIO, verdict)
-        return self._future.result()
+        raise error
 
     def _judge(self) -> str:
         while not self.ended():
@@ -86,15 +72,5 @@ class Together(Generic[T]):
 
     def _heard(self) -> list[str]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
-            return [how for _, how in _store().key_value_dir_get(self._place)]
+            return [how for _, how in store().key_value_dir_get(self._place)]
         return []
-
-
-def _word(number: int) -> str:
-    return f"mixtral_jax/told/{number}"
-
-
-def _store() -> Any:
-    client = distributed.global_state.client
-    assert client is not None, "several processes always have a coordinator"
-    return client
