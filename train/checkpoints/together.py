@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 class Together(Generic[T]):
     """Work in the background, of which every process does its part: done where all of them have, else not at all."""
+
+    left_behind: ClassVar[bool] = False  # parts that may still wait for one that failed; every process knows of them
 
     def __init__(self, work: Callable[[], T]):
         self._future: Future[T] = Future()
@@ -60,6 +62,7 @@ class Together(Generic[T]):
         verdict = told(self._judge)
         if verdict == _DONE:
             return self._future.result()
+        Together.left_behind = True
         error = self._future.exception() if self._future.done() else None
         if error is None or isinstance(error, jax.errors.JaxRuntimeError):  # waits for the other one, or has waited
             raise OSError(errno.EIO, verdict)
