@@ -39,15 +39,7 @@ from mixtral_jax.train.hooks import (
 )
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.optimizer import Params
-from mixtral_jax.train.run import (
-    Interrupts,
-    RunDirectory,
-    compiled_line,
-    failures_reported,
-    leave,
-    meet,
-    where_to_start,
-)
+from mixtral_jax.train.run import Interrupts, RunDirectory, compiled_line, end, failures_reported, meet, where_to_start
 from mixtral_jax.train.text import generate
 
 
@@ -76,7 +68,7 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
             for _ in trainer.steps():
                 pass
     assert trainer.outcome is not None
-    return leave(trainer.outcome.exit_code)
+    return end(trainer.outcome.exit_code)
 
 
 class Trainer:

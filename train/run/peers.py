@@ -164,7 +164,7 @@ def _read() -> dict[str, Any] | None:
         return None
 
 
-def leave(exit_code: int) -> int:
+def end(exit_code: int) -> int:
     """The code to end with; at once where Orbax waits for a part of a save that failed, as Python would wait for it.
 
     That is five minutes (seen with 0.12.8), and jax's farewell gives up before.
