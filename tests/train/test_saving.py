@@ -114,6 +114,20 @@ def test_no_refusal_of_a_save_is_the_users_mistake(tmp_path, refuse, error):
     assert failure_of(caught.value).exit_code == ExitCode.STORAGE
 
 
+def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse):
+    best = Best(EarlyStoppingConfig(patience=None))
+    refuse(full(), 4)
+    run = Run(tmp_path, best, every=None, keep_last=1)
+    for step, loss in enumerate((9, 5, 8, 2, 8, 8, 8), 1):
+        best.judge(step, {"eval/loss": float(loss)})
+        run.step(step)
+        time.sleep(0.002)
+    assert saved_steps(tmp_path) == [2, 6] and checkpoint.best_step(tmp_path) == 2
+    assert best.step == 2 and "5.0000, is that of checkpoint 2 (2.0000 " in str(best)
+    run.hook.save(Moment(7, STATE, None, 0, False))
+    assert saved_steps(tmp_path) == [2, 7]
+
+
 def test_a_bug_is_no_refusal(tmp_path, refuse):
     attempts = refuse(ValueError("shapes differ"), *range(1, 99))
     with pytest.raises(ValueError, match="shapes differ"):
@@ -253,9 +267,9 @@ def test_improvements_are_saved_once_in_every_many_steps_beside_the_others():
         saved += [step] * (best.step == step)
     assert saved == [2, 10, 20, 30, 40]
     best.judge(44, {"eval/loss": 1.0})
-    assert best.step == 40 and "(1.0000 came too soon after it to be saved)" in str(best)
+    assert best.step == 40 and "(1.0000 was not saved)" in str(best)
     best.judge(46, {"eval/loss": 0.5}, saved=True)
-    assert best.step == 46 and "too soon" not in str(best)
+    assert best.step == 46 and "not saved" not in str(best)
 
 
 class Store:

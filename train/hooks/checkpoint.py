@@ -59,10 +59,12 @@ class Checkpoint:
             StorageError: it, or one that is still to be made again, could not be written, and its state is gone.
         """
         self._attempt(self._checkpointer.wait, again=False)
-        if self._checkpointer.owes and self._refusal is not None:
+        if self._checkpointer.owed is not None and self._refusal is not None:
             raise self._refusal
 
     def _begin(self, moment: Moment) -> float:
+        if self._checkpointer.owed != moment.step:
+            self._best.forget(self._checkpointer.owed)
         dataset, meta = self._items(moment)
         save = partial(self._checkpointer.save, moment.state, moment.step, dataset, meta, self._best.step)
         return self._attempt(save, again=jax.process_count() == 1)  # the others are in the midst of theirs
