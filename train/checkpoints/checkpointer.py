@@ -87,6 +87,11 @@ class Checkpointer:
         every = self._config.every
         return last or (every is not None and step % every == 0) or self._said(step) == _SAVE
 
+    @property
+    def owes(self) -> bool:
+        """Whether a save was refused that is still to be tried again."""
+        return self._again is not None
+
     def _said(self, step: int) -> str:
         """What clock and storage of process 0 ask for after this step; nobody asks them while nothing can have come."""
         if self._config.every_minutes is None and self._under_way is None and self._again is None:

@@ -59,7 +59,7 @@ class Checkpoint:
             StorageError: it, or one that is still to be made again, could not be written, and its state is gone.
         """
         self._attempt(self._checkpointer.wait, again=False)
-        if self._checkpointer.owed is not None and self._refusal is not None:
+        if self._checkpointer.owes and self._refusal is not None:
             raise self._refusal
 
     def _begin(self, moment: Moment) -> float:
