@@ -1,12 +1,13 @@
 """One process of a run of several: launch.py, with what it read put on record and a signal or a failure on demand.
 
-python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal or `fail`, a
-process and a step: `SIGTERM:1:8`.
+python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal, `fail` or
+`full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`.
 """
 
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -22,6 +23,8 @@ from mixtral_jax.train.run import signals as interrupts
 _GLOO = re.compile(
     r"\[Gloo\] Rank |\d* is connected to |\d* peer ranks\. |Expected number of connected peer ranks is : "
 )
+
+SMALL = 32 << 10
 
 
 def without_gloo(output: str) -> str:
@@ -52,7 +55,10 @@ def disturb(event: str, process: int) -> None:
     requested = interrupts.Interrupts.requested
 
     def disturbed(self, step):
-        if step == int(when) and process == int(victim):
+        if what == "full" and process == int(victim):
+            room = SMALL if int(when) <= step < int(when) + 3 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        elif step == int(when) and process == int(victim):
             if what == "fail":
                 raise OSError(28, "No space left on device")
             os.kill(os.getpid(), signal.Signals[what])

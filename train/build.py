@@ -129,9 +129,7 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
-        changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
-        what = f"checkpoint {found.step} could not be read"
-        state = patiently(what, lambda: restore_state(found, abstract, tree_changes(changed)), say, alone=False)
+        state = _restored(config, found, abstract, say)
     else:
         state = start_from(first_params(started, base, keep(weights, trained)), optimizer, abstract)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
@@ -146,6 +144,12 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
         tokens=0 if found is None else int(found.dataset["tokens"]), base=noted,
     )  # fmt: skip
     return parts, state
+
+
+def _restored(config: RunConfig, found: Found, abstract: TrainState, say: Say) -> TrainState:
+    changed = tree_changes(config_differences(found.meta["config"], config.model_dump(mode="json")))
+    what = f"checkpoint {found.step} could not be read"
+    return patiently(what, lambda: restore_state(found, abstract, changed), say, alone=False)
 
 
 def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, say: Say) -> int:

@@ -6,8 +6,8 @@ Every process calls each of these, in the same order; alone, a process has nothi
 import itertools
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from mixtral_jax.train.errors import UserError
 
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
-_meetings = itertools.count()  # a barrier opens once
+_meetings, _words = itertools.count(), itertools.count()  # a barrier opens once
+_WORD, _KEPT = "mixtral_jax/told/", 100  # words that a slower process may still have to hear
 
 
 def store() -> Any:
@@ -49,6 +50,20 @@ def hear(values: np.ndarray, speaker: int) -> np.ndarray:
         return values
     meet("hear")
     return np.asarray(multihost_utils.broadcast_one_to_all(values, is_source=jax.process_index() == speaker))
+
+
+def told(say: Callable[[], str]) -> str:
+    """What process 0 says, however long it takes to say it; costs the others one message."""
+    if jax.process_count() == 1:
+        return say()
+    number = next(_words)
+    if jax.process_index() > 0:
+        return store().blocking_key_value_get(f"{_WORD}{number}", _PATIENCE_MILLISECONDS)[1:]
+    word = say()
+    store().key_value_set(f"{_WORD}{number}", f"={word}")  # never empty
+    with suppress(jax.errors.JaxRuntimeError):
+        store().key_value_delete(f"{_WORD}{number - _KEPT}")
+    return word
 
 
 def agree(**values: str | int) -> None:

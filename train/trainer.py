@@ -39,7 +39,7 @@ from mixtral_jax.train.hooks import (
 )
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.optimizer import Params
-from mixtral_jax.train.run import Interrupts, RunDirectory, compiled_line, failures_reported, meet, where_to_start
+from mixtral_jax.train.run import Interrupts, RunDirectory, compiled_line, end, failures_reported, meet, where_to_start
 from mixtral_jax.train.text import generate
 
 
@@ -67,8 +67,8 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
         ):
             for _ in trainer.steps():
                 pass
-            assert trainer.outcome is not None
-            return trainer.outcome.exit_code
+    assert trainer.outcome is not None
+    return end(trainer.outcome.exit_code)
 
 
 class Trainer:

@@ -97,6 +97,15 @@ def test_a_directory_that_cannot_be_looked_into_is_refused_at_the_start(tmp_path
         check(tmp_path, run("a"))
 
 
+def test_a_file_in_the_place_of_the_directory_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="Not a directory") as caught:
+            check(place, run("a"))
+            own(place, run("a"))
+        assert type(caught.value) is UserError
+
+
 def test_the_second_point_of_a_sweep_is_refused_before_anything_is_touched(tmp_path, monkeypatch, capsys):
     """It said "done" with no step trained."""
     monkeypatch.setattr(loop, "make_mesh", lambda config: None)

@@ -254,6 +254,17 @@ def held_out(path):
     return f"data.validation=[{{name: words, path: {path}}}]"
 
 
+@pytest.mark.slow
+def test_a_save_that_one_process_cannot_write_is_made_again_by_all(file, alone):
+    """The others wait for its part in Orbax's barrier, for minutes; they are told, and leave it."""
+    codes, outputs, apart = run_processes(2, 2, file, "full", MESH, "steps=12", event="full:1:4")
+    assert codes == [0, 0] and apart < 60, "\n".join(outputs)
+    assert "process 1: " in outputs[0] and "it is made again in" in outputs[0]
+    saved = {int(p.name) for p in (place(file, "full") / "checkpoints").iterdir() if p.name.isdigit()}
+    assert 4 not in saved and {8, 12} <= saved
+    assert_same_numbers(file, "full", range(1, 9))
+
+
 @pytest.mark.parametrize(
     ("setting", "differ"),
     [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mixtral_jax.checkpoint import trees
+from mixtral_jax.train import meetings
 from mixtral_jax.train.checkpoints import checkpointer as checkpoint
 from mixtral_jax.train.checkpoints import patience, together
 from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig
@@ -113,6 +114,20 @@ def test_no_refusal_of_a_save_is_the_users_mistake(tmp_path, refuse, error):
     assert failure_of(caught.value).exit_code == ExitCode.STORAGE
 
 
+def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse):
+    best = Best(EarlyStoppingConfig(patience=None))
+    refuse(full(), 4)
+    run = Run(tmp_path, best, every=None, keep_last=1)
+    for step, loss in enumerate((9, 5, 8, 2, 8, 8, 8), 1):
+        best.judge(step, {"eval/loss": float(loss)})
+        run.step(step)
+        time.sleep(0.002)
+    assert saved_steps(tmp_path) == [2, 6] and checkpoint.best_step(tmp_path) == 2
+    assert best.step == 2 and "5.0000, is that of checkpoint 2 (2.0000 " in str(best)
+    run.hook.save(Moment(7, STATE, None, 0, False))
+    assert saved_steps(tmp_path) == [2, 7]
+
+
 def test_a_bug_is_no_refusal(tmp_path, refuse):
     attempts = refuse(ValueError("shapes differ"), *range(1, 99))
     with pytest.raises(ValueError, match="shapes differ"):
@@ -136,6 +151,19 @@ def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatc
     assert saved_steps(tmp_path) == [7] and len(run.said) == 3
 
 
+def test_what_is_still_to_be_made_again_at_the_end_is_told(tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (99.0,))
+    refuse(full(), 2)
+    run = Run(tmp_path, every=2)
+    run.step(2)
+    run.step(3)
+    with pytest.raises(StorageError, match="No space left on device"):
+        run.hook.finish()
+    run.step(4)
+    run.step(5)
+    run.hook.finish()
+
+
 def test_what_was_refused_behind_its_commit_is_whole_and_not_written_over(tmp_path, monkeypatch):
     def listing(path):
         raise OSError(errno.EIO, "Input/output error")
@@ -145,6 +173,7 @@ def test_what_was_refused_behind_its_commit_is_whole_and_not_written_over(tmp_pa
     monkeypatch.setattr(checkpoint, "remove", lambda path: removed.append(path.name))
     removed = []
     run.hook.save(Moment(7, STATE, None, 0, False))
+    run.hook.finish()
     assert removed == ["7"] and saved_steps(tmp_path) == [7]  # before the first attempt alone
 
 
@@ -238,9 +267,9 @@ def test_improvements_are_saved_once_in_every_many_steps_beside_the_others():
         saved += [step] * (best.step == step)
     assert saved == [2, 10, 20, 30, 40]
     best.judge(44, {"eval/loss": 1.0})
-    assert best.step == 40 and "(1.0000 came too soon after it to be saved)" in str(best)
+    assert best.step == 40 and "(1.0000 was not saved)" in str(best)
     best.judge(46, {"eval/loss": 0.5}, saved=True)
-    assert best.step == 46 and "too soon" not in str(best)
+    assert best.step == 46 and "not saved" not in str(best)
 
 
 class Store:
@@ -266,12 +295,13 @@ class Store:
 def process(monkeypatch):
     """process(i): from here on this is process i of three; each counts its words anew."""
     store = Store()
-    monkeypatch.setattr(together, "store", lambda: store)
+    for module in (meetings, together):
+        monkeypatch.setattr(module, "store", lambda: store)
     monkeypatch.setattr(together.jax, "process_count", lambda: 3)
 
     def process(index):
         monkeypatch.setattr(together.jax, "process_index", lambda: index)
-        monkeypatch.setattr(together, "_words", iter(range(1000)))
+        monkeypatch.setattr(meetings, "_words", iter(range(1000)))
         monkeypatch.setattr(together, "_works", iter(range(1000)))
 
     process.store = store
@@ -280,9 +310,9 @@ def process(monkeypatch):
 
 def test_what_process_0_says_the_others_hear(process):
     process(0)
-    assert [together.told(lambda word=word: word) for word in ("save", "")] == ["save", ""]
+    assert [meetings.told(lambda word=word: word) for word in ("save", "")] == ["save", ""]
     process(2)
-    assert [together.told(lambda: "something else") for _ in range(2)] == ["save", ""]
+    assert [meetings.told(lambda: "something else") for _ in range(2)] == ["save", ""]
 
 
 def done(work):

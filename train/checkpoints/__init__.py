@@ -17,3 +17,4 @@ from mixtral_jax.train.checkpoints.checkpointer import (
 )
 from mixtral_jax.train.checkpoints.owner import check_owner, own
 from mixtral_jax.train.checkpoints.patience import patiently, remedy, why
+from mixtral_jax.train.checkpoints.together import Together

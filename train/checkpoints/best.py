@@ -61,6 +61,7 @@ class Best:
         """
         self._config, self._every = config, every
         self._record: dict[str, Any] | None = None
+        self._before: dict[str, Any] = {"value": None, "step": None}
         if config is not None:
             # patience compares with `mark`, and has waited for so many evaluations
             self._record = {"metric": config.metric, "step": None, "value": None, "mark": None, "waited": 0}
@@ -85,11 +86,17 @@ class Best:
         every, before = self._every, self.step
         often = every is not None and step % every and before is not None and step - before < every
         if (saved or not often) and self._gain(value, self._record["value"]) > 0:
+            self._before = {key: self._record[key] for key in ("value", "step")}
             self._record |= {"value": value, "step": step}
         if self._gain(value, self._record["mark"]) > self._config.min_delta:
             self._record |= {"mark": value, "waited": 0}
         else:
             self._record["waited"] += 1
+
+    def forget(self, step: int | None) -> None:
+        """The checkpoint of this step could not be made: where it was to be the best, the one before still is."""
+        if self._record is not None and step is not None and step == self.step:
+            self._record |= self._before
 
     def _gain(self, value: float, before: float | None) -> float:
         """How much better; infinite where there was nothing."""
@@ -112,7 +119,7 @@ class Best:
         if self._record is None or self.step is None:
             return ""
         better = self._gain(self._record["mark"], self._record["value"]) > 0
-        unsaved = f" ({self._record['mark']:.4f} came too soon after it to be saved)" * better
+        unsaved = f" ({self._record['mark']:.4f} was not saved)" * better
         value = f"{self._record['value']:.4f}"
         return f"the best {self._record['metric']}, {value}, is that of checkpoint {self.step}{unsaved}"
 

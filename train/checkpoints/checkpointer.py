@@ -17,8 +17,9 @@ from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.checkpoints.best import LINK, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
-from mixtral_jax.train.checkpoints.together import Together, told
+from mixtral_jax.train.checkpoints.together import Together
 from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
+from mixtral_jax.train.meetings import told
 from mixtral_jax.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -70,6 +71,7 @@ class Checkpointer:
         self._config = config
         self.directory, self.asynchronous = epath.Path(directory), config.asynchronous
         self._newest = self._tried = newest
+        self.owed: int | None = None  # the step whose save is under way or was refused, until one is made
         self._under_way: Together[Saved] | None = None
         self._refusals = 0  # in a row
         self._again: float | None = None  # the time at which what was refused is tried again
@@ -84,6 +86,11 @@ class Checkpointer:
         """Is a checkpoint to be made?"""
         every = self._config.every
         return last or (every is not None and step % every == 0) or self._said(step) == _SAVE
+
+    @property
+    def owes(self) -> bool:
+        """Whether a save was refused that is still to be tried again."""
+        return self._again is not None
 
     def _said(self, step: int) -> str:
         """What clock and storage of process 0 ask for after this step; nobody asks them while nothing can have come."""
@@ -117,14 +124,14 @@ class Checkpointer:
         if step == self._newest:
             return before
         started, path = time.perf_counter(), self.directory / str(step)
-        self._last, self._again = time.monotonic(), None
+        self._last, self._again, self.owed = time.monotonic(), None, step
         if step == self._tried and told(lambda: checkpoint.damage(path) or _WHOLE) == _WHOLE:
-            self._newest, self._refusals = step, 0  # refused behind its commit
+            self._newest, self._refusals, self.owed = step, 0, None  # refused behind its commit
             self._prune(step, best)
             return before
-        self._tried = step
         if jax.process_index() == 0:
             remove(path)  # one that was passed over as broken when this run resumed, or that was refused
+        self._tried = step
         pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
         self._newest = step
 
@@ -148,7 +155,7 @@ class Checkpointer:
         except Exception:
             self._newest = self._under_way = None  # it may be tried again
             raise
-        self._under_way, self._refusals = None, 0  # where the waiting is interrupted it goes on
+        self._under_way, self._refusals, self.owed = None, 0, None  # where the waiting is interrupted it goes on
         return saved
 
     def refused(self) -> float | None:

@@ -13,8 +13,8 @@ from etils import epath
 from mixtral_jax import checkpoint
 from mixtral_jax.data.prepare import digest, write_atomically
 from mixtral_jax.train.checkpoints.checkpointer import saved_steps
-from mixtral_jax.train.checkpoints.patience import patiently
-from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of
+from mixtral_jax.train.checkpoints.patience import patiently, why
+from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of, is_of_storage
 
 OWNER = "OWNER.json"
 # where a run lies and how it is watched, not what it is
@@ -74,9 +74,11 @@ def own(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
             probe = root / ".writable"
             probe.write_text("")
             probe.unlink()
-    except OSError as error:
-        kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
-        raise kind(f"checkpoint.directory: {directory} is not writable: {error.strerror or error}") from error
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
+        kind = UserError if failure_of(error).exit_code == ExitCode.USAGE else StorageError
+        raise kind(f"checkpoint.directory: {directory} is not writable: {why(error)}") from error
 
 
 def _is_inside(directory: epath.PathLike, owner: Owner) -> bool:
@@ -87,7 +89,7 @@ def _noted(root: epath.Path, look: bool) -> Owner | None:
     """As OWNER.json says, or where `look` the newest checkpoint that can be read; None: nothing says it."""
     try:
         steps = saved_steps(root)
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError) as error:
         raise UserError(f"checkpoint.directory: {root} cannot be looked into: {error.strerror}") from error
     with contextlib.suppress(*_NOTHING):
         return Owner(**json.loads((root / OWNER).read_text()))

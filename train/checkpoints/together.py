@@ -1,4 +1,4 @@
-"""What several processes decide as one: process 0 says it, the others hear it. One process just does it."""
+"""What several processes do in the background as one."""
 
 import contextlib
 import errno
@@ -7,36 +7,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 
-from mixtral_jax.train.meetings import store
+from mixtral_jax.train.meetings import store, told
 
-_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # the peers' watch ends a process that waits for one that is gone
-_POLL_SECONDS, _KEPT = 0.05, 100  # words that a slower process may still have to hear
-_DONE = "done"
-_words, _works = itertools.count(), itertools.count()
+_POLL_SECONDS, _DONE = 0.05, "done"
+_works = itertools.count()
 
 T = TypeVar("T")
 
 
-def told(say: Callable[[], str]) -> str:
-    """What process 0 says, to every process; all of them call this in the same order. Costs one message each."""
-    if jax.process_count() == 1:
-        return say()
-    number = next(_words)
-    if jax.process_index() > 0:
-        return store().blocking_key_value_get(_word(number), _PATIENCE_MILLISECONDS)[1:]
-    word = say()
-    store().key_value_set(_word(number), f"={word}")  # never empty
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        store().key_value_delete(_word(number - _KEPT))
-    return word
-
-
 class Together(Generic[T]):
     """Work in the background, of which every process does its part: done where all of them have, else not at all."""
+
+    left_behind: ClassVar[bool] = False  # parts that may still wait for one that failed; every process knows of them
 
     def __init__(self, work: Callable[[], T]):
         self._future: Future[T] = Future()
@@ -74,11 +60,13 @@ class Together(Generic[T]):
         if jax.process_count() == 1:
             return self._future.result()
         verdict = told(self._judge)
-        if self._future.done() and (error := self._future.exception()) is not None:
-            raise error
-        if verdict != _DONE:  # the part of this process may wait for the other one: nobody waits for it
+        if verdict == _DONE:
+            return self._future.result()
+        Together.left_behind = True
+        error = self._future.exception() if self._future.done() else None
+        if error is None or isinstance(error, jax.errors.JaxRuntimeError):  # waits for the other one, or has waited
             raise OSError(errno.EIO, verdict)
-        return self._future.result()
+        raise error
 
     def _judge(self) -> str:
         while not self.ended():
@@ -89,7 +77,3 @@ class Together(Generic[T]):
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
             return [how for _, how in store().key_value_dir_get(self._place)]
         return []
-
-
-def _word(number: int) -> str:
-    return f"mixtral_jax/told/{number}"

@@ -24,6 +24,7 @@ class Checkpoint:
     ):  # fmt: skip
         self._checkpointer, self._writer, self._console, self._items = checkpointer, writer, console, items
         self._best = best
+        self._refusal: StorageError | None = None  # the last one
 
     def due(self, step: int, last: bool) -> bool:
         return self._checkpointer.due(step, last) or step == self._best.step
@@ -55,11 +56,15 @@ class Checkpoint:
         """Wait for the save under way.
 
         Raises:
-            StorageError: it could not be written, and its state is gone.
+            StorageError: it, or one that is still to be made again, could not be written, and its state is gone.
         """
         self._attempt(self._checkpointer.wait, again=False)
+        if self._checkpointer.owes and self._refusal is not None:
+            raise self._refusal
 
     def _begin(self, moment: Moment) -> float:
+        if self._checkpointer.owed != moment.step:
+            self._best.forget(self._checkpointer.owed)
         dataset, meta = self._items(moment)
         save = partial(self._checkpointer.save, moment.state, moment.step, dataset, meta, self._best.step)
         return self._attempt(save, again=jax.process_count() == 1)  # the others are in the midst of theirs
@@ -74,8 +79,9 @@ class Checkpoint:
             place = self._checkpointer.directory
             refused = f"a checkpoint could not be written to {place}: {why(error)}; {stands(place)}"
             pause = self._checkpointer.refused() if again else None
+            self._refusal = StorageError(f"{refused}: {remedy(error)}")
             if pause is None:
-                raise StorageError(f"{refused}: {remedy(error)}") from error
+                raise self._refusal from error
             self._console.say(f"{refused}; it is made again in {pause:g} s")
             return pause
         if saved is not None:

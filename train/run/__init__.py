@@ -4,7 +4,7 @@ from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
 from mixtral_jax.train.run.masks import mask_lines
-from mixtral_jax.train.run.peers import failures_reported
+from mixtral_jax.train.run.peers import end, failures_reported
 from mixtral_jax.train.run.processes import initialize
 from mixtral_jax.train.run.resume import (
     check_same_base,
