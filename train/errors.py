@@ -30,6 +30,15 @@ class ExitCode(IntEnum):
     AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
 
 
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    state: str
+    step: int
+    reason: str
+    exit_code: ExitCode
+
+
 class UserError(ValueError):
     """A mistake in usage, configuration or data: shown as one sentence, exit code 2."""
 
