@@ -32,6 +32,7 @@ from mixtral_jax.train.hooks import (
 )
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.optimizer import Params
+from mixtral_jax.train.plan import peak_flops, useful_flops
 from mixtral_jax.train.run import (
     Interrupts,
     RunDirectory,
@@ -147,7 +148,7 @@ class Trainer:
         self._batch: Any = None
         metrics, counts = open_files(self.run, config, self._start, self._underway)
         self._metrics = metrics
-        throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
+        throughput = Throughput(useful_flops(config), peak_flops(jax.devices()[0].device_kind))
         self._ledger = Ledger(parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0))
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)

@@ -1,4 +1,4 @@
-"""Runs that cannot go on: back to a checkpoint and past the bad rows, the same after every kill; and skips without end."""
+"""Runs that cannot go on: back to a checkpoint and past bad rows, the same after every kill; and skips without end."""
 
 import math
 
