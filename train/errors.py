@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     DONE = 0  # or nothing left to do
     UNEXPECTED = 1
     USAGE = 2  # usage, configuration, or the format of data
-    NOT_FINITE = 3  # loss or gradient; the last good checkpoint stands
+    NOT_FINITE = 3  # loss or gradient, or updates are skipped for ever; the last good checkpoint stands
     DIFFERENT = 4  # `convert verify` found a difference
     STORAGE = 74  # a disk is full or does not answer; the checkpoints that were whole stand
     STOPPED = 75  # on request, and saved

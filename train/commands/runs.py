@@ -80,16 +80,18 @@ def diff(a: str, b: str, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps({"a": str(places[0]), "b": str(places[1]), **found}, indent=2))
         return
+    short = [place.resolve().name for place in places]
+    names = short if len(set(short)) == 2 else [a, b]
     for name, file, of in (("settings", "config.yaml", settings), ("environment", "env.json", machines)):
         missing = [str(place / file) for place, known in zip(places, of, strict=True) if not known]
         pairs = found[name]
         print(f"{name}: {f'not known, without {missing[0]}' if missing else '' if pairs else 'the same'}".rstrip())
         if pairs and not missing:
-            print(*_table([("", *map(str, places)), *((k, *map(_shown, pair)) for k, pair in pairs.items())]), sep="\n")
+            print(*_table([("", *names), *((k, *map(_shown, pair)) for k, pair in pairs.items())]), sep="\n")
     print(_parting_line(found["losses"]))
     if found["evaluation"]:
         rows = [(key, *map(_number, pair)) for key, pair in found["evaluation"].items()]
-        print("last evaluation:", *_table([("", *map(str, places)), *rows]), sep="\n")
+        print("last evaluation:", *_table([("", *names), *rows]), sep="\n")
     else:
         print("last evaluation: none")
 
@@ -105,7 +107,8 @@ def tail(run: str, *, lines: int = 10, follow: bool = False) -> None:
         raise UserError(f"--lines is {lines}: a number of lines is 0 or more")
     steps, feed = _whole(_yaml(place / "config.yaml").get("steps")), _Feed(place / "metrics.jsonl")
     seen = feed.more(None if lines > 1000 else TAIL_BYTES)
-    print(*(_told(line, steps) for line in seen[len(seen) - min(lines, len(seen)) :]), sep="\n", end="\n" * bool(seen))
+    for line in seen[len(seen) - min(lines, len(seen)) :]:
+        print(_told(line, steps))
     row = _row(place)
     if not follow or row.state in ENDED:
         print(_standing(row))
