@@ -274,7 +274,7 @@ class Trainer:
         parts, row = self._ready(), self._row_after(error.step)
         got = roll_back(self.config, self._checkpoints, error, row, self._passed, self._state, self.say)
         if isinstance(got, str):
-            why = "; ".join(filter(None, (str(error), got, self._stands())))
+            why = "; ".join(filter(None, (str(error), got, stands(self._checkpoints))))
             return self._end("diverged", why, ExitCode.NOT_FINITE)
         self._underway.close()
         self._found, self._state = found, _ = got

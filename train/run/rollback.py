@@ -9,7 +9,7 @@ from mixtral_jax.train import checkpoints
 from mixtral_jax.train.checkpoints import Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.hooks import Diverged
-from mixtral_jax.train.run.peers import agree, meet
+from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.state import TrainState
 
 
@@ -28,8 +28,7 @@ def roll_back(
     if len(passed) >= config.max_rollbacks:
         return f"the run went back {len(passed)} times already (max_rollbacks)"
     meet("rollback")  # what process 0 removes is gone, and what it saved is whole
-    found = checkpoints.find(directory, "auto", say)
-    agree(rollback=-1 if found is None else found.step)
+    found = checkpoints.find_together(directory, "auto", say)
     if found is None or found.step >= error.step:
         return "on_nonfinite has nothing to go back to"
     now = [*passed, {"after_step": found.step, "bad_step": error.step, "next_row": next_row}]
