@@ -76,11 +76,17 @@ def test_ls_shows_every_run_and_nothing_else(out, call):
     (out / "notes").mkdir()
     (out / "notes" / "config.yaml").write_text("a: 1")
     (out / "file").write_text("")
+    os.makedirs(os.fsencode(out) + b"/\xff/logs")
+    (out / os.fsdecode(b"\xff") / "STATUS").write_text("{}")
     set_status(out / "b", state="preempted", step=3, exit_code=75, goodput=0.875, time=time.time() - 7200)
     code, text = call("ls", out)
     head, *rows = text.splitlines()
     assert code == 0 and head.split() == ["run", "state", "step", "loss", "tokens/s", "goodput", "age"]
-    assert {row.split()[0]: row.split()[1:3] for row in rows} == {"a": ["done", "4/4"], "b": ["preempted", "3/4"]}
+    assert {row.split()[0]: row.split()[1:3] for row in rows} == {
+        "a": ["done", "4/4"],
+        "b": ["preempted", "3/4"],
+        "?": ["unknown", "-"],
+    }
     loss = json.loads((out / "a" / "metrics.jsonl").read_text().splitlines()[-2]).get("train/loss")
     found = states(call, out)
     assert found["b"]["goodput"] == 0.875 and found["a"]["goodput"] is None
@@ -185,12 +191,17 @@ def test_tail_follows_until_the_run_ends(out, call, monkeypatch):
 
 
 DAMAGE = {
-    "STATUS": [b"", b"{", b"[]", b"\xff", b'{"state": 3, "step": "x", "goodput": {}, "time": "yesterday"}', None],
-    "config.yaml": [b"", b"a: [", b"- 1", b"steps: many", b"\xff\xfe", None],
+    "STATUS": [
+        b"", b"{", b"[]", b"\xff", b'{"state": 3, "step": "x", "goodput": {}, "time": "yesterday"}',
+        b'{"state": "\\ud800"}',
+        b'{"state": "training", "time": "0001-01-01T00:00:00", "goodput": 1' + b"0" * 400 + b"}", b"[" * 9999, None,
+    ],
+    "config.yaml": [b"", b"a: [", b"- 1", b"steps: many", b"\xff\xfe", b"a: 2026-01-01", b"[" * 9999, None],
     "env.json": [b"", b"{", b"[1]", None],
     "metrics.jsonl": [
         b"", b"\n\n", b'{"step": 1, "train/lo', b"[1]\n3\nnull\n", b'{"train/loss": 1}\n{"step": null}\n',
-        b'{"step": 1, "train/loss": "x", "train/learning_rate": []}\n{"step": 2, "eval/loss": null}\n', None,
+        b'{"step": 1, "train/loss": "x", "train/learning_rate": []}\n{"step": 2, "eval/loss": null}\n',
+        b'{"step": 3, "train/loss": 1' + b"0" * 400 + b', "train/learning_rate": 1, "train/grad_norm": 1}\n', None,
     ],
 }  # fmt: skip
 

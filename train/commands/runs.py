@@ -54,11 +54,11 @@ def ls(directory: str, *, as_json: bool = False) -> None:
     newest = max((mtime for place in places for mtime in _times(place).values()), default=0.0)
     rows = sorted((_row(place, newest) for place in places), key=lambda row: math.inf if row.age is None else row.age)
     if as_json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        _json([row._asdict() for row in rows])
     elif not rows:
-        print(f"there are no runs in {root}")
+        _say(f"there are no runs in {root}")
     else:
-        print(*_table([("run", "state", "step", "loss", "tokens/s", "goodput", "age"), *map(_cells, rows)]), sep="\n")
+        _say(*_table([("run", "state", "step", "loss", "tokens/s", "goodput", "age"), *map(_cells, rows)]))
 
 
 def diff(a: str, b: str, *, as_json: bool = False) -> None:
@@ -78,22 +78,22 @@ def diff(a: str, b: str, *, as_json: bool = False) -> None:
         "evaluation": _evaluations(*lines),
     }
     if as_json:
-        print(json.dumps({"a": str(places[0]), "b": str(places[1]), **found}, indent=2))
+        _json({"a": str(places[0]), "b": str(places[1]), **found})
         return
     short = [place.resolve().name for place in places]
     names = short if len(set(short)) == 2 else [a, b]
     for name, file, of in (("settings", "config.yaml", settings), ("environment", "env.json", machines)):
         missing = [str(place / file) for place, known in zip(places, of, strict=True) if not known]
         pairs = found[name]
-        print(f"{name}: {f'not known, without {missing[0]}' if missing else '' if pairs else 'the same'}".rstrip())
+        _say(f"{name}: {f'not known, without {missing[0]}' if missing else '' if pairs else 'the same'}".rstrip())
         if pairs and not missing:
-            print(*_table([("", *names), *((k, *map(_shown, pair)) for k, pair in pairs.items())]), sep="\n")
-    print(_parting_line(found["losses"]))
+            _say(*_table([("", *names), *((k, *map(_shown, pair)) for k, pair in pairs.items())]))
+    _say(_parting_line(found["losses"]))
     if found["evaluation"]:
         rows = [(key, *map(_number, pair)) for key, pair in found["evaluation"].items()]
-        print("last evaluation:", *_table([("", *names), *rows]), sep="\n")
+        _say("last evaluation:", *_table([("", *names), *rows]))
     else:
-        print("last evaluation: none")
+        _say("last evaluation: none")
 
 
 def tail(run: str, *, lines: int = 10, follow: bool = False) -> None:
@@ -108,13 +108,23 @@ def tail(run: str, *, lines: int = 10, follow: bool = False) -> None:
     steps, feed = _whole(_yaml(place / "config.yaml").get("steps")), _Feed(place / "metrics.jsonl")
     seen = feed.more(None if lines > 1000 else TAIL_BYTES)
     for line in seen[len(seen) - min(lines, len(seen)) :]:
-        print(_told(line, steps))
+        _say(_told(line, steps))
     row = _row(place)
     if not follow or row.state in ENDED:
-        print(_standing(row))
+        _say(_standing(row))
         return
     with contextlib.suppress(KeyboardInterrupt):
         _follow(place, feed, steps)
+
+
+def _say(*lines: str) -> None:
+    """Half surrogates, of a name or a line that is no UTF-8, as question marks."""
+    for line in lines:
+        print(line.encode(errors="replace").decode(), flush=True)
+
+
+def _json(found: Any) -> None:
+    print(json.dumps(found, indent=2, default=str))  # dates, of a YAML file
 
 
 def _follow(place: Path, feed: "_Feed", steps: int | None) -> None:
@@ -123,9 +133,9 @@ def _follow(place: Path, feed: "_Feed", steps: int | None) -> None:
     while said not in ENDED:
         row = _row(place)  # before the lines: behind an end there are no more
         for line in feed.more():
-            print(_told(line, steps), flush=True)
+            _say(_told(line, steps))
         if row.state in (*ENDED, "stopped responding") and row.state != said:
-            print(_standing(row), flush=True)
+            _say(_standing(row))
         said = row.state
         if said not in ENDED:
             time.sleep(FOLLOW_SECONDS)
@@ -143,7 +153,7 @@ class _Feed:
             with self._file.open("rb") as stream:
                 stat = os.fstat(stream.fileno())
                 if self._inode and (stat.st_ino != self._inode or stat.st_size < self._read):
-                    print("started again, from a checkpoint")  # without the lines that it does again
+                    _say("started again, from a checkpoint")  # without the lines that it does again
                     self._read = stat.st_size
                 elif not self._inode and last_bytes is not None:
                     self._read = max(0, stat.st_size - last_bytes)
@@ -242,7 +252,7 @@ def _yaml(file: Path) -> dict[str, Any]:
     """The same of YAML."""
     try:
         found = YAML(typ="safe").load(file.read_bytes())
-    except (OSError, ValueError, YAMLError):
+    except (OSError, ValueError, RecursionError, YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -269,7 +279,10 @@ def _losses(lines: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _whole(value: Any) -> int | None:
@@ -280,7 +293,7 @@ def _seconds(when: Any) -> float | None:
     """Of the epoch, from such a number or an ISO date."""
     try:
         return datetime.fromisoformat(when).timestamp() if isinstance(when, str) else _float(when)
-    except ValueError:
+    except (ValueError, OverflowError, OSError):  # no date, or one that no clock shows
         return None
 
 
@@ -338,7 +351,7 @@ def _told(line: Mapping[str, Any], steps: int | None) -> str:
             return eval_lines(step, line, [name for name in names if f"eval/{name}/loss" in line])
         if "checkpoint/bytes" in line:
             return f"checkpoint {step}: {line['checkpoint/bytes'] / 1e6:.1f} MB in {line['checkpoint/seconds']:.1f} s"
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass  # a line of another version: as it is
     values = (f"{key} {_number(value)}" for key, value in line.items() if key not in ("step", "time", "attempt"))
     return f"step {step}: {', '.join(values)}"
@@ -363,7 +376,7 @@ def _ago(seconds: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
