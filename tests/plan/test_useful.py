@@ -36,7 +36,11 @@ def make(make_config, make_tuning_config):
     return make
 
 
-@pytest.mark.parametrize("name", sorted(STAGES.keys() - {"sft, 4-bit base"}))  # which must recompute
+SAME = ("sft", "dpo, precomputed")  # programs as pretrain's and orpo's
+FASTER = [pytest.param(name, marks=pytest.mark.slow if name in SAME else ()) for name in STAGES if "4-bit" not in name]
+
+
+@pytest.mark.parametrize("name", FASTER)  # a 4-bit base must recompute
 def test_useful_flops_are_those_of_the_program(make, name):
     """Of one expert, as the dense product of more computes all of each row's; attention of all pairs, without tiles."""
     model = TINY | {

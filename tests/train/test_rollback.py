@@ -1,7 +1,9 @@
 """Runs that cannot go on: back to a checkpoint and past bad rows, the same after every kill; and skips without end."""
 
 import math
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -11,6 +13,7 @@ from mixtral_jax.data import loader
 from mixtral_jax.train import build, optimizer
 from mixtral_jax.train import trainer as training
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.hooks import ledger
 from tests.documented import undocumented
 from tests.tiny import metrics_of, write_run_file
 
@@ -24,7 +27,7 @@ def trainer_of(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", lambda config: None)
 
     def trainer_of(place, bad=(), stop_after=None, **changes):
-        file = write_run_file(tmp_path / "files", **EVERY_STEP, output_dir=str(tmp_path / place), **changes)
+        file = write_run_file(tmp_path / "files", **EVERY_STEP | changes, output_dir=str(tmp_path / place))
         config = load_config(file).config
 
         class Loader(loader.Loader):
@@ -84,6 +87,17 @@ def test_a_run_goes_back_and_past_the_bad_rows(trainer_of, tmp_path):
         assert outcome.exit_code == 0
         assert losses(own) == losses(place)
         assert dataset(own, 8)["passed"] == passed
+
+
+def test_an_accelerator_whose_flags_are_read_late_does_the_same(trainer_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "jax", SimpleNamespace(default_backend=lambda: "tpu", device_get=jax.device_get))
+    seen, outcome = trained(trainer_of("late", [35], on_nonfinite="rollback"))
+    assert outcome.exit_code == 0 and [step for step, _ in seen][-5:] == [4, 5, 6, 7, 8]
+    assert dataset(tmp_path / "late" / "run", 8)["passed"] == [{"after_step": 3, "bad_step": 5, "next_row": 40}]
+    monkeypatch.setattr(optimizer, "_is_spike", lambda _, state, norm: state.norm_count >= 2)
+    trainer = trainer_of("skips", optimizer={"skip_spikes": 3.0, "max_skips": 3}, log={"every": 100})
+    _, outcome = trained(trainer)
+    assert (outcome.step, outcome.exit_code) == (5, 3) and int(trainer._state.step) == 5
 
 
 def test_it_goes_back_no_more_often_than_it_may(trainer_of, tmp_path):
