@@ -226,6 +226,7 @@ GROUPS = {
     "convert": "checkpoints and adapters between formats",
     "data": "tokenise, pack and look at data",
     "config": "look at run files",
+    "runs": "which runs there are, how they differ, what one is doing",
 }
 COMMANDS = {
     "pretrain": Command(_train, "train on documents: next-token prediction", *_TRAINING),
@@ -296,6 +297,18 @@ COMMANDS = {
         _told("--top-p", "sample from the likeliest tokens of this total mass", default=1.0),
         _told("--seed", "the same seed gives the same text", default=0),
         _told("--dtype", "default: float32 on CPU, else bfloat16", choices=("float32", "bfloat16"))),
+    "runs ls": Command(
+        "train.commands.runs:ls", "the runs in a directory: state, step, loss, speed, goodput, age",
+        _told("directory", "where run directories are", nargs="?", default="runs", metavar="DIR"),
+        _flag("--json", "print a JSON list", dest="as_json")),
+    "runs diff": Command(
+        "train.commands.runs:diff", "settings, versions and losses in which two runs differ, and how each ended",
+        _told("a", "a run's directory", metavar="A"), _told("b", "another", metavar="B"), _JSON),
+    "runs tail": Command(
+        "train.commands.runs:tail", "what a run said last",
+        _told("run", "its directory", metavar="RUN"),
+        _told("--lines", "how many", default=10),
+        _flag("--follow", "go on with what it says next, until it ends or Ctrl-C")),
     "config show": Command(_show, "the resolved file, each value with the place that set it", _CFG),
     "config schema": Command(
         "train.commands.tools:schema", "JSON Schema of a stage's file",

@@ -1,7 +1,8 @@
 """One process of a run of several: launch.py, with what it read put on record and a signal or a failure on demand.
 
 python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal, `fail` or
-`full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`.
+`full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`; or `nan`, a process and a
+global row from which its batch is not finite: `nan:1:32`.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax import launch
-from mixtral_jax.train import feed
+from mixtral_jax.train import build, feed
 from mixtral_jax.train.run import signals as interrupts
 
 # Two threads of gloo write at once, so that a line of one may lie inside that of the other.
@@ -69,10 +70,29 @@ def disturb(event: str, process: int) -> None:
     interrupts.Interrupts.requested = disturbed
 
 
+def spoil(victim: int, row: int, process: int) -> None:
+    """What this process reads of the step that begins with a row has weights that are not finite."""
+
+    class Loader(build.Loader):
+        def __init__(self, *args, start_row, global_batch_size, **more):
+            super().__init__(*args, start_row=start_row, global_batch_size=global_batch_size, **more)
+            self.row, self.rows = start_row, global_batch_size
+
+        def __next__(self):
+            batch, first = super().__next__(), self.row
+            self.row += self.rows
+            bad = process == victim and first == row
+            return batch._replace(weights=batch.weights * np.float32(np.nan)) if bad else batch
+
+    build.Loader = Loader
+
+
 if __name__ == "__main__":
     records, event, *arguments = sys.argv[1:]
     number = int(os.environ["JAX_PROCESS_ID"])
     record_rows(Path(records), number)
-    if event != "none":
+    if event.startswith("nan:"):
+        spoil(*map(int, event.split(":")[1:]), number)
+    elif event != "none":
         disturb(event, number)
     sys.exit(launch.main([json.loads(Path(arguments[0]).read_text())["stage"], *arguments]))

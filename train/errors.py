@@ -21,13 +21,22 @@ class ExitCode(IntEnum):
     DONE = 0  # or nothing left to do
     UNEXPECTED = 1
     USAGE = 2  # usage, configuration, or the format of data
-    NOT_FINITE = 3  # loss or gradient; the last good checkpoint stands
+    NOT_FINITE = 3  # loss or gradient, or updates are skipped for ever; the last good checkpoint stands
     DIFFERENT = 4  # `convert verify` found a difference
     STORAGE = 74  # a disk is full or does not answer; the checkpoints that were whole stand
     STOPPED = 75  # on request, and saved
     PEER_LOST = 76  # another process of the run, or the one that coordinates them
     WATCHDOG = 124
     AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    state: str
+    step: int
+    reason: str
+    exit_code: ExitCode
 
 
 class UserError(ValueError):

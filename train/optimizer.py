@@ -39,6 +39,7 @@ class OptimizerConfig(FrozenConfig):
     skip_spikes: float | None = Field(
         None, gt=1, description="skip an update whose gradient norm is above this many times its running mean"
     )
+    max_skips: int = Field(20, gt=0, description="so many skipped updates in a row end the run: exit 3")
 
     @model_validator(mode="after")
     def _decay_steps_belongs_to_wsd(self) -> Self:
@@ -52,6 +53,7 @@ Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 SPIKE_MEMORY = 0.98  # the running mean of gradient norms looks back over about 50 updates
 SPIKE_WARMUP = 20  # updates before a spike can be told from a beginning
+SPIKE_WEIGHT = 3.0  # a norm counts as at most so many times the mean, so that one spike moves it by 4 %
 
 
 class Optimizer(NamedTuple):
@@ -68,7 +70,7 @@ class Optimizer(NamedTuple):
 
 
 class OptimizerState(NamedTuple):
-    """Moments in fp32, the running mean of gradient norms (corrected by its count), and whether all was finite."""
+    """Moments in fp32, the sum that the running mean of gradient norms is made of, and whether all was finite."""
 
     moments: optax.OptState
     norm_mean: Float[Array, ""]
@@ -175,14 +177,20 @@ def apply_gradients(
         return params, moments
 
     params, moments = jax.lax.cond(healthy & ~spike, update, leave, params, state.moments)
-    mean = SPIKE_MEMORY * state.norm_mean + (1 - SPIKE_MEMORY) * grad_norm
-    counts = healthy & ~spike
-    state = OptimizerState(moments, jnp.where(counts, mean, state.norm_mean), state.norm_count + counts, healthy)
+    mean, counts = _norm_mean(state), healthy & (grad_norm > 0)  # a batch without targets tells nothing
+    counted = jnp.where(state.norm_count > 0, jnp.minimum(grad_norm, SPIKE_WEIGHT * mean), grad_norm)
+    norm_mean = jnp.where(counts, SPIKE_MEMORY * state.norm_mean + (1 - SPIKE_MEMORY) * counted, state.norm_mean)
+    state = OptimizerState(moments, norm_mean, state.norm_count + counts, healthy)
     return Applied(params, state, grad_norm, learning_rate, healthy & spike)
+
+
+def _norm_mean(state: OptimizerState) -> Float[Array, ""]:
+    """The running mean of gradient norms, skipped ones too; 0 before there was one."""
+    return state.norm_mean / jnp.maximum(1 - SPIKE_MEMORY**state.norm_count, 1e-6)
 
 
 def _is_spike(optimizer: Optimizer, state: OptimizerState, grad_norm: Float[Array, ""]) -> Bool[Array, ""]:
     if optimizer.skip_spikes is None:
         return jnp.array(False)
-    mean = state.norm_mean / jnp.maximum(1 - SPIKE_MEMORY**state.norm_count, 1e-6)
+    mean = _norm_mean(state)
     return (state.norm_count >= SPIKE_WARMUP) & (grad_norm > optimizer.skip_spikes * mean)

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -17,39 +17,35 @@ from mixtral_jax.train.build import Parts, build, settle_steps
 from mixtral_jax.train.checkpoints import Best, Checkpointer, stands
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import AGAIN, ExitCode, StorageError, UserError, failure_of
+from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, failure_of
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks import (
     Checkpoint,
     Diverged,
     Evaluate,
     Hook,
-    JsonLines,
     Ledger,
     Log,
     Moment,
-    Profile,
-    Sample,
-    TensorBoard,
     Throughput,
-    Wandb,
     Watchdog,
-    Writer,
-    open_trackers,
 )
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.optimizer import Params
-from mixtral_jax.train.run import Interrupts, RunDirectory, compiled_line, end, failures_reported, meet, where_to_start
+from mixtral_jax.train.plan import peak_flops, useful_flops
+from mixtral_jax.train.run import (
+    Interrupts,
+    RunDirectory,
+    compiled_line,
+    end,
+    extra_hooks,
+    failures_reported,
+    meet,
+    open_files,
+    roll_back,
+    where_to_start,
+)
 from mixtral_jax.train.text import generate
-
-
-class Outcome(NamedTuple):
-    """How a run ended."""
-
-    state: str
-    step: int
-    reason: str
-    exit_code: ExitCode
 
 
 def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -140,14 +136,21 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         with self._on_mesh():
             parts, self._state = build(config, self.mesh, self._found, self.say)
-        self._parts = parts
-        loader = self._opened.enter_context(contextlib.closing(parts.open_loader(parts.first_row)))
+        self._underway = self._opened.enter_context(contextlib.ExitStack())
+        return self._set_out(parts)
+
+    def _set_out(self, parts: Parts) -> Parts:
+        """What reads, logs and happens between the steps, from where the run stands."""
+        self._parts, config = parts, self.config
+        before = {} if self._found is None else self._found.dataset
+        self._passed = before.get("passed", [])  # rows, by on_nonfinite
+        loader = self._underway.enter_context(contextlib.closing(parts.open_loader(parts.first_row)))
         self._feed = Feed(loader, parts.put)
         self._batch: Any = None
-        metrics, counts = self._open_files()
+        metrics, counts = open_files(self.run, config, self._start, self._underway)
         self._metrics = metrics
-        throughput = Throughput(config.model.flops_per_token(config.seq_len, "causal"))
-        self._ledger = Ledger(parts.tokens, metrics, throughput)
+        throughput = Throughput(useful_flops(config), peak_flops(jax.devices()[0].device_kind))
+        self._ledger = Ledger(parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0))
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
@@ -155,30 +158,9 @@ class Trainer:
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best
         )
         # A checkpoint holds what the evaluation of its step said.
-        self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint]
-        if config.sample.every is not None and config.sample.prompts:
-            chat = config.data.examples != "text"
-            self._hooks.append(Sample(config.sample, self._continue, chat, self.run.samples, self._console))
-        if config.log.profile is not None:
-            self._hooks.append(Profile(config.log.profile, self.run.profile, self._console))
-        return self._parts
-
-    def _open_files(self) -> tuple[Writer, JsonLines | None]:
-        """metrics.jsonl with the trackers that were asked for, and moe.jsonl; process 0 alone writes."""
-        config, run, start = self.config, self.run, self._start
-        if jax.process_index() > 0:
-            return Writer(None), None
-        makers: list[Callable[[], Any]] = []
-        if config.log.tensorboard:
-            makers.append(lambda: TensorBoard(run.tensorboard, start))
-        if (wandb := config.log.wandb) is not None:
-            described = config.model_dump(mode="json")
-            makers.append(lambda: Wandb(run.path, wandb.model_dump(), config.run_name, described))
-        metrics = Writer(JsonLines(run.metrics, start), open_trackers(makers))
-        counts = None if config.model.is_dense else JsonLines(run.moe, start)
-        for file in (metrics, counts) if counts is not None else (metrics,):
-            self._opened.enter_context(contextlib.closing(file))
-        return metrics, counts
+        extra = extra_hooks(self.run, config, self._continue, self._console, self._underway)
+        self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint, *extra]
+        return parts
 
     def steps(self) -> Iterator[Moment]:
         """Train; after each step and what happens behind it, yields what the hooks saw. `outcome` says how it ended.
@@ -201,8 +183,9 @@ class Trainer:
                     with self._on_mesh():
                         moment, signal = self._one_step()
                 except Diverged as error:
-                    self._diverged(error)
-                    return
+                    watchdog.rest()
+                    self._recover_or_end(error)
+                    continue
                 except OSError as error:
                     self._save_what_there_is(error)
                     raise
@@ -285,10 +268,26 @@ class Trainer:
         if failure.exit_code != ExitCode.UNEXPECTED:  # else a pipe or a process
             raise StorageError(f"{failure.reason}; {stands(self._checkpoints)}: {failure.remedy or AGAIN}") from error
 
-    def _diverged(self, error: Diverged) -> None:
-        self.step = error.step - 1
+    def _recover_or_end(self, error: Diverged) -> None:
+        """Back to a checkpoint and past the rows since, where that is asked for; else the end with exit 3."""
+        self.step = error.done
         self._checkpoint.finish()
-        self._end("diverged", f"{error}; no update was made, {stands(self._checkpoints)}", ExitCode.NOT_FINITE)
+        parts, row = self._ready(), self._row_after(error.step)
+        got = roll_back(self.config, self._checkpoints, error, row, self._passed, self._state, self.say)
+        if isinstance(got, str):
+            why = "; ".join(filter(None, (str(error), got, stands(self._checkpoints))))
+            return self._end("diverged", why, ExitCode.NOT_FINITE)
+        self._underway.close()
+        self._found, self._state = found, _ = got
+        self.step = self._start = self.run.step = found.step
+        self._best = Best(self.config.early_stopping, found.meta.get("best"))
+        self._set_out(parts._replace(first_row=row, tokens=int(found.dataset["tokens"])))
+        bad = {"step": error.step, "loss": error.loss, "grad_norm": error.grad_norm, "next_row": row}
+        self._metrics.write(self.step + 1, {f"rollback/{name}": value for name, value in bad.items()})
+
+    def _row_after(self, step: int) -> int:
+        """The global row that the step behind it begins with."""
+        return self._ready().first_row + (step - self._start) * self.config.global_batch_size
 
     @property
     def model(self) -> Mixtral:
@@ -303,9 +302,7 @@ class Trainer:
     @property
     def batches(self) -> Iterator[Batch | PairBatch]:
         """Host batches of this process from the next step's on, in numpy; looking at them takes none from the steps."""
-        parts = self._ready()
-        row = parts.first_row + (self.step - self._start) * self.config.global_batch_size
-        with contextlib.closing(parts.open_loader(row)) as loader:
+        with contextlib.closing(self._ready().open_loader(self._row_after(self.step))) as loader:
             yield from loader
 
     def evaluate(self) -> dict[str, float]:
@@ -325,7 +322,7 @@ class Trainer:
             try:
                 self._ledger.settle()
             except Diverged as error:
-                self._diverged(error)
+                self._recover_or_end(error)
                 raise UserError(f"there is nothing to save: {error}") from error
             self._checkpoint.save(Moment(self.step, self._state, None, self._ledger.tokens, False))
         return epath.Path(self._checkpoints) / str(self.step)
@@ -369,8 +366,10 @@ class Trainer:
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds beside the state: the position in the data, and what made it."""
         parts, config = self._ready(), self.config
-        row = parts.first_row + (moment.step - self._start) * config.global_batch_size
-        dataset = {"next_row": row, "fingerprint": parts.fingerprint, "tokens": moment.tokens}
+        dataset = {
+            "next_row": self._row_after(moment.step), "fingerprint": parts.fingerprint, "tokens": moment.tokens,
+            "skips": self._ledger.skips, "passed": self._passed,
+        }  # fmt: skip
         resolved = config.model_dump(mode="json")
         meta = {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
         return dataset, meta | {"base": parts.base}

@@ -31,6 +31,7 @@ INTERFACE = [
     "pretrain", "sft", "dpo", "plan", "eval", "generate", "doctor", "routing", "submit", "config:show", "config:schema",
     "data:prepare", "data:train-tokenizer", "data:preview", "convert:hf2orbax", "convert:orbax2hf", "convert:verify",
     "convert:upcycle", "convert:resize-vocab", "convert:peft2lora", "convert:lora2peft", "convert:merge-lora",
+    "runs:ls", "runs:diff", "runs:tail",
 ]  # fmt: skip
 
 

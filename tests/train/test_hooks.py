@@ -55,7 +55,7 @@ def due_steps(hook, steps=12):
 
 def test_log_writes_what_the_step_said(tmp_path, console, writer):
     moe = JsonLines(tmp_path / "moe.jsonl")
-    log = Log(LogConfig(every=5), writer, moe, Throughput(1e6), lambda: 0.0, console, 12)
+    log = Log(LogConfig(every=5), writer, moe, Throughput(1e6, None), lambda: 0.0, console, 12)
     assert due_steps(log) == [5, 10, 12]
     log.run(moment(5, loss=2.5, grad_norm=0.5, learning_rate=1e-3))
     moe.close()

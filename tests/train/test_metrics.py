@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import time
 import warnings
 
 import pytest
@@ -58,50 +60,96 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_tensorboard_gets_every_number(tmp_path):
+def tensorboard_records(file):
     from tensorboardX.proto import event_pb2
 
-    sink = sinks.TensorBoard(tmp_path)
-    sink.write(7, {"train/loss": 1.5, "perf/mfu": None})
-    sink.close()
-    data = next(tmp_path.iterdir()).read_bytes()
-    values, offset = {}, 0
+    data, offset = file.read_bytes(), 0
     while offset < len(data):  # length (8), its crc (4), record, crc (4)
         length = int.from_bytes(data[offset : offset + 8], "little")
-        event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
-        values |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        yield event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
         offset += length + 16
-    assert values == {"train/loss": (7, 1.5)}
 
 
-def test_wandb_runs_offline_and_writes_below_the_run(tmp_path):
+def test_tensorboard_gets_every_number_and_forgets_what_is_done_again(tmp_path):
+    """Three starts within a second have three files; each says from which step on what came before is void."""
+    for start in (0, 0, 3):
+        sink = sinks.TensorBoard(tmp_path, start)
+        sink.write(start + 7, {"train/loss": 1.5, "perf/mfu": None})
+        sink.close()
+    files = sorted(tmp_path.iterdir(), key=lambda file: file.name[-19:])
+    events = [list(tensorboard_records(file)) for file in files]
+    values = [{v.tag: (e.step, v.simple_value) for e in file for v in e.summary.value} for file in events]
+    assert values == [{"train/loss": (step, 1.5)} for step in (7, 7, 10)]
+    starts = [[e.step for e in file if e.HasField("session_log")] for file in events]
+    assert starts == [[1], [1], [4]]
+
+
+def wandb_records(file):
+    """Those of a .wandb file: after 7 bytes blocks of 32 KiB with (crc 4, length 2, kind 1, part of a record)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, offset, parts = file.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        if 32768 - offset % 32768 < 7:
+            offset += 32768 - offset % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[offset + 4 : offset + 7])
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_has_one_run_for_all_starts_and_loses_no_row(tmp_path, monkeypatch):
+    """The second start is from an older checkpoint: steps 2 and 3 come twice, and no number of a row does."""
+    monkeypatch.setattr(sinks.Wandb, "AHEAD", 2)
     settings = {"project": "test", "entity": None, "mode": "offline"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what wandb warns of is its own
-        sink = sinks.Wandb(tmp_path, settings, "name", {"steps": 3})
-        sink.write(1, {"train/loss": 2.0})
-        sink.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        for steps in ((1, 2, 3), (2, 3, 4)):
+            sink = sinks.Wandb(tmp_path, settings, "name", {"steps": 3})
+            for step in steps:
+                sink.write(step, {"train/loss": 2.0 / step, "perf/mfu": None})
+            sink.close()
+    files, until = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")), time.monotonic() + 30
+    while time.monotonic() < until:  # what writes them is a process of its own, which is not done when `finish` is
+        records = [record for file in files for record in wandb_records(file)]
+        if sum(record.HasField("exit") for record in records) == 2:
+            break
+        time.sleep(0.1)
+    ids = {r.run.run_id for r in records if r.HasField("run")}
+    rows = [
+        {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
+    assert len(files) == 2 and ids == {json.loads((tmp_path / "wandb" / "resume.json").read_text())["id"]}
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(s, 2.0 / s) for s in (1, 2, 3, 2, 3, 4)]
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers))
+    assert all(r.metric.step_metric == "step" for r in records if r.HasField("metric") and r.metric.glob_name == "*")
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v6 lite", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None),
-    ],
-)  # fmt: skip
-def test_peaks_by_the_names_that_jax_gives(kind, peak):
-    assert throughput.peak_flops(kind) == peak
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"id": "x"}', '{"id": "x", "rows": "many"}'])
+def test_a_damaged_note_of_the_wandb_run_begins_a_new_one(tmp_path, monkeypatch, content):
+    import wandb
+
+    begun = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: begun.append(settings["id"]) or wandb)
+    monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: None)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "resume.json").write_text(content)
+    sinks.Wandb(tmp_path, {}, "name", {})
+    sinks.Wandb(tmp_path, {}, "name", {})
+    assert begun[0] == begun[1] != "x"
 
 
 def test_throughput_counts_steps_tokens_and_leaves_out_pauses(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(throughput.jax, "device_count", lambda: 4)
-    meter = throughput.Throughput(flops_per_token=1e9)
-    meter._peak = 1e12
+    meter = throughput.Throughput(flops_per_step=4e11, peak=1e12)
     for _ in range(5):
         now[0] += 2.0
         meter.add(400)

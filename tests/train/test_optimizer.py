@@ -133,6 +133,37 @@ def test_a_spike_is_skipped_and_the_run_goes_on():
     assert not any(bool(applied.skipped) for applied in without)
 
 
+def norms(values, **settings):
+    """The reports of updates with gradients of these norms."""
+    unit = random_tree(1)
+    size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(unit)))
+    gradients = [jax.tree.map(lambda x, norm=norm: x * np.float32(norm / size), unit) for norm in values]
+    return updates(OptimizerConfig(max_grad_norm=None, **settings), 1000, gradients)
+
+
+@pytest.mark.parametrize(("factor", "rise"), [(3.0, 1.4), (1.5, 0.7), (10.0, 6.0)])
+def test_a_lasting_rise_is_learned_from_what_is_skipped(factor, rise):
+    history = norms([0.4] * 30 + [rise] * 30, skip_spikes=factor)
+    skipped = [i for i, applied in enumerate(history) if bool(applied.skipped)]
+    assert skipped == list(range(30, 30 + len(skipped)))  # in a row, and then no more
+    assert 0 < len(skipped) < OptimizerConfig().max_skips
+
+
+@pytest.mark.parametrize("at", [0, 1, 10, 30])
+def test_a_single_spike_does_not_spoil_the_mean(at):
+    """Nor one so early that it is no spike yet; the very first update is all that there is to compare with."""
+    values = [0.4] * 80
+    values[at] = 1e12 if at else 4.0
+    values[60] = 2.0
+    history = norms(values, skip_spikes=3.0)
+    assert [i for i, applied in enumerate(history) if bool(applied.skipped)] == [*([30] if at == 30 else []), 60]
+
+
+def test_a_batch_without_targets_says_nothing_of_the_mean():
+    history = norms([0.0] * 30 + [0.4] * 30 + [0.0] * 60 + [0.4] * 5 + [1.4], skip_spikes=3.0)
+    assert [i for i, applied in enumerate(history) if bool(applied.skipped)] == [125]
+
+
 def test_the_update_works_in_place():
     """Donated parameters and moments are updated where they lie: the compiled update holds no copy of them."""
     optimizer = make_optimizer(OptimizerConfig(), 10)

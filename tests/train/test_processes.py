@@ -319,6 +319,20 @@ def assert_same_pairs(file, name):
 
 
 @pytest.mark.slow
+def test_what_is_not_finite_on_one_process_takes_all_back_to_one_checkpoint_and_past_the_same_rows(file):
+    codes, outputs, _ = run_processes(2, 2, file, "back", MESH, "on_nonfinite=rollback", event="nan:1:48")
+    assert codes == [0, 0], "\n".join(outputs)
+    assert status(file, "back")["step"] == 8 and sorted(series(file, "back", "train/loss")) == list(range(1, 9))
+    (note,) = [line for line in metrics_of(place(file, "back")) if "rollback/step" in line]
+    assert (note["step"], note["rollback/step"], note["rollback/next_row"]) == (5, 7, 56)
+    for process in range(
+        2
+    ):  # what was read ahead behind the bad step is what training went on with: the first read then
+        ahead, first = rows_of(file, "back", process, (7, 0))
+        np.testing.assert_array_equal(ahead, first)
+
+
+@pytest.mark.slow
 def test_processes_with_a_cache_of_their_own_each(tmp_path):
     """Each prepares its rows; numbers of the reference are computed over both, and one that lost them is told."""
     file = write_tuning_file(tmp_path, "dpo", dpo={"reference": "precomputed"}, log={"every": 1}, eval={"every": 2})

@@ -39,6 +39,12 @@ class RunConfig(FrozenConfig):
     init_from: str | None = Field(
         None, description="an Orbax or Hugging Face directory whose weights, and nothing else, start the run"
     )
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="at a loss or gradient that is not finite: end with exit 3, or go back to the last whole "
+        "checkpoint and past the rows since",
+    )
+    max_rollbacks: int = Field(3, gt=0, description="how often in a run on_nonfinite: rollback may go back")
     model: MixtralConfig = Field(description="a preset with changes, or every field; null: that of init_from")
     data: DataConfig
     compute: ComputeConfig = ComputeConfig()

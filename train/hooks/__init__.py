@@ -8,5 +8,5 @@ from mixtral_jax.train.hooks.moment import Hook, Moment
 from mixtral_jax.train.hooks.profile import Profile
 from mixtral_jax.train.hooks.sample import Sample, SampleConfig
 from mixtral_jax.train.hooks.sinks import JsonLines, TensorBoard, Wandb, Writer, open_trackers
-from mixtral_jax.train.hooks.throughput import Throughput, peak_flops
+from mixtral_jax.train.hooks.throughput import Throughput
 from mixtral_jax.train.hooks.watchdog import Watchdog

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,11 +13,17 @@ from mixtral_jax.train.step import StepReport
 
 
 class Diverged(Exception):
-    """Loss or gradient norm of `step` is not finite; the state is that before its update."""
+    """Why a run cannot go on at `step`; the state is that of the last good update."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float):
-        super().__init__(f"step {step} has loss {loss} and gradient norm {grad_norm}")
-        self.step = step
+    def __init__(self, step: int, reason: str, done: int, scalars: Mapping[str, float]):
+        super().__init__(reason)
+        self.step, self.done = step, done  # done: steps that count; one that was skipped does
+        self.loss, self.grad_norm = scalars["train/loss"], scalars["train/grad_norm"]
+
+    @property
+    def finite(self) -> bool:
+        """Whether it is skips without end, and no NaN or infinity."""
+        return self.done == self.step
 
 
 class Ledger:
@@ -25,8 +32,9 @@ class Ledger:
     A CPU is both: nothing is gained there, and the temporaries of two steps would be held at once.
     """
 
-    def __init__(self, tokens: int, writer: Writer, throughput: Throughput):
-        self.tokens, self.throughput = tokens, throughput
+    def __init__(self, tokens: int, writer: Writer, throughput: Throughput, max_skips: int = 20, skips: int = 0):
+        """`tokens` so far, and the `skips` up to now without an update between them; `max_skips` end the run."""
+        self.tokens, self.throughput, self.skips, self._max_skips = tokens, throughput, skips, max_skips
         self._writer, self._late = writer, jax.default_backend() != "cpu"
         self._open: tuple[int, StepReport] | None = None
 
@@ -36,8 +44,8 @@ class Ledger:
         self._open = (step, report)
 
     def follow(self) -> None:
-        """Wait for the newest step where nothing is gained by not waiting."""
-        if not self._late:
+        """Wait for the newest step where nothing is gained by not waiting, or where it may be the last."""
+        if not self._late or self.skips + 1 >= self._max_skips:
             began = time.perf_counter()
             self.settle()
             pause_for_memory(time.perf_counter() - began)
@@ -46,7 +54,8 @@ class Ledger:
         """Wait for the newest step.
 
         Raises:
-            Diverged: its loss or gradient norm was not finite. Its metrics are written, NaN and all.
+            Diverged: its loss or gradient norm was not finite, or it was one skip in a row too many. Its metrics are
+                written, NaN and all.
         """
         if self._open is None:
             return
@@ -57,9 +66,18 @@ class Ledger:
             metrics = report.metrics() | {"train/tokens": self.tokens}
             self._writer.write(step, metrics)
         if not healthy:
-            raise Diverged(step, metrics["train/loss"], metrics["train/grad_norm"])
+            values = f"loss {metrics['train/loss']} and gradient norm {metrics['train/grad_norm']}"
+            raise Diverged(step, f"step {step} has {values}; no update was made", step - 1, metrics)
         self.tokens += int(tokens)
         self.throughput.add(int(tokens))
+        self.skips = self.skips + 1 if skipped else 0
+        if self.skips >= self._max_skips:
+            why = (
+                f"the last {self.skips} updates were skipped (optimizer.max_skips): the gradient norm, at step {step} "
+                f"{metrics['train/grad_norm']:.3g}, stays above optimizer.skip_spikes times its running mean; lower "
+                "the learning rate, or raise skip_spikes or set it null"
+            )
+            raise Diverged(step, why, step, metrics)
 
     @contextlib.contextmanager
     def pause(self, *, counted: bool) -> Any:

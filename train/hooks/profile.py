@@ -36,3 +36,9 @@ class Profile:
         elif not moment.last:
             jax.profiler.start_trace(str(self._directory))
         self._tracing = not self._tracing and not moment.last
+
+    def close(self) -> None:
+        """End a trace that is under way: the steps that it would see do not come, or come once more."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+        self._tracing = False

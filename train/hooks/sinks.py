@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,12 +44,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Events in a directory."""
+    """Events in a directory; those of later steps that an earlier attempt left there are not shown."""
 
     def __init__(self, directory: Path, start_step: int = 0):
         from tensorboardX import SummaryWriter  # 0.3 s to import, and off by default
 
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+        suffix = f".{time.time_ns()}"  # else two files of one second have one name, and the second replaces the first
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1, filename_suffix=suffix)
 
     def write(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -59,19 +62,45 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases."""
+    """Weights & Biases: one run for one run directory, however often that is started again.
+
+    W&B drops a row whose own step is not behind all before it, offline too, where each start has a file of its own. So
+    its step counts rows, over all starts, and ours is a value of the row that the charts are drawn over.
+    """
+
+    AHEAD = 1000  # rows whose numbers are taken before they are used, so that the file is seldom written
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], run_name: str, config: Mapping[str, Any]):
         import wandb  # 1 s to import, and off by default
 
         os.environ.setdefault("WANDB_SILENT", "true")
-        self._run = wandb.init(dir=str(directory), name=run_name, config=dict(config), **settings)
+        self._file = directory / "wandb" / "resume.json"
+        self._file.parent.mkdir(exist_ok=True)
+        try:
+            known = json.loads(self._file.read_text())
+            self._id, self._rows = str(known["id"]), int(known["rows"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            self._id, self._rows = secrets.token_hex(4), 0
+        self._taken = self._rows
+        self._take()
+        self._run = wandb.init(
+            dir=str(directory), id=self._id, resume="allow", name=run_name, config=dict(config), **settings
+        )
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self._run.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+        if self._rows == self._taken:
+            self._take()
+        row = {"step": step} | {k: v for k, v in metrics.items() if v is not None}
+        self._run.log(row, step=self._rows, commit=True)
+        self._rows += 1
 
     def close(self) -> None:
         self._run.finish()
+
+    def _take(self) -> None:
+        self._taken += self.AHEAD
+        write_atomically(self._file, json.dumps({"id": self._id, "rows": self._taken}) + "\n")
 
 
 class Writer:

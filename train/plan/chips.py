@@ -26,11 +26,30 @@ class Chip(NamedTuple):
     torus: int  # dimensions of the fast network; 0: a switch
 
 
+# Dense bf16 FLOP/s of one jax device, by a part of its device_kind in lower case. First match counts.
+PEAK_FLOPS = {
+    "tpu v5p": 459e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v6": 918e12,
+    "h200": 989e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "a100": 312e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device; None where no figure is known (CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind.lower()), None)
+
+
 CHIPS = {
-    "v5e": Chip("v5e", 197e12, 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
-    "v5p": Chip("v5p", 459e12, 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
-    "v6e": Chip("v6e", 918e12, 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
-    "h100": Chip("h100", 989e12, 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
+    "v5e": Chip("v5e", PEAK_FLOPS["tpu v5e"], 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
+    "v5p": Chip("v5p", PEAK_FLOPS["tpu v5p"], 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
+    "v6e": Chip("v6e", PEAK_FLOPS["tpu v6"], 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
+    "h100": Chip("h100", PEAK_FLOPS["h100"], 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
 }
 
 # The torus of a slice, as libtpu wants it, by the number in the slice's name: chips, and for v5p cores, two to a chip.

@@ -38,9 +38,9 @@ class Roofline(NamedTuple):
     memory: float
     network: float
     bound: str
-    mfu: float  # useful FLOPs (all pairs of attention) over peak, when everything overlaps with the slowest
-    mfu_causal: float
-    mfu_serial: float  # all pairs, when the network hides behind nothing
+    mfu: float  # as perf/mfu counts, when everything overlaps with the slowest
+    mfu_full: float  # the same, counting all pairs of attention
+    mfu_serial: float  # as perf/mfu counts, when the network hides behind nothing
 
     @property
     def seconds(self) -> float:
@@ -53,7 +53,7 @@ class Roofline(NamedTuple):
         return (self.seconds + max(self.compute, self.memory) + self.network) / 2
 
 
-def useful_per_token(config: RunConfig, attention: Literal["causal", "full"]) -> float:
+def useful_per_token(config: RunConfig, attention: Literal["causal", "full"] = "causal") -> float:
     """FLOPs of one token: MixtralConfig.flops_per_token as the stage has it.
 
     Under LoRA the frozen matrices have no gradient, which is a third of their work, and adapters, perhaps head and
@@ -68,10 +68,20 @@ def useful_per_token(config: RunConfig, attention: Literal["causal", "full"]) ->
     return whole - model.matmul_flops + 6 * used + 2 * sum(placement.thawed_params(config))
 
 
+def useful_flops(config: RunConfig, attention: Literal["causal", "full"] = "causal") -> float:
+    """FLOPs of one step of the whole machine: the one figure behind perf/mfu, perf/tflops_per_device and the plan.
+
+    Every position of every row counts, padding and tokens without a weight too, for they are computed; what is computed
+    again for the backward pass, or to unpack a quantised base, does not. Attention counts the pairs that the causal
+    mask lets through, or with `full` all, as most published figures do. A row of pairs holds both answers.
+    """
+    return config.tokens_per_step * useful_per_token(config, attention)
+
+
 def useful(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """The same of one chip and step, (causal, full)."""
-    tokens = _tokens(config, sizes)
-    return tokens * useful_per_token(config, "causal"), tokens * useful_per_token(config, "full")
+    """The same of one chip, (causal, full)."""
+    chips = math.prod(sizes.values())
+    return useful_flops(config) / chips, useful_flops(config, "full") / chips
 
 
 def flops(config: RunConfig, sizes: Mapping[str, int]) -> Flops:
@@ -201,7 +211,7 @@ def roofline(
     causal, full = (amount / chip.flops for amount in useful(config, sizes))
     serial = max(seconds["compute"], seconds["memory"]) + seconds["network"]
     longest = seconds[bound]
-    return Roofline(**seconds, bound=bound, mfu=full / longest, mfu_causal=causal / longest, mfu_serial=full / serial)
+    return Roofline(**seconds, bound=bound, mfu=causal / longest, mfu_full=full / longest, mfu_serial=causal / serial)
 
 
 def bandwidth(topology: Topology, axes: str, sizes: Mapping[str, int], slow: Mapping[str, int] | None = None) -> float:

@@ -101,7 +101,7 @@ class PlanReport(NamedTuple):
         )
         rate = self.rate(r.seconds)
         yield (
-            f"  MFU at most {r.mfu:.1%} (attention over all pairs; {r.mfu_causal:.1%} causal), "
+            f"  MFU at most {r.mfu:.1%} (causal, as perf/mfu; {r.mfu_full:.1%} counting all pairs of attention), "
             f"{r.mfu_serial:.1%} if no traffic is hidden; {rate:,.0f} tokens a second and chip"
         )
         rates = {"at the bound": rate}

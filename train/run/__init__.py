@@ -13,5 +13,7 @@ from mixtral_jax.train.run.resume import (
     tree_changes,
     where_to_start,
 )
+from mixtral_jax.train.run.rollback import roll_back
 from mixtral_jax.train.run.screen import compiled_line, dry_run, first_screen
 from mixtral_jax.train.run.signals import Interrupts
+from mixtral_jax.train.run.underway import extra_hooks, open_files

@@ -16,8 +16,7 @@ from mixtral_jax.parallel import MESH_AXES
 from mixtral_jax.train.base import check_base_shape
 from mixtral_jax.train.checkpoints import Say
 from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
-from mixtral_jax.train.hooks import peak_flops
-from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line
+from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
 
 
 def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
@@ -31,7 +30,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
     sizes = config.mesh.sizes(len(devices))
     notes = check_base_shape(config)
     rows = {
-        "model": "; ".join([model_line(config.model, config.seq_len), *notes]),
+        "model": "; ".join([model_line(config.model, useful_per_token(config)), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
@@ -56,7 +55,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
         + (f", {peak / 1e12:.0f} TFLOP/s each" if peak else ", no peak known: mfu is null"),
         "mesh": "one device" if mesh is None else mesh_line(sizes),
         "kernels": kernels_line(config, sizes),
-        "model": model_line(config.model, config.seq_len),
+        "model": model_line(config.model, useful_per_token(config)),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
         "besides": passing_line(config, sizes),
@@ -72,12 +71,11 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
             say(f"{'':>8}    {line}")
 
 
-def model_line(model: MixtralConfig, seq_len: int) -> str:
-    """Parameters in all and used by a token, and what a token costs."""
-    causal, full = (model.flops_per_token(seq_len, kind) / 1e9 for kind in ("causal", "full"))
+def model_line(model: MixtralConfig, flops: float) -> str:
+    """Parameters in all and used by a token, and the useful FLOPs of a token in this stage."""
     return (
         f"{model.num_params():,} parameters, {model.num_active_params():,} used by a token; "
-        f"{causal:.4g} GFLOP a token forward + backward (causal; {full:.4g} counting all pairs)"
+        f"{flops / 1e9:.4g} useful GFLOP a token"
     )
 
 
