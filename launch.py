@@ -137,13 +137,16 @@ def _version() -> str:
 
 
 def _train(args: Parsed) -> int:
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        _function("train.memory", "keep_freed_memory")()
-    config, provenance = _load(args, args.command)
-    if args.dry_run:
-        return _function("train.run", "dry_run")(config, provenance)
-    _join(args)
-    return _function("train.trainer", "run")(config, provenance, force=args.force)
+    from mixtral_jax.train.errors import command
+
+    with command():
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            _function("train.memory", "keep_freed_memory")()
+        config, provenance = _load(args, args.command)
+        if args.dry_run:
+            return _function("train.run", "dry_run")(config, provenance)
+        _join(args)
+        return _function("train.trainer", "run")(config, provenance, force=args.force)
 
 
 def _evaluate(args: Parsed) -> int:

@@ -1,10 +1,12 @@
 """One process of a run of several: launch.py, with what it read put on record and a signal or a failure on demand.
 
 python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal, `fail` or
-`full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`; or `nan`, a process and a
-global row from which its batch is not finite: `nan:1:32`.
+`full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`; a signal may also come at
+`eval`, amid the first evaluation, or `compile`; or `nan`, a process and a global row from which its batch is not finite:
+`nan:1:32`.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax import launch
-from mixtral_jax.train import build, feed
+from mixtral_jax.train import build, feed, trainer
 from mixtral_jax.train.run import signals as interrupts
 
 # Two threads of gloo write at once, so that a line of one may lie inside that of the other.
@@ -50,9 +52,34 @@ def record_rows(directory: Path, process: int = 0) -> None:
     feed.Feed.__init__ = init
 
 
+def disturb_elsewhere(what: str, victim: int, where: str, process: int) -> None:
+    """A signal amid the first evaluation, whose batches are slow, or to a process that compiles and is deaf."""
+    batches = []
+
+    def check(self, original=interrupts.Interrupts.check):
+        batches.append(1)
+        if len(batches) == 3 and process == victim:
+            os.kill(os.getpid(), signal.Signals[what])
+        time.sleep(0.2)
+        original(self)
+
+    def compiled(*arguments, **more):
+        if process == victim:
+            os.kill(os.getpid(), signal.Signals[what])
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 28)
+        time.sleep(60)
+
+    if where == "eval":
+        interrupts.Interrupts.check = check
+    else:
+        trainer.compiled = compiled
+
+
 def disturb(event: str, process: int) -> None:
     """Steps are slow from the event on, since jax looks for a signal once a second."""
     what, victim, when = event.split(":")
+    if not when.isdigit():
+        return disturb_elsewhere(what, int(victim), when, process)
     requested = interrupts.Interrupts.requested
 
     def disturbed(self, step):
@@ -68,6 +95,7 @@ def disturb(event: str, process: int) -> None:
         return requested(self, step)
 
     interrupts.Interrupts.requested = disturbed
+    return None
 
 
 def spoil(victim: int, row: int, process: int) -> None:

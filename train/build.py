@@ -21,6 +21,7 @@ from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, make_optimizer
+from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.plan import placement_warnings
 from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
@@ -33,6 +34,7 @@ from mixtral_jax.train.run import (
 )
 from mixtral_jax.train.state import TrainState, abstract_state, start_from
 from mixtral_jax.train.step import make_eval_step, make_train_step
+from mixtral_jax.train.text import generate
 from mixtral_jax.train.weights import (
     abstract_params,
     is_trained,
@@ -86,7 +88,9 @@ def settle_steps(config: RunConfig) -> RunConfig:
     return read_config(config, steps=steps, data={"epochs": None})
 
 
-def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say) -> tuple[Parts, TrainState]:
+def build(
+    config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None, say: Say, phases: Phases | None = None
+) -> tuple[Parts, TrainState]:
     """Data, then weights, programs and the state to begin with; what a person should know is said on the way."""
     if mesh is not None:
         check_sizes(config, mesh.shape)
@@ -125,11 +129,10 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     )  # fmt: skip
     rows = config.eval.batch_size or config.rows_per_micro_batch
     held_out = eval_sources(prepared, batch_size=rows, shard=share, references=references)
-
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
-        state = _restored(config, found, abstract, say)
+        state = _restored(config, found, abstract, phases or Phases(), say)
     else:
         state = start_from(first_params(started, base, keep(weights, trained)), optimizer, abstract)
     merge, objective = make_merge(config), OBJECTIVES[config.stage](config)
@@ -146,12 +149,6 @@ def build(config: RunConfig, mesh: jax.sharding.Mesh | None, found: Found | None
     return parts, state
 
 
-def _restored(config: RunConfig, found: Found, abstract: TrainState, say: Say) -> TrainState:
-    changed = tree_changes(config_differences(found.meta["config"], config.model_dump(mode="json")))
-    what = f"checkpoint {found.step} could not be read"
-    return patiently(what, lambda: restore_state(found, abstract, changed), say, alone=False)
-
-
 def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, say: Say) -> int:
     """The global row that the next step begins with; the processes and the checkpoint must mean the same run."""
     agree(
@@ -161,13 +158,31 @@ def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, s
     )
     if found is None:
         return 0
-    changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
+    changed = _changed(config, found)
     row = check_same_data(found, prepared.fingerprint, config.data.restart, changed)
     check_same_base(found, config)
     say(f"resuming from checkpoint {found.step} at row {row}")
     for line in changed:
         say(f"  changed {line}")
     return row
+
+
+def _restored(config: RunConfig, found: Found, abstract: TrainState, phases: Phases, say: Say) -> TrainState:
+    what, changed = f"checkpoint {found.step} could not be read", tree_changes(_changed(config, found))
+    with phases.during(Phase.RESTORING):
+        return patiently(what, lambda: restore_state(found, abstract, changed), say, alone=False)
+
+
+def _changed(config: RunConfig, found: Found) -> list[str]:
+    return config_differences(found.meta["config"], config.model_dump(mode="json"))
+
+
+def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list[Any]) -> list[str]:
+    """What the model with these parameters makes of texts or chats."""
+    return generate(
+        parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
+        max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
+    )  # fmt: skip
 
 
 def reference_line(config: DpoStageConfig) -> str:

@@ -4,13 +4,17 @@ A failure is told by what failed, not by the type of its exception: the same OSE
 a disk that is full, or memory that this machine does not have.
 """
 
+import contextlib
 import difflib
 import errno
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
 
@@ -178,3 +182,40 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """The end of a sentence about a word that is unknown: the nearest known one, or nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+# What asks a run to stop: beside the first two a terminal that is closed, and what `sbatch --signal` sends in time.
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """A command that trains begins: a signal ends the process with 75 until something has begun that can be saved."""
+    global _began
+    _began, before = time.monotonic(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ASKING:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, end_at_once)
+    try:
+        yield
+    finally:
+        _began = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command_began() -> float | None:
+    """When this process's command did, by time.monotonic(); None: there is none, it is a library's user."""
+    return _began
+
+
+_began: float | None = None
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    """The handler of signals while nothing has begun."""
+    with contextlib.suppress(OSError):  # a terminal that is closed
+        name = signal.Signals(number).name
+        os.write(2, f"\nexit {ExitCode.STOPPED}: {name} before anything was begun: {AGAIN}\n".encode())
+    os._exit(ExitCode.STOPPED)

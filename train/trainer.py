@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Self
 
@@ -13,11 +13,11 @@ from etils import epath
 from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
-from mixtral_jax.train.build import Parts, build, settle_steps
-from mixtral_jax.train.checkpoints import Best, Checkpointer, stands
+from mixtral_jax.train.build import Parts, build, continuations, settle_steps
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, noted_evaluation, stands
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
-from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, failure_of
+from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, command_began, failure_of
 from mixtral_jax.train.feed import Feed
 from mixtral_jax.train.hooks import (
     Checkpoint,
@@ -28,24 +28,22 @@ from mixtral_jax.train.hooks import (
     Log,
     Moment,
     Throughput,
-    Watchdog,
+    run_due,
 )
-from mixtral_jax.train.memory import drop_freed_memory
-from mixtral_jax.train.optimizer import Params
+from mixtral_jax.train.phases import Phase
 from mixtral_jax.train.plan import peak_flops, useful_flops
 from mixtral_jax.train.run import (
     Interrupts,
     RunDirectory,
-    compiled_line,
+    compiled,
     end,
     extra_hooks,
     failures_reported,
-    meet,
     open_files,
     roll_back,
+    watch,
     where_to_start,
 )
-from mixtral_jax.train.text import generate
 
 
 def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -54,17 +52,16 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
     Raises:
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
-    place = RunDirectory(config.run_dir)
-    with failures_reported(place):
+    place = RunDirectory(config.run_dir, command_began())
+    code = ExitCode.STOPPED  # where a signal comes while there is nothing to save
+    with failures_reported(place), Interrupts(place, config.stop_after_minutes) as interrupts:
         config = settle_steps(config)  # it may tokenise: a signal ends that at once
-        with (
-            Interrupts() as interrupts,
-            Trainer(config, provenance, force=force, interrupted=interrupts.requested, place=place) as trainer,
-        ):
+        with Trainer(config, provenance, force=force, interrupts=interrupts, place=place) as trainer:
             for _ in trainer.steps():
                 pass
-    assert trainer.outcome is not None
-    return end(trainer.outcome.exit_code)
+            assert trainer.outcome is not None
+            code = trainer.outcome.exit_code
+    return end(code)
 
 
 class Trainer:
@@ -83,7 +80,7 @@ class Trainer:
 
     def __init__(
         self, config: RunConfig, provenance: Provenance | None = None, *, force: bool = False, quiet: bool = False,
-        interrupted: Callable[[int], str | None] = lambda step: None, place: RunDirectory | None = None,
+        interrupts: Interrupts | None = None, place: RunDirectory | None = None,
     ):  # fmt: skip
         """Find the checkpoint to go on from, prepare the data, make or read the weights.
 
@@ -91,15 +88,16 @@ class Trainer:
             provenance: which file and overrides the configuration came from, for config.input.yaml.
             force: begin anew where the run has checkpoints already.
             quiet: lines go to the run's log only.
-            interrupted: asked after each step whether a signal wants the run to save and stop, and for its name.
+            interrupts: asked after each step, and within evaluations, what wants the run to save and stop.
             place: the run's directory, where the caller wants to know what comes to pass there.
 
         Raises:
             UserError, ValueError: what the user can mend.
         """
-        self._began, self._provenance, self._interrupted = time.perf_counter(), provenance, interrupted
         self.outcome: Outcome | None = None  # how the run ended; None: steps are left
         self.config, self.run = settle_steps(config), place or RunDirectory(config.run_dir)
+        self._provenance, self._phases = provenance, self.run.phases
+        self._interrupts = interrupts or Interrupts(self.run, config.stop_after_minutes)
         self.mesh: jax.sharding.Mesh | None = None
         self._parts: Parts | None = None
         self._program: Any = None
@@ -109,11 +107,10 @@ class Trainer:
             self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
             opened.enter_context(contextlib.closing(self._console))
             self._opened = opened
+            opened.enter_context(watch(self.run, self.config.log))
             self._checkpoints = self.config.checkpoint.directory or self.run.checkpoints
-            self._found = where_to_start(self.config, self._checkpoints, force, self.run, self.say)
-            self.step = self._start = 0 if self._found is None else self._found.step
-            record = self._found and self._found.meta.get("best")
-            self._best = Best(self.config.early_stopping, record, self.config.checkpoint.every)
+            self._stand_at(where_to_start(self.config, self._checkpoints, force, self.run, self.say))
+            self.run.start = self._start
             if nothing_left := self._nothing_left():
                 self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
             else:
@@ -121,8 +118,15 @@ class Trainer:
                 self._ready()
             self._opened = opened.pop_all()
 
+    def _stand_at(self, found: Found | None) -> None:
+        """Where the run goes on from."""
+        self._found, self.step = found, 0 if found is None else found.step
+        self._start, meta = self.step, {} if found is None else found.meta | noted_evaluation(found.path)
+        self._owed = bool(meta.get("evaluation_owed"))
+        self._best = Best(self.config.early_stopping, meta.get("best"), self.config.checkpoint.every)
+
     def _nothing_left(self) -> str:
-        if self._found is None:
+        if self._found is None or self._owed:
             return ""
         if self.step >= self.config.steps:
             return f"{self.step} of {self.config.steps} steps are done (--force starts again)"
@@ -135,7 +139,7 @@ class Trainer:
         config = self.config
         self.mesh = make_mesh(config.mesh)
         with self._on_mesh():
-            parts, self._state = build(config, self.mesh, self._found, self.say)
+            parts, self._state = build(config, self.mesh, self._found, self.say, self._phases)
         self._underway = self._opened.enter_context(contextlib.ExitStack())
         return self._set_out(parts)
 
@@ -145,20 +149,22 @@ class Trainer:
         before = {} if self._found is None else self._found.dataset
         self._passed = before.get("passed", [])  # rows, by on_nonfinite
         loader = self._underway.enter_context(contextlib.closing(parts.open_loader(parts.first_row)))
-        self._feed = Feed(loader, parts.put)
+        self._feed = Feed(self._phases.reading(loader), parts.put)
         self._batch: Any = None
-        metrics, counts = open_files(self.run, config, self._start, self._underway)
+        metrics, counts = open_files(self.run, config, self._start, self._owed, self._underway)
         self._metrics = metrics
         throughput = Throughput(useful_flops(config), peak_flops(jax.devices()[0].device_kind))
         self._ledger = Ledger(parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0))
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
-        self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best)
+        self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best, self._phases)
         self._evaluate = Evaluate(
-            config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best
-        )
+            config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best, self._phases,
+            self._interrupts.check, self._owed,
+        )  # fmt: skip
         # A checkpoint holds what the evaluation of its step said.
-        extra = extra_hooks(self.run, config, self._continue, self._console, self._underway)
+        write = partial(continuations, parts, config)
+        extra = extra_hooks(self.run, config, write, self._console, self._underway)
         self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint, *extra]
         return parts
 
@@ -173,27 +179,24 @@ class Trainer:
         if self.outcome is not None:
             return
         self._compile()
-        bite = partial(self.run.write_failure, exit_code=ExitCode.WATCHDOG, state="watchdog")
-        with contextlib.closing(Watchdog(self.config.log.watchdog_seconds, bite)) as watchdog:
-            self._ledger.throughput.restart(self._feed.waited)
-            if self.step >= self.config.steps:  # the last save had failed
-                self._end_where_due("")
-            while self.outcome is None:
-                try:
-                    with self._on_mesh():
-                        moment, signal = self._one_step()
-                except Diverged as error:
-                    watchdog.rest()
-                    self._recover_or_end(error)
-                    continue
-                except OSError as error:
-                    self._save_what_there_is(error)
-                    raise
-                watchdog.rest()
-                self._end_where_due(signal)
+        self._ledger.throughput.restart(self._feed.waited)
+        if self.step >= self.config.steps and not self._evaluate.owed:  # the last save had failed
+            self._end_where_due(None)
+        while self.outcome is None:
+            owed = self._evaluate.owed
+            try:
+                with self._on_mesh(), self._phases.during(Phase.STEP if self.step > self._start else Phase.FIRST_STEP):
+                    moment, signal = self._make_up() if owed else self._one_step()
+            except Diverged as error:
+                self._recover_or_end(error)
+                continue
+            except OSError as error:
+                self._save_what_there_is(error)
+                raise
+            self._end_where_due(signal)
+            if not owed:
                 with self._ledger.pause(counted=False):
                     yield moment
-                watchdog.beat()
 
     def _compile(self) -> None:
         """The first batch, and exactly one program for it."""
@@ -201,17 +204,12 @@ class Trainer:
         if self._program is not None:
             return
         self.run.describe(self.config, self._provenance, self.mesh)
-        self.run.write_status("running", self.step, "", None)
         self.run.step = self.step
-        with self._on_mesh():
+        with self._on_mesh(), self._phases.during(Phase.COMPILING):
             self._batch = next(self._feed)
-            began = time.perf_counter()
-            self._program = parts.train_step.lower(self._state, parts.frozen, self._batch).compile()
-        seconds = time.perf_counter() - began
-        drop_freed_memory()
-        self._metrics.write(self.step, {"perf/compile_seconds": seconds})
-        self.say(f"compiled  {compiled_line(self._program, seconds)}")
-        meet("compiled")
+            self._program, seconds = compiled(parts.train_step, self._state, parts.frozen, self._batch, say=self.say)
+            self._metrics.write(self.step, {"perf/compile_seconds": seconds})
+        self._phases.become(Phase.BETWEEN)
         self._console.start(self.config.steps, self.step)
 
     def _one_step(self) -> tuple[Moment, str | None]:
@@ -227,17 +225,23 @@ class Trainer:
         if not last:
             self._batch = next(self._feed)  # while the step runs
         self._ledger.follow()
-        signal = self._interrupted(step)
+        signal = self._interrupts.requested(step)
         if first or signal or any(hook.due(step, last) for hook in self._hooks):
             self._ledger.settle()
         if first:
-            self.say(f"step {step} done {time.perf_counter() - self._began:.1f} s after the start")
+            self.say(f"step {step} done {time.monotonic() - self._phases.began:.1f} s after the start")
         moment = Moment(step, self._state, report, self._ledger.tokens, last)
-        for hook in self._hooks:
-            if hook.due(step, last):  # asked again: an evaluation can make a checkpoint due
-                with self._ledger.pause(counted=isinstance(hook, Log)):
-                    hook.run(moment)
+        signal = run_due(self._hooks, moment, self._ledger.pause) or signal
         self._console.advance(step)
+        return moment, signal
+
+    def _make_up(self) -> tuple[Moment, str | None]:
+        """For an evaluation that was broken off behind the last step, or failed, and what is due behind it."""
+        moment = Moment(self.step, self._state, None, self._ledger.tokens, self.step >= self.config.steps)
+        signal = run_due(self._hooks, moment, self._ledger.pause)
+        self._evaluate.owed = signal is not None
+        if signal is None and jax.process_index() == 0:
+            note_evaluation(epath.Path(self._checkpoints) / str(self.step), self._best.record)
         return moment, signal
 
     def _end_where_due(self, signal: str | None) -> None:
@@ -246,10 +250,10 @@ class Trainer:
         if step < steps and not signal and not self._best.exhausted:
             return
         self.save()
-        if step >= steps:
+        if step >= steps and not self._evaluate.owed:
             best = f"; {self._best}" if str(self._best) else ""
             self._end("done", f"{steps} steps are done; everything is in {self.run.path}{best}", ExitCode.DONE)
-        elif self._best.exhausted:
+        elif self._best.exhausted and not self._evaluate.owed:
             self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", ExitCode.DONE)
         else:
             reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
@@ -273,14 +277,15 @@ class Trainer:
         self.step = error.done
         self._checkpoint.finish()
         parts, row = self._ready(), self._row_after(error.step)
-        got = roll_back(self.config, self._checkpoints, error, row, self._passed, self._state, self.say)
+        with self._phases.during(Phase.RESTORING):
+            got = roll_back(self.config, self._checkpoints, error, row, self._passed, self._state, self.say)
         if isinstance(got, str):
             why = "; ".join(filter(None, (str(error), got, stands(self._checkpoints))))
             return self._end("diverged", why, ExitCode.NOT_FINITE)
         self._underway.close()
-        self._found, self._state = found, _ = got
-        self.step = self._start = self.run.step = found.step
-        self._best = Best(self.config.early_stopping, found.meta.get("best"))
+        found, self._state = got
+        self._stand_at(found)
+        self.run.step = self.step
         self._set_out(parts._replace(first_row=row, tokens=int(found.dataset["tokens"])))
         bad = {"step": error.step, "loss": error.loss, "grad_norm": error.grad_norm, "next_row": row}
         self._metrics.write(self.step + 1, {f"rollback/{name}": value for name, value in bad.items()})
@@ -360,7 +365,8 @@ class Trainer:
 
     def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
-        self.run.write_status(state, self.step, reason, exit_code)
+        for line in self.run.write_status(state, self.step, reason, exit_code):
+            self.say(line)
         self.say(f"exit {exit_code}: {reason}")
 
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -372,12 +378,4 @@ class Trainer:
         }  # fmt: skip
         resolved = config.model_dump(mode="json")
         meta = {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
-        return dataset, meta | {"base": parts.base}
-
-    def _continue(self, params: Params, prompts: list[Any]) -> list[str]:
-        """What the model with these parameters makes of texts or chats."""
-        config, parts = self.config, self._ready()
-        return generate(
-            parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
-            max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
-        )  # fmt: skip
+        return dataset, meta | {"base": parts.base, "evaluation_owed": self._evaluate.owed}

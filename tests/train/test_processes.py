@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from unittest.mock import ANY
 
 import jax
 import numpy as np
@@ -161,7 +160,8 @@ def test_only_process_0_writes_but_each_has_its_log(file, two):
     _, outputs, _ = two
     top = {p.name for p in place(file, "two").iterdir()}
     assert top == {
-        "STATUS", "config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs", "checkpoints"
+        "STATUS", "config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs", "checkpoints",
+        "attempts",
     }  # fmt: skip
     steps = list(series(file, "two", "train/loss"))
     assert steps == sorted(set(steps))
@@ -183,9 +183,36 @@ def test_one_process_goes_on_where_two_stopped_and_the_reverse(file, two):
     sample = "sample={every: 8, prompts: [the router], max_new_tokens: 4}"
     codes, outputs, _ = run_processes(2, 2, file, "two_of_one", nodes, sample)
     assert codes == [0, 0], "\n".join(outputs)
-    assert status(file, "two_of_one") == {**status(file, "alone"), "reason": ANY}
+    ended = status(file, "two_of_one")
+    assert (ended["state"], ended["step"], ended["exit_code"]) == ("done", 8, 0)
     assert_same_numbers(file, "two_of_one", range(5, 9))
     assert (place(file, "two_of_one") / "samples/8.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_amid_an_evaluation_stops_both_at_the_same_batch_and_the_evaluation_is_made_up_for(file, two):
+    begin_from(file, "two", 4, "evaluated")
+    small = ["eval={every: 6, batch_size: 4}", held_out(file.parent / "train.jsonl")]
+    codes, outputs, _ = run_processes(2, 2, file, "evaluated", MESH, *small, event="SIGUSR1:1:eval")
+    assert codes == [75, 75], "\n".join(outputs)
+    ended = status(file, "evaluated")
+    assert (ended["state"], ended["step"]) == ("preempted", 6)
+    assert ended["reason"].startswith("SIGUSR1 after step 6; checkpoint 6 is saved")
+    assert not series(file, "evaluated", "eval/loss")
+    codes, outputs, _ = run_processes(2, 2, file, "evaluated", MESH, *small)
+    assert codes == [0, 0], "\n".join(outputs)
+    assert list(series(file, "evaluated", "eval/loss")) == [6, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_that_compiles_ends_both_at_once(file, two, victim):
+    begin_from(file, "two", 4, f"compiled{victim}")
+    codes, outputs, seconds = run_processes(2, 2, file, f"compiled{victim}", MESH, event=f"SIGTERM:{victim}:compile")
+    assert codes == [75, 75] and seconds < 20, "\n".join(outputs)
+    ended = status(file, f"compiled{victim}")
+    assert (ended["state"], ended["step"], ended["exit_code"]) == ("preempted", 4, 75)
+    assert "SIGTERM while compiling, " in ended["reason"]
 
 
 @pytest.mark.slow

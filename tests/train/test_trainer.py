@@ -48,9 +48,9 @@ def test_a_run_learns_and_leaves_what_it_promises(start, place):
     sample = {"every": 8, "prompts": ["the router", ""], "max_new_tokens": 8, "temperature": 2.0}
     code, out = start(eval={"every": 4}, sample=sample)
     assert code == 0
-    assert status(place) == {
-        "state": "done", "step": 8, "exit_code": 0, "reason": f"8 steps are done; everything is in {place}"
-    }  # fmt: skip
+    ended = status(place)
+    assert (ended["state"], ended["step"], ended["exit_code"], ended["attempt"]) == ("done", 8, 0, 1)
+    assert ended["reason"] == f"8 steps are done; everything is in {place}"
     assert out.strip().splitlines()[-1] == f"exit 0: 8 steps are done; everything is in {place}"
     for title in ("versions", "devices", "mesh", "kernels", "model", "batch", "data", "router"):
         assert f"{title}  " in out

@@ -1,5 +1,6 @@
 """The best evaluation of a run: which checkpoint it belongs to, and when waiting for a better one has no point."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pydantic import Field
 from mixtral_jax.config import FrozenConfig
 
 LINK = "best"  # checkpoints/best stands for the best step
+_NOTE = "evaluated.json"
 # What is measured on each validation source, by the kind of its examples -> whether larger is better.
 MEASURED: Mapping[str, Mapping[str, bool]] = {
     "text": {"loss": False, "perplexity": False, "accuracy": True, "bits_per_byte": False},
@@ -129,6 +131,21 @@ class Best:
         assert self._record is not None
         waited = self._record["waited"]
         return f"{self._record['metric']} has not improved for {waited} evaluation{'s' * (waited != 1)}; {self}"
+
+
+def note_evaluation(checkpoint: epath.PathLike, best: Mapping[str, Any] | None) -> None:
+    """Beside a checkpoint that was saved amid its evaluation: it is made up for, and this is the best since then."""
+    if (place := epath.Path(checkpoint)).exists():
+        (place / _NOTE).write_text(json.dumps({"evaluation_owed": False, "best": best}))
+
+
+def noted_evaluation(checkpoint: epath.PathLike) -> dict[str, Any]:
+    """What replaces the same keys of the checkpoint's `meta`."""
+    note = epath.Path(checkpoint) / _NOTE
+    try:
+        return dict(json.loads(note.read_text())) if note.exists() else {}
+    except ValueError:  # cut off
+        return {}
 
 
 def point_to(directory: epath.PathLike, step: int | None) -> None:

@@ -122,6 +122,7 @@ class Checkpointer:
         """
         before = self.wait()
         if step == self._newest:
+            self._prune(step, best)  # it may have become that only now
             return before
         started, path = time.perf_counter(), self.directory / str(step)
         self._last, self._again, self.owed = time.monotonic(), None, step

@@ -18,7 +18,7 @@ from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_
 
 OWNER = "OWNER.json"
 # where a run lies and how it is watched, not what it is
-_ELSEWHERE = ("output_dir", "data", "checkpoint", "log", "eval", "sample", "resume", "steps")
+_ELSEWHERE = ("output_dir", "data", "checkpoint", "log", "eval", "sample", "resume", "steps", "stop_after_minutes")
 
 
 class Owner(NamedTuple):

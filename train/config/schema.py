@@ -45,6 +45,9 @@ class RunConfig(FrozenConfig):
         "checkpoint and past the rows since",
     )
     max_rollbacks: int = Field(3, gt=0, description="how often in a run on_nonfinite: rollback may go back")
+    stop_after_minutes: float | None = Field(
+        None, gt=0, description="save and exit 75 before a start has lasted so long, as ahead of the end of a SLURM job"
+    )
     model: MixtralConfig = Field(description="a preset with changes, or every field; null: that of init_from")
     data: DataConfig
     compute: ComputeConfig = ComputeConfig()

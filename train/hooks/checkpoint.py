@@ -13,6 +13,7 @@ from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import StorageError, is_of_storage
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
+from mixtral_jax.train.phases import Phase, Phases
 
 
 class Checkpoint:
@@ -20,10 +21,10 @@ class Checkpoint:
 
     def __init__(
         self, checkpointer: Checkpointer, writer: Writer, console: Console,
-        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]], best: Best,
+        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]], best: Best, phases: Phases,
     ):  # fmt: skip
         self._checkpointer, self._writer, self._console, self._items = checkpointer, writer, console, items
-        self._best = best
+        self._best, self._phases = best, phases
         self._refusal: StorageError | None = None  # the last one
 
     def due(self, step: int, last: bool) -> bool:
@@ -37,10 +38,11 @@ class Checkpoint:
         Raises:
             StorageError: the file system refused it, and all attempts after it; the checkpoints before stand.
         """
-        self._attempt(self._checkpointer.wait)
-        if self._checkpointer.wanted(moment.step, moment.last) or moment.step == self._best.step:
-            save = self._begin if self._checkpointer.asynchronous else self.save
-            save(moment)
+        with self._phases.during(Phase.SAVING):
+            self._attempt(self._checkpointer.wait)
+            if self._checkpointer.wanted(moment.step, moment.last) or moment.step == self._best.step:
+                save = self._begin if self._checkpointer.asynchronous else self.save
+                save(moment)
 
     def save(self, moment: Moment) -> None:
         """Save, and wait until it is whole; again where it is refused.
@@ -48,9 +50,11 @@ class Checkpoint:
         Raises:
             StorageError: see `run`.
         """
-        self._attempt(self._checkpointer.wait)
-        while pause := self._begin(moment) or self._attempt(self._checkpointer.wait):
-            time.sleep(pause)
+        with self._phases.during(Phase.LAST_SAVE):
+            self._attempt(self._checkpointer.wait)
+            while pause := self._begin(moment) or self._attempt(self._checkpointer.wait):
+                time.sleep(pause)
+                self._phases.beat()
 
     def finish(self) -> None:
         """Wait for the save under way.
@@ -58,7 +62,8 @@ class Checkpoint:
         Raises:
             StorageError: it, or one that is still to be made again, could not be written, and its state is gone.
         """
-        self._attempt(self._checkpointer.wait, again=False)
+        with self._phases.during(Phase.LAST_SAVE):
+            self._attempt(self._checkpointer.wait, again=False)
         if self._checkpointer.owes and self._refusal is not None:
             raise self._refusal
 
@@ -85,6 +90,7 @@ class Checkpoint:
             self._console.say(f"{refused}; it is made again in {pause:g} s")
             return pause
         if saved is not None:
+            self._phases.longest_save = max(self._phases.longest_save, saved.seconds)
             with contextlib.suppress(OSError):  # it is saved; the next line of metrics will say it again
                 self._writer.write(saved.step, {"checkpoint/seconds": saved.seconds, "checkpoint/bytes": saved.bytes})
             told = f"checkpoint {saved.step}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.1f} s"

@@ -17,6 +17,7 @@ from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.sinks import Writer
 from mixtral_jax.train.objective import EvalSums
 from mixtral_jax.train.optimizer import Params
+from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.preference import PairSums
 
 
@@ -28,13 +29,21 @@ class EvalConfig(FrozenConfig):
     batch_size: int | None = Field(None, gt=0, description="sequences per batch; null: micro_batch_size")
 
 
+class BrokenOff(Exception):
+    """What asks the run to stop, in the middle of an evaluation."""
+
+
 class Evaluate:
     """The hook: measures every source, and tells `best`."""
 
     def __init__(
         self, config: EvalConfig, sources: Mapping[str, EvalSource], eval_step: Callable[[Params, Any], Any],
-        put: Callable[[Any], Any], writer: Writer, console: Console, best: Best,
+        put: Callable[[Any], Any], writer: Writer, console: Console, best: Best, phases: Phases | None = None,
+        check: Callable[[], None] = lambda: None, owed: bool = False,
     ):  # fmt: skip
+        """Ahead of each batch `check` may raise: then nothing is written, and the evaluation is `owed`."""
+        self._phases, self._check, self.owed = phases or Phases(), check, owed
+        self._first = Phase.FIRST_BATCH
         self._config, self._sources, self._eval_step, self._put = config, sources, eval_step, put
         self._writer, self._console, self._best = writer, console, best
 
@@ -42,16 +51,25 @@ class Evaluate:
         return bool(self._sources) and (last or (self._config.every is not None and step % self._config.every == 0))
 
     def run(self, moment: Moment) -> None:
-        metrics = self.measure(moment.state.params)
+        self.owed = True
+        metrics = self.measure(moment.state.params, self._check)
         self._writer.write(moment.step, metrics)
         self._console.say(eval_lines(moment.step, metrics, list(self._sources)))
         self._best.judge(moment.step, metrics, moment.last)
+        self.owed = False
 
-    def measure(self, params: Params) -> dict[str, float]:
+    def measure(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""
-        return measure_sources(
-            lambda batch: self._eval_step(params, self._put(batch)), self._sources, self._config.batches
-        )
+
+        def ask(batch: Any) -> Any:
+            check()
+            with self._phases.during(self._first):
+                sums = jax.device_get(self._eval_step(params, self._put(batch)))
+            self._first = Phase.EVALUATING  # compiled
+            return sums
+
+        with self._phases.during(Phase.EVALUATING):
+            return measure_sources(ask, self._sources, self._config.batches)
 
 
 def measure_sources(

@@ -13,6 +13,7 @@ from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.hooks.profile import ProfileConfig
 from mixtral_jax.train.hooks.sinks import JsonLines, Writer
 from mixtral_jax.train.hooks.throughput import Throughput
+from mixtral_jax.train.hooks.watchdog import PhaseSeconds
 
 
 class WandbConfig(FrozenConfig):
@@ -34,6 +35,7 @@ class LogConfig(FrozenConfig):
     watchdog_seconds: float | None = Field(
         None, gt=0, description="exit 124 where one step takes longer than this; null: never"
     )
+    phase_seconds: PhaseSeconds = PhaseSeconds()
 
 
 class Log:

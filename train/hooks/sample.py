@@ -12,6 +12,7 @@ from mixtral_jax.config import FrozenConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.hooks.moment import Moment
 from mixtral_jax.train.optimizer import Params
+from mixtral_jax.train.phases import Phase, Phases
 
 
 class SampleConfig(FrozenConfig):
@@ -28,10 +29,11 @@ class Sample:
 
     def __init__(
         self, config: SampleConfig, generate: Callable[[Params, list[Any]], list[str]], chat: bool, directory: Path,
-        console: Console,
+        console: Console, phases: Phases | None = None,
     ):  # fmt: skip
         """`generate` makes texts of parameters and prompts; with `chat` each prompt is a user's message."""
         self._config, self._generate, self._directory, self._console = config, generate, directory, console
+        self._phases = phases or Phases()
         self._asked = [[{"role": "user", "content": p}] if chat else p for p in config.prompts]
 
     def due(self, step: int, last: bool) -> bool:
@@ -40,7 +42,8 @@ class Sample:
 
     def run(self, moment: Moment) -> None:
         try:
-            texts = self._generate(moment.state.params, self._asked)
+            with self._phases.during(Phase.SAMPLING):
+                texts = self._generate(moment.state.params, self._asked)
         except FloatingPointError as error:  # on all processes alike; whether training goes on, its step says
             return self._console.say(f"  no samples: {error}")
         pairs = list(zip(self._config.prompts, texts, strict=True))

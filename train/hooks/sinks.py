@@ -26,13 +26,19 @@ class Sink(Protocol):
 class JsonLines:
     """One object a line, `step` first. NaN and infinities are written as NaN, Infinity, -Infinity."""
 
-    def __init__(self, path: Path, start_step: int = 0):
-        _keep_lines_until(path, start_step)
+    def __init__(self, path: Path, start_step: int = 0, attempt: int | None = None, again: str = ""):
+        """Goes on behind `start_step`, of which lines with keys that begin with `again` will be written again.
+
+        With an `attempt` each line says it, and the `time` in seconds since 1970.
+        """
+        _keep_lines_until(path, start_step, again)
+        self._attempt = attempt
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        stamp = {} if self._attempt is None else {"time": round(time.time(), 3), "attempt": self._attempt}
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps({"step": step, **stamp, **metrics}) + "\n")
             self._file.flush()
         except OSError as error:
             error.filename = str(self._path)  # a full disk names no file
@@ -145,14 +151,16 @@ def open_trackers(makers: Iterable[Callable[[], Sink]]) -> list[Sink]:
     return trackers
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
+def _keep_lines_until(path: Path, step: int, again: str) -> None:
     """Drop what a killed run logged after the checkpoint that is resumed from, and a line that was cut off."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            comes_again = again and found["step"] == step and any(key.startswith(again) for key in found)
+            if found["step"] <= step and not comes_again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

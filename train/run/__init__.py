@@ -1,8 +1,8 @@
 """A run on this machine: its directory, its processes, signals, and what it says at the start."""
 
-from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
+from mixtral_jax.train.run.heartbeat import watch
 from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import end, failures_reported
 from mixtral_jax.train.run.processes import initialize
@@ -14,6 +14,6 @@ from mixtral_jax.train.run.resume import (
     where_to_start,
 )
 from mixtral_jax.train.run.rollback import roll_back
-from mixtral_jax.train.run.screen import compiled_line, dry_run, first_screen
+from mixtral_jax.train.run.screen import compiled, dry_run, first_screen
 from mixtral_jax.train.run.signals import Interrupts
 from mixtral_jax.train.run.underway import extra_hooks, open_files

@@ -22,7 +22,7 @@ from mixtral_jax.train.errors import AGAIN, ExitCode, PeerLost, explain, failure
 from mixtral_jax.train.meetings import meet, store
 from mixtral_jax.train.run.directory import RunDirectory
 
-_KEY, _ALIVE, _LEFT = "mixtral_jax/failed", "mixtral_jax/alive/", "left"
+_KEY, _ALIVE, _LEFT, _STOP = "mixtral_jax/failed", "mixtral_jax/alive/", "left", "mixtral_jax/stop"
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_SECONDS = 1.0, 3.0, 6.0
 _SILENT_POLLS = 40  # of a process that is taken for lost; counted, as the clock goes on where all of a machine stands
 # what gloo, NCCL and jax's coordination service say where a partner is gone
@@ -56,6 +56,41 @@ def failures_reported(place: RunDirectory | None) -> Iterator[None]:
         raise
     finally:
         watch.close()
+
+
+def end_all(exit_code: ExitCode, reason: str, place: RunDirectory) -> None:
+    """End this process now, from any thread, and those of the same run, with this exit code."""
+
+    def note() -> None:
+        if jax.process_count() > 1:
+            _tell(exit_code, reason)
+        place.write_failure(reason, exit_code)
+
+    def say() -> None:
+        with suppress(OSError, ValueError):  # a terminal that is closed
+            sys.stdout.flush()
+            print(f"exit {exit_code}: {reason}", file=sys.stderr, flush=True)
+
+    threads = [threading.Thread(target=f, daemon=True) for f in (note, say)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_GRACE_SECONDS)  # no disk, coordinator or reader of the output that does not answer holds this up
+    _leave(exit_code)
+
+
+def ask_to_stop(why: str) -> None:
+    """Let the other processes know why this one wants the run to stop; the first reason counts."""
+    with suppress(jax.errors.JaxRuntimeError):  # there is one, or the coordinator is gone
+        store().key_value_set(_STOP, why)
+
+
+def asked_to_stop() -> str | None:
+    """What one of the processes has said."""
+    try:
+        return str(store().key_value_try_get(_STOP))
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _is_broken_off(error: BaseException) -> bool:
@@ -147,7 +182,8 @@ def _silent(said: list[tuple[str, str]], heard: dict[str, tuple[str, int]]) -> s
 
 
 def _end_with(failure: dict[str, Any], place: RunDirectory | None) -> None:
-    code, reason = failure["exit_code"], f"process {failure['process']} failed: {failure['reason']}"
+    code, how = failure["exit_code"], ": " if failure["exit_code"] == ExitCode.STOPPED else " failed: "
+    reason = f"process {failure['process']}{how}{failure['reason']}"
     _note(place, reason, code)
     print(f"exit {code}: {reason}", file=sys.stderr)
     _end(code)
@@ -181,6 +217,10 @@ def end(exit_code: int) -> int:
 def _end(exit_code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    _leave(exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    if jax.process_index() == 0 and jax.process_count() > 1:
         time.sleep(_LAST_SECONDS)  # the coordinator lives here: the others want to read the failure
     os._exit(exit_code)

@@ -1,6 +1,7 @@
 """What a run says before it starts, and all that can be said without making a weight."""
 
 import platform
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,8 @@ from mixtral_jax.parallel import MESH_AXES
 from mixtral_jax.train.base import check_base_shape
 from mixtral_jax.train.checkpoints import Say
 from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
+from mixtral_jax.train.meetings import meet
+from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
 
 
@@ -125,6 +128,17 @@ def router_line(config: RunConfig) -> str:
         f"z-loss x {router.router_z_loss_coef:g}; "
         + ("dropless" if capacity is None else f"capacity factor {capacity:g}: rows past it are dropped, by {order}")
     )
+
+
+def compiled(step: Any, *arguments: Any, say: Say) -> tuple[Any, float]:
+    """The program of a jitted step for these arguments, and the seconds; no process goes on before all have theirs."""
+    began = time.perf_counter()
+    program = step.lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    drop_freed_memory()
+    say(f"compiled  {compiled_line(program, seconds)}")
+    meet("compiled")
+    return program, seconds
 
 
 def compiled_line(program: Any, seconds: float) -> str:

@@ -22,10 +22,12 @@ from mixtral_jax.train.optimizer import Params
 from mixtral_jax.train.run.directory import RunDirectory
 
 
-def open_files(run: RunDirectory, config: RunConfig, start: int, opened: ExitStack) -> tuple[Writer, JsonLines | None]:
+def open_files(
+    run: RunDirectory, config: RunConfig, start: int, owed: bool, opened: ExitStack
+) -> tuple[Writer, JsonLines | None]:
     """metrics.jsonl with the trackers that were asked for, and moe.jsonl, from step `start` on; process 0 alone writes.
 
-    `opened` closes them.
+    `opened` closes them. Where an evaluation is `owed`, the step's will be written again.
     """
     if jax.process_index() > 0:
         return Writer(None), None
@@ -35,7 +37,8 @@ def open_files(run: RunDirectory, config: RunConfig, start: int, opened: ExitSta
     if (wandb := config.log.wandb) is not None:
         described = config.model_dump(mode="json")
         makers.append(lambda: Wandb(run.path, wandb.model_dump(), config.run_name, described))
-    metrics = Writer(JsonLines(run.metrics, start), open_trackers(makers))
+    lines = JsonLines(run.metrics, start, run.attempt, again="eval/" if owed else "")
+    metrics = Writer(lines, open_trackers(makers))
     opened.enter_context(closing(metrics))
     counts = None if config.model.is_dense else opened.enter_context(closing(JsonLines(run.moe, start)))
     return metrics, counts
@@ -49,7 +52,7 @@ def extra_hooks(
     hooks: list[Hook] = []
     if config.sample.every is not None and config.sample.prompts:
         chat = config.data.examples != "text"
-        hooks.append(Sample(config.sample, generate, chat, run.samples, console))
+        hooks.append(Sample(config.sample, generate, chat, run.samples, console, run.phases))
     if config.log.profile is not None:
         hooks.append(opened.enter_context(closing(Profile(config.log.profile, run.profile, console))))
     return hooks

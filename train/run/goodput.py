@@ -1,0 +1,123 @@
+"""Where the time of a run went, over all its attempts: <run>/attempts/goodput.jsonl, an object for each."""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.train.console import clock
+from mixtral_jax.train.phases import KINDS, Phases
+
+LOST, DOWN = "lost", "down"  # steps that were done twice; between two attempts
+_SHOWN = 0.05  # seconds below which a kind is left out of the table
+
+
+class Account(NamedTuple):
+    """Seconds by kind of a run so far, and how many attempts it took."""
+
+    seconds: dict[str, float]
+    attempts: int
+
+    @property
+    def goodput(self) -> float | None:
+        """The share of the time in which steps were done that count."""
+        whole = sum(self.seconds.values())
+        return round(self.seconds["step"] / whole, 4) if whole else None
+
+    def table(self) -> Iterator[str]:
+        """Lines for the last screen."""
+        whole = sum(self.seconds.values())
+        yield f"where the time went: {clock(whole)} in {self.attempts} attempt{'s' * (self.attempts != 1)}"
+        for kind, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            if seconds >= _SHOWN:
+                yield f"  {kind.replace('_', ' '):<10} {clock(seconds):>9} {seconds / whole:>7.1%}"
+
+
+class Goodput:
+    """The attempts of a run, this one among them."""
+
+    def __init__(self, path: Path, phases: Phases):
+        self.path, self._phases = path, phases
+        self._before = ""
+        self._earlier: list[dict[str, Any]] = []
+        self._number: int | None = None
+
+    def begin(self, number: int) -> None:
+        """From here on this is an attempt, with this number."""
+        self._earlier = read_attempts(self.path)
+        self._before = "".join(json.dumps(attempt) + "\n" for attempt in self._earlier)
+        self._number = number
+
+    def account(self, first: int, last: int, exit_code: int | None) -> Account:
+        """Write down how far this attempt has come, where it can be written, and add up all of them.
+
+        Args:
+            first, last: the step that it began from, and the one that it did last.
+            exit_code: None while it goes on.
+        """
+        if self._number is None:
+            return add_up(read_attempts(self.path))
+        reading = self._phases.read()
+        own = {
+            "attempt": self._number, "host": socket.gethostname(), "pid": os.getpid(), "exit_code": exit_code,
+            "job_start_time": self._phases.began_at, **reading.events, "first_step": first, "step_count": last,
+            # by the clock of this attempt, which nobody sets
+            "job_end_time": self._phases.began_at + sum(reading.seconds.values()),
+            "seconds": {kind: round(seconds, 3) for kind, seconds in reading.seconds.items()},
+        }  # fmt: skip
+        with contextlib.suppress(OSError):
+            write_atomically(self.path, f"{self._before}{json.dumps(own)}\n")
+        return add_up([*self._earlier, own])
+
+    @property
+    def begun(self) -> bool:
+        """Whether this is an attempt."""
+        return self._number is not None
+
+    def forget(self) -> None:
+        """This attempt was refused: it is none."""
+        if self.begun:
+            self._number = None
+            write_atomically(self.path, self._before)
+
+
+def read_attempts(path: Path) -> list[dict[str, Any]]:
+    """What each attempt says of itself; a line that is damaged is passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [attempt for attempt in map(_parsed, lines) if attempt is not None]
+
+
+def add_up(attempts: Sequence[Mapping[str, Any]]) -> Account:
+    """Seconds by kind. What an attempt did beyond the step that a later one began from is lost."""
+    seconds = dict.fromkeys((*KINDS, LOST, DOWN), 0.0)
+    kept = float("inf")  # the lowest step that a later attempt began from
+    for attempt in reversed(attempts):
+        own, first, last = attempt["seconds"], attempt["first_step"], attempt["step_count"]
+        for kind in KINDS:
+            seconds[kind] += own.get(kind, 0.0)
+        if last > max(first, kept):
+            again = own.get("step", 0.0) * (last - max(first, kept)) / (last - first)
+            seconds["step"] -= again
+            seconds[LOST] += again
+        kept = min(kept, first)
+    for one, other in itertools.pairwise(attempts):
+        seconds[DOWN] += max(0.0, other["job_start_time"] - one["job_end_time"])  # clocks may be set
+    return Account({kind: round(value, 3) for kind, value in seconds.items()}, len(attempts))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        attempt = json.loads(line)
+        numbers = [attempt[key] for key in ("first_step", "step_count", "job_start_time", "job_end_time")]
+        whole = all(isinstance(x, int | float) for x in (*numbers, *attempt["seconds"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return attempt if whole else None
