@@ -2,8 +2,8 @@
 
 python -m tests.processes RECORDS EVENT FILE OVERRIDES..., where EVENT is `none`, or the name of a signal, `fail` or
 `full` (no large file can be written for three steps), a process and a step: `SIGTERM:1:8`; a signal may also come at
-`eval`, amid the first evaluation, or `compile`; or `nan`, a process and a global row from which its batch is not finite:
-`nan:1:32`.
+`eval`, amid the first evaluation, or `compile`; or `nan`, a process and a global row from which its batch is not
+finite: `nan:1:32`.
 """
 
 import hashlib
