@@ -41,7 +41,9 @@ def trainer_of(tmp_path, monkeypatch):
                 return batch._replace(weights=batch.weights * np.float32(np.nan)) if set(bad) & set(rows) else batch
 
         monkeypatch.setattr(build, "Loader", Loader)
-        return training.Trainer(config, quiet=True, interrupted=lambda step: "SIGTERM" if step == stop_after else None)
+        asked = {stop_after: "SIGTERM"}
+        monkeypatch.setattr(training.Interrupts, "requested", lambda self, step: asked.get(step))
+        return training.Trainer(config, quiet=True)
 
     return trainer_of
 

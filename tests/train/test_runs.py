@@ -89,7 +89,7 @@ def test_ls_shows_every_run_and_nothing_else(out, call):
     }
     loss = json.loads((out / "a" / "metrics.jsonl").read_text().splitlines()[-2]).get("train/loss")
     found = states(call, out)
-    assert found["b"]["goodput"] == 0.875 and found["a"]["goodput"] is None
+    assert found["b"]["goodput"] == 0.875 and 0 < found["a"]["goodput"] < 1
     assert found["a"]["tokens_per_second"] > 0
     assert loss is None or found["a"]["loss"] == loss
     assert [*states(call, out / "a")] == ["a"]  # a run itself

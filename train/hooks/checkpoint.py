@@ -21,10 +21,10 @@ class Checkpoint:
 
     def __init__(
         self, checkpointer: Checkpointer, writer: Writer, console: Console,
-        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]], best: Best, phases: Phases,
+        items: Callable[[Moment], tuple[dict[str, Any], dict[str, Any]]], best: Best, phases: Phases | None = None,
     ):  # fmt: skip
         self._checkpointer, self._writer, self._console, self._items = checkpointer, writer, console, items
-        self._best, self._phases = best, phases
+        self._best, self._phases = best, phases or Phases()
         self._refusal: StorageError | None = None  # the last one
 
     def due(self, step: int, last: bool) -> bool:
