@@ -1,5 +1,6 @@
 """Each hook alone: when it is due, what it writes, how it ends."""
 
+import errno
 import json
 import math
 from types import SimpleNamespace
@@ -61,6 +62,21 @@ def test_log_writes_what_the_step_said(tmp_path, console, writer):
     assert (line["step"], line["train/loss"], line["train/param_norm"], line["train/tokens"]) == (5, 2.5, 5.0, 5000)
     assert lines(tmp_path / "moe.jsonl") == [{"step": 5, "counts": [[5, 3]]}]
     assert "step  5/12 | loss 2.5000" in (tmp_path / "log").read_text()
+
+
+def test_a_full_disk_costs_neither_file_its_line(tmp_path, console, writer, monkeypatch):
+    """The checkpoint of that step may lie elsewhere, or find room a second later: then nobody does the step again."""
+    moe = JsonLines(tmp_path / "moe.jsonl")
+    log = Log(LogConfig(every=5), writer, moe, Throughput(1e6, None), lambda: 0.0, console, 12)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "write", full)
+    with pytest.raises(OSError):
+        log.run(moment(5, loss=2.5, grad_norm=0.5, learning_rate=1e-3))
+    moe.close()
+    assert [line["step"] for line in lines(tmp_path / "moe.jsonl")] == [5]
 
 
 class Source(list):

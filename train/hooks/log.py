@@ -1,5 +1,6 @@
 """What is said of every few steps, and where."""
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -60,9 +61,10 @@ class Log:
         metrics |= self._throughput.read(self._waited())
         speed = metrics["perf/tokens_per_second"]
         metrics["perf/trainable_tokens_per_second"] = None if speed is None else learned * speed
-        self._writer.write(moment.step, metrics)
-        if self._moe_lines is not None and moment.report and moment.report.counts_LE is not None:
-            counts = np.asarray(moment.report.counts_LE).astype(int).tolist()
-            self._moe_lines.write(moment.step, {"counts": counts})
+        with contextlib.ExitStack() as both:  # where the disk is full each file keeps its line until there is room
+            if self._moe_lines is not None and moment.report and moment.report.counts_LE is not None:
+                counts = np.asarray(moment.report.counts_LE).astype(int).tolist()
+                both.callback(self._moe_lines.write, moment.step, {"counts": counts})
+            self._writer.write(moment.step, metrics)
         left = (self._steps - moment.step) * (metrics["perf/step_seconds"] or 0.0)
         self._console.say(train_line(moment.step, self._steps, metrics, left))
