@@ -24,7 +24,6 @@ from mixtral_jax.train.optimizer import Params, make_optimizer
 from mixtral_jax.train.plan import placement_warnings
 from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
-    check_same_base,
     check_same_data,
     config_differences,
     first_screen,
@@ -163,7 +162,6 @@ def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, s
         return 0
     changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
     row = check_same_data(found, prepared.fingerprint, config.data.restart, changed)
-    check_same_base(found, config)
     say(f"resuming from checkpoint {found.step} at row {row}")
     for line in changed:
         say(f"  changed {line}")

@@ -55,14 +55,13 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
         UserError, ValueError: what the user can mend (exit code 2); STATUS says so too.
     """
     place = RunDirectory(config.run_dir)
-    with failures_reported(place):
-        config = settle_steps(config)  # it may tokenise: a signal ends that at once
-        with (
-            Interrupts() as interrupts,
-            Trainer(config, provenance, force=force, interrupted=interrupts.requested, place=place) as trainer,
-        ):
-            for _ in trainer.steps():
-                pass
+    with (
+        failures_reported(place),
+        Interrupts() as interrupts,
+        Trainer(config, provenance, force=force, interrupted=interrupts.requested, place=place) as trainer,
+    ):
+        for _ in trainer.steps():
+            pass
     assert trainer.outcome is not None
     return end(trainer.outcome.exit_code)
 
@@ -89,7 +88,7 @@ class Trainer:
 
         Args:
             provenance: which file and overrides the configuration came from, for config.input.yaml.
-            force: begin anew where the run has checkpoints already.
+            force: begin anew; the run that is there is moved aside.
             quiet: lines go to the run's log only.
             interrupted: asked after each step whether a signal wants the run to save and stop, and for its name.
             place: the run's directory, where the caller wants to know what comes to pass there.
@@ -99,34 +98,30 @@ class Trainer:
         """
         self._began, self._provenance, self._interrupted = time.perf_counter(), provenance, interrupted
         self.outcome: Outcome | None = None  # how the run ended; None: steps are left
-        self.config, self.run = settle_steps(config), place or RunDirectory(config.run_dir)
+        self.run = place or RunDirectory(config.run_dir)
         self.mesh: jax.sharding.Mesh | None = None
         self._parts: Parts | None = None
         self._program: Any = None
-        self.run.create()
         with contextlib.ExitStack() as opened:
+            opened.callback(self.run.release)
+            self._begin = begin = where_to_start(config, force, self.run, partial(make_mesh, config.mesh))
+            self.config = settle_steps(config)
             speak = jax.process_index() == 0 and not quiet
             self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
             opened.enter_context(contextlib.closing(self._console))
             self._opened = opened
-            self._checkpoints = self.config.checkpoint.directory or self.run.checkpoints
-            self._found = where_to_start(self.config, self._checkpoints, force, self.run, self.say)
+            for note in begin.notes:
+                self.say(note)
+            self._found, self._checkpoints = begin.found, begin.directory
             self.step = self._start = 0 if self._found is None else self._found.step
             record = self._found and self._found.meta.get("best")
             self._best = Best(self.config.early_stopping, record, self.config.checkpoint.every)
-            if nothing_left := self._nothing_left():
-                self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
+            if why := begin.nothing_left(self.config, self._best, self.say):
+                self._end("done", f"nothing left to do: {why}", ExitCode.DONE)
             else:
                 self.run.begin()
                 self._ready()
             self._opened = opened.pop_all()
-
-    def _nothing_left(self) -> str:
-        if self._found is None:
-            return ""
-        if self.step >= self.config.steps:
-            return f"{self.step} of {self.config.steps} steps are done (--force starts again)"
-        return f"{self._best.why_stopped} (a larger early_stopping.patience goes on)" if self._best.exhausted else ""
 
     def _ready(self) -> Parts:
         """What the steps need and what happens between them; made once. A finished run needs it only where asked."""
@@ -136,6 +131,8 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         with self._on_mesh():
             parts, self._state = build(config, self.mesh, self._found, self.say)
+        if self.outcome is None:
+            self._begin.clear(self._console)
         self._underway = self._opened.enter_context(contextlib.ExitStack())
         return self._set_out(parts)
 
@@ -361,6 +358,7 @@ class Trainer:
     def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
         self.run.write_status(state, self.step, reason, exit_code)
+        self.run.release()
         self.say(f"exit {exit_code}: {reason}")
 
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
