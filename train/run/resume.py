@@ -73,7 +73,7 @@ def where_to_start(
     anew, waited = force and not isinstance(config.resume, int), place.hold(own)
     newest = max(checkpoints.saved_steps(directory), default=None)
     stale = bool(waited) or (not anew and newest != (found and found.step))  # somebody wrote here until just now
-    if hear(np.int32(stale), 0):
+    if hear(np.array(stale, np.int32), 0):
         notes.clear()
         found = look(config, directory, force, notes.append)
     check_shared("checkpoint.directory", directory)
