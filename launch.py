@@ -144,7 +144,7 @@ def _train(args: Parsed) -> int:
             _function("train.memory", "keep_freed_memory")()
         config, provenance = _load(args, args.command)
         if args.dry_run:
-            return _function("train.run", "dry_run")(config, provenance)
+            return _function("train.run", "dry_run")(config, provenance, force=args.force)
         _join(args)
         return _function("train.trainer", "run")(config, provenance, force=args.force)
 
@@ -216,7 +216,7 @@ _JOINING = (
 _TRAINING = (
     _CFG,
     _flag("--dry-run", "print what would be trained, on what, and exit"),
-    _flag("--force", "start a finished run again from the beginning"),
+    _flag("--force", "begin anew; the run that is there is moved to <run>.old-N"),
     *_JOINING,
 )
 _SRC_DST = (

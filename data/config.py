@@ -71,6 +71,13 @@ class DataConfig(FrozenConfig):
     workers: int = Field(0, ge=0, description="processes that tokenise; 0: one a core")
     restart: bool = Field(False, description="start at row 0 where a checkpoint was made from other data")
 
+    @field_validator("cache_dir")
+    @classmethod
+    def _is_of_a_file_system(cls, place: str) -> str:
+        if "://" in place:
+            raise ValueError("must be a directory of a file system: rows are read from it at random")
+        return place
+
     @field_validator("train", "validation")
     @classmethod
     def _names_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:

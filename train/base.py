@@ -43,7 +43,7 @@ from mixtral_jax.quantize import QuantizedWeight, quantize
 from mixtral_jax.train.checkpoints import find
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.weights import Tree, join, keep, leaves, random_weights
+from mixtral_jax.train.weights import Tree, abstract_params, is_trained, join, keep, leaves, random_weights
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -57,12 +57,7 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
     base = keep(abstract, lambda path: not is_adapter(path))
     if config.init_from is None:
         return random_weights(config, base)
-    path = newest_step(config.init_from)
-    if holds_adapters(path):
-        raise UserError(
-            f"init_from: {path} holds adapters only: fold them into their base first with "
-            f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
-        )
+    path = _whole_model(config.init_from)
     if config.adapters is None or not config.adapters.quantizes:
         return read_weights(path, base)
     model = abstract_model(config.model, config.compute, lora=config.adapters)
@@ -72,6 +67,41 @@ def base_weights(config: RunConfig, abstract: Tree) -> Tree:
         return _read_leaves(path, shapes, dict(leaves(base)), held)
     except ValueError as error:
         raise UserError(f"init_from: {error}") from error
+
+
+def _whole_model(named: str) -> str:
+    """The checkpoint that init_from names.
+
+    Raises:
+        UserError: it holds adapters only.
+    """
+    path = newest_step(named)
+    if holds_adapters(path):
+        raise UserError(
+            f"init_from: {path} holds adapters only: fold them into their base first with "
+            f"convert merge-lora BASE MERGED --adapter {path}, then name MERGED here"
+        )
+    return path
+
+
+def check_base(config: RunConfig) -> list[str]:
+    """Whether init_from and lora.init_from hold what the run needs; reads no weights. Notes as `check_base_shape`.
+
+    Raises:
+        UserError: they are not there, are no checkpoints, or have other parameters.
+    """
+    notes = check_base_shape(config)
+    if config.init_from is not None:
+        path = _whole_model(config.init_from)
+        if not is_remote(path) and (_kind_of(path) != "params" or (Path(path) / "config.json").exists()):
+            try:
+                check_leaves(path, open_source(path), {leaf.path: leaf.shape for leaf in stored_leaves(config.model)})
+            except ValueError as error:
+                raise UserError(f"init_from: {error}") from error
+    if config.adapters is not None and config.adapters.init_from is not None:
+        trained = keep(abstract_params(config, None), is_trained(config))
+        matching_adapter(config, dict(leaves(trained)))
+    return notes
 
 
 def stands_on_base(config: RunConfig) -> bool:
@@ -114,13 +144,13 @@ def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, d
     return config.model_copy(update={"init_from": path}), {**noted, "path": path}
 
 
-def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
-    """The adapters of lora.init_from, and what was trained whole beside them, placed as `abstract`, the trained, says.
+def matching_adapter(config: RunConfig, wanted: Mapping[str, Any]) -> Source:
+    """lora.init_from, which has what is to be trained: `wanted`, by dotted path.
 
     Raises:
-        UserError: they are of another rank, scale, choice of matrices or base than the run's.
+        UserError: it is of another rank, scale, choice of matrices or base than the run's.
     """
-    lora, wanted = config.adapters, dict(leaves(abstract))
+    lora = config.adapters
     assert lora is not None and lora.init_from is not None
     try:
         adapter = open_adapter(lora.init_from, config.model)
@@ -140,6 +170,18 @@ def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
     if told or other:
         do = "set lora as the adapter is" if told else "convert resize-vocab gives the base as many rows as the adapter"
         raise UserError(f"lora.init_from: {lora.init_from} has {'; '.join([*told, *other][:4])}: {do}")
+    return adapter
+
+
+def adapter_weights(config: RunConfig, abstract: Tree) -> Tree:
+    """The adapters of lora.init_from, and what was trained whole beside them, placed as `abstract`, the trained, says.
+
+    Raises:
+        UserError: they are of another rank, scale, choice of matrices or base than the run's.
+    """
+    wanted = dict(leaves(abstract))
+    adapter = matching_adapter(config, wanted)
+    found = {slot.leaf.path: slot.leaf for slot in adapter.slots}
     placed = {
         path: place_leaf(adapter, leaf, wanted[path].sharding, wanted[path].dtype) for path, leaf in found.items()
     }
@@ -219,15 +261,7 @@ def read_weights(path: str, abstract: Tree) -> Tree:
     Raises:
         UserError: the directory is none of them, or a leaf has another shape than the model (it is named).
     """
-    root = epath.Path(path)
-    kinds = (checkpoint.STATE, "params", "config.json", "params.json")
-    found = next((kind for kind in kinds if (root / kind).exists()), None)
-    if found is None:
-        raise UserError(
-            f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
-            "a Hugging Face directory config.json, Mistral's own params.json"
-        )
-    wanted = dict(leaves(abstract))
+    root, found, wanted = epath.Path(path), _kind_of(path), dict(leaves(abstract))
     try:
         if is_remote(path) and found == checkpoint.STATE:
             return checkpoint.restore(root, {"params": abstract}, partial=True)["params"]
@@ -236,6 +270,17 @@ def read_weights(path: str, abstract: Tree) -> Tree:
         return _read_leaves(path, {name: leaf.shape for name, leaf in wanted.items()}, wanted)
     except ValueError as error:
         raise UserError(f"init_from: {error}") from error
+
+
+def _kind_of(path: str) -> str:
+    kinds = (checkpoint.STATE, "params", "config.json", "params.json")
+    found = next((kind for kind in kinds if (epath.Path(path) / kind).exists()), None)
+    if found is None:
+        raise UserError(
+            f"init_from: {path} is no checkpoint: an Orbax model directory has params/, a step of a run state/, "
+            "a Hugging Face directory config.json, Mistral's own params.json"
+        )
+    return found
 
 
 def _read_leaves(
@@ -255,13 +300,7 @@ def _read_leaves(
         ValueError: the checkpoint has other parameters; the first difference is named.
     """
     source, held = open_source(path), held or {}
-    found = {leaf.path: leaf for leaf in stored_leaves(source.config)}
-    for name in sorted(shapes.keys() | found.keys()):
-        if name not in shapes:
-            raise ValueError(f"{path} has {name}, which the model does not have")
-        if name not in found or found[name].shape != shapes[name]:
-            has = f"has shape {found[name].shape}" if name in found else "is missing"
-            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {shapes[name]}")
+    found = check_leaves(path, source, shapes)
     placed: dict[str, jax.Array] = {}
     for name, leaf in found.items():
         if name in held:
@@ -271,6 +310,22 @@ def _read_leaves(
         else:
             placed[name] = place_leaf(source, leaf, wanted[name].sharding, np.dtype(wanted[name].dtype))
     return unflatten_dict(placed, sep=".")
+
+
+def check_leaves(path: str, source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
+    """The leaves of a checkpoint by dotted path, which are those of the model.
+
+    Raises:
+        ValueError: the first that is not.
+    """
+    found = {leaf.path: leaf for leaf in stored_leaves(source.config)}
+    for name in sorted(shapes.keys() | found.keys()):
+        if name not in shapes:
+            raise ValueError(f"{path} has {name}, which the model does not have")
+        if name not in found or found[name].shape != shapes[name]:
+            has = f"has shape {found[name].shape}" if name in found else "is missing"
+            raise ValueError(f"{name} {has} in {path}, but the model has {name} with shape {shapes[name]}")
+    return found
 
 
 def _place_blocks(source: Source, leaf: Leaf, held: QuantizedWeight, codes: Any, scales: Any) -> list[jax.Array]:

@@ -25,7 +25,6 @@ from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.plan import placement_warnings
 from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
-    check_same_base,
     check_same_data,
     config_differences,
     first_screen,
@@ -160,7 +159,6 @@ def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, s
         return 0
     changed = _changed(config, found)
     row = check_same_data(found, prepared.fingerprint, config.data.restart, changed)
-    check_same_base(found, config)
     say(f"resuming from checkpoint {found.step} at row {row}")
     for line in changed:
         say(f"  changed {line}")

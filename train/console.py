@@ -18,7 +18,8 @@ class Console:
     """Lines on stdout, and in logs/process_<i>.log with the time. Other processes than 0 write to their log only."""
 
     def __init__(self, log_file: Path, *, speak: bool = True, progress: bool = True):
-        self._log, out = Lasting(log_file.open("a", encoding="utf-8")), Lasting(sys.stdout)
+        self._log, out = Lasting(log_file.open("a+", encoding="utf-8")), Lasting(sys.stdout)
+        self._began = self._log.tell()
         self._rich = RichConsole(highlight=False, soft_wrap=True, file=cast(IO[str], out)) if speak else None
         self._progress: Progress | None = None
         if speak and progress and out.isatty():
@@ -38,6 +39,15 @@ class Console:
         for part in line.splitlines():
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {part}\n")
         self._log.flush()
+
+    def move(self, log_file: Path) -> None:
+        """Go on in another file, which begins with what was said; the one before is left as it was."""
+        self._log.seek(self._began)
+        said, before = self._log.read(), self._log
+        before.truncate(self._began)
+        self._log, self._began = Lasting(log_file.open("a+", encoding="utf-8")), 0
+        self._log.write(said)
+        before.close()
 
     def start(self, total: int, done: int) -> None:
         """Show the bar."""

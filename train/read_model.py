@@ -8,12 +8,13 @@ import jax
 
 from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import is_training_checkpoint, load
+from mixtral_jax.convert import is_training_checkpoint, kept_tokenizer, load
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
 from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run import kept_template
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, make_merge
 
 
@@ -68,11 +69,37 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     run = run_config(str(path))
     if run is None:
         raise UserError(f"{path} holds no tokenizer: name one with --tokenizer")
-    return load_tokenizer(run.data.tokenizer)
+    return load_tokenizer(kept_tokenizer(run_place(str(path)) or run.run_dir) or run.data.tokenizer)
+
+
+def with_tokenizer(config: RunConfig, checkpoint: str) -> RunConfig:
+    """A configuration whose data.tokenizer is there: else it is the copy of the run that the checkpoint belongs to."""
+    run = run_place(checkpoint)
+    own = None if run is None or Path(config.data.tokenizer).exists() else kept_tokenizer(run)
+    data = config.data.model_copy(update={"tokenizer": str(own)})
+    return config if own is None else config.model_copy(update={"data": data})
+
+
+def run_template(checkpoint: str) -> str | Mapping[str, Any] | None:
+    """The chat format of the run that a checkpoint belongs to; None: there is none, or it trains on documents."""
+    run = run_config(checkpoint)
+    if run is None or run.stage == "pretrain":
+        return None
+    return kept_template(run_place(checkpoint) or run.run_dir) or run.data.template
 
 
 def run_config(checkpoint: str) -> RunConfig | None:
     """The configuration of the run that a checkpoint belongs to; None for a model directory.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    place = run_place(checkpoint)
+    return None if place is None else load_config(place / "config.yaml").config
+
+
+def run_place(checkpoint: str) -> Path | None:
+    """The directory of the run that a checkpoint belongs to, where it lies in that; else None.
 
     Raises:
         UserError: there is nothing.
@@ -83,5 +110,5 @@ def run_config(checkpoint: str) -> RunConfig | None:
     inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
     for place in (path, *(path.parents[:2] if inside else ())):
         if (place / "config.yaml").is_file():
-            return load_config(place / "config.yaml").config
+            return place
     return None

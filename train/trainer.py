@@ -54,13 +54,15 @@ def run(config: RunConfig, provenance: Provenance | None = None, *, force: bool 
     """
     place = RunDirectory(config.run_dir, command_began())
     code = ExitCode.STOPPED  # where a signal comes while there is nothing to save
-    with failures_reported(place), Interrupts(place, config.stop_after_minutes) as interrupts:
-        config = settle_steps(config)  # it may tokenise: a signal ends that at once
-        with Trainer(config, provenance, force=force, interrupts=interrupts, place=place) as trainer:
-            for _ in trainer.steps():
-                pass
-            assert trainer.outcome is not None
-            code = trainer.outcome.exit_code
+    with (
+        failures_reported(place),
+        Interrupts(place, config.stop_after_minutes) as interrupts,
+        Trainer(config, provenance, force=force, interrupts=interrupts, place=place) as trainer,
+    ):
+        for _ in trainer.steps():
+            pass
+        assert trainer.outcome is not None
+        code = trainer.outcome.exit_code
     return end(code)
 
 
@@ -86,7 +88,7 @@ class Trainer:
 
         Args:
             provenance: which file and overrides the configuration came from, for config.input.yaml.
-            force: begin anew where the run has checkpoints already.
+            force: begin anew; the run that is there is moved aside.
             quiet: lines go to the run's log only.
             interrupts: asked after each step, and within evaluations, what wants the run to save and stop.
             place: the run's directory, where the caller wants to know what comes to pass there.
@@ -95,24 +97,28 @@ class Trainer:
             UserError, ValueError: what the user can mend.
         """
         self.outcome: Outcome | None = None  # how the run ended; None: steps are left
-        self.config, self.run = settle_steps(config), place or RunDirectory(config.run_dir)
+        self.run = place or RunDirectory(config.run_dir)
         self._provenance, self._phases = provenance, self.run.phases
         self._interrupts = interrupts or Interrupts(self.run, config.stop_after_minutes)
         self.mesh: jax.sharding.Mesh | None = None
         self._parts: Parts | None = None
         self._program: Any = None
-        self.run.create()
         with contextlib.ExitStack() as opened:
+            opened.callback(self.run.release)
+            opened.enter_context(watch(self.run, config.log))
+            self._begin = begin = where_to_start(config, force, self.run, partial(make_mesh, config.mesh))
+            self.config = settle_steps(config)
             speak = jax.process_index() == 0 and not quiet
             self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
             opened.enter_context(contextlib.closing(self._console))
             self._opened = opened
-            opened.enter_context(watch(self.run, self.config.log))
-            self._checkpoints = self.config.checkpoint.directory or self.run.checkpoints
-            self._stand_at(where_to_start(self.config, self._checkpoints, force, self.run, self.say))
+            for note in begin.notes:
+                self.say(note)
+            self._checkpoints = begin.directory
+            self._stand_at(begin.found)
             self.run.start = self._start
-            if nothing_left := self._nothing_left():
-                self._end("done", f"nothing left to do: {nothing_left}", ExitCode.DONE)
+            if why := "" if self._owed else begin.nothing_left(self.config, self._best, self.say):
+                self._end("done", f"nothing left to do: {why}", ExitCode.DONE)
             else:
                 self.run.begin()
                 self._ready()
@@ -125,13 +131,6 @@ class Trainer:
         self._owed = bool(meta.get("evaluation_owed"))
         self._best = Best(self.config.early_stopping, meta.get("best"), self.config.checkpoint.every)
 
-    def _nothing_left(self) -> str:
-        if self._found is None or self._owed:
-            return ""
-        if self.step >= self.config.steps:
-            return f"{self.step} of {self.config.steps} steps are done (--force starts again)"
-        return f"{self._best.why_stopped} (a larger early_stopping.patience goes on)" if self._best.exhausted else ""
-
     def _ready(self) -> Parts:
         """What the steps need and what happens between them; made once. A finished run needs it only where asked."""
         if self._parts is not None:
@@ -140,6 +139,8 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         with self._on_mesh():
             parts, self._state = build(config, self.mesh, self._found, self.say, self._phases)
+        if self.outcome is None:
+            self._begin.clear(self._console)
         self._underway = self._opened.enter_context(contextlib.ExitStack())
         return self._set_out(parts)
 
@@ -367,6 +368,7 @@ class Trainer:
         self.outcome = Outcome(state, self.step, reason, exit_code)
         for line in self.run.write_status(state, self.step, reason, exit_code):
             self.say(line)
+        self.run.release()
         self.say(f"exit {exit_code}: {reason}")
 
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:

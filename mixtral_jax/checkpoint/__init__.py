@@ -6,6 +6,7 @@ from mixtral_jax.checkpoint.trees import (
     COMMIT,
     FORMAT,
     STATE,
+    check_fits,
     damage,
     discard_unfinished,
     is_there,

@@ -83,11 +83,18 @@ def restore(path: epath.PathLike, abstract: Any, *, partial: bool = False) -> An
         ValueError: a leaf is missing or has another shape; it is named.
     """
     target = _absolute(path)
-    stored = tree_shapes(target)
-    wanted = _flat_shapes(abstract)
-    _check_shapes(target, stored, wanted, partial)
+    check_fits(target, abstract, partial=partial)
     with _context(partial=partial):
         return ocp.load_checkpointables(target, {STATE: abstract})[STATE]
+
+
+def check_fits(path: epath.PathLike, abstract: Any, *, partial: bool = False) -> None:
+    """Whether `restore` would find every leaf of the same shape; reads no array.
+
+    Raises:
+        ValueError: a leaf is missing or has another shape; it is named.
+    """
+    _check_shapes(_absolute(path), tree_shapes(path), _flat_shapes(abstract), partial)
 
 
 def discard_unfinished(path: epath.PathLike) -> None:

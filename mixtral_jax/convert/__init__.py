@@ -7,7 +7,7 @@ from mixtral_jax.convert.export import lora2peft
 from mixtral_jax.convert.files import is_remote
 from mixtral_jax.convert.identity import arrays_identity, check_identity, weights_identity
 from mixtral_jax.convert.models import load, load_config, load_params, place_leaf, save_hf
-from mixtral_jax.convert.orbax import is_training_checkpoint, newest_step, sibling
+from mixtral_jax.convert.orbax import KEPT, is_training_checkpoint, kept_tokenizer, newest_step, sibling
 from mixtral_jax.convert.parts import edges, place
 from mixtral_jax.convert.peft import open_adapter, peft2lora
 from mixtral_jax.convert.pipeline import hf2orbax, open_source, orbax2hf

@@ -1,5 +1,6 @@
 """Orbax checkpoints as slots, in and out: our model directories, and the checkpoints of training runs."""
 
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from mixtral_jax.convert.table import Leaf, Slot, check_arrays, leaves, slots
 from mixtral_jax.lora import is_adapter
 
 PARAMS = "params"  # the checkpoint inside a model directory; also the key of the parameters inside a training state
+KEPT = ("tokenizer", "about.json")  # in a run's directory, beside the files: which of them is read, the chat format
 STRIP = 8  # rows transposed at a time: what is read is still in the cache when it is turned
 
 
@@ -131,7 +133,12 @@ class OrbaxSource(OrbaxArrays):
         return {name: beside[name] for name in beside if ".model" not in name} | {"tokenizer.json": content}
 
     def _named_tokenizer(self) -> str | None:
-        named = run_config(self.directory.local).get("data", {}).get("tokenizer")
+        note = run_config(self.directory.local)
+        named = note.get("data", {}).get("tokenizer")
+        noted = Path(str(note.get("output_dir")), str(note.get("run_name")))
+        for run in (self.directory.local.absolute().parents[1], noted):
+            if (own := kept_tokenizer(run)) is not None:
+                return str(own)
         if isinstance(named, str) and os.path.exists(named):
             return named
         if isinstance(named, str):
@@ -206,6 +213,15 @@ def newest_step(root: Path) -> Path:
     steps = [p for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
     whole = [p for p in steps if (p / checkpoint.COMMIT).is_file()]
     return max(whole, key=lambda p: int(p.name)) if whole else root
+
+
+def kept_tokenizer(run: Path) -> Path | None:
+    """What to read of the copy of its tokenizer that a run's directory holds, if it does."""
+    about = run.joinpath(*KEPT)
+    try:
+        return about.parent / json.loads(about.read_text())["read"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def sibling(path: str, step: int | None) -> str:

@@ -200,7 +200,9 @@ def test_dry_run_shows_the_arithmetic_and_writes_nothing(
     file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert launch.main(["pretrain", file, "--dry-run", "micro_batch_size=8", "mesh.fsdp=2"]) == 0
+    samples = ROOT / "data" / "samples"
+    there = [f"data.tokenizer={samples / 'tokenizer.model'}", f"data.train.0.path={samples / 'en.val.jsonl.gz'}"]
+    assert launch.main(["pretrain", file, "--dry-run", "micro_batch_size=8", "mesh.fsdp=2", *there]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "data 4 x fsdp 2 x expert 1 x tensor 1 x context 1 on 8" in out
     assert "16 sequences = 2 micro-batches x 8 shards x 1 sequences; 1,024 tokens a step, 102,400 in 100 steps" in out

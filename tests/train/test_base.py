@@ -16,7 +16,7 @@ from mixtral_jax.train import base as room
 from mixtral_jax.train.base import adapter_weights, check_base_shape, pin_base
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.run import check_same_base
+from mixtral_jax.train.run.resume import check_same_base
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
 from tests.convert_files import TINY, random_tensors, write_hub
 from tests.lora_models import adapted, write_native

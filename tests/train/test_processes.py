@@ -161,7 +161,7 @@ def test_only_process_0_writes_but_each_has_its_log(file, two):
     top = {p.name for p in place(file, "two").iterdir()}
     assert top == {
         "STATUS", "config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs", "checkpoints",
-        "attempts",
+        "attempts", "tokenizer",
     }  # fmt: skip
     steps = list(series(file, "two", "train/loss"))
     assert steps == sorted(set(steps))
@@ -278,7 +278,7 @@ def test_two_processes_evaluate_what_one_does(stage, tmp_path, monkeypatch):
 
 
 def held_out(path):
-    return f"data.validation=[{{name: words, path: {path}}}]"
+    return f'data.validation=[{{"name":"words","path":"{path}"}}]'  # without a space, at which settings are cut
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
-from mixtral_jax.train.read_model import noted_base, read_model
+from mixtral_jax.train.read_model import noted_base, read_model, with_tokenizer
 from mixtral_jax.train.run import failures_reported
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
@@ -57,6 +57,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
     Raises:
         UserError: the file has no validation sources, or its tokenizer does not fit the model.
     """
+    config = with_tokenizer(config, checkpoint)
     data = config.data
     if not data.validation:
         raise UserError("data.validation is empty: there is nothing to evaluate")

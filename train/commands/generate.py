@@ -11,7 +11,7 @@ from mixtral_jax.config import ComputeConfig
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.train import text
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.read_model import read_model, read_tokenizer, run_config
+from mixtral_jax.train.read_model import read_model, read_tokenizer, run_template
 
 
 def generate(
@@ -45,11 +45,10 @@ def generate(
     before += read_turns(turns) if turns is not None else []
     if before and not chat:
         raise UserError("--system and --turns belong to a chat: add --chat")
-    run = run_config(checkpoint)
     options["tokenizer"] = read_tokenizer(tokenizer or checkpoint)
     for note in options["tokenizer"].notes:
         print(f"note: {note}", file=sys.stderr)
-    options["template"] = template or (run.data.template if run is not None and run.stage != "pretrain" else None)
+    options["template"] = template or run_template(checkpoint)
     compute = ComputeConfig(dtype=dtype or "auto")
     whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
     model = read_model(checkpoint, dtype="float32" if whole else None, compute=compute)

@@ -110,11 +110,22 @@ class RunConfig(FrozenConfig):
     @field_validator("run_name")
     @classmethod
     def _names_a_directory(cls, name: str) -> str:
+        if len(name) > 100:
+            raise ValueError(f"is longer than 100 characters ({len(name)})")
         if len(name.encode()) > 200:  # file systems take 255, and names are made of it
             raise ValueError(f"is longer than 200 bytes ({len(name.encode())})")
-        if not name.strip("."):
-            raise ValueError("is no name of a directory")
+        if name.startswith("."):
+            raise ValueError("must not start with a dot")
         return name
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_of_a_file_system(cls, place: str) -> str:
+        if "://" in place:
+            raise ValueError(
+                "must be a directory of a file system: logs stay local (checkpoint.directory may be a bucket)"
+            )
+        return place
 
     @field_validator("steps", mode="before", json_schema_input_type=Annotated[int, Field(ge=0)] | None)
     @classmethod

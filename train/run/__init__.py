@@ -7,7 +7,6 @@ from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import end, failures_reported
 from mixtral_jax.train.run.processes import initialize
 from mixtral_jax.train.run.resume import (
-    check_same_base,
     check_same_data,
     config_differences,
     tree_changes,
@@ -16,4 +15,5 @@ from mixtral_jax.train.run.resume import (
 from mixtral_jax.train.run.rollback import roll_back
 from mixtral_jax.train.run.screen import compiled, dry_run, first_screen
 from mixtral_jax.train.run.signals import Interrupts
+from mixtral_jax.train.run.tokenizer_copy import kept_template
 from mixtral_jax.train.run.underway import extra_hooks, open_files

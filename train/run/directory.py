@@ -1,20 +1,24 @@
 """The run directory: config.yaml, config.input.yaml, env.json, STATUS, and where everything else lies in it."""
 
 import contextlib
+import itertools
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
 from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, failure_of
+from mixtral_jax.train.meetings import hear
 from mixtral_jax.train.phases import Phase, Phases
+from mixtral_jax.train.run import lease
 from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
 
@@ -38,6 +42,8 @@ class RunDirectory:
         self.attempt = max(self._numbers(), default=0)  # the number of this one, once it has begun; before, the last
         self.step: int | None = None  # that this attempt has come to; None: it has not begun
         self.start = 0  # the step that it began from
+        self.replaces = False  # an old run lies here still, for which this attempt has no word
+        self._leases: list[lease.Lease] = []
         self._before: str | None = None  # what STATUS said when this attempt began
         self._lock, self._ended = threading.RLock(), False
         self.goodput = Goodput(self.attempts / "goodput.jsonl", self.phases)
@@ -55,16 +61,70 @@ class RunDirectory:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
-            raise kind(f"output_dir: {self.path} is not writable: {error.strerror or error}") from error
+            raise _refused("output_dir", self.path, error) from error
+
+    def holds_a_run(self) -> bool:
+        """Whether there is more than the log of this attempt, and of those that were refused."""
+        return any(not p.name.startswith(("logs", lease.FILE)) for p in self.path.iterdir())
+
+    def hold(self, other: Path | None) -> list[str]:
+        """Own it, and the other directory that the run writes to, until `release`; process 0 does so for all.
+
+        Returns a sentence for each that was taken over.
+
+        Raises:
+            UserError: another process writes there.
+        """
+        said = []
+        for place in dict.fromkeys([self.path, other or self.path]) if jax.process_index() == 0 else ():
+            held = lease.Lease(place, _lost)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                said.append(held.take())
+            except OSError as error:
+                raise _refused("output_dir" if place == self.path else "checkpoint.directory", place, error) from error
+            self._leases.append(held)
+        return list(filter(None, said))
+
+    def release(self) -> None:
+        """This attempt writes no more."""
+        while self._leases:
+            self._leases.pop().release()
+
+    def move_aside(self, other: Path | None) -> list[str]:
+        """Make room for a new run: one rename to <name>.old-N, and one of the other directory; what was done, in words.
+
+        Raises:
+            UserError: it cannot be done; then nothing is.
+        """
+        moved: list[tuple[Path, Path]] = []
+        for held in self._leases:
+            held.stop()  # so that it writes no more, but stands until its place is another
+        for place in (self.path, *([other] if other is not None and other.exists() else [])):
+            aside = free_name(place)
+            try:
+                os.rename(place, aside)
+            except OSError as error:
+                for before, after in reversed(moved):
+                    os.rename(after, before)
+                raise UserError(f"--force: {place} cannot be moved to {aside}: {error.strerror or error}") from error
+            moved.append((place, aside))
+        for _, aside in moved:
+            (aside / lease.FILE).unlink(missing_ok=True)
+        self._leases.clear()
+        self.create()
+        self.hold(other)
+        return [f"{before} was moved to {after}, and begins anew" for before, after in moved]
 
     def begin(self) -> None:
-        """Nothing is left to refuse: from here on this attempt has a number, one more than the last; all call this."""
+        """From here on this attempt has a number, one more than the last; all processes call this."""
+        if self.replaces:
+            self.attempt = 1
+            return
         if jax.process_index() == 0:
             self.attempt = max(self._numbers(), default=0) + 1
             (self.attempts / str(self.attempt)).mkdir(parents=True)
-        if jax.process_count() > 1:  # the directory of another machine may be another one
-            self.attempt = int(multihost_utils.broadcast_one_to_all(np.int32(self.attempt)))
+        self.attempt = int(hear(np.array(self.attempt), 0))  # the directory of another machine may be another one
         with contextlib.suppress(OSError):
             self._before = (self.path / "STATUS").read_text()
         self.goodput.begin(self.attempt)
@@ -96,7 +156,7 @@ class RunDirectory:
 
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
         """
-        if jax.process_index() != 0:
+        if jax.process_index() != 0 or self.replaces:
             return []
         with self._lock:
             self._ended |= exit_code is not None
@@ -130,26 +190,50 @@ class RunDirectory:
             return 0
 
     def write_failure(self, reason: str, exit_code: int) -> None:
-        """Say in STATUS why this attempt ended, where it can be written; a refused one leaves what the run's says."""
-        if jax.process_index() != 0:
-            return
-        with contextlib.suppress(OSError), self._lock:
-            if self.step is None and exit_code == ExitCode.USAGE:
-                with contextlib.suppress(OSError):  # an attempt that was refused is none, unless it has files
-                    (self.attempts / str(self.attempt)).rmdir()
-                if not self.goodput.begun and (self.path / "STATUS").exists():
-                    return
-                self.goodput.forget()
-                if self._before is not None:
-                    self._ended = True
-                    self._replace_status(self._before)
-                    return
-            self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
+        """Say in STATUS why this attempt ended, where it can be written, and let go of the run.
+
+        A refused one leaves what the run's says, and so does one of a run that another process has.
+        """
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError), self._lock:
+                if not (self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
+                    self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
+        self.release()
+
+    def _is_taken_back(self, exit_code: int) -> bool:
+        """Whether this attempt was refused, and so is none: STATUS says what it did before, where there was one."""
+        if self.step is not None or exit_code != ExitCode.USAGE:
+            return False
+        with contextlib.suppress(OSError):  # unless it has files
+            (self.attempts / str(self.attempt)).rmdir()
+        if not self.goodput.begun:
+            return (self.path / "STATUS").exists()
+        self.goodput.forget()
+        if self._before is None:
+            return False
+        self._ended = True
+        self._replace_status(self._before)
+        return True
 
     def forget_results(self) -> None:
-        """A run that begins again leaves no metrics of the old one."""
-        for file in (self.metrics, self.moe, self.goodput.path):
+        """A run that begins again leaves no metrics of an attempt that came to no checkpoint."""
+        for file in (self.metrics, self.moe, *self.samples.glob("*.jsonl"), *self.tensorboard.glob("*.tfevents.*")):
             file.unlink(missing_ok=True)
-        for directory in (self.samples, self.tensorboard):
-            for file in directory.glob("*"):
-                file.unlink()
+
+
+def _refused(key: str, place: Path, error: OSError) -> UserError:
+    kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError
+    return kind(f"{key}: {place} is not writable: {error.strerror or error}")
+
+
+def free_name(place: Path) -> Path:
+    """The first <name>.old-N that nothing has."""
+    names = (place.with_name(f"{place.name}.old-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _lost(sentence: str) -> None:
+    """From the thread of a lease: what the main thread is at must not be finished."""
+    sys.stdout.flush()
+    print(f"exit {ExitCode.PEER_LOST}: {sentence}", file=sys.stderr, flush=True)
+    os._exit(ExitCode.PEER_LOST)

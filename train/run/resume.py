@@ -1,64 +1,214 @@
 """Where a run begins: anew, or from a checkpoint of the same data and shape."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
+from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.train import checkpoints
-from mixtral_jax.train.checkpoints import Found, Say
+from mixtral_jax.train.checkpoints import Best, Found, Say
 from mixtral_jax.train.config import RunConfig
+from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.meetings import agree, check_shared, meet
-from mixtral_jax.train.run.directory import RunDirectory
+from mixtral_jax.train.meetings import agree, check_shared, hear, meet
+from mixtral_jax.train.optimizer import make_optimizer
+from mixtral_jax.train.run.check import check, check_place, sizes_of
+from mixtral_jax.train.run.directory import RunDirectory, free_name
+from mixtral_jax.train.run.lease import FILE as LEASE
+from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
+from mixtral_jax.train.state import abstract_state
+from mixtral_jax.train.weights import abstract_params, is_trained, keep
+
+
+class Start(NamedTuple):
+    """Where a run begins, and what is left to do once nothing can be refused any more."""
+
+    found: Found | None  # a checkpoint to go on from; None: anew
+    directory: epath.PathLike  # of the checkpoints
+    clear: Callable[[Console], None]  # makes room; all processes call it
+    notes: list[str]  # to be said
+
+    def nothing_left(self, config: RunConfig, best: Best, say: Say) -> str:
+        """Why no step is left to do, and which settings are others than those of the steps that were done."""
+        found = self.found
+        if found is None:
+            return ""
+        if found.step >= config.steps:
+            why = f"{found.step} of {config.steps} steps are done (--force starts again)"
+        elif best.exhausted:
+            why = f"{best.why_stopped} (a larger early_stopping.patience goes on)"
+        else:
+            return ""
+        changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
+        for line in changed:
+            say(f"  changed {line}")
+        return why + f"; changed since, without effect: {', '.join(changed)}" * bool(changed)
 
 
 def where_to_start(
-    config: RunConfig, directory: epath.PathLike, force: bool, place: RunDirectory, say: Say
-) -> Found | None:
-    """The checkpoint to resume from, and a directory without others that would be mistaken for this run's."""
-    whose = config.model_dump(mode="json")
-    _together(lambda: checkpoints.check_owner(directory, whose, say))
-    existing = checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
-    agree(force=int(force), checkpoint=existing[-1] if existing else -1)  # before anything is removed
+    config: RunConfig, force: bool, place: RunDirectory, make_mesh: Callable[[], jax.sharding.Mesh | None]
+) -> Start:
+    """Own the run's directory, in which everything is as it was: what can be refused in a second is refused here.
+
+    Args:
+        make_mesh: asked where steps are left.
+
+    Raises:
+        UserError: see `survey`; another process writes this run.
+    """
+    directory, own = config.checkpoint.directory or place.checkpoints, own_directory(config)
+    whose, notes = config.model_dump(mode="json"), list[str]()
+    found, tokenizer, _ = survey(config, force, lambda: sizes_of(make_mesh()), notes.append)
+    place.create()
+    anew, waited = force and not isinstance(config.resume, int), place.hold(own)
+    newest = max(checkpoints.saved_steps(directory), default=None)
+    stale = bool(waited) or (not anew and newest != (found and found.step))  # somebody wrote here until just now
+    if hear(np.array(stale, np.int32), 0):
+        notes.clear()
+        found = look(config, directory, force, notes.append)
     check_shared("checkpoint.directory", directory)
-    _together(lambda: checkpoints.discard_unfinished(directory))
-    newer = [s for s in existing if isinstance(config.resume, int) and s > config.resume]
-    if force and not isinstance(config.resume, int):
-        _together(lambda: _begin_anew(directory, existing, place))
+    place.replaces = anew
+    if not anew:
         _together(lambda: checkpoints.own(directory, whose))
+
+    def make_room() -> list[str]:
+        moved = []
+        if anew:
+            apart = own is not None and not own.is_relative_to(place.path.absolute())
+            if checkpoints.saved_steps(directory) or place.holds_a_run():
+                moved = place.move_aside(own if apart else None)
+            checkpoints.own(directory, whose)
+        else:
+            moved = set_aside(directory, newer_steps(config, checkpoints.saved_steps(directory)))
+        checkpoints.discard_unfinished(directory)
+        if found is None:
+            place.forget_results()
+        return moved
+
+    def clear(console: Console) -> None:
+        lines = _together(make_room)
+        if anew:
+            place.replaces = False
+            place.create()
+            console.move(place.log)
+            place.begin()
+        if tokenizer is not None and jax.process_index() == 0:
+            keep_tokenizer(place.path, tokenizer, config)
+        for line in lines:
+            console.say(line)
+
+    return Start(found, directory, clear, [*waited, *notes])
+
+
+def survey(
+    config: RunConfig, force: bool, sizes: Callable[[], Mapping[str, int]], say: Say, *, finished: bool = False
+) -> tuple[Found | None, Tokenizer | None, list[str]]:
+    """All that a second can tell: the checkpoint to go on from, the tokenizer, and notes on the base.
+
+    Of a run in which no step is left only the checkpoint, unless `finished` asks for the rest.
+
+    Raises:
+        UserError: see `look` and `check`; or the run began with another tokenizer, or cannot be written.
+    """
+    check_place("output_dir", config.run_dir)
+    check_place("checkpoint.directory", config.checkpoint.directory)
+    found = look(config, config.checkpoint.directory or config.run_dir / "checkpoints", force, say)
+    if not finished and found is not None and config.steps and found.step >= config.steps:
+        return found, None, []
+    tokenizer, notes = check(config, sizes(), resumes=found is not None)
+    if not force and not config.data.restart:
+        check_tokenizer(config.run_dir, tokenizer)
+    return found, tokenizer, notes
+
+
+def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) -> Found | None:
+    """The checkpoint to resume from, the same for all processes, which all look; touches nothing.
+
+    Raises:
+        UserError: there is none where one must be, or one that must not be there, or that is of another model; or what
+            --force would move cannot be moved.
+    """
+    _together(lambda: checkpoints.check_owner(directory, config.model_dump(mode="json"), say))
+    existing = checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
+    agree(force=int(force), checkpoint=existing[-1] if existing else -1)
+    newer = newer_steps(config, existing)
+    if force and existing and "://" in str(directory):
+        raise UserError(
+            f"--force: checkpoints in {directory} cannot be moved aside by a rename: move them, or name another "
+            "checkpoint.directory"
+        )
+    if force and not isinstance(config.resume, int):
+        _check_movable(config)
         return None
     if config.resume == "never" and existing:
         raise UserError(
             f"resume: never, but {directory} holds checkpoint {existing[-1]}: choose another run_name, or --force to "
-            "replace it"
+            "move it aside"
         )
     if newer and not force:
         raise UserError(
             f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
-            "another run_name, or --force to delete them"
+            "another run_name, or --force to move them aside"
         )
     found = checkpoints.find_together(directory, config.resume, say)
-    _together(lambda: checkpoints.own(directory, whose))
-    # One meeting whatever was found, so that processes that found different checkpoints reach the comparison in build
-    _together(lambda: _begin_anew(directory, newer, place) if found is None else checkpoints.discard(directory, newer))
+    if found is not None:
+        check_same_base(found, config)
+        check_same_tree(found, config)
     return found
 
 
-def _begin_anew(directory: epath.PathLike, steps: list[int], place: RunDirectory) -> None:
-    checkpoints.discard(directory, steps)
-    place.forget_results()
+def newer_steps(config: RunConfig, steps: list[int]) -> list[int]:
+    """Those after the step that `resume` names."""
+    return [step for step in steps if isinstance(config.resume, int) and step > config.resume]
 
 
-def _together(action: Callable[[], Any]) -> None:
+def own_directory(config: RunConfig) -> Path | None:
+    """The directory of checkpoints where it is another one than the run's own, and on a file system."""
+    named = config.checkpoint.directory
+    return Path(named).absolute() if named is not None and "://" not in named else None
+
+
+def _check_movable(config: RunConfig) -> None:
+    own, run = own_directory(config), config.run_dir.absolute()
+    if own is None or not own.exists() or own.is_relative_to(run):
+        return
+    ours = re.compile(rf"\d+(\..*)?|\..*|{LEASE}.*|OWNER\.json|best(\.tmp)?")
+    others = sorted(p.name for p in own.iterdir() if not ours.fullmatch(p.name))
+    if others:
+        raise UserError(
+            f"--force: checkpoint.directory {own} cannot be moved aside, as it holds more than checkpoints "
+            f"({', '.join(others[:3])}): name another one"
+        )
+
+
+def set_aside(directory: epath.PathLike, steps: list[int]) -> list[str]:
+    """Move single checkpoints out of a directory, on a file system; sentences of what was done."""
+    if not steps:
+        return []
+    aside, link = free_name(Path(directory)), Path(directory) / "best"
+    aside.mkdir()
+    if link.is_symlink() and os.readlink(link) in map(str, steps):
+        link.unlink()
+    for step in steps:
+        os.rename(Path(directory) / str(step), aside / str(step))
+    return [f"checkpoints {', '.join(map(str, steps))} were moved to {aside}"]
+
+
+def _together(action: Callable[[], Any]) -> Any:
     """Process 0 changes the shared directory while the others wait."""
-    if jax.process_index() == 0:
-        action()
+    done = action() if jax.process_index() == 0 else []
     meet("run directory")
+    return done
 
 
 def check_same_data(found: Found, fingerprint: str, restart: bool, changed: Sequence[str] = ()) -> int:
@@ -95,6 +245,27 @@ _NO_ORDER = ("data.cache_dir:", "data.workers:", "data.restart:", "data.epochs:"
 def tree_changes(changed: Sequence[str]) -> list[str]:
     """Those of the changed settings that say which parameters there are, of which shape, and which of them move."""
     return [line for line in changed if line.startswith(("model.", "lora", "router.update:", "optimizer.name:"))]
+
+
+def check_same_tree(found: Found, config: RunConfig) -> None:
+    """Whether the state of a run of this configuration has the leaves of the checkpoint; looked at where it may not.
+
+    Raises:
+        UserError: a leaf has another shape, or is in one alone; it is named, and so is what changed.
+    """
+    changed = tree_changes(config_differences(found.meta["config"], config.model_dump(mode="json")))
+    if not changed:
+        return
+    weights = keep(abstract_params(config, None), is_trained(config))
+    optimizer = make_optimizer(config.optimizer, config.steps or found.step + 1, config.router_factor)
+    state = abstract_state(weights, optimizer)
+    try:
+        checkpoint.check_fits(found.path, state)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {found.step} does not fit: {error}; changed since then: {', '.join(changed)}: set it back, or "
+            "choose another run_name"
+        ) from error
 
 
 def check_same_base(found: Found, config: RunConfig) -> None:

@@ -13,25 +13,25 @@ from mixtral_jax.data.prepare import PreparedData
 from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmul
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
-from mixtral_jax.parallel import MESH_AXES
-from mixtral_jax.train.base import check_base_shape
 from mixtral_jax.train.checkpoints import Say
 from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
 from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
+from mixtral_jax.train.run.check import sizes_of
+from mixtral_jax.train.run.resume import survey
 
 
-def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
-    """Print everything that can be known before anything is built.
+def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
+    """Print everything that can be known before anything is built; what the run would refuse at its start is refused.
 
     Raises:
-        ValueError: the mesh does not fit the devices of this machine.
+        ValueError: the mesh does not fit the devices of this machine; see also `survey`.
     """
     print(resolved_yaml(config, provenance), end="")
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
-    notes = check_base_shape(config)
+    notes = survey(config, force, lambda: sizes, print, finished=True)[2]
     rows = {
         "model": "; ".join([model_line(config.model, useful_per_token(config)), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
@@ -47,7 +47,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None) -> int:
 def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: PreparedData, say: Say) -> None:
     """Versions, devices, mesh, kernels, size, batch, data, router coefficients."""
     devices = jax.devices()
-    sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
+    sizes = sizes_of(mesh)
     kind = devices[0].device_kind
     peak = peak_flops(kind)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))

@@ -1,0 +1,76 @@
+"""What is wrong with a run, as far as a second can tell: before a directory, a row or a weight is made."""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixtral_jax.data.records import choose
+from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
+from mixtral_jax.parallel import MESH_AXES
+from mixtral_jax.train.base import check_base, stands_on_base
+from mixtral_jax.train.config import RunConfig, check_sizes, check_vocabulary
+from mixtral_jax.train.errors import ExitCode, UserError, failure_of
+
+
+def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a run in which nothing is known to be wrong, and what a person should know of its base.
+
+    Args:
+        sizes: of the mesh's axes on the devices that are there.
+        resumes: a checkpoint is there, so that init_from is read again only where the run stands on it.
+
+    Raises:
+        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files, a base that
+            is not there or does not fit, a cache that cannot be made.
+        OSError: a file system that does not answer.
+    """
+    problems: list[str] = []
+
+    def looked(look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except (ValueError, OSError) as error:
+            failure = failure_of(error)
+            if failure.exit_code != ExitCode.USAGE:
+                raise
+            problems.append(failure.sentence)
+
+    looked(partial(check_sizes, config, sizes))
+    tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
+    if tokenizer is not None:
+        looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
+        if config.data.examples != "text":  # a tokenizer of its own: a template changes it
+            looked(lambda: load_template(config.data.template, load_tokenizer(config.data.tokenizer)))
+    for source in (*config.data.train, *config.data.validation):
+        looked(partial(choose, source))
+    notes = looked(lambda: check_base(config)) if stands_on_base(config) or not resumes else None
+    if not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
+        looked(partial(check_place, "data.cache_dir", config.data.cache_dir))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return tokenizer, notes or []
+
+
+def sizes_of(mesh: jax.sharding.Mesh | None) -> dict[str, int]:
+    """Of every axis; 1 where nothing is sharded."""
+    return dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
+
+
+def check_place(key: str, path: str | Path | None) -> None:
+    """Whether a directory can be made there, or written to.
+
+    Raises:
+        UserError: the nearest one that exists is a file, or may not be written to.
+    """
+    if path is None or "://" in str(path):
+        return
+    place = Path(path).absolute()
+    nearest = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise UserError(f"{key}: {path} is not writable: {nearest} is no directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {path} is not writable: {nearest} may not be written to")
