@@ -124,7 +124,7 @@ def test_force_moves_the_old_run_aside_and_deletes_nothing(run):
     log = (run.place / "logs" / "process_0.log").read_text()
     assert "was moved to" in log and log.count("versions ") == 1
     assert (aside / "logs" / "process_0.log").read_text().count("versions ") == 1
-    assert [p.name for p in (run.place / "attempts").iterdir()] == ["1"]
+    assert sorted(p.name for p in (run.place / "attempts").iterdir()) == ["1", "goodput.jsonl"]
     assert run("--force")[0] == 0
     assert everything(aside) == old and run.place.with_name("run.old-2").is_dir()
 
@@ -170,7 +170,7 @@ def test_a_finished_run_says_which_settings_have_no_effect(run):
 def test_each_attempt_keeps_its_configuration_and_the_run_that_of_the_last(run):
     assert run("steps=3", "optimizer.learning_rate=0.02")[0] == 0
     assert run("seed=x")[0] == 2 and run("seed=5")[0] in (0, 2)
-    assert sorted(p.name for p in (run.place / "attempts").iterdir()) == ["1", "2"]
+    assert sorted(p.name for p in (run.place / "attempts").iterdir()) == ["1", "2", "goodput.jsonl"]
     for number, steps in (("1", 2), ("2", 3)):
         attempt = run.place / "attempts" / number
         assert {p.name for p in attempt.iterdir()} == {"config.yaml", "config.input.yaml", "env.json"}
