@@ -30,9 +30,12 @@ class CharTokenizer:
     def id_of(self, piece):
         return self.controls.get(piece)
 
-    def show(self, ids):
+    def piece_of(self, id_):
         names = {BOS: "<s>", EOS: "</s>", **{id_: piece for piece, id_ in self.controls.items()}}
-        return "".join(names.get(i) or chr(i - 100) for i in ids)
+        return names.get(id_) or chr(id_ - 100)
+
+    def show(self, ids):
+        return "".join(map(self.piece_of, ids))
 
 
 V3_CONTROLS = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
