@@ -1,8 +1,10 @@
 """Throughput arithmetic, peaks, and sinks that hide no NaN and survive a failing tracker."""
 
+import io
 import json
 import math
 import struct
+import threading
 import time
 import warnings
 
@@ -82,6 +84,30 @@ def test_tensorboard_gets_every_number_and_forgets_what_is_done_again(tmp_path):
     assert values == [{"train/loss": (step, 1.5)} for step in (7, 7, 10)]
     starts = [[e.step for e in file if e.HasField("session_log")] for file in events]
     assert starts == [[1], [1], [4]]
+
+
+def test_tensorboard_on_a_full_disk_is_dropped_and_holds_nobody_up(tmp_path, monkeypatch):
+    """Its file's room runs out in the middle of a run, and nobody takes what it is given any more."""
+    from tensorboardX import record_writer
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: io.BufferedWriter(io.FileIO("/dev/full", "w")))
+
+    def train():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            writer = sinks.Writer(None, sinks.open_trackers([lambda: sinks.TensorBoard(tmp_path)]))
+            for step in range(30):
+                writer.write(step, {"train/loss": 1.0, "train/grad_norm": 2.0})
+            writer.close()
+        warned.extend(str(warning.message) for warning in told)
+
+    warned: list[str] = []
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it hangs"
+    (told,) = [line for line in warned if line.startswith("TensorBoard")]
+    assert "No space left on device" in told
 
 
 def wandb_records(file):

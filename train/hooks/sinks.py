@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import time
@@ -50,21 +51,36 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Events in a directory; those of later steps that an earlier attempt left there are not shown."""
+    """Events in a directory; those of later steps that an earlier attempt left there are not shown.
+
+    Written here and not by tensorboardX's own thread: where a disk is full that ends, and who waits for it hangs.
+    """
+
+    FLUSH_SECONDS = 60.0
 
     def __init__(self, directory: Path, start_step: int = 0):
-        from tensorboardX import SummaryWriter  # 0.3 s to import, and off by default
+        from tensorboardX.event_file_writer import EventsWriter  # 0.3 s to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        directory.mkdir(parents=True, exist_ok=True)
         suffix = f".{time.time_ns()}"  # else two files of one second have one name, and the second replaces the first
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1, filename_suffix=suffix)
+        self._event, self._file = Event, EventsWriter(str(directory / "events"), filename_suffix=suffix)
+        started = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=started))
+        self._flushed = -math.inf
 
     def write(self, step: int, metrics: Metrics) -> None:
+        event = self._event(wall_time=time.time(), step=step)
         for name, value in metrics.items():
             if value is not None:
-                self._writer.add_scalar(name, value, step)
+                event.summary.value.add(tag=name, simple_value=value)
+        self._file.write_event(event)
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class Wandb:
