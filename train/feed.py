@@ -69,8 +69,19 @@ class Feed:
     def __init__(self, batches: Iterator[Any], put: Callable[[Any], Any]):
         self._batches, self._put = batches, put
         self.waited = 0.0  # seconds spent waiting for the loader, in all
+        self._refused: OSError | None = None
+
+    def ahead(self) -> Any | None:
+        """The next batch, while a step runs; None where it cannot be read: who asks for it behind the step is told."""
+        try:
+            return next(self)
+        except OSError as error:
+            self._refused = error
+            return None
 
     def __next__(self) -> Any:
+        if self._refused is not None:
+            raise self._refused
         start = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - start

@@ -14,7 +14,7 @@ from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.build import Parts, build, continuations, settle_steps
-from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, noted_evaluation, stands
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, noted_evaluation, stands, why
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, command_began, failure_of
@@ -117,8 +117,8 @@ class Trainer:
             self._checkpoints = begin.directory
             self._stand_at(begin.found)
             self.run.start = self._start
-            if why := "" if self._owed else begin.nothing_left(self.config, self._best, self.say):
-                self._end("done", f"nothing left to do: {why}", ExitCode.DONE)
+            if left := "" if self._owed else begin.nothing_left(self.config, self._best, self.say):
+                self._end("done", f"nothing left to do: {left}", ExitCode.DONE)
             else:
                 self.run.begin()
                 self._ready()
@@ -155,18 +155,21 @@ class Trainer:
         metrics, counts = open_files(self.run, config, self._start, self._owed, self._underway)
         self._metrics = metrics
         throughput = Throughput(useful_flops(config), peak_flops(jax.devices()[0].device_kind))
-        self._ledger = Ledger(parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0))
         log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
+        self._ledger = Ledger(
+            parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0),
+            lambda step: log.due(step, step == config.steps),
+        )  # fmt: skip
         checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best, self._phases)
         self._evaluate = Evaluate(
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best, self._phases,
             self._interrupts.check, self._owed,
         )  # fmt: skip
-        # A checkpoint holds what the evaluation of its step said.
         write = partial(continuations, parts, config)
         extra = extra_hooks(self.run, config, write, self._console, self._underway)
-        self._hooks: list[Hook] = [log, self._evaluate, self._checkpoint, *extra]
+        # A checkpoint holds what the evaluation of its step said, and nothing that belongs to its step comes behind it.
+        self._hooks: list[Hook] = [log, self._evaluate, *extra, self._checkpoint]
         return parts
 
     def steps(self) -> Iterator[Moment]:
@@ -217,14 +220,14 @@ class Trainer:
         """Step, next batch, hooks; and the signal that asked to stop."""
         parts, step, batch = self._ready(), self.step + 1, self._batch
         first, last = step == self._start + 1, step == self.config.steps
-        if batch is None:  # the loop was interrupted while it read it
+        if batch is None:  # the loop was interrupted while it read it, or it could not be read
             batch = next(self._feed)
         self._state, report = self._program(self._state, parts.frozen, batch)
         self.step = self.run.step = step
         self._batch = None
         self._ledger.enter(step, report)
         if not last:
-            self._batch = next(self._feed)  # while the step runs
+            self._batch = self._feed.ahead()  # while the step runs
         self._ledger.follow()
         signal = self._interrupts.requested(step)
         if first or signal or any(hook.due(step, last) for hook in self._hooks):
@@ -267,6 +270,7 @@ class Trainer:
             StorageError: says what is saved; where it was a file system that failed.
         """
         if jax.process_count() == 1:  # the others do not know of it, and would have to save with us
+            self._evaluate.miss(self.step, self.step >= self.config.steps)
             with contextlib.suppress(OSError, UserError):
                 self.save()
         failure = failure_of(error)
@@ -285,6 +289,7 @@ class Trainer:
             return self._end("diverged", why, ExitCode.NOT_FINITE)
         self._underway.close()
         found, self._state = got
+        self.run.undone += error.step - found.step
         self._stand_at(found)
         self.run.step = self.step
         self._set_out(parts._replace(first_row=row, tokens=int(found.dataset["tokens"])))
@@ -324,6 +329,8 @@ class Trainer:
             UserError: it could not be written, or the step was not finite; those before stand.
         """
         self._ready()
+        if self.outcome is not None and self.outcome.exit_code == ExitCode.NOT_FINITE:
+            raise UserError(f"there is nothing to save: {self.outcome.reason}")
         with self._on_mesh():
             try:
                 self._ledger.settle()
@@ -366,7 +373,13 @@ class Trainer:
 
     def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
-        for line in self.run.write_status(state, self.step, reason, exit_code):
+        try:
+            lines = self.run.write_status(state, self.step, reason, exit_code)
+        except OSError as error:
+            lines = [f"STATUS could not be written: {why(error)}"]
+            if exit_code == ExitCode.DONE:  # the same command again says it there
+                raise StorageError(f"{reason}; {lines[0]}; {AGAIN}") from error
+        for line in lines:
             self.say(line)
         self.run.release()
         self.say(f"exit {exit_code}: {reason}")

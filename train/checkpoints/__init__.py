@@ -17,6 +17,7 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     discard_unfinished,
     find,
     find_together,
+    name_best,
     restore_state,
     saved_steps,
     stands,

@@ -230,6 +230,12 @@ def best_step(directory: epath.PathLike) -> int | None:
     return int(link.read_text()) if link.exists() else None
 
 
+def name_best(directory: epath.PathLike, best: int | None) -> None:
+    """What a save that was killed behind its commit has left undone; process 0 does it."""
+    if jax.process_index() == 0 and best is not None and best != best_step(directory):
+        point_to(directory, best)
+
+
 def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
     """The checkpoint that `resume` asks for; None: begin anew. Broken ones are named to `say` and passed over.
 

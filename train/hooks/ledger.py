@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,16 +32,25 @@ class Ledger:
     A CPU is both: nothing is gained there, and the temporaries of two steps would be held at once.
     """
 
-    def __init__(self, tokens: int, writer: Writer, throughput: Throughput, max_skips: int = 20, skips: int = 0):
-        """`tokens` so far, and the `skips` up to now without an update between them; `max_skips` end the run."""
+    def __init__(
+        self, tokens: int, writer: Writer, throughput: Throughput, max_skips: int = 20, skips: int = 0,
+        logged: Callable[[int], bool] = lambda step: False,
+    ):  # fmt: skip
+        """`tokens` so far, and the `skips` up to now without an update between them; `max_skips` end the run.
+
+        A step that is `logged` anyway has its line from there.
+        """
         self.tokens, self.throughput, self.skips, self._max_skips = tokens, throughput, skips, max_skips
         self._writer, self._late = writer, jax.default_backend() != "cpu"
+        self._logged = logged
         self._open: tuple[int, StepReport] | None = None
 
     def enter(self, step: int, report: StepReport) -> None:
         """Check the step before, remember this one."""
-        self.settle()
-        self._open = (step, report)
+        try:
+            self.settle()
+        finally:  # the line of the step before may find no room
+            self._open = (step, report)
 
     def follow(self) -> None:
         """Wait for the newest step where nothing is gained by not waiting, or where it may be the last."""
@@ -62,16 +71,20 @@ class Ledger:
         (step, report), self._open = self._open, None
         flags = (report.healthy, report.scalars["train/tokens"], report.scalars["train/skipped"])
         healthy, tokens, skipped = jax.device_get(flags)
-        if not healthy or skipped:  # said at once, whatever the interval of the log
-            metrics = report.metrics() | {"train/tokens": self.tokens}
-            self._writer.write(step, metrics)
         if not healthy:
+            metrics = report.metrics() | {"train/tokens": self.tokens}
+            with contextlib.suppress(OSError):  # what is not finite weighs more; the file writes it where there is room
+                self._writer.write(step, metrics)
             values = f"loss {metrics['train/loss']} and gradient norm {metrics['train/grad_norm']}"
             raise Diverged(step, f"step {step} has {values}; no update was made", step - 1, metrics)
         self.tokens += int(tokens)
         self.throughput.add(int(tokens))
         self.skips = self.skips + 1 if skipped else 0
-        if self.skips >= self._max_skips:
+        last_skip = self.skips >= self._max_skips
+        metrics = report.metrics() | {"train/tokens": self.tokens} if skipped else {}
+        if skipped and (last_skip or not self._logged(step)):  # said at once, whatever the interval of the log
+            self._writer.write(step, metrics)
+        if last_skip:
             why = (
                 f"the last {self.skips} updates were skipped (optimizer.max_skips): the gradient norm, at step {step} "
                 f"{metrics['train/grad_norm']:.3g}, stays above optimizer.skip_spikes times its running mean; lower "

@@ -172,7 +172,7 @@ def _keep_lines_until(path: Path, step: int, again: str) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
             comes_again = again and found["step"] == step and any(key.startswith(again) for key in found)

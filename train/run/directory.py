@@ -41,7 +41,7 @@ class RunDirectory:
         self.attempts = path / "attempts"
         self.attempt = max(self._numbers(), default=0)  # the number of this one, once it has begun; before, the last
         self.step: int | None = None  # that this attempt has come to; None: it has not begun
-        self.start = 0  # the step that it began from
+        self.start, self.undone = 0, 0  # the step that it began from, and how many it took back
         self.replaces = False  # an old run lies here still, for which this attempt has no word
         self._leases: list[lease.Lease] = []
         self._before: str | None = None  # what STATUS said when this attempt began
@@ -62,6 +62,8 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise _refused("output_dir", self.path, error) from error
+        if (self.path / "STATUS").is_dir():
+            raise UserError(f"output_dir: {self.path / 'STATUS'} is a directory, and a run says there how it stands")
 
     def holds_a_run(self) -> bool:
         """Whether there is more than the log of this attempt, and of those that were refused."""
@@ -125,7 +127,7 @@ class RunDirectory:
             self.attempt = max(self._numbers(), default=0) + 1
             (self.attempts / str(self.attempt)).mkdir(parents=True)
         self.attempt = int(hear(np.array(self.attempt), 0))  # the directory of another machine may be another one
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._before = (self.path / "STATUS").read_text()
         self.goodput.begin(self.attempt)
         self.phases.changed()
@@ -160,7 +162,7 @@ class RunDirectory:
             return []
         with self._lock:
             self._ended |= exit_code is not None
-            account = self.goodput.account(self.start, max(self.start, self.step or 0), exit_code)
+            account = self.goodput.account(self.start, max(self.start, self.step or 0), exit_code, self.undone)
             status = {
                 "state": state, "step": step, "time": round(time.time(), 3), "host": socket.gethostname(),
                 "attempt": self.attempt, "seconds_since_progress": round(self.phases.read().idle, 3),

@@ -13,7 +13,7 @@ from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.console import clock
 from mixtral_jax.train.phases import KINDS, Phases
 
-LOST, DOWN = "lost", "down"  # steps that were done twice; between two attempts
+LOST, DOWN = "lost", "down"  # steps that were done twice, or taken back; between two attempts
 _SHOWN = 0.05  # seconds below which a kind is left out of the table
 
 
@@ -53,19 +53,21 @@ class Goodput:
         self._before = "".join(json.dumps(attempt) + "\n" for attempt in self._earlier)
         self._number = number
 
-    def account(self, first: int, last: int, exit_code: int | None) -> Account:
+    def account(self, first: int, last: int, exit_code: int | None, undone: int = 0) -> Account:
         """Write down how far this attempt has come, where it can be written, and add up all of them.
 
         Args:
             first, last: the step that it began from, and the one that it did last.
             exit_code: None while it goes on.
+            undone: steps that it took back, beside those up to `last`.
         """
         if self._number is None:
             return add_up(read_attempts(self.path))
         reading = self._phases.read()
         own = {
             "attempt": self._number, "host": socket.gethostname(), "pid": os.getpid(), "exit_code": exit_code,
-            "job_start_time": self._phases.began_at, **reading.events, "first_step": first, "step_count": last,
+            "job_start_time": self._phases.began_at, **reading.events,
+            "first_step": first, "step_count": last, "undone": undone,
             # by the clock of this attempt, which nobody sets
             "job_end_time": self._phases.began_at + sum(reading.seconds.values()),
             "seconds": {kind: round(seconds, 3) for kind, seconds in reading.seconds.items()},
@@ -103,8 +105,9 @@ def add_up(attempts: Sequence[Mapping[str, Any]]) -> Account:
         own, first, last = attempt["seconds"], attempt["first_step"], attempt["step_count"]
         for kind in KINDS:
             seconds[kind] += own.get(kind, 0.0)
-        if last > max(first, kept):
-            again = own.get("step", 0.0) * (last - max(first, kept)) / (last - first)
+        undone = attempt.get("undone", 0)
+        if lost := undone + max(0, last - max(first, kept)):
+            again = own.get("step", 0.0) * lost / (undone + last - first)
             seconds["step"] -= again
             seconds[LOST] += again
         kept = min(kept, first)
@@ -117,6 +120,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     try:
         attempt = json.loads(line)
         numbers = [attempt[key] for key in ("first_step", "step_count", "job_start_time", "job_end_time")]
+        numbers.append(attempt.get("undone", 0))
         whole = all(isinstance(x, int | float) for x in (*numbers, *attempt["seconds"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -49,6 +49,7 @@ class Start(NamedTuple):
             why = f"{best.why_stopped} (a larger early_stopping.patience goes on)"
         else:
             return ""
+        checkpoints.name_best(self.directory, best.step)
         changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
         for line in changed:
             say(f"  changed {line}")
