@@ -221,7 +221,7 @@ class Trainer:
             batch = next(self._feed)
         self._state, report = self._program(self._state, parts.frozen, batch)
         self.step = self.run.step = step
-        self._batch = None
+        self._batch, self._evaluate.owed = None, self._evaluate.due(step, last)
         self._ledger.enter(step, report)
         if not last:
             self._batch = next(self._feed)  # while the step runs

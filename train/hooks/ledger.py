@@ -55,29 +55,38 @@ class Ledger:
 
         Raises:
             Diverged: its loss or gradient norm was not finite, or it was one skip in a row too many. Its metrics are
-                written, NaN and all.
+                written, NaN and all, where they can be.
         """
         if self._open is None:
             return
         (step, report), self._open = self._open, None
         flags = (report.healthy, report.scalars["train/tokens"], report.scalars["train/skipped"])
         healthy, tokens, skipped = jax.device_get(flags)
-        if not healthy or skipped:  # said at once, whatever the interval of the log
-            metrics = report.metrics() | {"train/tokens": self.tokens}
-            self._writer.write(step, metrics)
+        if healthy:
+            self.tokens += int(tokens)
+            self.throughput.add(int(tokens))
+            self.skips = self.skips + 1 if skipped else 0
+        if healthy and not skipped:
+            return
+        metrics = report.metrics() | {"train/tokens": self.tokens}
+        why = self._why_over(step, metrics, healthy)
+        with contextlib.suppress(OSError):  # a full disk makes no good step of it, and the next line brings this one
+            self._writer.write(step, metrics)  # said at once, whatever the interval of the log
+        if why:
+            raise Diverged(step, why, step if healthy else step - 1, metrics)
+
+    def _why_over(self, step: int, metrics: Mapping[str, float], healthy: bool) -> str:
+        """Why the run cannot go on behind this step; empty: it can."""
         if not healthy:
             values = f"loss {metrics['train/loss']} and gradient norm {metrics['train/grad_norm']}"
-            raise Diverged(step, f"step {step} has {values}; no update was made", step - 1, metrics)
-        self.tokens += int(tokens)
-        self.throughput.add(int(tokens))
-        self.skips = self.skips + 1 if skipped else 0
-        if self.skips >= self._max_skips:
-            why = (
-                f"the last {self.skips} updates were skipped (optimizer.max_skips): the gradient norm, at step {step} "
-                f"{metrics['train/grad_norm']:.3g}, stays above optimizer.skip_spikes times its running mean; lower "
-                "the learning rate, or raise skip_spikes or set it null"
-            )
-            raise Diverged(step, why, step, metrics)
+            return f"step {step} has {values}; no update was made"
+        if self.skips < self._max_skips:
+            return ""
+        return (
+            f"the last {self.skips} updates were skipped (optimizer.max_skips): the gradient norm, at step {step} "
+            f"{metrics['train/grad_norm']:.3g}, stays above optimizer.skip_spikes times its running mean; lower "
+            "the learning rate, or raise skip_spikes or set it null"
+        )
 
     @contextlib.contextmanager
     def pause(self, *, counted: bool) -> Any:

@@ -55,6 +55,7 @@ class Log:
 
     def run(self, moment: Moment) -> None:
         metrics = moment.metrics
+        said = set(metrics) if metrics.get("train/skipped") else ()  # by the ledger, at once
         learned = metrics.get("train/learned_tokens", 0.0) / max(metrics.get("train/tokens", 0.0), 1.0)  # this step's
         metrics["train/tokens"] = moment.tokens
         metrics["train/param_norm"] = float(self._param_norm(moment.state.params))
@@ -65,6 +66,6 @@ class Log:
             if self._moe_lines is not None and moment.report and moment.report.counts_LE is not None:
                 counts = np.asarray(moment.report.counts_LE).astype(int).tolist()
                 both.callback(self._moe_lines.write, moment.step, {"counts": counts})
-            self._writer.write(moment.step, metrics)
+            self._writer.write(moment.step, {k: v for k, v in metrics.items() if k not in said})
         left = (self._steps - moment.step) * (metrics["perf/step_seconds"] or 0.0)
         self._console.say(train_line(moment.step, self._steps, metrics, left))
