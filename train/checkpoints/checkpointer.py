@@ -63,6 +63,8 @@ class Saved(NamedTuple):
 class Checkpointer:
     """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}.
 
+    `asynchronous` is for whoever calls it: else it waits behind each save.
+
     All processes call all of it in the same order, and get the same answers.
     """
 
@@ -133,7 +135,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             remove(path)  # one that was passed over as broken when this run resumed, or that was refused
         self._tried = step
-        pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
+        self._pending = pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
         self._newest = step
 
         def finish() -> Saved:
@@ -141,7 +143,7 @@ class Checkpointer:
             return Saved(step, size, seconds, problem=self._prune(step, best))
 
         self._under_way = Together(finish)
-        return before if self.asynchronous else self.wait()
+        return before
 
     def wait(self) -> Saved | None:
         """Until nothing is being written. The finished save that was not reported yet, if any.
@@ -155,6 +157,7 @@ class Checkpointer:
             saved = self._under_way.result()
         except Exception:
             self._newest = self._under_way = None  # it may be tried again
+            self._pending.left_behind = True  # a part of it may wait for five minutes yet, and give up then
             raise
         self._under_way, self._refusals, self.owed = None, 0, None  # where the waiting is interrupted it goes on
         return saved
@@ -217,7 +220,9 @@ def stands(directory: epath.PathLike) -> str:
     """The newest whole checkpoint as a part of a sentence."""
     try:
         newest = next(whole_steps(directory), None)
-    except OSError as error:
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
         return f"which checkpoints stand cannot be seen ({why(error)})"
     return "there is no checkpoint" if newest is None else f"checkpoint {newest} stands"
 
