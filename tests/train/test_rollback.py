@@ -13,8 +13,9 @@ from etils import epath
 from mixtral_jax import checkpoint
 from mixtral_jax.data import loader
 from mixtral_jax.train import build, optimizer
+from mixtral_jax.train import checkpoints as training_checkpoints
 from mixtral_jax.train import trainer as training
-from mixtral_jax.train.checkpoints import saved_steps
+from mixtral_jax.train.checkpoints import patience, saved_steps
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.hooks import JsonLines, ledger
 from tests.documented import undocumented
@@ -82,8 +83,8 @@ def test_a_run_goes_back_and_past_the_bad_rows(trainer_of, tmp_path):
     assert "back to checkpoint 3, then row 40" in (place / "logs" / "process_0.log").read_text()
     assert dataset(place, 8)["passed"] == passed and dataset(place, 8)["next_row"] == 40 + 5 * ROWS
 
-    # killed behind the next checkpoint, and killed before it: the same losses to the bit
-    for name, stop in (("behind", 7), ("before", 5)):
+    # killed behind the next checkpoint, killed before it, stopped and saved ahead of it: the same losses to the bit
+    for name, stop in (("behind", 7), ("before", 5), ("ahead", 4)):
         own = tmp_path / name / "run"
         trained(trainer_of(name, [35], stop_after=stop, **rollback))
         if stop == 5:  # kill -9 saves nothing
@@ -185,3 +186,17 @@ def test_an_evaluation_behind_a_line_that_was_refused_is_made_up_for(trainer_of,
     _, outcome = trained(trainer_of("owed", **changes))
     assert outcome.exit_code == 0
     assert [line["step"] for line in metrics_of(tmp_path / "owed" / "run") if "eval/loss" in line] == [4, 8]
+
+
+def test_a_checkpoint_that_does_not_answer_is_asked_again(trainer_of, tmp_path, monkeypatch):
+    refusals, restore = [OSError(errno.EIO, "Input/output error")], training_checkpoints.restore_state
+
+    def refused_once(*args):
+        if refusals:
+            raise refusals.pop()
+        return restore(*args)
+
+    monkeypatch.setattr(training_checkpoints, "restore_state", refused_once)
+    monkeypatch.setattr(patience, "PAUSES", (0.001,))
+    _, outcome = trained(trainer_of("again", [35], on_nonfinite="rollback"))
+    assert outcome.exit_code == 0 and not refusals

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -235,8 +236,13 @@ def best_step(directory: epath.PathLike) -> int | None:
     return int(link.read_text()) if link.exists() else None
 
 
-def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+def find(
+    directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say, every: int | None = None
+) -> Found | None:
     """The checkpoint that `resume` asks for; None: begin anew. Broken ones are named to `say` and passed over.
+
+    Args:
+        every: multiples of it, made at steps that no signal and no clock has chosen, come before all others.
 
     Raises:
         UserError: the step asked for, or with `must` any, is not there whole; or checkpoints exist and none is whole.
@@ -251,6 +257,7 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
                 f"resume: {resume}: {root} has no such checkpoint; it has {', '.join(map(str, steps)) or 'none'}"
             )
         steps = [resume]
+    steps.sort(key=lambda step: (every is None or step % every == 0, step))
     broken: list[str] = []
     for step in reversed(steps):
         problem = checkpoint.damage(root / str(step))
@@ -272,7 +279,9 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     return None
 
 
-def find_together(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+def find_together(
+    directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say, every: int | None = None
+) -> Found | None:
     """What `find` finds. Process 0 looks, again where storage does not answer, and the others are told.
 
     Raises:
@@ -280,7 +289,8 @@ def find_together(directory: epath.PathLike, resume: Literal["auto", "never", "m
         StorageError: it still does not answer: no older checkpoint takes the place of one that may be whole.
     """
     what = f"the checkpoints in {directory} could not be read"
-    found = told(lambda: json.dumps(patiently(what, lambda: find(directory, resume, say), say), default=os.fspath))
+    look = partial(find, directory, resume, say, every)
+    found = told(lambda: json.dumps(patiently(what, look, say), default=os.fspath))
     return None if (items := json.loads(found)) is None else Found(items[0], epath.Path(items[1]), *items[2:])
 
 
