@@ -366,6 +366,7 @@ class Trainer:
 
     def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
+        self._phases.become(Phase.BETWEEN)  # no signal ends it otherwise
         for line in self.run.write_status(state, self.step, reason, exit_code):
             self.say(line)
         self.run.release()

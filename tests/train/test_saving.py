@@ -14,7 +14,7 @@ from mixtral_jax.train.checkpoints import checkpointer as checkpoint
 from mixtral_jax.train.checkpoints import patience, together
 from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig
 from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig, Checkpointer, find_together, saved_steps
-from mixtral_jax.train.errors import ExitCode, StorageError, failure_of
+from mixtral_jax.train.errors import ExitCode, StorageError, failure_of, is_of_storage
 from mixtral_jax.train.hooks import Checkpoint, Moment, Writer
 from mixtral_jax.train.hooks import checkpoint as hook_of_saves
 
@@ -129,11 +129,24 @@ def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse)
     assert saved_steps(tmp_path) == [2, 7]
 
 
-def test_a_bug_is_no_refusal(tmp_path, refuse):
-    attempts = refuse(ValueError("shapes differ"), *range(1, 99))
-    with pytest.raises(ValueError, match="shapes differ"):
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("shapes differ"), NotImplementedError("shapes differ"), RecursionError("shapes differ"),
+     AttributeError("shapes differ"), type("OptaxError", (Exception,), {"__module__": "optax.x"})("shapes differ")],
+)  # fmt: skip
+def test_a_bug_is_no_refusal(tmp_path, refuse, error):
+    attempts = refuse(error, *range(1, 99))
+    with pytest.raises(type(error), match="shapes differ"):
         Run(tmp_path, every=1).hook.save(Moment(1, STATE, None, 0, False))
     assert attempts == [1]
+
+
+def test_an_array_that_is_gone_is_no_refusal():
+    array = jnp.ones(2)
+    array.delete()
+    with pytest.raises(RuntimeError) as caught:
+        array + 1
+    assert type(caught.value) is RuntimeError and not is_of_storage(caught.value)
 
 
 def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatch):
