@@ -115,11 +115,12 @@ def test_no_refusal_of_a_save_is_the_users_mistake(tmp_path, refuse, error):
     assert failure_of(caught.value).exit_code == ExitCode.STORAGE
 
 
-def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse):
+@pytest.mark.parametrize("refused", [(4,), (3, 4)])
+def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse, refused):
     best = Best(EarlyStoppingConfig(patience=None))
-    refuse(full(), 4)
+    refuse(full(), *refused)
     run = Run(tmp_path, best, every=None, keep_last=1)
-    for step, loss in enumerate((9, 5, 8, 2, 8, 8, 8), 1):
+    for step, loss in enumerate((9, 5, 8 if refused == (4,) else 4, 2, 8, 8, 8), 1):
         best.judge(step, {"eval/loss": float(loss)})
         run.step(step)
         time.sleep(0.002)
