@@ -173,11 +173,11 @@ def test_tail_follows_until_the_run_ends(out, call, monkeypatch):
                 file.flush()
                 time.sleep(0.2)
         kept = (place / "metrics.jsonl").read_text().splitlines()[:-1]
-        (place / "new").write_text("\n".join(kept) + "\n")
-        os.replace(place / "new", place / "metrics.jsonl")  # as a start does that goes on from step 5
+        (place / "new").write_text("\n".join([*kept, '{"step": 6, "x/y": 1.5}']) + "\n")
+        os.replace(place / "new", place / "metrics.jsonl")  # as a start does that goes on from step 5, and fast
         time.sleep(0.2)
         with (place / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 6, "x/y": 1.5}\n')
+            file.write('{"step": 7, "x/y": 2.5}\n')
         set_status(place, state="done", step=6, exit_code=0, reason="6 steps", time=time.time())
 
     thread = threading.Thread(target=train)
@@ -185,9 +185,28 @@ def test_tail_follows_until_the_run_ends(out, call, monkeypatch):
     code, text = call("tail", place, "--follow", "--lines", 0)
     thread.join()
     assert code == 0
-    told = ["step 5: x/y 0.5", "step 6: x/y nan", "started again, from a checkpoint", "step 6: x/y 1.5"]
+    told = [
+        "step 5: x/y 0.5",
+        "step 6: x/y nan",
+        "started again, from a checkpoint",
+        "step 6: x/y 1.5",
+        "step 7: x/y 2.5",
+    ]
     assert text.splitlines()[:-1] == told
     assert text.splitlines()[-1].endswith("6 steps")
+
+
+def test_a_feed_of_the_end_of_a_file_bears_one_that_is_shorter(tmp_path, capsys):
+    file, lines = tmp_path / "metrics.jsonl", [json.dumps({"step": step}) + "\n" for step in range(9)]
+    file.write_text("".join(lines[:8]))
+    feed = runs._Feed(file)
+    assert [line["step"] for line in feed.more(len(lines[0]))] == [7]
+    for kept, more in ((8, [8]), (3, []), (3, [8])):
+        (tmp_path / "new").write_text("".join([*lines[:kept], *lines[8 : 8 + len(more)]]))
+        os.replace(tmp_path / "new", file)
+        assert [line["step"] for line in feed.more()] == more
+        assert feed.more() == []
+    assert capsys.readouterr().out.count("started again") == 3
 
 
 DAMAGE = {
