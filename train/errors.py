@@ -98,10 +98,7 @@ _OF_TYPE = {  # exceptions that are raised without the system's number
 
 _OF_CONTENTS = (ValueError, KeyError, TypeError)
 # no refusals, though a client of an object store may raise errors of any other kind
-_BUGS = (
-    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, NameError, ImportError,
-    NotImplementedError, RecursionError,
-)  # fmt: skip
+_BUGS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, NameError, ImportError)
 _NO_CLIENTS = ("builtins", "mixtral_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_SERVED = ("UNAVAILABLE: ", "DEADLINE_EXCEEDED: ", "ABORTED: ", "RESOURCE_EXHAUSTED: ")  # an object store's, 503
 
