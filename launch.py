@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     if rest and not args.does.takes_overrides:
         parser.error(f"unrecognised arguments of {args.command}: {' '.join(rest)}")
-    args.overrides = rest
+    args.overrides, args.is_process = rest, argv is None
     _environment()
     try:
         importlib.import_module("mixtral_jax")
@@ -139,7 +139,7 @@ def _version() -> str:
 def _train(args: Parsed) -> int:
     from mixtral_jax.train.errors import command
 
-    with command():
+    with command(last=args.is_process):
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             _function("train.memory", "keep_freed_memory")()
         config, provenance = _load(args, args.command)

@@ -23,6 +23,7 @@ from mixtral_jax import checkpoint
 from mixtral_jax.convert import (
     Leaf,
     Source,
+    can_be_compared,
     check_identity,
     check_same_model,
     edges,
@@ -141,6 +142,8 @@ def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, d
         name = path.rpartition("/")[2]
         step = int(name) if name.isdigit() and is_training_checkpoint(path) else None
         noted = {"step": step, "digest": source and weights_identity(source)}
+    elif source is not None and not can_be_compared(noted):
+        noted = {**noted, "digest": weights_identity(source)}  # an earlier version's: from here on they are compared
     return config.model_copy(update={"init_from": path}), {**noted, "path": path}
 
 

@@ -97,6 +97,9 @@ _OF_TYPE = {  # exceptions that are raised without the system's number
 }  # fmt: skip
 
 _OF_CONTENTS = (ValueError, KeyError, TypeError)
+# no refusals, though a client of an object store may raise errors of any other kind
+_BUGS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, NameError, ImportError)
+_NO_CLIENTS = ("builtins", "mixtral_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_SERVED = ("UNAVAILABLE: ", "DEADLINE_EXCEEDED: ", "ABORTED: ", "RESOURCE_EXHAUSTED: ")  # an object store's, 503
 
 
@@ -119,9 +122,13 @@ def failure_of(error: BaseException) -> Failure:
 
 def is_raised_by_us(error: BaseException) -> bool:
     """Whether it comes from this project's code, not from a library that the code calls."""
+    return _raised_in(error) in ("launch", "mixtral_jax", "__main__")
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code did."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    room = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
-    return room in ("launch", "mixtral_jax", "__main__")
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
 
 
 def is_of_the_system(error: BaseException) -> bool:
@@ -134,9 +141,10 @@ def is_of_storage(error: BaseException) -> bool:
     """Whether storage refused what a run does with its own checkpoints, whose names nobody has mistyped."""
     if isinstance(error, UserError) or type(error).__name__ == "JaxRuntimeError":  # is said already; a peer, or memory
         return False
-    room, code = type(error).__module__.partition(".")[0], _system_code(error)
-    of_a_client = isinstance(error, RuntimeError) or room not in ("builtins", "mixtral_jax")  # of an object store
-    refused = isinstance(error, OSError) or bool(code) or (of_a_client and not isinstance(error, _OF_CONTENTS))
+    kind, code = type(error), _system_code(error)
+    room = _raised_in(error) if kind is RuntimeError else kind.__module__.partition(".")[0]
+    of_a_client = room not in _NO_CLIENTS and not isinstance(error, _BUGS)  # of an object store
+    refused = isinstance(error, OSError) or bool(code) or of_a_client
     return refused and code not in (errno.ENOMEM, errno.ECHILD)
 
 
@@ -189,8 +197,11 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.S
 
 
 @contextlib.contextmanager
-def command() -> Iterator[None]:
-    """A command that trains begins: a signal ends the process with 75 until something has begun that can be saved."""
+def command(*, last: bool = False) -> Iterator[None]:
+    """A command that trains begins: a signal ends the process with 75 until something has begun that can be saved.
+
+    Behind the `last` one the process ends, with a code that no signal changes any more.
+    """
     global _began
     _began, before = time.monotonic(), {}
     if threading.current_thread() is threading.main_thread():
@@ -202,7 +213,7 @@ def command() -> Iterator[None]:
     finally:
         _began = None
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)  # Python would give back its own at its end
 
 
 def command_began() -> float | None:

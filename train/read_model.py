@@ -19,11 +19,13 @@ from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, m
 
 
 def read_model(
-    checkpoint: str, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, compute: ComputeConfig
-) -> Mixtral:
+    checkpoint: str, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, compute: ComputeConfig,
+    path: str | None = None,
+) -> Mixtral:  # fmt: skip
     """The model at `checkpoint`: an Orbax or Hugging Face directory, a run, or one of its steps.
 
     Args:
+        path: which of a run's steps, where the caller knows; None: the newest.
         mesh: where the parameters are placed.
         dtype: of whole weights in memory; None: as on disk. A base under adapters is held as its run says.
 
@@ -31,7 +33,7 @@ def read_model(
         UserError: it is a run of adapters, and their base is not where the run says.
         ValueError: the checkpoint is not whole, or of no known kind.
     """
-    run, path = run_config(checkpoint), newest_step(checkpoint)
+    run, path = run_config(checkpoint), path or newest_step(checkpoint)
     if run is None or run.adapters is None or not holds_adapters(path):
         return load(path, mesh, dtype=dtype, compute=compute)
     if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():

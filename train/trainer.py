@@ -224,7 +224,7 @@ class Trainer:
             batch = next(self._feed)
         self._state, report = self._program(self._state, parts.frozen, batch)
         self.step = self.run.step = step
-        self._batch = None
+        self._batch, self._evaluate.owed = None, self._evaluate.due(step, last)
         self._ledger.enter(step, report)
         if not last:
             self._batch = self._feed.ahead()  # while the step runs
@@ -270,7 +270,6 @@ class Trainer:
             StorageError: says what is saved; where it was a file system that failed.
         """
         if jax.process_count() == 1:  # the others do not know of it, and would have to save with us
-            self._evaluate.miss(self.step, self.step >= self.config.steps)
             with contextlib.suppress(OSError, UserError):
                 self.save()
         failure = failure_of(error)
@@ -373,6 +372,7 @@ class Trainer:
 
     def _end(self, state: str, reason: str, exit_code: ExitCode) -> None:
         self.outcome = Outcome(state, self.step, reason, exit_code)
+        self._phases.become(Phase.BETWEEN)  # no signal ends it otherwise
         try:
             lines = self.run.write_status(state, self.step, reason, exit_code)
         except OSError as error:

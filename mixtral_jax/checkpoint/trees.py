@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 class PendingSave:
     """A save under way. `result()` waits until it is complete on disk."""
 
+    left_behind = False  # another one is made in its place: what lies there may be that one's
+
     def __init__(self, path: epath.Path, response: ocp.AsyncResponse[None], context: ocp.Context):
         self._path, self._response, self._context = path, response, context
 
@@ -46,7 +49,7 @@ class PendingSave:
             OSError: the file system refused (full, not writable, too large). Nothing is left under the final name.
         """
         with self._context:
-            _as_os_error(self._path, self._response.result)
+            _as_os_error(self._path, self._response.result, lambda: not self.left_behind)
         return list_files(self._path) if jax.process_index() == 0 else 0
 
 
@@ -123,7 +126,7 @@ def is_there(path: epath.Path, directory: bool = False) -> bool:
         OSError: nobody could look.
     """
     try:
-        return path.stat().is_directory or not directory
+        return _stat(path)[0] or not directory
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -222,20 +225,33 @@ def _check_shapes(path: epath.Path, stored: Shapes, wanted: Shapes, partial: boo
 def _file_sizes(path: epath.Path, prefix: str = "") -> dict[str, int]:
     sizes: dict[str, int] = {}
     for child in path.iterdir():
-        found = child.stat()
-        if found.is_directory:
+        is_directory, size = _stat(child)
+        if is_directory:
             sizes |= _file_sizes(child, f"{prefix}{child.name}/")
         elif child.name != FILES:
-            sizes[f"{prefix}{child.name}"] = found.length
+            sizes[f"{prefix}{child.name}"] = size
     return sizes
 
 
-def _as_os_error(path: epath.Path, write: Callable[[], Any]) -> Any:
-    """write(), with a refusal by the system as an OSError: tensorstore reports a full disk as a ValueError."""
+def _stat(path: epath.Path) -> tuple[bool, int]:
+    """Whether it is a directory, and its bytes. epath looks up the owner's name too, which not every machine has."""
+    if "://" in os.fspath(path):
+        far = path.stat()
+        return far.is_directory, far.length
+    near = os.stat(path)
+    return stat.S_ISDIR(near.st_mode), near.st_size
+
+
+def _as_os_error(path: epath.Path, write: Callable[[], Any], clears: Callable[[], bool] = lambda: True) -> Any:
+    """write(), with a refusal by the system as an OSError: tensorstore reports a full disk as a ValueError.
+
+    What it has left is removed where it `clears`.
+    """
     try:
         return write()
     except Exception as error:
-        discard_unfinished(path)
+        if clears():
+            discard_unfinished(path)
         code = next((c for c in _REFUSALS if os.strerror(c) in str(error)), None)
         if code is None or isinstance(error, OSError):
             raise

@@ -50,10 +50,14 @@ def arrays_identity(tree: Any) -> str:
     return _named((path, leaf.shape, sums[path]) for path, leaf in leaves.items())
 
 
+def can_be_compared(noted: Mapping[str, Any]) -> bool:
+    """Whether a run noted a digest of its base, of the kind that is made now."""
+    return (noted.get("digest") or "").startswith(_KIND)
+
+
 def check_identity(noted: Mapping[str, Any] | None, source: Source, where: str) -> None:
     """Raises: ValueError where the weights at `where` are not those that a run noted as its base."""
-    known = (noted or {}).get("digest") or ""
-    if noted and known.startswith(_KIND) and known != (found := weights_identity(source)):
+    if noted and can_be_compared(noted) and noted["digest"] != (found := weights_identity(source)):
         step = "" if noted.get("step") is None else f" at step {noted['step']}"
         raise ValueError(
             f"{where} holds weights with digest {found}, but the run stands on those of {noted['path']}{step} with "

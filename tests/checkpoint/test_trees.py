@@ -72,6 +72,33 @@ def test_what_was_saved_comes_back_bit_for_bit(saved):
     assert checkpoint.damage(saved) is None
 
 
+def test_whoever_has_no_name_on_this_machine_sees_what_is_whole(copy, monkeypatch):
+    """A container may have any user id: epath looks the owner's name up, and found none."""
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert checkpoint.damage(copy) is None and checkpoint.list_files(copy) > 0
+    assert checkpoint.is_there(checkpoint.epath.Path(copy), directory=True)
+
+
+def test_a_part_that_gives_up_late_leaves_what_a_later_attempt_writes(tmp_path):
+    class Response:
+        def result(self):
+            (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+            raise TimeoutError("a barrier")
+
+    pending = checkpoint.PendingSave(checkpoint.epath.Path(tmp_path / "7"), Response(), checkpoint._context())
+    pending.left_behind = True
+    for left in (["7.orbax-checkpoint-tmp"], []):
+        with pytest.raises(TimeoutError):
+            pending.result()
+        assert [p.name for p in tmp_path.iterdir()] == left
+        pending.left_behind = False
+        shutil.rmtree(tmp_path / "7.orbax-checkpoint-tmp", ignore_errors=True)
+
+
 def test_shapes_are_known_without_reading(saved):
     assert checkpoint.tree_shapes(saved) == {
         "params.w2": ((2, 4, 8, 6), "float32"),

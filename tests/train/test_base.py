@@ -77,6 +77,13 @@ def test_the_step_of_a_run_that_keeps_its_checkpoints_far_away_stays_the_base(tm
         pin_base(config, noted)
 
 
+def test_a_digest_of_an_earlier_version_is_noted_anew(tmp_path):
+    """It was kept for ever, and the base was never compared again."""
+    config = tuned(tmp_path, init_from=str(write_hub(tmp_path / "hf", HUB, random_tensors(HUB))))
+    noted = pin_base(config, None)[1]
+    assert pin_base(config, noted | {"digest": "0123456789abcdef01234567"})[1] == noted
+
+
 @pytest.mark.parametrize(
     "kind", ["hub far away", "model directory", "model directory far away", "step", "step far away"]
 )

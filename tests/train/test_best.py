@@ -112,10 +112,11 @@ def test_going_back_before_the_best_forgets_its_name(start):
 
 
 def test_the_old_best_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    saver = Checkpointer(CheckpointConfig(keep_last=1, asynchronous=False), tmp_path)
+    saver = Checkpointer(CheckpointConfig(keep_last=1), tmp_path)
 
     def save(step, best):
         saver.save({"w": jnp.ones(2)}, step, {}, {}, best)
+        saver.wait()
 
     save(1, 1)
     save(2, 1)

@@ -70,9 +70,9 @@ def test_a_checkpoint_whose_chain_scales_the_router_comes_back(tmp_path):
         optax.scale_by_adam(), optax.add_decayed_weights(0.1, decay_mask), optax.masked(optax.scale(0.5), router_mask)
     )
     old = OPTIMIZER._replace(transformation=scaled)
-    Checkpointer(CheckpointConfig(asynchronous=False), tmp_path).save(
-        create_state(params(2), old), 5, DATA, {"step": 5, "config": {}}
-    )
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path)
+    checkpointer.save(create_state(params(2), old), 5, DATA, {"step": 5, "config": {}})
+    checkpointer.wait()
     state = restore_state(find(tmp_path, "auto", nothing_said), abstract())
     jax.tree.map(np.testing.assert_array_equal, state, create_state(params(2), OPTIMIZER))
 
@@ -90,8 +90,9 @@ def test_when_a_checkpoint_is_due(tmp_path):
 
 
 def test_a_finished_save_is_reported_once(tmp_path):
-    checkpointer = Checkpointer(CheckpointConfig(asynchronous=False), tmp_path)
-    saved = checkpointer.save(create_state(params(), OPTIMIZER), 1, DATA, {})
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path)
+    assert checkpointer.save(create_state(params(), OPTIMIZER), 1, DATA, {}) is None
+    saved = checkpointer.wait()
     assert isinstance(saved, Saved) and saved.step == 1 and saved.bytes > 0
     assert checkpointer.wait() is None
 

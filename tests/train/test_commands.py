@@ -15,6 +15,7 @@ from mixtral_jax.convert import load, save_hf
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.generation.engine import generate
 from mixtral_jax.model import Mixtral
+from mixtral_jax.train import read_model
 from mixtral_jax.train.commands.evaluate import _table
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.text import grow
@@ -106,6 +107,16 @@ def test_eval_of_answers_has_no_column_of_bits_per_byte() -> None:
     lines = [line.split() for line in _table(metrics, ["chats"]).splitlines()]
     assert lines[0] == ["source", "loss", "perplexity", "accuracy"]
     assert lines[1:] == [[name, "1.5000", "4.480", "0.2500"] for name in ("chats", "all")]
+
+
+def test_the_step_that_is_evaluated_is_looked_up_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may go on meanwhile: its processes agreed on a step, and read the newest at that moment."""
+
+    def again(path: str) -> str:
+        raise AssertionError("it was known")
+
+    monkeypatch.setattr(read_model, "newest_step", again)
+    assert launch.main(["eval", str(trained.parent / "runs" / "run"), str(trained)]) == 0
 
 
 def test_eval_asks_a_mesh_for_its_own_rows_only(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

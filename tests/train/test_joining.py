@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from mixtral_jax import launch
 from mixtral_jax.train.errors import PeerLost, UserError
-from mixtral_jax.train.run import peers
+from mixtral_jax.train.run import joining, peers
 from mixtral_jax.train.run.joining import check_answers, check_free, parse_address
 from tests.tiny import write_run_file
 
@@ -54,6 +55,15 @@ def test_no_address(address):
 def test_addresses():
     assert parse_address("node-1.svc:8476") == ("node-1.svc", 8476)
     assert parse_address("[::1]:1") == ("::1", 1)
+
+
+def test_what_fails_by_itself_is_not_ended_later(monkeypatch):
+    ended = []
+    monkeypatch.setattr(joining.os, "_exit", ended.append)
+    with pytest.raises(RuntimeError, match="no device"), joining._ended_after(0.1, "too late"):
+        raise RuntimeError("no device")
+    time.sleep(0.3)
+    assert not ended
 
 
 def test_a_coordinator_is_told_from_what_only_listens(listener):

@@ -1,5 +1,6 @@
 """What processes do together, with two of them as threads of this one, each with a cache of its own or a common one."""
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,20 @@ def test_who_sees_a_directory(together, tmp_path):
     assert together.run(lambda i: meetings.sharers(tmp_path / str(i)).tolist()) == [[True, False]] * 2
     assert together.run(lambda i: meetings.sharers("gs://bucket/run").tolist()) == [[True, True]] * 2
     assert not list(tmp_path.rglob(".seen*"))
+
+
+def test_a_directory_that_was_missing_until_now_is_seen(together, tmp_path, monkeypatch):
+    """NFS keeps a "no" for up to 30 s: only who makes what is missing asks the server again."""
+    asked, mkdir, exists = set(), Path.mkdir, os.path.exists
+
+    def make(self, *args, **kwargs):
+        asked.add(jax.process_index())
+        return mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", lambda *a, **k: make(Path(a[0]), parents=True, exist_ok=True))
+    monkeypatch.setattr(Path, "mkdir", make)
+    monkeypatch.setattr(os.path, "exists", lambda path: jax.process_index() in asked and exists(path))
+    assert together.run(lambda i: meetings.sharers(tmp_path / "run" / "new").tolist()) == [[True, True]] * 2
 
 
 def test_a_directory_that_must_be_shared(together, tmp_path):

@@ -33,12 +33,17 @@ def test_another_run_is_refused_with_both_names(tmp_path):
         assert str(tmp_path) in str(told.value)
     check(tmp_path, run("a", optimizer={"learning_rate": 0.2}))  # a resume
     check(tmp_path, run("a", "moved", steps=20))
+    own(tmp_path, run("a", data={"mixture": 1, "workers": 1}))  # one point of a sweep over data
+    check(tmp_path, run("a", "moved", data={"mixture": 1, "workers": 2, "cache_dir": "c"}))
+    with pytest.raises(UserError, match="belongs to the run a"):
+        check(tmp_path, run("a", "moved", data={"mixture": 2, "workers": 1}))
     assert json.loads((tmp_path / "OWNER.json").read_text())["run_name"] == "a"
 
 
 def save(directory, meta):
-    saver = Checkpointer(CheckpointConfig(asynchronous=False), directory)
+    saver = Checkpointer(CheckpointConfig(), directory)
     saver.save({"w": jnp.ones(2)}, 3, {}, meta)
+    saver.wait()
 
 
 @pytest.mark.parametrize("record", [None, "", "{", "[]", '{"run_name": "a"}'])

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from mixtral_jax.train.checkpoints.checkpointer import Found
+from mixtral_jax.train.errors import StorageError, UserError
 from mixtral_jax.train.run import peers
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.peers import failures_reported
@@ -42,6 +43,21 @@ def test_status_has_the_exit_code_of_the_process(tmp_path, fail, exit_code, reas
     status = json.loads((tmp_path / "STATUS").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", exit_code)
     assert status["reason"].startswith(reason)
+
+
+def test_the_log_keeps_what_was_behind_a_sentence(tmp_path):
+    place = RunDirectory(tmp_path)
+    place.create()
+    with pytest.raises(StorageError), failures_reported(place):
+        try:
+            raise RuntimeError("503")
+        except RuntimeError as error:
+            raise StorageError("a checkpoint could not be written") from error
+    said = place.log.read_text()
+    assert "RuntimeError: 503" in said and __file__ in said
+    with pytest.raises(UserError), failures_reported(place):
+        raise UserError("a name")
+    assert place.log.read_text() == said
 
 
 class Store:

@@ -14,8 +14,9 @@ from mixtral_jax.train.checkpoints import checkpointer as checkpoint
 from mixtral_jax.train.checkpoints import patience, together
 from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig
 from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig, Checkpointer, find_together, saved_steps
-from mixtral_jax.train.errors import ExitCode, StorageError, failure_of
+from mixtral_jax.train.errors import ExitCode, StorageError, failure_of, is_of_storage
 from mixtral_jax.train.hooks import Checkpoint, Moment, Writer
+from mixtral_jax.train.hooks import checkpoint as hook_of_saves
 
 STATE = {"w": jnp.ones(3)}
 
@@ -114,11 +115,12 @@ def test_no_refusal_of_a_save_is_the_users_mistake(tmp_path, refuse, error):
     assert failure_of(caught.value).exit_code == ExitCode.STORAGE
 
 
-def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse):
+@pytest.mark.parametrize("refused", [(4,), (3, 4)])
+def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse, refused):
     best = Best(EarlyStoppingConfig(patience=None))
-    refuse(full(), 4)
+    refuse(full(), *refused)
     run = Run(tmp_path, best, every=None, keep_last=1)
-    for step, loss in enumerate((9, 5, 8, 2, 8, 8, 8), 1):
+    for step, loss in enumerate((9, 5, 8 if refused == (4,) else 4, 2, 8, 8, 8), 1):
         best.judge(step, {"eval/loss": float(loss)})
         run.step(step)
         time.sleep(0.002)
@@ -128,11 +130,24 @@ def test_a_best_evaluation_whose_save_was_refused_is_not_named(tmp_path, refuse)
     assert saved_steps(tmp_path) == [2, 7]
 
 
-def test_a_bug_is_no_refusal(tmp_path, refuse):
-    attempts = refuse(ValueError("shapes differ"), *range(1, 99))
-    with pytest.raises(ValueError, match="shapes differ"):
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("shapes differ"), RecursionError("shapes differ"),
+     AttributeError("shapes differ"), type("OptaxError", (Exception,), {"__module__": "optax.x"})("shapes differ")],
+)  # fmt: skip
+def test_a_bug_is_no_refusal(tmp_path, refuse, error):
+    attempts = refuse(error, *range(1, 99))
+    with pytest.raises(type(error), match="shapes differ"):
         Run(tmp_path, every=1).hook.save(Moment(1, STATE, None, 0, False))
     assert attempts == [1]
+
+
+def test_an_array_that_is_gone_is_no_refusal():
+    array = jnp.ones(2)
+    array.delete()
+    with pytest.raises(RuntimeError) as caught:
+        array + 1
+    assert type(caught.value) is RuntimeError and not is_of_storage(caught.value)
 
 
 def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatch):
@@ -151,6 +166,39 @@ def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatc
     assert saved_steps(tmp_path) == [7] and len(run.said) == 3
 
 
+def test_one_that_the_steps_wait_for_is_made_again_by_several_too(tmp_path, monkeypatch):
+    """It was waited for where it is begun, and of several no process may begin again alone."""
+    remaining, original = [True, True], trees.PendingSave.result
+
+    def result(self):
+        original(self)
+        if remaining and remaining.pop():
+            self._path.rmtree()
+            raise full()
+        return 1
+
+    monkeypatch.setattr(trees.PendingSave, "result", result)
+    monkeypatch.setattr(hook_of_saves, "jax", SimpleNamespace(process_count=lambda: 2))
+    run = Run(tmp_path, every=3, asynchronous=False)
+    run.step(3)
+    assert saved_steps(tmp_path) == [3] and len(run.said) == 3
+
+
+@pytest.mark.parametrize("error", [type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503"), full()])
+def test_storage_that_does_not_say_what_stands_ends_no_attempt(tmp_path, refuse, monkeypatch, error):
+    """Buckets have errors of their own, and this one came while another was handled."""
+
+    def silent(directory):
+        raise error
+
+    refuse(full(), 3)
+    monkeypatch.setattr(checkpoint, "saved_steps", silent)
+    run = Run(tmp_path, every=3)
+    run.step(3)
+    run.step(4)
+    assert "which checkpoints stand cannot be seen" in run.said[0] and "it is made again in" in run.said[0]
+
+
 def test_what_is_still_to_be_made_again_at_the_end_is_told(tmp_path, refuse, monkeypatch):
     monkeypatch.setattr(checkpoint, "PAUSES", (99.0,))
     refuse(full(), 2)
@@ -159,6 +207,7 @@ def test_what_is_still_to_be_made_again_at_the_end_is_told(tmp_path, refuse, mon
     run.step(3)
     with pytest.raises(StorageError, match="No space left on device"):
         run.hook.finish()
+    assert run.checkpointer._pending.left_behind
     run.step(4)
     run.step(5)
     run.hook.finish()
@@ -205,12 +254,13 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeyp
 def test_minutes_count_beside_steps(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    saver = Checkpointer(CheckpointConfig(every=10, every_minutes=2, asynchronous=False), tmp_path)
+    saver = Checkpointer(CheckpointConfig(every=10, every_minutes=2), tmp_path)
     made = []
     for step in range(1, 25):
         if saver.due(step, last=False):
             made.append(step)
             saver.save(STATE, step, {}, {})
+            saver.wait()
         now[0] += 30
     assert made == [5, 9, 10, 14, 18, 20, 24]
 

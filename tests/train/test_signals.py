@@ -11,6 +11,7 @@ import pytest
 
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.errors import command, end_at_once
 from mixtral_jax.train.hooks.evaluate import BrokenOff
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.run.directory import RunDirectory
@@ -65,6 +66,34 @@ def test_before_the_first_step_each_of_them_ends_at_once(name, phase, tmp_path, 
     assert (ended["state"], ended["exit_code"]) == ("preempted", 75)
     assert ended["reason"].startswith(f"{name} while {phase.state}, ")
     assert capsys.readouterr().out == f"exit 75: {ended['reason']}\n"
+
+
+def test_no_signal_changes_the_code_of_a_command_that_has_ended(place, listened):
+    """Python gives its handlers back before the process is gone: a run that had said `exit 0` ended with -10."""
+    handlers = lambda: {signal.getsignal(signal.Signals[name]) for name in NAMES}  # noqa: E731 - short
+    for last, after in ((False, {signal.SIG_DFL}), (True, {signal.SIG_IGN})):
+        with command(last=last):
+            assert handlers() == {end_at_once}
+            with Interrupts(place):
+                pass
+            assert handlers() == {signal.SIG_IGN}
+        assert handlers() == after
+
+
+def test_a_signal_behind_the_outcome_is_late(start, monkeypatch, listened):
+    """Of a run in which nothing was left to do: until then it would have ended at once."""
+    assert start()[0] == 0
+    write = RunDirectory.write_status
+
+    def late(self, state, *args):
+        said = write(self, state, *args)
+        if state == "done":
+            signal.raise_signal(signal.SIGUSR1)
+        return said
+
+    monkeypatch.setattr(RunDirectory, "write_status", late)
+    code, ended = start()
+    assert (code, ended["state"], ended["exit_code"]) == (0, "done", 0)
 
 
 def test_what_is_ignored_or_taken_stays_so(place):

@@ -63,12 +63,13 @@ class Best:
         """
         self._config, self._every = config, every
         self._record: dict[str, Any] | None = None
-        self._before: dict[str, Any] = {"value": None, "step": None}
+        self._named: list[dict[str, Any]] = [{"value": None, "step": None}]  # each that was the best, in order
         if config is not None:
             # patience compares with `mark`, and has waited for so many evaluations
             self._record = {"metric": config.metric, "step": None, "value": None, "mark": None, "waited": 0}
             if record is not None and record["metric"] == config.metric:
                 self._record |= record
+                self._named.append({key: record[key] for key in ("value", "step")})
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -88,17 +89,18 @@ class Best:
         every, before = self._every, self.step
         often = every is not None and step % every and before is not None and step - before < every
         if (saved or not often) and self._gain(value, self._record["value"]) > 0:
-            self._before = {key: self._record[key] for key in ("value", "step")}
-            self._record |= {"value": value, "step": step}
+            self._named.append({"value": value, "step": step})
+            self._record |= self._named[-1]
         if self._gain(value, self._record["mark"]) > self._config.min_delta:
             self._record |= {"mark": value, "waited": 0}
         else:
             self._record["waited"] += 1
 
     def forget(self, step: int | None) -> None:
-        """The checkpoint of this step could not be made: where it was to be the best, the one before still is."""
-        if self._record is not None and step is not None and step == self.step:
-            self._record |= self._before
+        """The checkpoint of this step could not be made: where it was to be the best, the last one made still is."""
+        if self._record is not None and step is not None:
+            self._named = [named for named in self._named if named["step"] != step]
+            self._record |= self._named[-1]
 
     def _gain(self, value: float, before: float | None) -> float:
         """How much better; infinite where there was nothing."""

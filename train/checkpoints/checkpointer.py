@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,6 +63,8 @@ class Saved(NamedTuple):
 
 class Checkpointer:
     """Saves in the background, one at a time, and prunes what is not kept. Directory: <step>/{state,dataset,meta}.
+
+    `asynchronous` is for whoever calls it: else it waits behind each save.
 
     All processes call all of it in the same order, and get the same answers.
     """
@@ -133,7 +136,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             remove(path)  # one that was passed over as broken when this run resumed, or that was refused
         self._tried = step
-        pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
+        self._pending = pending = checkpoint.save_async(path, state, {"dataset": dataset, "meta": meta})
         self._newest = step
 
         def finish() -> Saved:
@@ -141,7 +144,7 @@ class Checkpointer:
             return Saved(step, size, seconds, problem=self._prune(step, best))
 
         self._under_way = Together(finish)
-        return before if self.asynchronous else self.wait()
+        return before
 
     def wait(self) -> Saved | None:
         """Until nothing is being written. The finished save that was not reported yet, if any.
@@ -155,6 +158,7 @@ class Checkpointer:
             saved = self._under_way.result()
         except Exception:
             self._newest = self._under_way = None  # it may be tried again
+            self._pending.left_behind = True  # a part of it may wait for five minutes yet, and give up then
             raise
         self._under_way, self._refusals, self.owed = None, 0, None  # where the waiting is interrupted it goes on
         return saved
@@ -217,7 +221,9 @@ def stands(directory: epath.PathLike) -> str:
     """The newest whole checkpoint as a part of a sentence."""
     try:
         newest = next(whole_steps(directory), None)
-    except OSError as error:
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
         return f"which checkpoints stand cannot be seen ({why(error)})"
     return "there is no checkpoint" if newest is None else f"checkpoint {newest} stands"
 
@@ -236,8 +242,13 @@ def name_best(directory: epath.PathLike, best: int | None) -> None:
         point_to(directory, best)
 
 
-def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+def find(
+    directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say, every: int | None = None
+) -> Found | None:
     """The checkpoint that `resume` asks for; None: begin anew. Broken ones are named to `say` and passed over.
+
+    Args:
+        every: multiples of it, made at steps that no signal and no clock has chosen, come before all others.
 
     Raises:
         UserError: the step asked for, or with `must` any, is not there whole; or checkpoints exist and none is whole.
@@ -252,6 +263,7 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
                 f"resume: {resume}: {root} has no such checkpoint; it has {', '.join(map(str, steps)) or 'none'}"
             )
         steps = [resume]
+    steps.sort(key=lambda step: (every is None or step % every == 0, step))
     broken: list[str] = []
     for step in reversed(steps):
         problem = checkpoint.damage(root / str(step))
@@ -273,7 +285,9 @@ def find(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | i
     return None
 
 
-def find_together(directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say) -> Found | None:
+def find_together(
+    directory: epath.PathLike, resume: Literal["auto", "never", "must"] | int, say: Say, every: int | None = None
+) -> Found | None:
     """What `find` finds. Process 0 looks, again where storage does not answer, and the others are told.
 
     Raises:
@@ -281,7 +295,8 @@ def find_together(directory: epath.PathLike, resume: Literal["auto", "never", "m
         StorageError: it still does not answer: no older checkpoint takes the place of one that may be whole.
     """
     what = f"the checkpoints in {directory} could not be read"
-    found = told(lambda: json.dumps(patiently(what, lambda: find(directory, resume, say), say), default=os.fspath))
+    look = partial(find, directory, resume, say, every)
+    found = told(lambda: json.dumps(patiently(what, look, say), default=os.fspath))
     return None if (items := json.loads(found)) is None else Found(items[0], epath.Path(items[1]), *items[2:])
 
 

@@ -18,7 +18,8 @@ from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_
 
 OWNER = "OWNER.json"
 # where a run lies and how it is watched, not what it is
-_ELSEWHERE = ("output_dir", "data", "checkpoint", "log", "eval", "sample", "resume", "steps", "stop_after_minutes")
+_ELSEWHERE = ("output_dir", "checkpoint", "log", "eval", "sample", "resume", "steps", "stop_after_minutes")
+_ELSEWHERE_OF_DATA = ("cache_dir", "workers", "restart", "epochs", "validation")
 
 
 class Owner(NamedTuple):
@@ -32,7 +33,9 @@ class Owner(NamedTuple):
 def owner_of(config: Mapping[str, Any]) -> Owner:
     """The run of a resolved configuration, as a checkpoint keeps it."""
     place = os.path.realpath(os.path.join(config["output_dir"], config["run_name"]))
-    return Owner(config["run_name"], place, digest({k: v for k, v in config.items() if k not in _ELSEWHERE}))
+    what = {key: value for key, value in config.items() if key not in _ELSEWHERE}
+    what["data"] = {key: value for key, value in config.get("data", {}).items() if key not in _ELSEWHERE_OF_DATA}
+    return Owner(config["run_name"], place, digest(what))
 
 
 def check_owner(directory: epath.PathLike, config: Mapping[str, Any], say: Callable[[str], None]) -> None:

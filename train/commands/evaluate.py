@@ -61,13 +61,14 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
     data = config.data
     if not data.validation:
         raise UserError("data.validation is empty: there is nothing to evaluate")
+    place = newest_step(checkpoint)  # once: the run may go on
     agree(
         configuration=digest(config.model_dump(mode="json", exclude={"output_dir", "data"})),
-        checkpoint=Path(newest_step(checkpoint)).name,  # of a run that goes on
+        checkpoint=Path(place).name,
     )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        model = read_model(checkpoint, mesh=mesh, compute=config.compute)
+        model = read_model(checkpoint, mesh=mesh, compute=config.compute, path=place)
         pieces = load_tokenizer(data.tokenizer).vocab_size
         if pieces > model.config.vocab_size:
             raise UserError(
@@ -80,7 +81,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
 
         if isinstance(config, DpoStageConfig):
             if config.reference != "none":
-                started, _ = pin_base(config, noted_base(checkpoint, config.init_from))
+                started, _ = pin_base(config, noted_base(place, config.init_from))
                 put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
             score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
             return measure_sources(lambda batch: score(model, None, put(batch)), sources, config.eval.batches)

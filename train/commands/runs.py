@@ -4,6 +4,7 @@ Nothing here imports jax, and nothing relies on a file being there, whole, or of
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -142,10 +143,11 @@ def _follow(place: Path, feed: "_Feed", steps: int | None) -> None:
 
 
 class _Feed:
-    """The lines of a file as they come; one that was written anew is read on from where it ends."""
+    """The lines of a file as they come; one that was written anew is read on behind what it has kept."""
 
     def __init__(self, file: Path):
-        self._file, self._inode, self._read = file, 0, 0
+        self._file, self._inode, self._began, self._read = file, 0, 0, 0
+        self._lines: list[int] = []  # hashes of those since `began`
 
     def more(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
         """What was not read yet; of the first time the last bytes."""
@@ -153,18 +155,27 @@ class _Feed:
             with self._file.open("rb") as stream:
                 stat = os.fstat(stream.fileno())
                 if self._inode and (stat.st_ino != self._inode or stat.st_size < self._read):
-                    _say("started again, from a checkpoint")  # without the lines that it does again
-                    self._read = stat.st_size
+                    _say("started again, from a checkpoint")
+                    self._find_place(stream, stat.st_size)
                 elif not self._inode and last_bytes is not None:
-                    self._read = max(0, stat.st_size - last_bytes)
+                    self._began = self._read = max(0, stat.st_size - last_bytes)
                 self._inode = stat.st_ino
                 stream.seek(self._read)
                 found = stream.read()
         except OSError:
             return []
-        whole = found[: found.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [line for line in map(_parsed, whole.splitlines()) if line and _whole(line.get("step")) is not None]
+        lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True)
+        self._read += sum(map(len, lines))
+        self._lines += map(hash, lines)
+        return [line for line in map(_parsed, lines) if line and _whole(line.get("step")) is not None]
+
+    def _find_place(self, stream: IO[bytes], size: int) -> None:
+        """Behind the lines that the file has in common with the one before."""
+        self._began = min(self._began, size)
+        stream.seek(self._began)
+        common = itertools.takewhile(lambda pair: hash(pair[0]) == pair[1], zip(stream, self._lines, strict=False))
+        kept = [len(line) for line, _ in common]
+        self._read, self._lines = self._began + sum(kept), self._lines[: len(kept)]
 
 
 def _is_run(place: Path) -> bool:
@@ -233,19 +244,16 @@ def _times(place: Path) -> dict[str, float]:
     """When each of a run's files was written, and the directory last changed."""
     found = {}
     for name in SIGNS:
-        try:
+        with contextlib.suppress(OSError):
             found[name] = (place / name).stat().st_mtime
-        except OSError:
-            continue
     return found
 
 
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object; empty where it is not there, or damaged."""
-    try:
+    with contextlib.suppress(OSError):
         return _parsed(file.read_bytes()) or {}
-    except OSError:
-        return {}
+    return {}
 
 
 def _yaml(file: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Evaluate:
     ):  # fmt: skip
         """Ahead of each batch `check` may raise: then nothing is written, and the evaluation is `owed`."""
         self._phases, self._check, self.owed = phases or Phases(), check, owed
-        self._first, self._done = Phase.FIRST_BATCH, -1  # _done: the step that was evaluated last
+        self._first = Phase.FIRST_BATCH
         self._config, self._sources, self._eval_step, self._put = config, sources, eval_step, put
         self._writer, self._console, self._best = writer, console, best
 
@@ -56,11 +56,7 @@ class Evaluate:
         self._writer.write(moment.step, metrics)
         self._console.say(eval_lines(moment.step, metrics, list(self._sources)))
         self._best.judge(moment.step, metrics, moment.last)
-        self._done, self.owed = moment.step, False
-
-    def miss(self, step: int, last: bool) -> None:
-        """Something else failed behind this step: the evaluation that it was to have is owed, unless it was made."""
-        self.owed |= self.due(step, last) and self._done != step
+        self.owed = False
 
     def measure(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""

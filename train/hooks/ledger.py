@@ -64,7 +64,7 @@ class Ledger:
 
         Raises:
             Diverged: its loss or gradient norm was not finite, or it was one skip in a row too many. Its metrics are
-                written, NaN and all.
+                written, NaN and all, where they can be.
         """
         if self._open is None:
             return

@@ -73,8 +73,10 @@ def _ended_after(seconds: float, reason: str) -> Iterator[None]:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    yield
-    timer.cancel()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -49,6 +50,9 @@ def failures_reported(place: RunDirectory | None) -> Iterator[None]:
         code = failure_of(error).exit_code
         reason = f"{type(error).__name__}: {error}"
         _note(place, reason, code)
+        if place is not None and code != ExitCode.USAGE:
+            with suppress(OSError), place.log.open("a", encoding="utf-8") as log:  # a bug may lie behind the sentence
+                traceback.print_exception(error, file=log)
         if several:
             explain(error)
             _tell(code, reason)

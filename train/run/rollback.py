@@ -1,5 +1,6 @@
-"""Back to the last whole checkpoint, and past the rows of the steps since: what `on_nonfinite: rollback` does."""
+"""Back to a whole checkpoint, and past the rows of the steps since: what `on_nonfinite: rollback` does."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,16 +20,17 @@ def roll_back(
 ) -> tuple[Found, TrainState] | str:  # fmt: skip
     """The checkpoint to resume from and what it holds, placed as `state`, which makes room; or why there is none.
 
-    Its position is `next_row`, the first behind the bad step. `passed` lists the times before: every later checkpoint
-    holds them. A killed run comes to the same step with the same rows and goes back once more, until a checkpoint
-    behind it says where the rows go on: no resume differs.
+    It is the newest multiple of checkpoint.every, wherever signals and clocks have made others; without one, the newest
+    of all. Its position is `next_row`, the first behind the bad step. `passed` lists the times before: every later
+    checkpoint holds them. A killed run comes to the same step with the same rows and goes back once more, until a
+    checkpoint behind it says where the rows go on: to the same one, as long as that is kept.
     """
     if config.on_nonfinite != "rollback" or error.finite:
         return ""
     if len(passed) >= config.max_rollbacks:
         return f"the run went back {len(passed)} times already (max_rollbacks)"
     meet("rollback")  # what process 0 removes is gone, and what it saved is whole
-    found = checkpoints.find_together(directory, "auto", say)
+    found = checkpoints.find_together(directory, "auto", say, config.checkpoint.every)
     if found is None or found.step >= error.step:
         return "on_nonfinite has nothing to go back to"
     now = [*passed, {"after_step": found.step, "bad_step": error.step, "next_row": next_row}]
@@ -40,4 +42,6 @@ def roll_back(
         return abstract
 
     found = found._replace(dataset={**found.dataset, "next_row": next_row, "passed": now})
-    return found, checkpoints.restore_state(found, jax.tree.map(give_up, state))
+    what, abstract = f"checkpoint {found.step} could not be read", jax.tree.map(give_up, state)
+    restore = partial(checkpoints.restore_state, found, abstract)
+    return found, checkpoints.patiently(what, restore, say, alone=False)

@@ -70,8 +70,8 @@ class Interrupts:
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             self._told.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # a command has nothing left to end at once
+            signal.signal(number, signal.SIG_IGN if handler is end_at_once else handler)
         if self._theirs:
             _system_handler(signal.SIGTERM, self._theirs)
         if not isinstance(error, Stopped):
