@@ -174,6 +174,44 @@ def test_this_process_takes_over_from_itself(take, lost, tmp_path):
     assert not lost and not first._is_ours(read(tmp_path))
 
 
+def test_a_lease_that_was_handed_over_does_not_come_back(take, tmp_path):
+    """Nobody would let go of it: its trainer is forgotten."""
+    first = take()
+    take().release()
+    time.sleep(0.2)
+    assert first.handed_over and not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("does", ["take", "release"])
+def test_a_child_that_was_forked_is_another_process(take, lost, tmp_path, does):
+    """It neither takes the directory from its parent nor lets go of it when its copy of the trainer is closed."""
+    owner = take()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            owner.release() if does == "release" else Lease(tmp_path, lost.append).take()
+        except UserError:
+            os._exit(2)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (2 if does == "take" else 0)
+    assert owner._is_ours(read(tmp_path)) and not lost
+
+
+def test_what_could_not_be_made_is_not_removed(take, tmp_path, monkeypatch):
+    """The lease that stands there may be another's."""
+    leave(tmp_path)
+
+    def refuse(*arguments, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(OSError):
+        take()
+    monkeypatch.undo()
+    assert (tmp_path / FILE).exists()
+
+
 def test_a_disk_that_does_not_answer_for_a_while_costs_no_lease(take, lost, tmp_path, monkeypatch):
     owner = take(of_another=True)
     with monkeypatch.context() as broken:

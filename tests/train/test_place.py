@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -243,6 +244,24 @@ def test_who_lost_the_run_ends_with_76_and_writes_no_more(run, quick, monkeypatc
         trainer.run.write_failure("lost", 76)
         assert (run.place / "STATUS").read_text() == status
     assert (run.place / FILE).read_text() == taken
+
+
+def test_a_trainer_that_was_made_again_takes_no_part_any_more(run, quick, monkeypatch):
+    """As in a notebook whose cell is run twice: the first one's threads live on."""
+    monkeypatch.setattr("mixtral_jax.train.run.heartbeat.BEAT_SECONDS", 0.05)
+    config = mj.load_config(run.place / "config.yaml", steps=4, output_dir=str(run.place.parent))
+    first = mj.Trainer(config, quiet=True)
+    next(first.steps())
+    with mj.Trainer(config, quiet=True) as second:
+        assert len(list(second.steps())) == 2
+    time.sleep(0.3)
+    assert json.loads((run.place / "STATUS").read_text())["state"] == "done"
+    before = everything(run.place)
+    for act in (lambda: next(first.steps()), first.save):
+        with pytest.raises(UserError, match="another Trainer of this process has begun on this run since"):
+            act()
+    first.close()
+    assert everything(run.place) == before
 
 
 # ---- a copy of the tokenizer

@@ -88,6 +88,20 @@ class RunDirectory:
             self._leases.append(held)
         return list(filter(None, said))
 
+    @property
+    def handed_over(self) -> bool:
+        """Whether a later attempt of this process has it now."""
+        return any(held.handed_over for held in self._leases)
+
+    def check_held(self) -> None:
+        """Before a step and a save.
+
+        Raises:
+            UserError: a later attempt of this process has it now.
+        """
+        if self.handed_over:
+            raise UserError(f"{self.path}: another Trainer of this process has begun on this run since: use that one")
+
     def release(self) -> None:
         """This attempt writes no more."""
         while self._leases:
@@ -158,7 +172,7 @@ class RunDirectory:
 
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
         """
-        if jax.process_index() != 0 or self.replaces:
+        if jax.process_index() != 0 or self.replaces or self.handed_over:
             return []
         with self._lock:
             self._ended |= exit_code is not None
