@@ -205,7 +205,7 @@ def test_what_could_not_be_made_is_not_removed(take, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(OSError):
         take()
     monkeypatch.undo()

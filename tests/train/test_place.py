@@ -72,6 +72,12 @@ REFUSED = {
     "a place that is a file": ["checkpoint.directory={run}/STATUS"],
     "a bucket for logs": ["output_dir=gs://bucket/runs"],
     "a bucket for rows": ["data.cache_dir=s3://bucket/rows"],
+    "an address of no kind": ["checkpoint.directory=nosuch://bucket/checkpoints"],
+    "a file as an address": ["checkpoint.directory=file:///tmp/checkpoints"],
+    "an address with one slash": ["output_dir=gs:/bucket/runs"],
+    "a shell's home": ["output_dir=~/runs"],
+    "a shell's variable": ["checkpoint.directory=$SCRATCH/checkpoints"],
+    "a shell's home for rows": ["data.cache_dir=~/rows"],
     "a name that climbs": ["run_name=.."],
     "a hidden name": ["run_name=.hidden"],
     "a long name": ["run_name=" + "x" * 101],
@@ -149,6 +155,66 @@ def test_force_with_a_step_moves_the_later_ones_aside(run):
     code, said = run("--force", "resume=1")
     assert code == 0 and "checkpoints 2 were moved to" in said and "resuming from checkpoint 1" in said
     assert (run.place / "checkpoints.old-1" / "2" / "meta").is_dir() and (run.place / "checkpoints/2/meta").is_dir()
+
+
+def test_force_takes_a_directory_by_its_real_name(run, tmp_path):
+    """Through a link, and as a relative path, what lies inside of the run is moved with it, and its lease is one."""
+    (tmp_path / "link").symlink_to(run.place.parent)
+    for inner in (run.place / "inner", run.place):
+        where = [f"output_dir={tmp_path / 'link'}", f"checkpoint.directory={inner}"]
+        assert run("--force", *where)[0] == 0
+        code, said = run("--force", *where)
+        assert code == 0 and "taken over" not in said
+    assert not list(run.place.parent.glob(f"**/{FILE}"))
+
+
+def test_force_makes_room_where_a_link_points_to(run, tmp_path):
+    (tmp_path / "large").mkdir()
+    link = run.place.with_name("linked")
+    link.symlink_to(tmp_path / "large")
+    assert run("run_name=linked")[0] == 0
+    old = everything(tmp_path / "large")
+    assert run("run_name=linked", "--force")[0] == 0
+    assert link.is_symlink() and everything(tmp_path / "large.old-1") == old and (link / "STATUS").exists()
+    (run.place / "checkpoints").rename(tmp_path / "checkpoints")
+    (run.place / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    assert run("--force", "resume=1")[0] == 0
+    assert (tmp_path / "checkpoints.old-1" / "2" / "meta").is_dir()
+
+
+@pytest.mark.parametrize("how", [["--force"], ["--force", "resume=1"]], ids=" ".join)
+def test_force_says_at_once_what_cannot_be_moved(run, monkeypatch, tmp_path, how):
+    place = tmp_path / "mounted"
+    where = ["run_name=apart", f"checkpoint.directory={place}"]
+    assert run(*where)[0] == 0
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(place))
+    before = everything(tmp_path) | everything(run.place.parent)
+    for words in (how, [*how, "--dry-run"]):
+        code, said = run(*words, *where)
+        assert code == 2 and f"{place} cannot be moved aside: it is where a file system is mounted" in said
+        assert "compiled" not in said and everything(tmp_path) | everything(run.place.parent) == before
+
+
+def test_another_stage_is_another_run(run, finished):
+    """Else `sft` under the name of the pretraining before it says that nothing is left to do."""
+    chats = finished / "chats.jsonl"
+    chats.write_text('{"prompt": "the", "completion": "router"}\n' * 40)
+    words = ["stage=sft", "data.template=v1", f"data.train.0.path={chats}", "data.validation=[]"]
+    before = everything(run.place)
+    for more in ([], ["steps=4", "data.restart=true"], ["--dry-run"]):
+        code, said = run(*words, *more, stage="sft")
+        assert code == 2 and "is of a run of stage pretrain, and this is stage sft" in said
+    assert everything(run.place) == before
+
+
+def test_a_bucket_that_nothing_here_reads_is_refused_in_a_sentence(run, monkeypatch):
+    def missing(scheme):
+        raise ImportError(f"Please install the file system of {scheme}")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    for words in (["steps=4"], ["--dry-run"], ["--force"]):
+        code, said = run("checkpoint.directory=gs://bucket/checkpoints", *words)
+        assert code == 2 and said.splitlines()[-1].endswith("cannot be read: Please install the file system of gs")
 
 
 @pytest.mark.parametrize("change", ["num_key_value_heads=4", "vocab_size=400", "intermediate_size=32"])

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 
 from mixtral_jax.data.records import choose
@@ -64,9 +65,16 @@ def check_place(key: str, path: str | Path | None) -> None:
     """Whether a directory can be made there, or written to.
 
     Raises:
-        UserError: the nearest one that exists is a file, or may not be written to.
+        UserError: the nearest one that exists is a file, or may not be written to; or nothing here reads
+            such addresses.
     """
-    if path is None or "://" in str(path):
+    scheme, address, _ = str(path or "").partition("://")
+    if address:
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise UserError(f"{key}: {path} cannot be read: {error}") from error
+    if path is None or address:
         return
     place = Path(path).absolute()
     nearest = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))

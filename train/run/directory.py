@@ -77,8 +77,8 @@ class RunDirectory:
         Raises:
             UserError: another process writes there.
         """
-        said = []
-        for place in dict.fromkeys([self.path, other or self.path]) if jax.process_index() == 0 else ():
+        said, places = list[str](), [self.path] if other in (None, self.path.resolve()) else [self.path, other]
+        for place in places if jax.process_index() == 0 else ():
             held = lease.Lease(place, _lost)
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -114,9 +114,11 @@ class RunDirectory:
             UserError: it cannot be done; then nothing is.
         """
         moved: list[tuple[Path, Path]] = []
-        for held in self._leases:
-            held.stop()  # so that it writes no more, but stands until its place is another
-        for place in (self.path, *([other] if other is not None and other.exists() else [])):
+        run = self.path.resolve() if self.path.is_symlink() else self.path  # what a link points to, and not the link
+        places = [run, *([other] if other is not None and other.exists() else [])]
+        for held in self._leases:  # each stands until its place is another, but writes no more
+            held.stop() if held.directory in (self.path, *places) else held.release()
+        for place in places:
             aside = free_name(place)
             try:
                 os.rename(place, aside)
@@ -125,7 +127,8 @@ class RunDirectory:
                     os.rename(after, before)
                 raise UserError(f"--force: {place} cannot be moved to {aside}: {error.strerror or error}") from error
             moved.append((place, aside))
-        for _, aside in moved:
+        for place, aside in moved:
+            place.mkdir()
             (aside / lease.FILE).unlink(missing_ok=True)
         self._leases.clear()
         self.create()

@@ -88,11 +88,11 @@ class Lease:
     def _create(self) -> bool:
         """Where there is no lease; of several only one succeeds."""
         try:
-            file = open(self.file, "x", encoding="utf-8")
+            made = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         try:
-            with file:
+            with open(made, "w", encoding="utf-8") as file:
                 file.write(json.dumps(self._said))
         except OSError:
             self.file.unlink(missing_ok=True)  # half of one says nothing
