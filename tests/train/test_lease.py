@@ -108,6 +108,19 @@ def test_a_file_that_is_cut_off_is_watched_and_taken_over(take, tmp_path, text):
     assert read(tmp_path)["pid"] == os.getpid()
 
 
+def test_a_number_that_is_none_of_a_process_is_watched_too(take, tmp_path):
+    leave(tmp_path, pid=10**12)
+    assert seconds_to(take) > 0.9
+
+
+def test_a_link_to_nothing_is_not_waited_for_for_ever(take, tmp_path):
+    (tmp_path / FILE).symlink_to("nowhere")
+    began = time.process_time()
+    with pytest.raises(UserError, match="can be neither made nor read: remove it"):
+        take()
+    assert time.process_time() - began < 1  # of two seconds
+
+
 def test_its_owner_mends_what_was_cut_off_or_removed(take, lost, tmp_path):
     owner = take(of_another=True)
     (tmp_path / FILE).write_text("")

@@ -49,15 +49,18 @@ class Lease:
         Returns a sentence where it was taken over.
 
         Raises:
-            UserError: the counter moves: another process writes there.
+            UserError: the counter moves: another process writes there; or it is a link to nothing.
             OSError: the file cannot be written.
         """
         _ours.add(self._said["id"])
         _made[self._said["id"]] = self
         began, taken = time.monotonic(), ""
         while not taken and not self._create():
-            if (found := read(self.directory)) is None:
-                continue  # released just now
+            if (found := read(self.directory)) is None:  # released just now, or a cache of the file system is behind
+                if time.monotonic() - began > 2 * PATIENCE_SECONDS:
+                    raise UserError(f"{self.file} can be neither made nor read: remove it")
+                time.sleep(_POLL_SECONDS)
+                continue
             if not _is_gone(found):
                 found = self._watch(found)
             if found is not None and self._follow(found, time.monotonic() - began > 2 * PATIENCE_SECONDS):
@@ -233,7 +236,7 @@ def _is_gone(found: dict[str, Any]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return _started(pid) not in (None, found.get("started"))  # the number may be another process's by now
 
