@@ -1,6 +1,8 @@
 """Where a run may write: what is refused touches nothing, what makes room is moved, one process writes at a time."""
 
+import errno
 import json
+import os
 import shutil
 import time
 
@@ -11,6 +13,7 @@ from mixtral_jax import launch
 from mixtral_jax.train import trainer as training
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run import directory as directories
 from mixtral_jax.train.run import lease as leases
 from mixtral_jax.train.run.lease import FILE, Lease
 from tests.tiny import metrics_of, write_run_file
@@ -102,6 +105,32 @@ def test_what_is_refused_touches_nothing(run, how, what):
 def test_a_new_run_that_is_refused_leaves_no_directory(run):
     assert run("run_name=new", "data.tokenizer=missing")[0] == 2
     assert not (run.place.parent / "new").exists()
+
+
+@pytest.mark.parametrize("how", HOW[2:], ids=" ".join)
+def test_checkpoints_on_a_disk_that_is_gone_are_refused(run, how):
+    """Those of the run's own directory, which is a link; the rehearsal knows it too."""
+    shutil.rmtree(run.place / "checkpoints")
+    (run.place / "checkpoints").symlink_to("/nowhere/checkpoints")
+    for words in (how, [*how, "--dry-run"]):
+        code, said = run(*words)
+        assert code == 2 and "checkpoint.directory: " in said and "checkpoints is no directory" in said
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOENT])
+def test_a_status_that_cannot_be_written_is_a_fault_of_the_storage(run, monkeypatch, code):
+    """As when the ticket for a file server has run out: the same command goes on once there is another."""
+    written = directories.write_atomically
+
+    def refuse(path, text):
+        if path.name == "STATUS":
+            raise OSError(code, os.strerror(code), str(path))
+        written(path, text)
+
+    monkeypatch.setattr(directories, "write_atomically", refuse)
+    ended, said = run("steps=3")
+    assert ended == 74 and "STATUS could not be written" in said.splitlines()[-1]
+    monkeypatch.undo()
 
 
 def test_all_that_is_wrong_is_said_at_once(run):

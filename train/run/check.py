@@ -61,20 +61,19 @@ def sizes_of(mesh: jax.sharding.Mesh | None) -> dict[str, int]:
     return dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
 
 
-def check_place(key: str, path: str | Path | None) -> None:
+def check_place(key: str, path: str | Path) -> None:
     """Whether a directory can be made there, or written to.
 
     Raises:
         UserError: the nearest one that exists is a file, or may not be written to; or nothing here reads
             such addresses.
     """
-    scheme, address, _ = str(path or "").partition("://")
+    scheme, address, _ = str(path).partition("://")
     if address:
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             raise UserError(f"{key}: {path} cannot be read: {error}") from error
-    if path is None or address:
         return
     place = Path(path).absolute()
     nearest = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))

@@ -122,8 +122,9 @@ def survey(
         UserError: see `look` and `check`; or the run began with another tokenizer, or cannot be written.
     """
     check_place("output_dir", config.run_dir)
-    check_place("checkpoint.directory", config.checkpoint.directory)
-    found = look(config, config.checkpoint.directory or config.run_dir / "checkpoints", force, say)
+    directory = config.checkpoint.directory or config.run_dir / "checkpoints"
+    check_place("checkpoint.directory", directory)
+    found = look(config, directory, force, say)
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
     tokenizer, notes = check(config, sizes(), resumes=found is not None)
