@@ -65,6 +65,10 @@ HOW = (["--force"], ["--dry-run", "run_name=new"], ["--force", "--dry-run"], ["s
 REFUSED = {
     "no tokenizer": ["data.tokenizer=missing"],
     "no data": ["data.train.0.path=missing.jsonl"],
+    "records without a text": ["data.train.0.text_key=body"],
+    "held-out records without a text": ["data.validation.0.text_key=body"],
+    "a base at an address of no kind": ["init_from=nosuch://bucket/base"],
+    "a file of another format": ["data.train.0.path={run}/STATUS", "data.train.0.format=parquet"],
     "no held-out data": ["data.validation.0.path=missing.jsonl"],
     "no base": ["init_from=missing"],
     "a base that is none": ["init_from=."],
@@ -131,6 +135,25 @@ def test_a_status_that_cannot_be_written_is_a_fault_of_the_storage(run, monkeypa
     ended, said = run("steps=3")
     assert ended == 74 and "STATUS could not be written" in said.splitlines()[-1]
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("record", "stage", "words"),
+    [
+        ({"text": "the"}, "sft", "line 1: neither 'messages' nor 'prompt' with 'completion'"),
+        ({"messages": [{"role": "user", "content": "the"}]}, "dpo", "line 1: no 'chosen'"),
+        ({"messages": [{"role": "nobody", "content": "the"}]}, "sft", "nobody"),
+    ],
+)
+def test_first_records_of_another_kind_are_refused_at_once(run, finished, record, stage, words):
+    """The rehearsal knows it too, and the run before it tokenises a file."""
+    file = finished / f"{stage}.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    given = [f"stage={stage}", "data.template=v1", f"data.train.0.path={file}", "data.validation=[]", "run_name=new"]
+    for more in ([], ["--dry-run"]):
+        code, said = run(*given, *more, stage=stage)
+        assert code == 2 and words in said.splitlines()[-1]
+        assert not (run.place.parent / "new").exists()
 
 
 def test_all_that_is_wrong_is_said_at_once(run):

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import jax
 
+from mixtral_jax.data.prepare import check_first_records
 from mixtral_jax.data.records import choose
 from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
 from mixtral_jax.parallel import MESH_AXES
@@ -25,8 +26,8 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
         resumes: a checkpoint is there, so that init_from is read again only where the run stands on it.
 
     Raises:
-        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files, a base that
-            is not there or does not fit, a cache that cannot be made.
+        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files or whose
+            first records are of another kind, a base that is not there or does not fit, a cache that cannot be made.
         OSError: a file system that does not answer.
     """
     problems: list[str] = []
@@ -41,13 +42,15 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
             problems.append(failure.sentence)
 
     looked(partial(check_sizes, config, sizes))
-    tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
+    text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
         looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
         if config.data.examples != "text":  # a tokenizer of its own: a template changes it
-            looked(lambda: load_template(config.data.template, load_tokenizer(config.data.tokenizer)))
+            text = looked(lambda: load_template(config.data.template, load_tokenizer(config.data.tokenizer)))
     for source in (*config.data.train, *config.data.validation):
-        looked(partial(choose, source))
+        chosen = looked(partial(choose, source))
+        if chosen is not None and text is not None:
+            looked(partial(check_first_records, config.data, source, chosen.files, text, config.seq_len))
     notes = looked(lambda: check_base(config)) if stands_on_base(config) or not resumes else None
     if not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
         looked(partial(check_place, "data.cache_dir", config.data.cache_dir))
