@@ -1,5 +1,6 @@
 """What a run reads: sources, tokenizer, packing, mixture. Paths are relative to the working directory."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,6 +10,19 @@ class FrozenConfig(BaseModel):
     """Immutable and strict about unknown keys (the data room knows nothing of the model's room)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_place_name(place: str) -> str:
+    """The name of a directory that is written to, as it stands.
+
+    Raises:
+        ValueError: a shell would have read another name there, or an address lacks a slash.
+    """
+    if place.startswith("~") or "$" in place:
+        raise ValueError("is taken as it stands, without a shell's ~ and $NAME: write the whole path")
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", place):
+        raise ValueError("is neither a path nor an address: an address has two slashes behind the colon")
+    return place
 
 
 class SourceConfig(FrozenConfig):
@@ -76,7 +90,7 @@ class DataConfig(FrozenConfig):
     def _is_of_a_file_system(cls, place: str) -> str:
         if "://" in place:
             raise ValueError("must be a directory of a file system: rows are read from it at random")
-        return place
+        return check_place_name(place)
 
     @field_validator("train", "validation")
     @classmethod

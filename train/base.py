@@ -21,6 +21,7 @@ from flax.traverse_util import unflatten_dict
 
 from mixtral_jax import checkpoint
 from mixtral_jax.convert import (
+    Directory,
     Leaf,
     Source,
     can_be_compared,
@@ -91,6 +92,13 @@ def check_base(config: RunConfig) -> list[str]:
     Raises:
         UserError: they are not there, are no checkpoints, or have other parameters.
     """
+    if config.init_from is not None and is_remote(config.init_from):
+        try:
+            there = Directory(config.init_from).exists()
+        except ValueError as error:
+            raise UserError(f"init_from: {error}") from error
+        if not there:
+            raise UserError(f"init_from: {config.init_from} does not exist")
     notes = check_base_shape(config)
     if config.init_from is not None:
         path = _whole_model(config.init_from)

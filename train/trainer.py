@@ -187,6 +187,7 @@ class Trainer:
         if self.step >= self.config.steps and not self._evaluate.owed:  # the last save had failed
             self._end_where_due(None)
         while self.outcome is None:
+            self.run.check_held()
             owed = self._evaluate.owed
             try:
                 with self._on_mesh(), self._phases.during(Phase.STEP if self.step > self._start else Phase.FIRST_STEP):
@@ -328,6 +329,7 @@ class Trainer:
             UserError: it could not be written, or the step was not finite; those before stand.
         """
         self._ready()
+        self.run.check_held()
         if self.outcome is not None and self.outcome.exit_code == ExitCode.NOT_FINITE:
             raise UserError(f"there is nothing to save: {self.outcome.reason}")
         with self._on_mesh():

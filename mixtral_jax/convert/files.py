@@ -54,10 +54,14 @@ class Directory:
     """A directory by path or URL. Only plain files directly inside it are seen."""
 
     def __init__(self, path: PathLike) -> None:
+        """Raises ValueError: nothing here reads such a URL."""
         self.url = os.fspath(path)
         self.remote = is_remote(self.url)
         if self.remote:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"{self.url} cannot be read: {error}") from error
         else:
             self._fs, self._root = None, self.url.removeprefix("file://")
 

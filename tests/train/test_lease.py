@@ -108,6 +108,19 @@ def test_a_file_that_is_cut_off_is_watched_and_taken_over(take, tmp_path, text):
     assert read(tmp_path)["pid"] == os.getpid()
 
 
+def test_a_number_that_is_none_of_a_process_is_watched_too(take, tmp_path):
+    leave(tmp_path, pid=10**12)
+    assert seconds_to(take) > 0.9
+
+
+def test_a_link_to_nothing_is_not_waited_for_for_ever(take, tmp_path):
+    (tmp_path / FILE).symlink_to("nowhere")
+    began = time.process_time()
+    with pytest.raises(UserError, match="can be neither made nor read: remove it"):
+        take()
+    assert time.process_time() - began < 1  # of two seconds
+
+
 def test_its_owner_mends_what_was_cut_off_or_removed(take, lost, tmp_path):
     owner = take(of_another=True)
     (tmp_path / FILE).write_text("")
@@ -172,6 +185,44 @@ def test_this_process_takes_over_from_itself(take, lost, tmp_path):
     assert seconds_to(take) < 0.5
     first._thread.join(2)
     assert not lost and not first._is_ours(read(tmp_path))
+
+
+def test_a_lease_that_was_handed_over_does_not_come_back(take, tmp_path):
+    """Nobody would let go of it: its trainer is forgotten."""
+    first = take()
+    take().release()
+    time.sleep(0.2)
+    assert first.handed_over and not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("does", ["take", "release"])
+def test_a_child_that_was_forked_is_another_process(take, lost, tmp_path, does):
+    """It neither takes the directory from its parent nor lets go of it when its copy of the trainer is closed."""
+    owner = take()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            owner.release() if does == "release" else Lease(tmp_path, lost.append).take()
+        except UserError:
+            os._exit(2)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (2 if does == "take" else 0)
+    assert owner._is_ours(read(tmp_path)) and not lost
+
+
+def test_what_could_not_be_made_is_not_removed(take, tmp_path, monkeypatch):
+    """The lease that stands there may be another's."""
+    leave(tmp_path)
+
+    def refuse(*arguments, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(OSError):
+        take()
+    monkeypatch.undo()
+    assert (tmp_path / FILE).exists()
 
 
 def test_a_disk_that_does_not_answer_for_a_while_costs_no_lease(take, lost, tmp_path, monkeypatch):

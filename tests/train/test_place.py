@@ -1,7 +1,10 @@
 """Where a run may write: what is refused touches nothing, what makes room is moved, one process writes at a time."""
 
+import errno
 import json
+import os
 import shutil
+import time
 
 import pytest
 
@@ -10,6 +13,7 @@ from mixtral_jax import launch
 from mixtral_jax.train import trainer as training
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run import directory as directories
 from mixtral_jax.train.run import lease as leases
 from mixtral_jax.train.run.lease import FILE, Lease
 from tests.tiny import metrics_of, write_run_file
@@ -61,6 +65,10 @@ HOW = (["--force"], ["--dry-run", "run_name=new"], ["--force", "--dry-run"], ["s
 REFUSED = {
     "no tokenizer": ["data.tokenizer=missing"],
     "no data": ["data.train.0.path=missing.jsonl"],
+    "records without a text": ["data.train.0.text_key=body"],
+    "held-out records without a text": ["data.validation.0.text_key=body"],
+    "a base at an address of no kind": ["init_from=nosuch://bucket/base"],
+    "a file of another format": ["data.train.0.path={run}/STATUS", "data.train.0.format=parquet"],
     "no held-out data": ["data.validation.0.path=missing.jsonl"],
     "no base": ["init_from=missing"],
     "a base that is none": ["init_from=."],
@@ -71,6 +79,12 @@ REFUSED = {
     "a place that is a file": ["checkpoint.directory={run}/STATUS"],
     "a bucket for logs": ["output_dir=gs://bucket/runs"],
     "a bucket for rows": ["data.cache_dir=s3://bucket/rows"],
+    "an address of no kind": ["checkpoint.directory=nosuch://bucket/checkpoints"],
+    "a file as an address": ["checkpoint.directory=file:///tmp/checkpoints"],
+    "an address with one slash": ["output_dir=gs:/bucket/runs"],
+    "a shell's home": ["output_dir=~/runs"],
+    "a shell's variable": ["checkpoint.directory=$SCRATCH/checkpoints"],
+    "a shell's home for rows": ["data.cache_dir=~/rows"],
     "a name that climbs": ["run_name=.."],
     "a hidden name": ["run_name=.hidden"],
     "a long name": ["run_name=" + "x" * 101],
@@ -95,6 +109,51 @@ def test_what_is_refused_touches_nothing(run, how, what):
 def test_a_new_run_that_is_refused_leaves_no_directory(run):
     assert run("run_name=new", "data.tokenizer=missing")[0] == 2
     assert not (run.place.parent / "new").exists()
+
+
+@pytest.mark.parametrize("how", HOW[2:], ids=" ".join)
+def test_checkpoints_on_a_disk_that_is_gone_are_refused(run, how):
+    """Those of the run's own directory, which is a link; the rehearsal knows it too."""
+    shutil.rmtree(run.place / "checkpoints")
+    (run.place / "checkpoints").symlink_to("/nowhere/checkpoints")
+    for words in (how, [*how, "--dry-run"]):
+        code, said = run(*words)
+        assert code == 2 and "checkpoint.directory: " in said and "checkpoints is no directory" in said
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOENT])
+def test_a_status_that_cannot_be_written_is_a_fault_of_the_storage(run, monkeypatch, code):
+    """As when the ticket for a file server has run out: the same command goes on once there is another."""
+    written = directories.write_atomically
+
+    def refuse(path, text):
+        if path.name == "STATUS":
+            raise OSError(code, os.strerror(code), str(path))
+        written(path, text)
+
+    monkeypatch.setattr(directories, "write_atomically", refuse)
+    ended, said = run("steps=3")
+    assert ended == 74 and "STATUS could not be written" in said.splitlines()[-1]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("record", "stage", "words"),
+    [
+        ({"text": "the"}, "sft", "line 1: neither 'messages' nor 'prompt' with 'completion'"),
+        ({"messages": [{"role": "user", "content": "the"}]}, "dpo", "line 1: no 'chosen'"),
+        ({"messages": [{"role": "nobody", "content": "the"}]}, "sft", "nobody"),
+    ],
+)
+def test_first_records_of_another_kind_are_refused_at_once(run, finished, record, stage, words):
+    """The rehearsal knows it too, and the run before it tokenises a file."""
+    file = finished / f"{stage}.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    given = [f"stage={stage}", "data.template=v1", f"data.train.0.path={file}", "data.validation=[]", "run_name=new"]
+    for more in ([], ["--dry-run"]):
+        code, said = run(*given, *more, stage=stage)
+        assert code == 2 and words in said.splitlines()[-1]
+        assert not (run.place.parent / "new").exists()
 
 
 def test_all_that_is_wrong_is_said_at_once(run):
@@ -148,6 +207,66 @@ def test_force_with_a_step_moves_the_later_ones_aside(run):
     code, said = run("--force", "resume=1")
     assert code == 0 and "checkpoints 2 were moved to" in said and "resuming from checkpoint 1" in said
     assert (run.place / "checkpoints.old-1" / "2" / "meta").is_dir() and (run.place / "checkpoints/2/meta").is_dir()
+
+
+def test_force_takes_a_directory_by_its_real_name(run, tmp_path):
+    """Through a link, and as a relative path, what lies inside of the run is moved with it, and its lease is one."""
+    (tmp_path / "link").symlink_to(run.place.parent)
+    for inner in (run.place / "inner", run.place):
+        where = [f"output_dir={tmp_path / 'link'}", f"checkpoint.directory={inner}"]
+        assert run("--force", *where)[0] == 0
+        code, said = run("--force", *where)
+        assert code == 0 and "taken over" not in said
+    assert not list(run.place.parent.glob(f"**/{FILE}"))
+
+
+def test_force_makes_room_where_a_link_points_to(run, tmp_path):
+    (tmp_path / "large").mkdir()
+    link = run.place.with_name("linked")
+    link.symlink_to(tmp_path / "large")
+    assert run("run_name=linked")[0] == 0
+    old = everything(tmp_path / "large")
+    assert run("run_name=linked", "--force")[0] == 0
+    assert link.is_symlink() and everything(tmp_path / "large.old-1") == old and (link / "STATUS").exists()
+    (run.place / "checkpoints").rename(tmp_path / "checkpoints")
+    (run.place / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    assert run("--force", "resume=1")[0] == 0
+    assert (tmp_path / "checkpoints.old-1" / "2" / "meta").is_dir()
+
+
+@pytest.mark.parametrize("how", [["--force"], ["--force", "resume=1"]], ids=" ".join)
+def test_force_says_at_once_what_cannot_be_moved(run, monkeypatch, tmp_path, how):
+    place = tmp_path / "mounted"
+    where = ["run_name=apart", f"checkpoint.directory={place}"]
+    assert run(*where)[0] == 0
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(place))
+    before = everything(tmp_path) | everything(run.place.parent)
+    for words in (how, [*how, "--dry-run"]):
+        code, said = run(*words, *where)
+        assert code == 2 and f"{place} cannot be moved aside: it is where a file system is mounted" in said
+        assert "compiled" not in said and everything(tmp_path) | everything(run.place.parent) == before
+
+
+def test_another_stage_is_another_run(run, finished):
+    """Else `sft` under the name of the pretraining before it says that nothing is left to do."""
+    chats = finished / "chats.jsonl"
+    chats.write_text('{"prompt": "the", "completion": "router"}\n' * 40)
+    words = ["stage=sft", "data.template=v1", f"data.train.0.path={chats}", "data.validation=[]"]
+    before = everything(run.place)
+    for more in ([], ["steps=4", "data.restart=true"], ["--dry-run"]):
+        code, said = run(*words, *more, stage="sft")
+        assert code == 2 and "is of a run of stage pretrain, and this is stage sft" in said
+    assert everything(run.place) == before
+
+
+def test_a_bucket_that_nothing_here_reads_is_refused_in_a_sentence(run, monkeypatch):
+    def missing(scheme):
+        raise ImportError(f"Please install the file system of {scheme}")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    for words in (["steps=4"], ["--dry-run"], ["--force"]):
+        code, said = run("checkpoint.directory=gs://bucket/checkpoints", *words)
+        assert code == 2 and said.splitlines()[-1].endswith("cannot be read: Please install the file system of gs")
 
 
 @pytest.mark.parametrize("change", ["num_key_value_heads=4", "vocab_size=400", "intermediate_size=32"])
@@ -243,6 +362,24 @@ def test_who_lost_the_run_ends_with_76_and_writes_no_more(run, quick, monkeypatc
         trainer.run.write_failure("lost", 76)
         assert (run.place / "STATUS").read_text() == status
     assert (run.place / FILE).read_text() == taken
+
+
+def test_a_trainer_that_was_made_again_takes_no_part_any_more(run, quick, monkeypatch):
+    """As in a notebook whose cell is run twice: the first one's threads live on."""
+    monkeypatch.setattr("mixtral_jax.train.run.heartbeat.BEAT_SECONDS", 0.05)
+    config = mj.load_config(run.place / "config.yaml", steps=4, output_dir=str(run.place.parent))
+    first = mj.Trainer(config, quiet=True)
+    next(first.steps())
+    with mj.Trainer(config, quiet=True) as second:
+        assert len(list(second.steps())) == 2
+    time.sleep(0.3)
+    assert json.loads((run.place / "STATUS").read_text())["state"] == "done"
+    before = everything(run.place)
+    for act in (lambda: next(first.steps()), first.save):
+        with pytest.raises(UserError, match="another Trainer of this process has begun on this run since"):
+            act()
+    first.close()
+    assert everything(run.place) == before
 
 
 # ---- a copy of the tokenizer

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 from etils import epath
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
+from mixtral_jax.data.config import check_place_name
 from mixtral_jax.train.checkpoints.best import LINK, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
 from mixtral_jax.train.checkpoints.together import Together
@@ -41,6 +42,14 @@ class CheckpointConfig(FrozenConfig):
         None, description="where checkpoints go, gs:// too; null: <output_dir>/<run_name>/checkpoints"
     )
     asynchronous: bool = Field(True, description="write in the background while training goes on")
+
+    @field_validator("directory")
+    @classmethod
+    def _is_known(cls, place: str | None) -> str | None:
+        scheme, address, _ = (place or "").partition("://")
+        if address and scheme not in ("gs", "s3"):
+            raise ValueError("must be a directory of a file system, gs:// or s3://")
+        return place and check_place_name(place)
 
 
 class Found(NamedTuple):

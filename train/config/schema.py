@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
-from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.config import DataConfig, check_place_name
 from mixtral_jax.lora import ROUTER, LoraConfig
 from mixtral_jax.parallel import MeshConfig
 from mixtral_jax.train.checkpoints import CheckpointConfig, EarlyStoppingConfig, watching_problems
@@ -125,7 +125,7 @@ class RunConfig(FrozenConfig):
             raise ValueError(
                 "must be a directory of a file system: logs stay local (checkpoint.directory may be a bucket)"
             )
-        return place
+        return check_place_name(place)
 
     @field_validator("steps", mode="before", json_schema_input_type=Annotated[int, Field(ge=0)] | None)
     @classmethod

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 
+from mixtral_jax.data.prepare import check_first_records
 from mixtral_jax.data.records import choose
 from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
 from mixtral_jax.parallel import MESH_AXES
@@ -24,8 +26,8 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
         resumes: a checkpoint is there, so that init_from is read again only where the run stands on it.
 
     Raises:
-        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files, a base that
-            is not there or does not fit, a cache that cannot be made.
+        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files or whose
+            first records are of another kind, a base that is not there or does not fit, a cache that cannot be made.
         OSError: a file system that does not answer.
     """
     problems: list[str] = []
@@ -40,13 +42,15 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
             problems.append(failure.sentence)
 
     looked(partial(check_sizes, config, sizes))
-    tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
+    text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
         looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
         if config.data.examples != "text":  # a tokenizer of its own: a template changes it
-            looked(lambda: load_template(config.data.template, load_tokenizer(config.data.tokenizer)))
+            text = looked(lambda: load_template(config.data.template, load_tokenizer(config.data.tokenizer)))
     for source in (*config.data.train, *config.data.validation):
-        looked(partial(choose, source))
+        chosen = looked(partial(choose, source))
+        if chosen is not None and text is not None:
+            looked(partial(check_first_records, config.data, source, chosen.files, text, config.seq_len))
     notes = looked(lambda: check_base(config)) if stands_on_base(config) or not resumes else None
     if not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
         looked(partial(check_place, "data.cache_dir", config.data.cache_dir))
@@ -60,13 +64,19 @@ def sizes_of(mesh: jax.sharding.Mesh | None) -> dict[str, int]:
     return dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
 
 
-def check_place(key: str, path: str | Path | None) -> None:
+def check_place(key: str, path: str | Path) -> None:
     """Whether a directory can be made there, or written to.
 
     Raises:
-        UserError: the nearest one that exists is a file, or may not be written to.
+        UserError: the nearest one that exists is a file, or may not be written to; or nothing here reads
+            such addresses.
     """
-    if path is None or "://" in str(path):
+    scheme, address, _ = str(path).partition("://")
+    if address:
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise UserError(f"{key}: {path} cannot be read: {error}") from error
         return
     place = Path(path).absolute()
     nearest = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))

@@ -77,8 +77,8 @@ class RunDirectory:
         Raises:
             UserError: another process writes there.
         """
-        said = []
-        for place in dict.fromkeys([self.path, other or self.path]) if jax.process_index() == 0 else ():
+        said, places = list[str](), [self.path] if other in (None, self.path.resolve()) else [self.path, other]
+        for place in places if jax.process_index() == 0 else ():
             held = lease.Lease(place, _lost)
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,20 @@ class RunDirectory:
                 raise _refused("output_dir" if place == self.path else "checkpoint.directory", place, error) from error
             self._leases.append(held)
         return list(filter(None, said))
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether a later attempt of this process has it now."""
+        return any(held.handed_over for held in self._leases)
+
+    def check_held(self) -> None:
+        """Before a step and a save.
+
+        Raises:
+            UserError: a later attempt of this process has it now.
+        """
+        if self.handed_over:
+            raise UserError(f"{self.path}: another Trainer of this process has begun on this run since: use that one")
 
     def release(self) -> None:
         """This attempt writes no more."""
@@ -100,9 +114,11 @@ class RunDirectory:
             UserError: it cannot be done; then nothing is.
         """
         moved: list[tuple[Path, Path]] = []
-        for held in self._leases:
-            held.stop()  # so that it writes no more, but stands until its place is another
-        for place in (self.path, *([other] if other is not None and other.exists() else [])):
+        run = self.path.resolve() if self.path.is_symlink() else self.path  # what a link points to, and not the link
+        places = [run, *([other] if other is not None and other.exists() else [])]
+        for held in self._leases:  # each stands until its place is another, but writes no more
+            held.stop() if held.directory in (self.path, *places) else held.release()
+        for place in places:
             aside = free_name(place)
             try:
                 os.rename(place, aside)
@@ -111,7 +127,8 @@ class RunDirectory:
                     os.rename(after, before)
                 raise UserError(f"--force: {place} cannot be moved to {aside}: {error.strerror or error}") from error
             moved.append((place, aside))
-        for _, aside in moved:
+        for place, aside in moved:
+            place.mkdir()
             (aside / lease.FILE).unlink(missing_ok=True)
         self._leases.clear()
         self.create()
@@ -157,8 +174,11 @@ class RunDirectory:
         """One JSON object: state, step, time (seconds since 1970), host, attempt, goodput, reason, exit_code and more.
 
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
+
+        Raises:
+            StorageError: it cannot be written.
         """
-        if jax.process_index() != 0 or self.replaces:
+        if jax.process_index() != 0 or self.replaces or self.handed_over:
             return []
         with self._lock:
             self._ended |= exit_code is not None
@@ -168,7 +188,10 @@ class RunDirectory:
                 "attempt": self.attempt, "seconds_since_progress": round(self.phases.read().idle, 3),
                 "goodput": account.goodput, "seconds": account.seconds, "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
-            self._replace_status(json.dumps(status) + "\n")
+            try:
+                self._replace_status(json.dumps(status) + "\n")
+            except OSError as error:  # whatever it is, nobody has mistyped the name
+                raise StorageError(f"STATUS could not be written: {self.path}: {error.strerror or error}") from error
         return list(account.table())
 
     def _replace_status(self, text: str) -> None:
@@ -197,7 +220,7 @@ class RunDirectory:
         A refused one leaves what the run's says, and so does one of a run that another process has.
         """
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError), self._lock:
+            with contextlib.suppress(OSError, StorageError), self._lock:
                 if not (self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
                     self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
         self.release()

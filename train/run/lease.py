@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ FILE = "LEASE"
 BEAT_SECONDS, PATIENCE_SECONDS = 3.0, 60.0  # the counter of an owner moves; one that stands still is taken over
 _POLL_SECONDS, _JOIN_SECONDS = 0.2, 10.0
 _ours: set[str] = set()  # ids of the leases that this process holds or has handed over to itself
+_made: "weakref.WeakValueDictionary[str, Lease]" = weakref.WeakValueDictionary()  # by id
+os.register_at_fork(after_in_child=_ours.clear)  # what the parent holds is another process's
 
 
 class Lease:
@@ -36,6 +39,7 @@ class Lease:
     def __init__(self, directory: Path, lost: Callable[[str], None]):
         self.directory, self.file = directory, directory / FILE
         self._lost, self._said = lost, {**_this_process(), "id": uuid.uuid4().hex, "beat": 0}
+        self.handed_over = False  # to a later one of this process
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -45,14 +49,18 @@ class Lease:
         Returns a sentence where it was taken over.
 
         Raises:
-            UserError: the counter moves: another process writes there.
+            UserError: the counter moves: another process writes there; or it is a link to nothing.
             OSError: the file cannot be written.
         """
         _ours.add(self._said["id"])
+        _made[self._said["id"]] = self
         began, taken = time.monotonic(), ""
         while not taken and not self._create():
-            if (found := read(self.directory)) is None:
-                continue  # released just now
+            if (found := read(self.directory)) is None:  # released just now, or a cache of the file system is behind
+                if time.monotonic() - began > 2 * PATIENCE_SECONDS:
+                    raise UserError(f"{self.file} can be neither made nor read: remove it")
+                time.sleep(_POLL_SECONDS)
+                continue
             if not _is_gone(found):
                 found = self._watch(found)
             if found is not None and self._follow(found, time.monotonic() - began > 2 * PATIENCE_SECONDS):
@@ -73,6 +81,9 @@ class Lease:
         try:
             if stands := read(self.directory) == found:
                 self._replace()
+                if found.get("id") in _ours and (before := _made.get(found["id"])) is not None:
+                    before.handed_over = True
+                    before.stop()
             return stands
         finally:
             turn.unlink(missing_ok=True)
@@ -80,10 +91,12 @@ class Lease:
     def _create(self) -> bool:
         """Where there is no lease; of several only one succeeds."""
         try:
-            with open(self.file, "x", encoding="utf-8") as file:
-                file.write(json.dumps(self._said))
+            made = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
+        try:
+            with open(made, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self._said))
         except OSError:
             self.file.unlink(missing_ok=True)  # half of one says nothing
             raise
@@ -161,7 +174,7 @@ class Lease:
         """Let go of it; a lease that another one has taken stays."""
         self.stop()
         with contextlib.suppress(OSError):
-            if self._is_ours(read(self.directory)):
+            if self._is_ours(read(self.directory)) and self._said["pid"] == os.getpid():  # not a child's copy
                 self.file.unlink()
 
 
@@ -223,7 +236,7 @@ def _is_gone(found: dict[str, Any]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return _started(pid) not in (None, found.get("started"))  # the number may be another process's by now
 

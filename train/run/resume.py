@@ -85,7 +85,7 @@ def where_to_start(
     def make_room() -> list[str]:
         moved = []
         if anew:
-            apart = own is not None and not own.is_relative_to(place.path.absolute())
+            apart = own is not None and not own.is_relative_to(place.path.resolve())
             if checkpoints.saved_steps(directory) or place.holds_a_run():
                 moved = place.move_aside(own if apart else None)
             checkpoints.own(directory, whose)
@@ -122,8 +122,9 @@ def survey(
         UserError: see `look` and `check`; or the run began with another tokenizer, or cannot be written.
     """
     check_place("output_dir", config.run_dir)
-    check_place("checkpoint.directory", config.checkpoint.directory)
-    found = look(config, config.checkpoint.directory or config.run_dir / "checkpoints", force, say)
+    directory = config.checkpoint.directory or config.run_dir / "checkpoints"
+    check_place("checkpoint.directory", directory)
+    found = look(config, directory, force, say)
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
     tokenizer, notes = check(config, sizes(), resumes=found is not None)
@@ -151,6 +152,8 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
     if force and not isinstance(config.resume, int):
         _check_movable(config)
         return None
+    if force and newer:
+        _check_rename(Path(directory).resolve())
     if config.resume == "never" and existing:
         raise UserError(
             f"resume: never, but {directory} holds checkpoint {existing[-1]}: choose another run_name, or --force to "
@@ -176,13 +179,15 @@ def newer_steps(config: RunConfig, steps: list[int]) -> list[int]:
 def own_directory(config: RunConfig) -> Path | None:
     """The directory of checkpoints where it is another one than the run's own, and on a file system."""
     named = config.checkpoint.directory
-    return Path(named).absolute() if named is not None and "://" not in named else None
+    return Path(named).resolve() if named is not None and "://" not in named else None
 
 
 def _check_movable(config: RunConfig) -> None:
-    own, run = own_directory(config), config.run_dir.absolute()
+    own, run = own_directory(config), config.run_dir.resolve()
+    _check_rename(run)
     if own is None or not own.exists() or own.is_relative_to(run):
         return
+    _check_rename(own)
     ours = re.compile(rf"\d+(\..*)?|\..*|{LEASE}.*|OWNER\.json|best(\.tmp)?")
     others = sorted(p.name for p in own.iterdir() if not ours.fullmatch(p.name))
     if others:
@@ -192,16 +197,27 @@ def _check_movable(config: RunConfig) -> None:
         )
 
 
+def _check_rename(place: Path) -> None:
+    if not place.exists() or not any(not p.name.startswith(("logs", LEASE)) for p in place.iterdir()):
+        return
+    why = "it is where a file system is mounted" if os.path.ismount(place) else ""
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        why = f"{place.parent} may not be written to"
+    if why:
+        raise UserError(f"--force: {place} cannot be moved aside: {why}")
+
+
 def set_aside(directory: epath.PathLike, steps: list[int]) -> list[str]:
     """Move single checkpoints out of a directory, on a file system; sentences of what was done."""
     if not steps:
         return []
-    aside, link = free_name(Path(directory)), Path(directory) / "best"
+    root = Path(directory).resolve()  # beside what a link points to, so that a rename is enough
+    aside, link = free_name(root), root / "best"
     aside.mkdir()
     if link.is_symlink() and os.readlink(link) in map(str, steps):
         link.unlink()
     for step in steps:
-        os.rename(Path(directory) / str(step), aside / str(step))
+        os.rename(root / str(step), aside / str(step))
     return [f"checkpoints {', '.join(map(str, steps))} were moved to {aside}"]
 
 
@@ -270,12 +286,18 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
 
 
 def check_same_base(found: Found, config: RunConfig) -> None:
-    """A checkpoint of adapters means nothing beside another base, or at another scale.
+    """A checkpoint of adapters means nothing beside another base, or at another scale; nor one of another stage.
 
     Raises:
-        UserError: init_from is not the one that the adapters were trained on, or `lora` says something else of them.
+        UserError: the stage is another; or init_from is not the one that the adapters were trained on, or `lora` says
+            something else of them.
     """
     then, now = found.meta["config"], config.model_dump(mode="json")
+    if (stage := then.get("stage", config.stage)) != config.stage:
+        raise UserError(
+            f"checkpoint {found.step} is of a run of stage {stage}, and this is stage {config.stage}: choose another "
+            "run_name, with init_from"
+        )
     for key, (ours, made) in config.model.differences(MixtralConfig(**then["model"])).items():
         raise UserError(
             f"checkpoint {found.step} was trained with model.{key} {made}, which is now {ours}: set it back, or "
