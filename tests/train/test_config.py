@@ -139,9 +139,9 @@ def test_every_leaf_has_an_origin(file: Path) -> None:
         (["steps=null"], "neither steps nor data.epochs says how long the run is: set one"),
         (["log.profile={start: 101}"], "log.profile.start (101) is past the last step (100): no step would be traced"),
         (["log.profile={}", "steps=8", "optimizer.warmup_steps=0"], "log.profile.start (10) is past the last step (8)"),
-        ([f"run_name={'a' * 201}"], "is longer than 200 bytes"),
-        ([f"run_name={'ä' * 150}"], "is longer than 200 bytes"),
-        (["run_name=.."], "is no name of a directory"),
+        ([f"run_name={'a' * 101}"], "is longer than 100 characters (101)"),
+        ([f"run_name={'語' * 80}"], "is longer than 200 bytes"),
+        (["run_name=.."], "must not start with a dot"),
     ],
 )
 def test_what_cannot_be_is_a_sentence_with_numbers_and_keys(file: Path, overrides: list[str], line: str) -> None:
@@ -152,7 +152,7 @@ def test_epochs_in_place_of_steps_as_the_message_says(file: Path) -> None:
     config = load_config(file, ["steps=null", "data.epochs=2"]).config
     assert (config.steps, config.data.epochs) == (0, 2)
     assert load_config(file, ["data.epochs=null"]).config.steps == 100
-    assert load_config(file, ["log.profile={start: 100}", f"run_name={'a' * 200}"]).config.log.profile
+    assert load_config(file, ["log.profile={start: 100}", f"run_name={'a' * 100}"]).config.log.profile
 
 
 def test_problems_across_fields_come_together(file: Path) -> None:

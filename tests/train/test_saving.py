@@ -348,6 +348,7 @@ def process(monkeypatch):
     for module in (meetings, together):
         monkeypatch.setattr(module, "store", lambda: store)
     monkeypatch.setattr(together.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(together.Together, "left_behind", False)  # and so it is again behind the test
 
     def process(index):
         monkeypatch.setattr(together.jax, "process_index", lambda: index)
