@@ -162,6 +162,9 @@ def test_a_full_disk_at_a_skipped_step_costs_no_count(trainer_of, tmp_path, full
     monkeypatch.setattr(optimizer, "_is_spike", lambda _, state, norm: state.norm_count >= 2)
     full_at(3)
     changes = {"optimizer": {"skip_spikes": 3.0, "max_skips": 4}, "log": {"every": 100}}
+    with pytest.raises(training.StorageError, match="checkpoint 3 stands"):
+        trained(trainer_of("skips", **changes))
+    full_at(6)
     _, outcome = trained(trainer_of("skips", **changes))
     assert (outcome.step, outcome.exit_code) == (6, 3)
     kept = dataset(tmp_path / "skips" / "run", 3)

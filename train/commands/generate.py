@@ -45,10 +45,11 @@ def generate(
     before += read_turns(turns) if turns is not None else []
     if before and not chat:
         raise UserError("--system and --turns belong to a chat: add --chat")
+    own = run_template(checkpoint)  # a checkpoint that is not there is said before a tokenizer that is not
     options["tokenizer"] = read_tokenizer(tokenizer or checkpoint)
     for note in options["tokenizer"].notes:
         print(f"note: {note}", file=sys.stderr)
-    options["template"] = template or run_template(checkpoint)
+    options["template"] = template or own
     compute = ComputeConfig(dtype=dtype or "auto")
     whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
     model = read_model(checkpoint, dtype="float32" if whole else None, compute=compute)

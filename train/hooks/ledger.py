@@ -83,7 +83,8 @@ class Ledger:
         last_skip = self.skips >= self._max_skips
         metrics = report.metrics() | {"train/tokens": self.tokens} if skipped else {}
         if skipped and (last_skip or not self._logged(step)):  # said at once, whatever the interval of the log
-            self._writer.write(step, metrics)
+            with contextlib.suppress(*[OSError] * last_skip):  # the end weighs more
+                self._writer.write(step, metrics)
         if last_skip:
             why = (
                 f"the last {self.skips} updates were skipped (optimizer.max_skips): the gradient norm, at step {step} "
