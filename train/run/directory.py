@@ -176,7 +176,7 @@ class RunDirectory:
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
 
         Raises:
-            StorageError: it cannot be written.
+            OSError: it cannot be written.
         """
         if jax.process_index() != 0 or self.replaces or self.handed_over:
             return []
@@ -188,10 +188,7 @@ class RunDirectory:
                 "attempt": self.attempt, "seconds_since_progress": round(self.phases.read().idle, 3),
                 "goodput": account.goodput, "seconds": account.seconds, "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
-            try:
-                self._replace_status(json.dumps(status) + "\n")
-            except OSError as error:  # whatever it is, nobody has mistyped the name
-                raise StorageError(f"STATUS could not be written: {self.path}: {error.strerror or error}") from error
+            self._replace_status(json.dumps(status) + "\n")
         return list(account.table())
 
     def _replace_status(self, text: str) -> None:
@@ -220,7 +217,7 @@ class RunDirectory:
         A refused one leaves what the run's says, and so does one of a run that another process has.
         """
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError, StorageError), self._lock:
+            with contextlib.suppress(OSError), self._lock:
                 if not (self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
                     self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
         self.release()
