@@ -81,7 +81,8 @@ class Feed:
 
     def __next__(self) -> Any:
         if self._refused is not None:
-            raise self._refused
+            error, self._refused = self._refused, None
+            raise error
         start = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - start

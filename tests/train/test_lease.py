@@ -195,6 +195,7 @@ def test_a_lease_that_was_handed_over_does_not_come_back(take, tmp_path):
     assert first.handed_over and not (tmp_path / FILE).exists()
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # jax's: the child calls none of it
 @pytest.mark.parametrize("does", ["take", "release"])
 def test_a_child_that_was_forked_is_another_process(take, lost, tmp_path, does):
     """It neither takes the directory from its parent nor lets go of it when its copy of the trainer is closed."""
