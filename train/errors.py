@@ -171,8 +171,8 @@ def _system_code(error: BaseException) -> int:
     named = [code for kind, code in _OF_TYPE.items() if isinstance(error, kind)]
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         named.append(errno.ENOMEM)
-    # tensorstore and array_record report a full disk as an error of their own, `INTERNAL: ...`
-    if type(error).__name__ != "JaxRuntimeError" and re.match(r"[A-Z_]+: ", str(error)):
+    # tensorstore and array_record report a full disk as an error of their own, `INTERNAL: ...`, `write() failed: ...`
+    if type(error).__name__ != "JaxRuntimeError" and re.match(r"([A-Z_]+|[a-z]+\(\) failed): ", str(error)):
         named += [code for code in (*FULL, errno.EIO, errno.EROFS) if os.strerror(code) in str(error)]
         named += [errno.ETIMEDOUT] * str(error).startswith(_NOT_SERVED)
     return named[0] if named else 0

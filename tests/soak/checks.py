@@ -66,6 +66,12 @@ def read_status(run: Path) -> dict[str, Any] | None:
         return None
 
 
+def status_text(run: Path) -> str:
+    """Of STATUS; empty where there is none."""
+    place = run / "STATUS"
+    return place.read_text() if place.exists() else ""
+
+
 def arrays(path: Path) -> dict[str, bytes]:
     """Every array of a checkpoint as it lies on disk."""
     from mixtral_jax.checkpoint.slices import ArrayReader
@@ -99,6 +105,7 @@ class History:
         self.whole: set[int] = set()
         self.cut_until = dict.fromkeys(reference.rows, 0)  # rows up to here may lack: we cut them off
         self._status: dict[str, Any] | None = None
+        self._text = ""  # of STATUS
 
     def before(self, cut: str | None = None) -> None:
         """Look at the run as an attempt finds it, after `cut` was cut: steps before a checkpoint are not made again."""
@@ -106,6 +113,7 @@ class History:
         if cut in self.cut_until:
             self.cut_until[cut] = max(self.cut_until[cut], *self.whole, 0)
         try:
+            self._text = status_text(self.run)
             self._status = read_status(self.run)
         except ValueError:  # cut
             self._status = None
@@ -164,7 +172,7 @@ class History:
         try:
             status = read_status(self.run)
         except ValueError as error:
-            return [] if full else [f"STATUS is no JSON: {error}"]
+            return [] if full or status_text(self.run) == self._text else [f"STATUS is no JSON: {error}"]
         if status == self._status:  # the attempt was refused, or ended before its first word
             return [] if 0 not in codes or (status or {}).get("exit_code") == 0 else [f"exit 0 with STATUS {status}"]
         if status is None:

@@ -200,6 +200,8 @@ def test_the_table_has_a_code_for_every_kind():
     assert failure_of(StorageError("x")).exit_code == 74 and failure_of(UserError("x")).exit_code == 2
     assert failure_of(OSError(errno.EBADF, "x")).sentence == ""  # ours, with a traceback
     assert failure_of(ValueError("INTERNAL: write: No space left on device [x]")).exit_code == 74  # tensorstore's
+    of_array_record = RuntimeError("write() failed: No space left on device; at byte 0")
+    assert failure_of(of_array_record).exit_code == 74
     assert failure_of(ValueError("line 3: 'No space left on device' is no role")).exit_code != 74  # quotes a record
     gloo = type("JaxRuntimeError", (RuntimeError,), {})("UNKNOWN: Gloo connect: Connection timed out")
     assert failure_of(gloo).sentence == ""  # no disk: peers.py knows
