@@ -86,8 +86,10 @@ def _whole_model(named: str) -> str:
     return path
 
 
-def check_base(config: RunConfig) -> list[str]:
+def check_base(config: RunConfig, resumes: bool) -> list[str]:
     """Whether init_from and lora.init_from hold what the run needs; reads no weights. Notes as `check_base_shape`.
+
+    A run that resumes has its adapter, and needs that of lora.init_from no more.
 
     Raises:
         UserError: they are not there, are no checkpoints, or have other parameters.
@@ -107,7 +109,7 @@ def check_base(config: RunConfig) -> list[str]:
                 check_leaves(path, open_source(path), {leaf.path: leaf.shape for leaf in stored_leaves(config.model)})
             except ValueError as error:
                 raise UserError(f"init_from: {error}") from error
-    if config.adapters is not None and config.adapters.init_from is not None:
+    if not resumes and config.adapters is not None and config.adapters.init_from is not None:
         trained = keep(abstract_params(config, None), is_trained(config))
         matching_adapter(config, dict(leaves(trained)))
     return notes

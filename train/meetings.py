@@ -7,7 +7,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import jax
@@ -82,20 +82,25 @@ def agree(**values: str | int) -> None:
         )
 
 
-def sharers(directory: epath.PathLike) -> np.ndarray:
-    """Of every process whether it sees what process 0 writes in `directory`."""
+def sharers(directory: epath.PathLike, *, must: bool = True) -> np.ndarray:
+    """Of every process whether it sees what process 0 writes in `directory`: nobody does where that cannot write.
+
+    Raises:
+        OSError: it `must`, and cannot.
+    """
     place, count = epath.Path(directory), jax.process_count()
     if count == 1 or "://" in os.fspath(directory):
         return np.ones(count, bool)
     number = np.frombuffer(os.urandom(8), np.uint32)  # a name that no one has looked for, and that no cache denies
     if jax.process_index() == 0:
-        place.mkdir(parents=True, exist_ok=True)
-        _mark(place, number).touch()
+        with nullcontext() if must else suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            _mark(place, number).touch()
     number = hear(number, 0)
     with suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)  # asks the server, where NFS would keep a "no" that it heard before
     seen = gather(np.array(_mark(place, number).exists()))
-    if jax.process_index() == 0:
+    if seen.any() and jax.process_index() == 0:
         _mark(place, number).unlink(missing_ok=True)
     return seen
 
@@ -120,8 +125,11 @@ def check_shared(key: str, directory: epath.PathLike) -> None:
 
 @contextmanager
 def first_alone(directory: epath.PathLike) -> Iterator[None]:
-    """Process 0 makes in `directory` what is missing; who shares it comes after that, who has an own one meanwhile."""
-    follows = sharers(directory)[jax.process_index()] and jax.process_index() > 0
+    """Process 0 makes in `directory` what is missing; who shares it comes after that, who has an own one meanwhile.
+
+    Where process 0 may only read, everything is there already.
+    """
+    follows = sharers(directory, must=False)[jax.process_index()] and jax.process_index() > 0
     if follows:
         meet("made")
     yield

@@ -13,7 +13,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import load_config as load_shape
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.train import base as room
-from mixtral_jax.train.base import adapter_weights, check_base_shape, pin_base
+from mixtral_jax.train.base import adapter_weights, check_base, check_base_shape, pin_base
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run.resume import check_same_base
@@ -119,6 +119,9 @@ def test_an_adapter_with_other_rows_than_the_model_is_refused(tmp_path):
     told = r"embed\.weight of shape \(330, 64\), the run's is \(320, 64\)".replace("64", str(shape.hidden_size))
     with pytest.raises(UserError, match=told + ".*resize-vocab"):
         adapter_weights(config, keep(abstract_params(config, None), is_trained(config)))
+    with pytest.raises(UserError, match=told):
+        check_base(config, resumes=False)
+    assert check_base(config, resumes=True) == []  # a run that goes on has its own
 
 
 def test_a_run_that_goes_on_needs_no_file_that_it_has_read(tmp_path):

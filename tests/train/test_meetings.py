@@ -95,6 +95,19 @@ def test_a_directory_that_was_missing_until_now_is_seen(together, tmp_path, monk
     assert together.run(lambda i: meetings.sharers(tmp_path / "run" / "new").tolist()) == [[True, True]] * 2
 
 
+def test_where_nothing_can_be_written_everything_is_there(together, tmp_path):
+    """Rows that are mounted read only; checkpoints must be written."""
+    (tmp_path / "file").touch()
+
+    def enter(index):
+        with meetings.first_alone(tmp_path / "file" / "cache"):
+            return index
+
+    assert together.run(enter) == [0, 1]
+    with pytest.raises(OSError):
+        meetings.sharers(tmp_path / "file" / "cache")
+
+
 def test_a_directory_that_must_be_shared(together, tmp_path):
     assert together.run(lambda i: meetings.check_shared("checkpoint.directory", tmp_path / "one")) == [None, None]
     for error in together.run(lambda i: meetings.check_shared("checkpoint.directory", tmp_path / str(i))):

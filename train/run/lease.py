@@ -151,7 +151,7 @@ class Lease:
         """
         self._said["beat"] += 1
         try:
-            file = self.file.open("r+", encoding="utf-8")
+            file = self.file.open("r+", encoding="utf-8", errors="replace")
         except FileNotFoundError:
             self._create()
             return None
