@@ -23,7 +23,7 @@ class Phase(Enum):
     COMPILING = "compiling", "compile", "compile", "training_prep"
     FIRST_STEP = "training", "step", "first_step", "step"
     STEP = "training", "step", "step", "step"
-    READING = "training", "data_wait", "step", "data_loading"
+    READING = "training", "data_wait", "", "data_loading"
     BETWEEN = "training", "other", "", ""  # the body of the caller's loop
     FIRST_BATCH = "evaluating", "evaluation", "compile", "custom_badput_event"  # it compiles
     EVALUATING = "evaluating", "evaluation", "evaluation_batch", "custom_badput_event"
@@ -43,7 +43,7 @@ _FEW = 3
 class Reading(NamedTuple):
     """What a run is doing at one moment."""
 
-    phase: Phase
+    phase: Phase  # in which something must move; that of a batch which it waits for is its own
     idle: float  # seconds since something moved
     seconds: dict[str, float]  # by kind, of this attempt
     events: dict[str, float]  # <event>_start_time of the first and <event>_end_time of the last, seconds since 1970
@@ -74,9 +74,14 @@ class Phases:
         return self._stack[-1][0]
 
     @property
+    def around(self) -> Phase:
+        """The innermost one but for reading: a batch is waited for in the midst of something."""
+        return next(phase for phase, _ in reversed(self._stack) if phase is not Phase.READING)
+
+    @property
     def state(self) -> str:
-        """What STATUS says: a batch is waited for in the midst of something."""
-        return next(phase.state for phase, _ in reversed(self._stack) if phase is not Phase.READING)
+        """What STATUS says."""
+        return self.around.state
 
     @property
     def ends_at_once(self) -> bool:
@@ -112,7 +117,7 @@ class Phases:
         """What it is doing at this moment."""
         with self._lock:
             self._count()
-            return Reading(self.now, self._counted - self._beat, dict(self._seconds), dict(self._events))
+            return Reading(self.around, self._counted - self._beat, dict(self._seconds), dict(self._events))
 
     @property
     def margin(self) -> float | None:

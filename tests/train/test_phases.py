@@ -103,6 +103,13 @@ def test_the_watchdog_bites_in_every_phase_that_has_a_limit_and_says_which(phase
     assert f"for 0.2 s ({key})" in bites[0]
 
 
+@pytest.mark.parametrize("phase", [Phase.COMPILING, Phase.FIRST_STEP, Phase.STEP])
+def test_a_batch_that_is_waited_for_has_the_limit_of_what_waits(phase):
+    phases = Phases()
+    with phases.during(phase), phases.during(Phase.READING):
+        assert phases.read().phase is phase and phases.now is Phase.READING
+
+
 HANGS = """
 import os, sys, threading, time
 from functools import partial

@@ -13,7 +13,6 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     Found,
     Saved,
     Say,
-    discard,
     discard_unfinished,
     find,
     find_together,

@@ -1,5 +1,4 @@
-"""A run's own copy of its tokenizer and of its chat format: when the files move, the run can still be asked and goes on
-with the same ids."""
+"""A run's own copy of its tokenizer and of its chat format: when the files move, the run can still be asked."""
 
 import contextlib
 import json
