@@ -133,9 +133,19 @@ def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
     damage_uncommit(tmp_path / "8")
     save_steps(tmp_path, [7], keep_last=1)
     found = find(tmp_path, "auto", lambda line: None)
-    assert found is not None and found.step == 7 and saved_steps(tmp_path) == [7, 8]
+    assert found is not None and found.step == 7 and saved_steps(tmp_path) == [7]
     save_steps(tmp_path, [8], keep_last=1)
     assert saved_steps(tmp_path) == [8] and arrays.damage(tmp_path / "8") is None
+
+
+def test_what_is_saved_behind_a_roll_back_is_what_the_next_start_takes(tmp_path):
+    """A checkpoint of the steps taken back had the higher number, and led to the same bad step for ever."""
+    save_steps(tmp_path, [4, 6])
+    saver = Checkpointer(CheckpointConfig(), tmp_path, 4)  # where the run went back to
+    saver.save(create_state(params(), OPTIMIZER), 5, DATA, {})
+    saver.wait()
+    found = find(tmp_path, "auto", nothing_said)
+    assert found is not None and found.step == 5 and saved_steps(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_uncommit])

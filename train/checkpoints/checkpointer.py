@@ -183,7 +183,8 @@ class Checkpointer:
     def _prune(self, newest: int, best: int | None) -> str:
         """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`.
 
-        `newest` has just become whole. Returns what could not be done: no reason to save it again.
+        `newest` has just become whole: those above it are broken, or of steps that a roll back took back.
+        Returns what could not be done: no reason to save it again.
         """
         if jax.process_index() != 0:
             return ""
@@ -192,7 +193,9 @@ class Checkpointer:
                 best = best_step(self.directory)
             elif best != best_step(self.directory):
                 point_to(self.directory, best)
-            older, every = [s for s in saved_steps(self.directory) if s < newest], self._config.keep_every
+            steps, every = saved_steps(self.directory), self._config.keep_every
+            discard(self.directory, [s for s in steps if s > newest])
+            older = [s for s in steps if s < newest]
             kept: set[int | None] = set(
                 itertools.islice(whole_steps(self.directory, older), self._config.keep_last - 1)
             )
