@@ -13,11 +13,13 @@ import pytest
 
 from mixtral_jax.checkpoint import trees as arrays
 from mixtral_jax.train.base import read_weights
+from mixtral_jax.train.checkpoints.best import note_evaluation
 from mixtral_jax.train.checkpoints.checkpointer import (
     CheckpointConfig,
     Checkpointer,
     Saved,
     find,
+    find_together,
     restore_state,
     saved_steps,
 )
@@ -154,6 +156,14 @@ def test_broken_ones_between_whole_ones_do_not_count(tmp_path, damage):
     damage(tmp_path / "6")
     save_steps(tmp_path, [8], keep_last=2)
     assert saved_steps(tmp_path) == [4, 8]
+
+
+def test_what_was_evaluated_behind_a_save_is_found_with_it(tmp_path):
+    """Each process read the note for itself, and went another way where it did not see it."""
+    save_steps(tmp_path, [3])
+    note_evaluation(tmp_path / "3", {"step": 3})
+    found = find_together(tmp_path, "auto", nothing_said)
+    assert found is not None and found.meta["evaluation_owed"] is False and found.meta["best"] == {"step": 3}
 
 
 def test_if_none_is_whole_it_says_so(tmp_path):

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.config import check_place_name
-from mixtral_jax.train.checkpoints.best import LINK, point_to
+from mixtral_jax.train.checkpoints.best import LINK, noted_evaluation, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
 from mixtral_jax.train.checkpoints.together import Together
 from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
@@ -58,7 +58,7 @@ class Found(NamedTuple):
     step: int
     path: epath.Path
     dataset: dict[str, Any]  # next_row, fingerprint, tokens
-    meta: dict[str, Any]  # step, config, finished
+    meta: dict[str, Any]  # step, config, best, evaluation_owed, as a note beside it says
 
 
 class Saved(NamedTuple):
@@ -282,9 +282,10 @@ def find(
         try:
             if problem is None:
                 items = {name: checkpoint.read_item(root / str(step), name) for name in ("dataset", "meta")}
+                meta = items["meta"] | noted_evaluation(root / str(step))
                 if broken:
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
-                return Found(step, root / str(step), items["dataset"], items["meta"])
+                return Found(step, root / str(step), items["dataset"], meta)
         except Exception as error:
             if is_of_the_system(error):
                 raise  # nothing is wrong with the checkpoint
