@@ -283,6 +283,9 @@ def find(
             if problem is None:
                 items = {name: checkpoint.read_item(root / str(step), name) for name in ("dataset", "meta")}
                 meta = items["meta"] | noted_evaluation(root / str(step))
+                best = meta.get("best") or {"step": None}
+                if best["step"] is not None and checkpoint.damage(root / str(best["step"])) is not None:
+                    meta["best"] = best | {"step": None, "value": None}  # one of steps taken back replaced it
                 if broken:
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
                 return Found(step, root / str(step), items["dataset"], meta)
