@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +87,11 @@ def _whole_model(named: str) -> str:
     return path
 
 
+def by_tensorflow(address: str) -> bool:
+    """Whether epath takes TensorFlow for it, where that is installed: no library of fsspec is needed."""
+    return address.startswith(("gs://", "s3://")) and find_spec("tensorflow") is not None
+
+
 def check_base(config: RunConfig, resumes: bool) -> list[str]:
     """Whether init_from and lora.init_from hold what the run needs; reads no weights. Notes as `check_base_shape`.
 
@@ -96,7 +102,7 @@ def check_base(config: RunConfig, resumes: bool) -> list[str]:
     """
     if config.init_from is not None and is_remote(config.init_from):
         try:
-            there = Directory(config.init_from).exists()
+            there = (epath.Path if by_tensorflow(config.init_from) else Directory)(config.init_from).exists()
         except ValueError as error:
             raise UserError(f"init_from: {error}") from error
         if not there:

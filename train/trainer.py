@@ -14,7 +14,7 @@ from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.build import Parts, build, continuations, settle_steps
-from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, noted_evaluation, stands, why
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, stands, why
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, command_began, failure_of
@@ -127,7 +127,7 @@ class Trainer:
     def _stand_at(self, found: Found | None) -> None:
         """Where the run goes on from."""
         self._found, self.step = found, 0 if found is None else found.step
-        self._start, meta = self.step, {} if found is None else found.meta | noted_evaluation(found.path)
+        self._start, meta = self.step, {} if found is None else found.meta
         self._owed = bool(meta.get("evaluation_owed"))
         self._best = Best(self.config.early_stopping, meta.get("best"), self.config.checkpoint.every)
 

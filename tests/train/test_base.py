@@ -16,6 +16,7 @@ from mixtral_jax.train import base as room
 from mixtral_jax.train.base import adapter_weights, check_base, check_base_shape, pin_base
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run.check import check_place
 from mixtral_jax.train.run.resume import check_same_base
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
 from tests.convert_files import TINY, random_tensors, write_hub
@@ -146,3 +147,23 @@ def test_a_run_that_goes_on_needs_no_file_that_it_has_read(tmp_path):
     for key in ("init_from", "lora.init_from"):  # it began with something else
         with pytest.raises(UserError, match="elsewhere does not exist"):
             load_config(file, [f"{key}={tmp_path / 'elsewhere'}"])
+
+
+def test_a_bucket_that_tensorflow_reads_needs_no_other_library(monkeypatch):
+    """It was refused where gcsfs is not installed, though checkpoints go by TensorFlow where that is."""
+
+    def missing(*args):
+        raise ImportError("Please install gcsfs")
+
+    asked = []
+    gone = SimpleNamespace(exists=lambda: False)
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    monkeypatch.setattr(room, "epath", SimpleNamespace(Path=lambda path: asked.append(path) or gone))
+    monkeypatch.setattr(room, "find_spec", lambda name: name == "tensorflow" or None, raising=False)
+    check_place("checkpoint.directory", "gs://bucket/checkpoints")
+    with pytest.raises(UserError, match="init_from: s3://bucket/model does not exist"):
+        room.check_base(SimpleNamespace(init_from="s3://bucket/model"))
+    with pytest.raises(UserError, match="cannot be read: Please install gcsfs"):
+        check_place("checkpoint.directory", "az://bucket/checkpoints")
+    assert asked == ["s3://bucket/model"]

@@ -49,6 +49,20 @@ def test_a_change_below_min_delta_is_the_best_but_no_reason_to_wait():
     assert judged(config, [1.0, 0.95, 0.89, 0.88]) == (40, None)  # 0.11 below the first: counted
 
 
+def test_a_best_checkpoint_that_is_gone_is_named_no_more(tmp_path):
+    """Behind a roll back: it was pruned for a better one, which the roll back took back."""
+    record = {"metric": "eval/loss", "step": 10, "value": 2.0, "mark": 2.0, "waited": 1}
+    saver = Checkpointer(CheckpointConfig(), tmp_path)
+    saver.save({"w": jnp.ones(2)}, 20, {}, {"best": record})
+    saver.wait()
+    found = checkpoint.find(tmp_path, "auto", print)
+    assert found is not None and found.meta["best"] == record | {"step": None, "value": None}
+    best = Best(EarlyStoppingConfig(), found.meta["best"])
+    assert str(best) == ""
+    best.judge(30, {"eval/loss": 2.5})
+    assert best.step == 30 and best.record["waited"] == 2 and "(2.0000 was not saved)" in str(best)
+
+
 def test_a_checkpoint_says_where_to_go_on_unless_it_watched_something_else():
     config = EarlyStoppingConfig(patience=3)
     first = Best(config)

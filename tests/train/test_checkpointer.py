@@ -13,11 +13,13 @@ import pytest
 
 from mixtral_jax.checkpoint import trees as arrays
 from mixtral_jax.train.base import read_weights
+from mixtral_jax.train.checkpoints.best import note_evaluation
 from mixtral_jax.train.checkpoints.checkpointer import (
     CheckpointConfig,
     Checkpointer,
     Saved,
     find,
+    find_together,
     restore_state,
     saved_steps,
 )
@@ -133,9 +135,19 @@ def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
     damage_uncommit(tmp_path / "8")
     save_steps(tmp_path, [7], keep_last=1)
     found = find(tmp_path, "auto", lambda line: None)
-    assert found is not None and found.step == 7 and saved_steps(tmp_path) == [7, 8]
+    assert found is not None and found.step == 7 and saved_steps(tmp_path) == [7]
     save_steps(tmp_path, [8], keep_last=1)
     assert saved_steps(tmp_path) == [8] and arrays.damage(tmp_path / "8") is None
+
+
+def test_what_is_saved_behind_a_roll_back_is_what_the_next_start_takes(tmp_path):
+    """A checkpoint of the steps taken back had the higher number, and led to the same bad step for ever."""
+    save_steps(tmp_path, [4, 6])
+    saver = Checkpointer(CheckpointConfig(), tmp_path, 4)  # where the run went back to
+    saver.save(create_state(params(), OPTIMIZER), 5, DATA, {})
+    saver.wait()
+    found = find(tmp_path, "auto", nothing_said)
+    assert found is not None and found.step == 5 and saved_steps(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_uncommit])
@@ -144,6 +156,14 @@ def test_broken_ones_between_whole_ones_do_not_count(tmp_path, damage):
     damage(tmp_path / "6")
     save_steps(tmp_path, [8], keep_last=2)
     assert saved_steps(tmp_path) == [4, 8]
+
+
+def test_what_was_evaluated_behind_a_save_is_found_with_it(tmp_path):
+    """Each process read the note for itself, and went another way where it did not see it."""
+    save_steps(tmp_path, [3])
+    note_evaluation(tmp_path / "3", {"step": 3})
+    found = find_together(tmp_path, "auto", nothing_said)
+    assert found is not None and found.meta["evaluation_owed"] is False and found.meta["best"] == {"step": 3}
 
 
 def test_if_none_is_whole_it_says_so(tmp_path):

@@ -57,6 +57,19 @@ def test_an_old_directory_is_adopted_by_the_run_that_its_checkpoints_name(tmp_pa
     assert saved_steps(tmp_path) == [3]
 
 
+def test_a_moved_run_of_a_version_with_fewer_settings_is_the_same_run(tmp_path):
+    """Another mount, or a container: the unchanged run was refused behind every new setting."""
+    file = write_run_file(tmp_path, output_dir="runs")
+    now = load_config(file).config.model_dump(mode="json")
+    before = {key: value for key, value in now.items() if key not in ("on_nonfinite", "max_rollbacks")}
+    save(tmp_path / "far", {"config": before | {"output_dir": "/elsewhere"}})
+    check(tmp_path / "far", now)
+    with pytest.raises(UserError, match="belongs to the run"):
+        check(tmp_path / "far", now | {"on_nonfinite": "rollback"})
+    own(tmp_path / "far", before | {"output_dir": "/elsewhere"})
+    check(tmp_path / "far", now)
+
+
 def test_what_nobody_has_claimed_is_free(tmp_path):
     for place in (tmp_path / "absent", tmp_path):
         check(place, run("a"))

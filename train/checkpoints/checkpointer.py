@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.config import check_place_name
-from mixtral_jax.train.checkpoints.best import LINK, point_to
+from mixtral_jax.train.checkpoints.best import LINK, noted_evaluation, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
 from mixtral_jax.train.checkpoints.together import Together
 from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
@@ -58,7 +58,7 @@ class Found(NamedTuple):
     step: int
     path: epath.Path
     dataset: dict[str, Any]  # next_row, fingerprint, tokens
-    meta: dict[str, Any]  # step, config, finished
+    meta: dict[str, Any]  # step, config, best, evaluation_owed, as a note beside it says
 
 
 class Saved(NamedTuple):
@@ -183,7 +183,8 @@ class Checkpointer:
     def _prune(self, newest: int, best: int | None) -> str:
         """Keep the best checkpoint, the newest `keep_last` whole ones and every multiple of `keep_every`.
 
-        `newest` has just become whole. Returns what could not be done: no reason to save it again.
+        `newest` has just become whole: those above it are broken, or of steps that a roll back took back.
+        Returns what could not be done: no reason to save it again.
         """
         if jax.process_index() != 0:
             return ""
@@ -192,7 +193,9 @@ class Checkpointer:
                 best = best_step(self.directory)
             elif best != best_step(self.directory):
                 point_to(self.directory, best)
-            older, every = [s for s in saved_steps(self.directory) if s < newest], self._config.keep_every
+            steps, every = saved_steps(self.directory), self._config.keep_every
+            discard(self.directory, [s for s in steps if s > newest])
+            older = [s for s in steps if s < newest]
             kept: set[int | None] = set(
                 itertools.islice(whole_steps(self.directory, older), self._config.keep_last - 1)
             )
@@ -279,9 +282,13 @@ def find(
         try:
             if problem is None:
                 items = {name: checkpoint.read_item(root / str(step), name) for name in ("dataset", "meta")}
+                meta = items["meta"] | noted_evaluation(root / str(step))
+                best = meta.get("best") or {"step": None}
+                if best["step"] is not None and checkpoint.damage(root / str(best["step"])) is not None:
+                    meta["best"] = best | {"step": None, "value": None}  # one of steps taken back replaced it
                 if broken:
                     say(f"{'; '.join(broken)}: using checkpoint {step} instead")
-                return Found(step, root / str(step), items["dataset"], items["meta"])
+                return Found(step, root / str(step), items["dataset"], meta)
         except Exception as error:
             if is_of_the_system(error):
                 raise  # nothing is wrong with the checkpoint

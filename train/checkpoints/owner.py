@@ -33,9 +33,21 @@ class Owner(NamedTuple):
 def owner_of(config: Mapping[str, Any]) -> Owner:
     """The run of a resolved configuration, as a checkpoint keeps it."""
     place = os.path.realpath(os.path.join(config["output_dir"], config["run_name"]))
-    what = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    what["data"] = {key: value for key, value in config.get("data", {}).items() if key not in _ELSEWHERE_OF_DATA}
+    chosen = _chosen(config)
+    what = {key: value for key, value in chosen.items() if key not in _ELSEWHERE}
+    what["data"] = {key: value for key, value in chosen.get("data", {}).items() if key not in _ELSEWHERE_OF_DATA}
     return Owner(config["run_name"], place, digest(what))
+
+
+def _chosen(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is not as by default: an older version may not have known the other settings."""
+    from mixtral_jax.train.config.load import STAGES  # which imports this package
+
+    try:
+        known = STAGES[config["stage"]].model_validate_json(json.dumps(config))
+    except (KeyError, ValueError):  # of a version that had others
+        return config
+    return known.model_dump(mode="json", exclude_defaults=True)
 
 
 def check_owner(directory: epath.PathLike, config: Mapping[str, Any], say: Callable[[str], None]) -> None:

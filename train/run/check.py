@@ -13,7 +13,7 @@ from mixtral_jax.data.prepare import check_first_records
 from mixtral_jax.data.records import choose
 from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
 from mixtral_jax.parallel import MESH_AXES
-from mixtral_jax.train.base import check_base, stands_on_base
+from mixtral_jax.train.base import by_tensorflow, check_base, stands_on_base
 from mixtral_jax.train.config import RunConfig, check_sizes, check_vocabulary
 from mixtral_jax.train.errors import ExitCode, UserError, failure_of
 
@@ -73,6 +73,8 @@ def check_place(key: str, path: str | Path) -> None:
     """
     scheme, address, _ = str(path).partition("://")
     if address:
+        if by_tensorflow(str(path)):
+            return
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
