@@ -160,6 +160,7 @@ class RunDirectory:
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
             files["config.input.yaml"] = overrides + provenance.text
+        (self.attempts / str(self.attempt)).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             for place in (self.attempts / str(self.attempt), self.path):  # the run's own are those of the last attempt
                 write_atomically(place / name, text)
@@ -226,10 +227,10 @@ class RunDirectory:
         """Whether this attempt was refused, and so is none: STATUS says what it did before, where there was one."""
         if self.step is not None or exit_code != ExitCode.USAGE:
             return False
+        if not self.goodput.begun:  # its number is that of the last one, which may be under way
+            return (self.path / "STATUS").exists()
         with contextlib.suppress(OSError):  # unless it has files
             (self.attempts / str(self.attempt)).rmdir()
-        if not self.goodput.begun:
-            return (self.path / "STATUS").exists()
         self.goodput.forget()
         if self._before is None:
             return False
