@@ -1,11 +1,16 @@
 """How a run begins: what a refused start leaves alone, and what is asked of storage before the first step."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.run import RunDirectory
+from mixtral_jax.train.run.check import sizes_of
+from mixtral_jax.train.run.resume import survey
+from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
 from tests.tiny import write_run_file
 
 
@@ -31,3 +36,26 @@ def test_a_refused_start_that_has_begun_takes_its_number_back(file):
     place.begin()
     place.write_failure("the data are no records", 2)
     assert not (place.attempts / "1").exists()
+
+
+def other_tokenizer(file: Path) -> Path:
+    """The same pieces, two of them under each other's id."""
+    content = json.loads((file.parent / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    a, b = list(vocab)[5:7]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    other = file.parent / "other.json"
+    other.write_text(json.dumps(content))
+    return other
+
+
+def test_before_the_first_checkpoint_the_tokenizer_may_still_be_set_right(file):
+    """The copy is made before the first step; nothing was trained with it where no checkpoint lies beside it."""
+    config = load_config(file).config
+    config.run_dir.mkdir(parents=True)
+    keep_tokenizer(config.run_dir, load_tokenizer(config.data.tokenizer), config)
+    right = load_config(file, [f"data.tokenizer={other_tokenizer(file)}"]).config
+    found, tokenizer, _ = survey(right, False, lambda: sizes_of(None), print)
+    assert found is None
+    keep_tokenizer(config.run_dir, tokenizer, right)
+    check_tokenizer(config.run_dir, tokenizer)

@@ -128,7 +128,7 @@ def survey(
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
     tokenizer, notes = check(config, sizes(), resumes=found is not None)
-    if not force and not config.data.restart:
+    if found is not None and not config.data.restart:
         check_tokenizer(config.run_dir, tokenizer)
     return found, tokenizer, notes
 
