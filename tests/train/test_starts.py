@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.data.text import load_tokenizer
+from mixtral_jax.train.checkpoints import Found
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.run import RunDirectory
+from mixtral_jax.train.run import RunDirectory, resume
 from mixtral_jax.train.run.check import sizes_of
 from mixtral_jax.train.run.resume import survey
 from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
@@ -59,3 +60,15 @@ def test_before_the_first_checkpoint_the_tokenizer_may_still_be_set_right(file):
     assert found is None
     keep_tokenizer(config.run_dir, tokenizer, right)
     check_tokenizer(config.run_dir, tokenizer)
+
+
+@pytest.mark.parametrize("changes", [[], ["optimizer.schedule=wsd", "optimizer.decay_steps=10"]])
+def test_a_changed_tree_is_looked_at_whatever_the_steps_are(file, monkeypatch, changes):
+    """In a run of epochs nobody has counted them yet; a warm-up beyond those that were done makes no other tree."""
+    config = load_config(file, ["steps=0", "data.epochs=1", "optimizer.warmup_steps=7", *changes]).config
+    before = config.model_dump(mode="json")
+    before["model"]["rope_theta"] = 1.0
+    looked = []
+    monkeypatch.setattr(resume.checkpoint, "check_fits", lambda path, state: looked.append(path))
+    resume.check_same_tree(Found(3, file, {}, {"config": before}), config)
+    assert looked == [file]
