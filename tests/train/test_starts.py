@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.data.text import load_tokenizer
+from mixtral_jax.data.text import load_template, load_tokenizer
 from mixtral_jax.train.checkpoints import Found
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.run import RunDirectory, resume
 from mixtral_jax.train.run.check import sizes_of
 from mixtral_jax.train.run.resume import survey
-from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
+from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer, kept_template
 from tests.tiny import write_run_file
 
 
@@ -72,3 +72,18 @@ def test_a_changed_tree_is_looked_at_whatever_the_steps_are(file, monkeypatch, c
     monkeypatch.setattr(resume.checkpoint, "check_fits", lambda path, state: looked.append(path))
     resume.check_same_tree(Found(3, file, {}, {"config": before}), config)
     assert looked == [file]
+
+
+def test_the_copy_has_the_chat_format_of_the_last_attempt(file):
+    """Else the run would be asked in a format that it was not trained with."""
+    run = file.parent / "runs"
+    run.mkdir()
+    for template in ("v1", "{name: v1, bos: false}"):
+        config = load_config(file, ["stage=sft", "data.validation=[]", f"data.template={template}"]).config
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        keep_tokenizer(run, tokenizer, config)
+        format = load_template(config.data.template, load_tokenizer(config.data.tokenizer)).format
+        assert kept_template(run) == format.model_dump(mode="json")
+    kept = (run / "tokenizer" / "about.json").stat().st_ino
+    keep_tokenizer(run, tokenizer, config)
+    assert (run / "tokenizer" / "about.json").stat().st_ino == kept
