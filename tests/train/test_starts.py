@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.data.text import load_template, load_tokenizer
 from mixtral_jax.train.checkpoints import Found
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run import RunDirectory, resume
 from mixtral_jax.train.run.check import sizes_of
 from mixtral_jax.train.run.resume import survey
@@ -87,3 +88,14 @@ def test_the_copy_has_the_chat_format_of_the_last_attempt(file):
     kept = (run / "tokenizer" / "about.json").stat().st_ino
     keep_tokenizer(run, tokenizer, config)
     assert (run / "tokenizer" / "about.json").stat().st_ino == kept
+
+
+def test_which_checkpoints_there_are_is_what_process_0_sees(file, monkeypatch):
+    """The listings of the others may be older."""
+    config = load_config(file, ["resume=never"]).config
+    monkeypatch.setattr(resume, "told", lambda say: (say(), "[5]")[1], raising=False)
+    monkeypatch.setattr(resume, "agree", lambda **values: compared.extend(values))
+    compared = []
+    with pytest.raises(UserError, match="holds checkpoint 5"):
+        resume.look(config, config.run_dir / "checkpoints", False, print)
+    assert compared == ["force"]

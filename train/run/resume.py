@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from mixtral_jax.train.checkpoints import Best, Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.meetings import agree, check_shared, hear, meet
+from mixtral_jax.train.meetings import agree, check_shared, hear, meet, told
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
@@ -141,8 +142,10 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
             --force would move cannot be moved.
     """
     _together(lambda: checkpoints.check_owner(directory, config.model_dump(mode="json"), say))
-    existing = checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
-    agree(force=int(force), checkpoint=existing[-1] if existing else -1)
+    listed = partial(checkpoints.saved_steps, directory)
+    asked = partial(checkpoints.patiently, f"{directory} could not be read", listed, say)
+    existing: list[int] = json.loads(told(lambda: json.dumps(asked())))  # the others may have older listings
+    agree(force=int(force))
     newer = newer_steps(config, existing)
     if force and existing and "://" in str(directory):
         raise UserError(
