@@ -1,5 +1,6 @@
 """How a run begins: what a refused start leaves alone, and what is asked of storage before the first step."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from mixtral_jax.data.text import load_template, load_tokenizer
 from mixtral_jax.train.checkpoints import Found
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run import RunDirectory, resume
 from mixtral_jax.train.run.check import sizes_of
@@ -99,3 +101,42 @@ def test_which_checkpoints_there_are_is_what_process_0_sees(file, monkeypatch):
     with pytest.raises(UserError, match="holds checkpoint 5"):
         resume.look(config, config.run_dir / "checkpoints", False, print)
     assert compared == ["force"]
+
+
+def test_storage_that_does_not_answer_is_asked_again_at_each_step_of_a_start(file, monkeypatch):
+    """Each listing of a bucket may be refused, and the one of it as well that removes what was left unfinished."""
+    config = load_config(file, [f"checkpoint.directory={file.parent / 'far'}"]).config
+    refused, told = dict[str, bool](), list[str]()
+
+    def once(name):
+        whole = getattr(resume.checkpoints, name)
+
+        def asked(*words):
+            if refused[name]:
+                refused[name] = False
+                raise OSError(errno.EIO, "503 Service Unavailable")
+            return whole(*words)
+
+        monkeypatch.setattr(resume.checkpoints, name, asked)
+
+    once("saved_steps"), once("discard_unfinished")
+    monkeypatch.setattr("mixtral_jax.train.checkpoints.patience.PAUSES", (0.0,))
+    place = RunDirectory(config.run_dir)
+    refused |= {"saved_steps": False, "discard_unfinished": True}
+    survey_whole = resume.survey
+
+    def survey_then_refuse(*words):
+        found = survey_whole(*words)
+        refused["saved_steps"] = True
+        return found
+
+    monkeypatch.setattr(resume, "survey", survey_then_refuse)
+    start = resume.where_to_start(config, False, place, lambda: None)
+    assert any("503" in note for note in start.notes)
+    refused["saved_steps"] = True
+    console = Console(place.log, speak=False, progress=False)
+    monkeypatch.setattr(console, "say", told.append)
+    start.clear(console)
+    console.close()
+    place.release()
+    assert sum("503" in line for line in told) == 2

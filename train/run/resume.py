@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 
 from mixtral_jax import checkpoint
@@ -21,7 +20,7 @@ from mixtral_jax.train.checkpoints import Best, Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.meetings import agree, check_shared, hear, meet, told
+from mixtral_jax.train.meetings import agree, check_shared, meet, told
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
@@ -73,9 +72,12 @@ def where_to_start(
     found, tokenizer, _ = survey(config, force, lambda: sizes_of(make_mesh()), notes.append)
     place.create()
     anew, waited = force and not isinstance(config.resume, int), place.hold(own)
-    newest = max(checkpoints.saved_steps(directory), default=None)
-    stale = bool(waited) or (not anew and newest != (found and found.step))  # somebody wrote here until just now
-    if hear(np.array(stale, np.int32), 0):
+
+    def stale() -> str:  # somebody wrote here until just now
+        newest = max(_listed(directory, notes.append), default=None)
+        return "stale" if waited or (not anew and newest != (found and found.step)) else ""
+
+    if told(stale):
         notes.clear()
         found = look(config, directory, force, notes.append)
     check_shared("checkpoint.directory", directory)
@@ -83,22 +85,23 @@ def where_to_start(
     if not anew:
         _together(lambda: checkpoints.own(directory, whose))
 
-    def make_room() -> list[str]:
+    def make_room(say: Say) -> list[str]:
         moved = []
         if anew:
             apart = own is not None and not own.is_relative_to(place.path.resolve())
-            if checkpoints.saved_steps(directory) or place.holds_a_run():
+            if _listed(directory, say) or place.holds_a_run():
                 moved = place.move_aside(own if apart else None)
             checkpoints.own(directory, whose)
         else:
-            moved = set_aside(directory, newer_steps(config, checkpoints.saved_steps(directory)))
-        checkpoints.discard_unfinished(directory)
+            moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
+        remove = partial(checkpoints.discard_unfinished, directory)
+        checkpoints.patiently(f"{directory} could not be tidied", remove, say)
         if found is None:
             place.forget_results()
         return moved
 
     def clear(console: Console) -> None:
-        lines = _together(make_room)
+        lines = _together(partial(make_room, console.say))
         if anew:
             place.replaces = False
             place.create()
@@ -142,9 +145,7 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
             --force would move cannot be moved.
     """
     _together(lambda: checkpoints.check_owner(directory, config.model_dump(mode="json"), say))
-    listed = partial(checkpoints.saved_steps, directory)
-    asked = partial(checkpoints.patiently, f"{directory} could not be read", listed, say)
-    existing: list[int] = json.loads(told(lambda: json.dumps(asked())))  # the others may have older listings
+    existing: list[int] = json.loads(told(lambda: json.dumps(_listed(directory, say))))  # others may see an older list
     agree(force=int(force))
     newer = newer_steps(config, existing)
     if force and existing and "://" in str(directory):
@@ -172,6 +173,11 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
         check_same_base(found, config)
         check_same_tree(found, config)
     return found
+
+
+def _listed(directory: epath.PathLike, say: Say) -> list[int]:
+    """The steps that have a directory; asked for again where storage does not answer."""
+    return checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
 
 
 def newer_steps(config: RunConfig, steps: list[int]) -> list[int]:
