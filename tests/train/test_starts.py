@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.data.text import load_template, load_tokenizer
+from mixtral_jax.train import build
+from mixtral_jax.train import trainer as training
+from mixtral_jax.train.build import prepare_data
 from mixtral_jax.train.checkpoints import Found
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.console import Console
@@ -140,3 +143,25 @@ def test_storage_that_does_not_answer_is_asked_again_at_each_step_of_a_start(fil
     console.close()
     place.release()
     assert sum("503" in line for line in told) == 2
+
+
+def test_status_stands_while_the_data_are_prepared_that_say_the_steps(file, monkeypatch):
+    """And a start that then finds nothing left to do is no attempt."""
+    config = load_config(file, ["steps=0", "data.epochs=0.5", "checkpoint.every=null"]).config
+    place, said = config.run_dir, []
+
+    def prepare(config):
+        said.append(json.loads((place / "STATUS").read_text()))
+        return prepare_data(config)
+
+    monkeypatch.setattr(training, "make_mesh", lambda config: None)
+    monkeypatch.setattr(build, "prepare_data", prepare)
+    for attempt in (1, 2):
+        said.clear()
+        assert training.run(config) == 0
+        assert said and (said[0]["state"], said[0]["attempt"]) == ("preparing", attempt)
+        status = json.loads((place / "STATUS").read_text())
+        assert (status["state"], status["attempt"]) == ("done", 1)
+        assert sorted(p.name for p in (place / "attempts").iterdir()) == ["1", "goodput.jsonl"]
+        account = json.loads((place / "attempts" / "goodput.jsonl").read_text())
+        assert (account["attempt"], account["exit_code"], account["step_count"]) == (1, 0, status["step"])

@@ -136,7 +136,9 @@ class RunDirectory:
         return [f"{before} was moved to {after}, and begins anew" for before, after in moved]
 
     def begin(self) -> None:
-        """From here on this attempt has a number, one more than the last; all processes call this."""
+        """From here on this attempt has a number, one more than the last; all processes call this, again too."""
+        if self.goodput.begun:
+            return
         if self.replaces:
             self.attempt = 1
             return
@@ -148,6 +150,16 @@ class RunDirectory:
             self._before = (self.path / "STATUS").read_text()
         self.goodput.begin(self.attempt)
         self.phases.changed()
+
+    def withdraw(self) -> None:
+        """This attempt is none: it was refused, or nothing is left to do."""
+        if not self.goodput.begun or jax.process_index() != 0:
+            return
+        with self._lock:
+            with contextlib.suppress(OSError):  # unless it has files
+                (self.attempts / str(self.attempt)).rmdir()
+            self.goodput.forget()
+            self.attempt = max(self._numbers(), default=0)
 
     def _numbers(self) -> list[int]:
         return [int(p.name) for p in self.attempts.glob("*") if p.name.isdecimal()]
@@ -229,9 +241,7 @@ class RunDirectory:
             return False
         if not self.goodput.begun:  # its number is that of the last one, which may be under way
             return (self.path / "STATUS").exists()
-        with contextlib.suppress(OSError):  # unless it has files
-            (self.attempts / str(self.attempt)).rmdir()
-        self.goodput.forget()
+        self.withdraw()
         if self._before is None:
             return False
         self._ended = True

@@ -84,6 +84,7 @@ def where_to_start(
     place.replaces = anew
     if not anew:
         _together(lambda: checkpoints.own(directory, whose))
+    place.start = 0 if found is None else found.step
 
     def make_room(say: Say) -> list[str]:
         moved = []
