@@ -72,8 +72,11 @@ def prepare_data(config: RunConfig) -> PreparedData:
     return prepared
 
 
-def settle_steps(config: RunConfig) -> RunConfig:
+def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None) -> RunConfig:
     """The config with `steps` instead of `data.epochs`: the last step reaches the last row of the last epoch.
+
+    Args:
+        begin: called by all processes where data are to be prepared for it.
 
     Raises:
         UserError: the processes have not the same configuration; they would do different things from here on.
@@ -82,6 +85,7 @@ def settle_steps(config: RunConfig) -> RunConfig:
     epochs = config.data.epochs
     if config.steps or epochs is None:
         return config
+    begin()
     rows = sum(source.rows for source in prepare_data(config).train)
     steps = math.ceil(epochs * rows / config.global_batch_size)
     return read_config(config, steps=steps, data={"epochs": None})

@@ -107,7 +107,7 @@ class Trainer:
             opened.callback(self.run.release)
             opened.enter_context(watch(self.run, config.log))
             self._begin = begin = where_to_start(config, force, self.run, partial(make_mesh, config.mesh))
-            self.config = settle_steps(config)
+            self.config = settle_steps(config, self.run.begin)
             speak = jax.process_index() == 0 and not quiet
             self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
             opened.enter_context(contextlib.closing(self._console))
@@ -116,8 +116,8 @@ class Trainer:
                 self.say(note)
             self._checkpoints = begin.directory
             self._stand_at(begin.found)
-            self.run.start = self._start
             if left := "" if self._owed else begin.nothing_left(self.config, self._best, self.say):
+                self.run.withdraw()  # of epochs it had begun
                 self._end("done", f"nothing left to do: {left}", ExitCode.DONE)
             else:
                 self.run.begin()

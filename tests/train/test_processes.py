@@ -304,21 +304,18 @@ def test_a_save_that_one_process_cannot_write_is_made_again_by_all(file, alone):
     [
         (lambda i, place: [f"seed={i}"], "configuration"),
         (lambda i, place: ["steps=null", "data.epochs=1"][2 * i :], "configuration"),
-        (lambda i, place: [f"output_dir={place / str(i)}"], "checkpoint"),
         (lambda i, place: [held_out(place / ("val.jsonl", "train.jsonl")[i])], "validation"),
         (lambda i, place: [held_out(place / "val.jsonl") if i else "data.validation=[]"], "validation"),
     ],
     ids=[
         "another seed",
         "epochs for steps",
-        "a directory that only one sees",
         "other held-out data",
         "held-out data for one only",
     ],
 )
 def test_processes_of_different_runs_say_so(file, setting, differ):
     """Each of the two has another setting: nothing is trained, and nobody waits for the other."""
-    (file.parent / "0/different/checkpoints/4").mkdir(parents=True, exist_ok=True)
     codes, _, errors = launch_two(lambda i: ["pretrain", str(file), "run_name=different", *setting(i, file.parent)])
     assert codes == [2, 2], errors
     for i, text in enumerate(errors):
@@ -326,7 +323,9 @@ def test_processes_of_different_runs_say_so(file, setting, differ):
 
 
 @pytest.mark.slow
-def test_a_new_run_whose_processes_do_not_share_its_directory(file):
+def test_a_run_whose_processes_do_not_share_its_directory(file):
+    """New to process 0, whose listing counts; the other one sees a checkpoint."""
+    (file.parent / "unshared/1/run/checkpoints/4").mkdir(parents=True)
     codes, _, errors = launch_two(lambda i: ["pretrain", str(file), f"output_dir={file.parent / 'unshared' / str(i)}"])
     assert codes == [2, 2], errors
     for text in errors:

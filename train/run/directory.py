@@ -136,7 +136,9 @@ class RunDirectory:
         return [f"{before} was moved to {after}, and begins anew" for before, after in moved]
 
     def begin(self) -> None:
-        """From here on this attempt has a number, one more than the last; all processes call this."""
+        """From here on this attempt has a number, one more than the last; all processes call this, again too."""
+        if self.goodput.begun:
+            return
         if self.replaces:
             self.attempt = 1
             return
@@ -149,6 +151,16 @@ class RunDirectory:
         self.goodput.begin(self.attempt)
         self.phases.changed()
 
+    def withdraw(self) -> None:
+        """This attempt is none: it was refused, or nothing is left to do."""
+        if not self.goodput.begun or jax.process_index() != 0:
+            return
+        with self._lock:
+            with contextlib.suppress(OSError):  # unless it has files
+                (self.attempts / str(self.attempt)).rmdir()
+            self.goodput.forget()
+            self.attempt = max(self._numbers(), default=0)
+
     def _numbers(self) -> list[int]:
         return [int(p.name) for p in self.attempts.glob("*") if p.name.isdecimal()]
 
@@ -160,6 +172,7 @@ class RunDirectory:
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
             files["config.input.yaml"] = overrides + provenance.text
+        (self.attempts / str(self.attempt)).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             for place in (self.attempts / str(self.attempt), self.path):  # the run's own are those of the last attempt
                 write_atomically(place / name, text)
@@ -226,11 +239,9 @@ class RunDirectory:
         """Whether this attempt was refused, and so is none: STATUS says what it did before, where there was one."""
         if self.step is not None or exit_code != ExitCode.USAGE:
             return False
-        with contextlib.suppress(OSError):  # unless it has files
-            (self.attempts / str(self.attempt)).rmdir()
-        if not self.goodput.begun:
+        if not self.goodput.begun:  # its number is that of the last one, which may be under way
             return (self.path / "STATUS").exists()
-        self.goodput.forget()
+        self.withdraw()
         if self._before is None:
             return False
         self._ended = True

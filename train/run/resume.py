@@ -4,11 +4,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 
 from mixtral_jax import checkpoint
@@ -20,7 +20,7 @@ from mixtral_jax.train.checkpoints import Best, Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.meetings import agree, check_shared, hear, meet
+from mixtral_jax.train.meetings import agree, check_shared, meet, told
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
@@ -72,32 +72,37 @@ def where_to_start(
     found, tokenizer, _ = survey(config, force, lambda: sizes_of(make_mesh()), notes.append)
     place.create()
     anew, waited = force and not isinstance(config.resume, int), place.hold(own)
-    newest = max(checkpoints.saved_steps(directory), default=None)
-    stale = bool(waited) or (not anew and newest != (found and found.step))  # somebody wrote here until just now
-    if hear(np.array(stale, np.int32), 0):
+
+    def stale() -> str:  # somebody wrote here until just now
+        newest = max(_listed(directory, notes.append), default=None)
+        return "stale" if waited or (not anew and newest != (found and found.step)) else ""
+
+    if told(stale):
         notes.clear()
         found = look(config, directory, force, notes.append)
     check_shared("checkpoint.directory", directory)
     place.replaces = anew
     if not anew:
         _together(lambda: checkpoints.own(directory, whose))
+    place.start = 0 if found is None else found.step
 
-    def make_room() -> list[str]:
+    def make_room(say: Say) -> list[str]:
         moved = []
         if anew:
             apart = own is not None and not own.is_relative_to(place.path.resolve())
-            if checkpoints.saved_steps(directory) or place.holds_a_run():
+            if _listed(directory, say) or place.holds_a_run():
                 moved = place.move_aside(own if apart else None)
             checkpoints.own(directory, whose)
         else:
-            moved = set_aside(directory, newer_steps(config, checkpoints.saved_steps(directory)))
-        checkpoints.discard_unfinished(directory)
+            moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
+        remove = partial(checkpoints.discard_unfinished, directory)
+        checkpoints.patiently(f"{directory} could not be tidied", remove, say)
         if found is None:
             place.forget_results()
         return moved
 
     def clear(console: Console) -> None:
-        lines = _together(make_room)
+        lines = _together(partial(make_room, console.say))
         if anew:
             place.replaces = False
             place.create()
@@ -128,7 +133,7 @@ def survey(
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
     tokenizer, notes = check(config, sizes(), resumes=found is not None)
-    if not force and not config.data.restart:
+    if found is not None and not config.data.restart:
         check_tokenizer(config.run_dir, tokenizer)
     return found, tokenizer, notes
 
@@ -141,8 +146,8 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
             --force would move cannot be moved.
     """
     _together(lambda: checkpoints.check_owner(directory, config.model_dump(mode="json"), say))
-    existing = checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
-    agree(force=int(force), checkpoint=existing[-1] if existing else -1)
+    existing: list[int] = json.loads(told(lambda: json.dumps(_listed(directory, say))))  # others may see an older list
+    agree(force=int(force))
     newer = newer_steps(config, existing)
     if force and existing and "://" in str(directory):
         raise UserError(
@@ -169,6 +174,11 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
         check_same_base(found, config)
         check_same_tree(found, config)
     return found
+
+
+def _listed(directory: epath.PathLike, say: Say) -> list[int]:
+    """The steps that have a directory; asked for again where storage does not answer."""
+    return checkpoints.patiently(f"{directory} could not be read", lambda: checkpoints.saved_steps(directory), say)
 
 
 def newer_steps(config: RunConfig, steps: list[int]) -> list[int]:
@@ -274,7 +284,7 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
     if not changed:
         return
     weights = keep(abstract_params(config, None), is_trained(config))
-    optimizer = make_optimizer(config.optimizer, config.steps or found.step + 1, config.router_factor)
+    optimizer = make_optimizer(config.optimizer, 1 << 30, config.router_factor)  # its tree is that of any steps
     state = abstract_state(weights, optimizer)
     try:
         checkpoint.check_fits(found.path, state)

@@ -13,20 +13,21 @@ from mixtral_jax.train.errors import UserError
 
 
 def keep_tokenizer(run: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Copy what data.tokenizer was read from, once, so that there is a whole copy or none."""
-    if _fingerprint(run) == tokenizer.fingerprint():
-        return
+    """Copy what data.tokenizer was read from, once for each chat format, so that there is a whole copy or none."""
     named, about = Path(config.data.tokenizer), run.joinpath(*KEPT)
     scratch = about.parent.with_suffix(".tmp")
     only = "" if named.is_dir() else "tokenizer.json" if named.suffix == ".json" else "tokenizer.model"
     chats = config.data.examples != "text"
     template = load_template(config.data.template, load_tokenizer(named)).format.model_dump() if chats else None
+    text = json.dumps({"read": only, "template": template}, indent=2) + "\n"
+    if _fingerprint(run) == tokenizer.fingerprint() and about.read_text() == text:
+        return
     for place in (scratch, about.parent):
         shutil.rmtree(place, ignore_errors=True)
     scratch.mkdir()
     for name, content in tokenizer.files.items():
         (scratch / name).write_bytes(content)
-    (scratch / about.name).write_text(json.dumps({"read": only, "template": template}, indent=2) + "\n")
+    (scratch / about.name).write_text(text)
     scratch.rename(about.parent)
 
 
