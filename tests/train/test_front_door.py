@@ -106,10 +106,13 @@ def test_a_finished_run_can_be_asked_but_has_no_steps_left(make):
     done = make()
     list(done.steps())
     wanted = done.evaluate()
+    with done.run.metrics.open("a") as file:
+        file.write('{"step": 9}\n')  # of a process that has made more of the run since then
     again = make()
     assert again.outcome.reason.startswith("nothing left to do: 8 of 8 steps are done")
     assert list(again.steps()) == [] and again.evaluate() == wanted
     assert json.loads((again.run.path / "STATUS").read_text())["state"] == "done"
+    assert again.history[-1] == {"step": 9}
 
 
 def test_a_run_on_a_mesh(make, monkeypatch):

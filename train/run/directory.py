@@ -45,7 +45,7 @@ class RunDirectory:
         self.replaces = False  # an old run lies here still, for which this attempt has no word
         self._leases: list[lease.Lease] = []
         self._before: str | None = None  # what STATUS said when this attempt began
-        self._lock, self._ended = threading.RLock(), False
+        self._lock, self.ended = threading.RLock(), False
         self.goodput = Goodput(self.attempts / "goodput.jsonl", self.phases)
         self.phases.become(Phase.PREPARING)  # process_index has found the devices
 
@@ -180,7 +180,7 @@ class RunDirectory:
     def beat(self) -> None:
         """Say in STATUS what this attempt is doing, until it says how it ended."""
         with self._lock:
-            if self.goodput.begun and not self._ended:
+            if self.goodput.begun and not self.ended:
                 self.write_status(self.phases.state, self._reached, "", None)
 
     def write_status(self, state: str, step: int, reason: str, exit_code: int | None) -> list[str]:
@@ -194,7 +194,7 @@ class RunDirectory:
         if jax.process_index() != 0 or self.replaces or self.handed_over:
             return []
         with self._lock:
-            self._ended |= exit_code is not None
+            self.ended |= exit_code is not None
             account = self.goodput.account(self.start, max(self.start, self.step or 0), exit_code, self.undone)
             status = {
                 "state": state, "step": step, "time": round(time.time(), 3), "host": socket.gethostname(),
@@ -244,7 +244,7 @@ class RunDirectory:
         self.withdraw()
         if self._before is None:
             return False
-        self._ended = True
+        self.ended = True
         self._replace_status(self._before)
         return True
 

@@ -29,7 +29,7 @@ def open_files(
 
     `opened` closes them. Where an evaluation is `owed`, the step's will be written again.
     """
-    if jax.process_index() > 0:
+    if jax.process_index() > 0 or run.ended:  # a run that is done has its lines, and may be another process's by now
         return Writer(None), None
     makers: list[Callable[[], Any]] = []
     if config.log.tensorboard:
