@@ -163,7 +163,7 @@ def test_a_bucket_that_tensorflow_reads_needs_no_other_library(monkeypatch):
     monkeypatch.setattr(room, "find_spec", lambda name: name == "tensorflow" or None, raising=False)
     check_place("checkpoint.directory", "gs://bucket/checkpoints")
     with pytest.raises(UserError, match="init_from: s3://bucket/model does not exist"):
-        room.check_base(SimpleNamespace(init_from="s3://bucket/model"))
+        room.check_base(SimpleNamespace(init_from="s3://bucket/model"), resumes=False)
     with pytest.raises(UserError, match="cannot be read: Please install gcsfs"):
         check_place("checkpoint.directory", "az://bucket/checkpoints")
     assert asked == ["s3://bucket/model"]
