@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.checkpoints import check_owner, own
-from mixtral_jax.train.checkpoints import owner as owners
 from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig, Checkpointer, saved_steps
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import StorageError, UserError
+from mixtral_jax.train.run import owner as owners
+from mixtral_jax.train.run.owner import check_owner, note_owner
 from tests.tiny import metrics_of, write_run_file
 
 
@@ -26,14 +26,14 @@ def check(directory, config):
 
 
 def test_another_run_is_refused_with_both_names(tmp_path):
-    own(tmp_path, run("a"))
+    note_owner(tmp_path, run("a"))
     for other in (run("b"), run("a", "elsewhere", optimizer={"learning_rate": 0.2})):
         with pytest.raises(UserError, match=r"belongs to the run a in .*/runs/a, and this is the run [ab] in ") as told:
             check(tmp_path, other)
         assert str(tmp_path) in str(told.value)
     check(tmp_path, run("a", optimizer={"learning_rate": 0.2}))  # a resume
     check(tmp_path, run("a", "moved", steps=20))
-    own(tmp_path, run("a", data={"mixture": 1, "workers": 1}))  # one point of a sweep over data
+    note_owner(tmp_path, run("a", data={"mixture": 1, "workers": 1}))  # one point of a sweep over data
     check(tmp_path, run("a", "moved", data={"mixture": 1, "workers": 2, "cache_dir": "c"}))
     with pytest.raises(UserError, match="belongs to the run a"):
         check(tmp_path, run("a", "moved", data={"mixture": 2, "workers": 1}))
@@ -66,7 +66,7 @@ def test_a_moved_run_of_a_version_with_fewer_settings_is_the_same_run(tmp_path):
     check(tmp_path / "far", now)
     with pytest.raises(UserError, match="belongs to the run"):
         check(tmp_path / "far", now | {"on_nonfinite": "rollback"})
-    own(tmp_path / "far", before | {"output_dir": "/elsewhere"})
+    note_owner(tmp_path / "far", before | {"output_dir": "/elsewhere"})
     check(tmp_path / "far", now)
 
 
@@ -84,9 +84,9 @@ def test_the_runs_own_directory_needs_no_record(tmp_path):
     place = tmp_path / "b" / "checkpoints"
     save(place, {"config": run("a")})
     check(place, mine)
-    own(place, mine)
+    note_owner(place, mine)
     assert {p.name for p in place.iterdir()} == {"3"}
-    own(place, run("c"))
+    note_owner(place, run("c"))
     with pytest.raises(UserError, match="belongs to the run c "):
         check(place, mine)
 
@@ -102,7 +102,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused_at_the_start(tmp_path,
     monkeypatch.setattr(owners.epath.Path("/").__class__, "write_text", refuse)
     place = tmp_path / "a" / "checkpoints" if inside else tmp_path / "far"
     with pytest.raises(kind, match=rf"checkpoint.directory: {place} is not writable: {os.strerror(code)}") as caught:
-        own(place, run("a", str(tmp_path)))
+        note_owner(place, run("a", str(tmp_path)))
     assert type(caught.value) is kind
 
 
@@ -120,7 +120,7 @@ def test_a_file_in_the_place_of_the_directory_is_refused_at_once(tmp_path):
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="Not a directory") as caught:
             check(place, run("a"))
-            own(place, run("a"))
+            note_owner(place, run("a"))
         assert type(caught.value) is UserError
 
 

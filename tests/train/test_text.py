@@ -104,7 +104,7 @@ def test_a_chat_of_a_system_prompt_turns_and_prompts(
     tmp_path: Path, said: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "read_model", lambda *_, **__: model())
-    monkeypatch.setattr(command, "run_config", lambda _: None)
+    monkeypatch.setattr(command, "run_template", lambda _: None)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     (tmp_path / "t").write_text(json.dumps(turns))
     options: dict[str, Any] = {"tokenizer": str(MODEL), "chat": True, "system": "Be kind."}

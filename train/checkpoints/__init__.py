@@ -15,6 +15,5 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     saved_steps,
     stands,
 )
-from mixtral_jax.train.checkpoints.owner import check_owner, own
 from mixtral_jax.train.checkpoints.patience import patiently, remedy, why
 from mixtral_jax.train.checkpoints.together import Together

@@ -1,6 +1,7 @@
 """The run file: its schema, and every problem of it named at once."""
 
 from mixtral_jax.train.config.load import (
+    STAGES,
     Provenance,
     check_vocabulary,
     json_schema,

@@ -25,6 +25,7 @@ from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
 from mixtral_jax.train.run.lease import FILE as LEASE
+from mixtral_jax.train.run.owner import check_owner, note_owner
 from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
 from mixtral_jax.train.state import abstract_state
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
@@ -83,7 +84,7 @@ def where_to_start(
     check_shared("checkpoint.directory", directory)
     place.replaces = anew
     if not anew:
-        _together(lambda: checkpoints.own(directory, whose))
+        _together(lambda: note_owner(directory, whose))
     place.start = 0 if found is None else found.step
 
     def make_room(say: Say) -> list[str]:
@@ -92,7 +93,7 @@ def where_to_start(
             apart = own is not None and not own.is_relative_to(place.path.resolve())
             if _listed(directory, say) or place.holds_a_run():
                 moved = place.move_aside(own if apart else None)
-            checkpoints.own(directory, whose)
+            note_owner(directory, whose)
         else:
             moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
         remove = partial(checkpoints.discard_unfinished, directory)
@@ -145,7 +146,7 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
         UserError: there is none where one must be, or one that must not be there, or that is of another model; or what
             --force would move cannot be moved.
     """
-    _together(lambda: checkpoints.check_owner(directory, config.model_dump(mode="json"), say))
+    _together(lambda: check_owner(directory, config.model_dump(mode="json"), say))
     existing: list[int] = json.loads(told(lambda: json.dumps(_listed(directory, say))))  # others may see an older list
     agree(force=int(force))
     newer = newer_steps(config, existing)

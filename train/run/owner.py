@@ -12,8 +12,8 @@ from etils import epath
 
 from mixtral_jax import checkpoint
 from mixtral_jax.data.prepare import digest, write_atomically
-from mixtral_jax.train.checkpoints.checkpointer import saved_steps
-from mixtral_jax.train.checkpoints.patience import patiently, why
+from mixtral_jax.train.checkpoints import patiently, saved_steps, why
+from mixtral_jax.train.config import STAGES
 from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of, is_of_storage
 
 OWNER = "OWNER.json"
@@ -41,8 +41,6 @@ def owner_of(config: Mapping[str, Any]) -> Owner:
 
 def _chosen(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is not as by default: an older version may not have known the other settings."""
-    from mixtral_jax.train.config.load import STAGES  # which imports this package
-
     try:
         known = STAGES[config["stage"]].model_validate_json(json.dumps(config))
     except (KeyError, ValueError):  # of a version that had others
@@ -71,7 +69,7 @@ def check_owner(directory: epath.PathLike, config: Mapping[str, Any], say: Calla
     )
 
 
-def own(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
+def note_owner(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Make the directory, and note in it whose it is.
 
     Raises:
