@@ -11,7 +11,7 @@ import pytest
 
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.errors import command, end_at_once
+from mixtral_jax.train.errors import UserError, command, end_at_once
 from mixtral_jax.train.hooks.evaluate import BrokenOff
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.run.directory import RunDirectory
@@ -66,6 +66,19 @@ def test_before_the_first_step_each_of_them_ends_at_once(name, phase, tmp_path, 
     assert (ended["state"], ended["exit_code"]) == ("preempted", 75)
     assert ended["reason"].startswith(f"{name} while {phase.state}, ")
     assert capsys.readouterr().out == f"exit 75: {ended['reason']}\n"
+
+
+def test_what_a_library_makes_of_it_is_no_error(tmp_path, listened):
+    """Orbax, amid a restore, says that the checkpoint has another format: that would be final."""
+    place = RunDirectory(tmp_path)
+    with Interrupts(place), place.phases.during(Phase.RESTORING):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise UserError("checkpoint 16 does not fit") from error
+    assert json.loads((tmp_path / "STATUS").read_text())["exit_code"] == 75
+    with pytest.raises(UserError), Interrupts(place):  # without a signal it is one
+        raise UserError("checkpoint 16 does not fit")
 
 
 def test_no_signal_changes_the_code_of_a_command_that_has_ended(place, listened):

@@ -46,7 +46,8 @@ class Interrupts:
         self._agreed: str | None = None  # what asks all of them
         self._before: dict[int, Any] = {}
         self._theirs: int | None = None  # the handler of jax, which tells the other processes
-        self._raised, self._left = False, threading.Event()
+        self._stopped: Stopped | None = None  # which was raised
+        self._left = threading.Event()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -74,10 +75,11 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN if handler is end_at_once else handler)
         if self._theirs:
             _system_handler(signal.SIGTERM, self._theirs)
-        if not isinstance(error, Stopped):
+        stopped = self._stopped
+        if stopped is None or error is None or not (error is stopped or self._phases.ends_at_once):
             return False
-        self._place.write_failure(str(error), ExitCode.STOPPED)
-        print(f"exit {ExitCode.STOPPED}: {error}")
+        self._place.write_failure(str(stopped), ExitCode.STOPPED)  # a library may have made another error of it
+        print(f"exit {ExitCode.STOPPED}: {stopped}")
         return True
 
     def requested(self, step: int) -> str | None:
@@ -124,9 +126,9 @@ class Interrupts:
         """In the main thread, between two of its lines."""
         if not self._phases.ends_at_once:
             self._ask(signal.Signals(number).name)
-        elif jax.process_count() == 1 and not self._raised:
-            self._raised = True
-            raise Stopped(self._nothing_to_save(number))
+        elif jax.process_count() == 1 and self._stopped is None:
+            self._stopped = Stopped(self._nothing_to_save(number))
+            raise self._stopped
 
     def _listen(self, heard: socket.socket) -> None:
         """In a thread of its own, whatever the main one does."""
