@@ -137,7 +137,8 @@ def main(argv: list[str]) -> int:
     fault = Fault(spec)
     _watch(fault, spec)
     launch = importlib.import_module("mixtral_jax.launch")
-    code = launch.main(argv[1:])
+    sys.argv[1:] = argv[1:]
+    code = launch.main()  # as a process of its own: behind its outcome it hears no signal
     if "counts" in spec:
         Path(spec["counts"]).write_text(json.dumps(fault.counts))
     return code
