@@ -150,7 +150,8 @@ def test_an_array_that_is_gone_is_no_refusal():
     assert type(caught.value) is RuntimeError and not is_of_storage(caught.value)
 
 
-def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatch):
+def lose_twice(monkeypatch):
+    """The first two saves are refused when they are all but done."""
     remaining, original = [True, True], trees.PendingSave.result
 
     def result(self):
@@ -161,6 +162,10 @@ def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatc
         return 1
 
     monkeypatch.setattr(trees.PendingSave, "result", result)
+
+
+def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatch):
+    lose_twice(monkeypatch)
     run = Run(tmp_path, every=None)
     run.hook.save(Moment(7, STATE, None, 0, False))
     assert saved_steps(tmp_path) == [7] and len(run.said) == 3
@@ -168,16 +173,7 @@ def test_the_last_save_is_waited_for_and_made_again(tmp_path, refuse, monkeypatc
 
 def test_one_that_the_steps_wait_for_is_made_again_by_several_too(tmp_path, monkeypatch):
     """It was waited for where it is begun, and of several no process may begin again alone."""
-    remaining, original = [True, True], trees.PendingSave.result
-
-    def result(self):
-        original(self)
-        if remaining and remaining.pop():
-            self._path.rmtree()
-            raise full()
-        return 1
-
-    monkeypatch.setattr(trees.PendingSave, "result", result)
+    lose_twice(monkeypatch)
     monkeypatch.setattr(hook_of_saves, "jax", SimpleNamespace(process_count=lambda: 2))
     run = Run(tmp_path, every=3, asynchronous=False)
     run.step(3)

@@ -26,7 +26,7 @@ class Together(Generic[T]):
 
     def __init__(self, work: Callable[[], T]):
         self._future: Future[T] = Future()
-        self._place = f"mixtral_jax/work/{next(_works)}/"
+        self._place = f"mixtral_jax/parts/{next(_works)}/"
         Thread(target=self._do, args=(work,), name="together", daemon=True).start()
 
     def _do(self, work: Callable[[], T]) -> None:
