@@ -8,6 +8,7 @@
 #   make test-new     a part of the tests with today's jax, in .venv-3.12 or .venv-3.13 (needs one of these Pythons)
 #   make test-slow    the tests that take minutes
 #   make soak         kill, fill and cut a tiny run for MINUTES=30 (SEED=1 draws the same faults again), and note it
+#   make rehearse     a run of four processes, killed ten times, and the same curve: what a preempted pod will do
 #   make lint         ruff and mypy
 #   make tensorboard  the curves of all runs in a browser (RUNS=runs), by TensorBoard in an environment of its own
 #   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
@@ -30,12 +31,13 @@ FORM ?= short
 TESTS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+REHEARSE_ARGS ?=
 RUNS ?= runs
 MINUTES ?= 30
 SEED ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow soak lint format tensorboard bench clean
+.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow soak rehearse lint format tensorboard bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -97,6 +99,10 @@ test-slow: $(VENV)/small.stamp
 # Nothing of the product knows of it: tests/soak. It adds a line to the table of docs/reliability.md.
 soak: $(VENV)/test.stamp
 	$(RUN) -m tests.soak.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --record docs/reliability.md
+
+# Four processes on this machine, one of them killed after every few seconds of training; then on two, and on four again.
+rehearse: $(VENV)/core.stamp
+	$(RUN) -m tests.rehearse $(REHEARSE_ARGS)
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

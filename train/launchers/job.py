@@ -125,7 +125,7 @@ def engine_name(name: str) -> str:
         UserError: nothing is left of it.
     """
     short = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
-    short = short if short[:1].isalpha() else f"r{'-' * bool(short)}{short}"
+    short = short if short[:1].isalpha() or not short else f"r{'-' * bool(short)}{short}"
     if not _NAME.fullmatch(short):
         raise UserError(f"run_name {name!r} gives no name that an engine takes: letters, digits and hyphens")
     return short

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixtral_jax.train.launchers.job import Job
-from mixtral_jax.train.launchers.verdict import MOST, last_attempt, verdict
+from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
 from mixtral_jax.train.run.goodput import add_up, read_attempts
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
@@ -21,7 +22,7 @@ class Local(NamedTuple):
 
     devices: int = 1  # virtual CPU devices of each
     on_cpu: bool = True
-    kill_every: float | None = None  # seconds
+    kill_every: float | None = None  # seconds of training, so that every attempt comes to a step
     kills: int | None = None  # at most; None: until the run is done
     most: int = MOST
 
@@ -31,9 +32,9 @@ class Supervisor:
 
     def __init__(self, job: Job, how: Local, say: Callable[[str], None] = print):
         self._job, self._how, self._say = job, how, say
-        self._killed, self._asked = 0, False
+        self._killed, self._before, self._asked = 0, 0, False
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._due = time.monotonic() + (how.kill_every or 0)
+        self._due: float | None = None  # when the next is killed; None: the run does not train yet
 
     def run(self) -> int:
         """The exit code of the run: its last word, or 75 where a signal came to the supervisor.
@@ -44,9 +45,9 @@ class Supervisor:
         with self._signals():
             while True:
                 number += 1
-                before = last_attempt(self._job.run)
+                self._before = last_attempt(self._job.run)
                 code = self._attempt()
-                end = verdict(self._job.run, code, before, self._how.most)
+                end = verdict(self._job.run, code, self._before, self._how.most)
                 self._say(f"attempt {number}: {end.code}, {end.reason}")
                 if self._asked or not end.again:
                     break
@@ -75,7 +76,7 @@ class Supervisor:
         command, count, how = self._job.command(), self._job.machine.processes, self._how
         if count > 1:
             command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(index)]
-        environment = dict(os.environ)
+        environment = {**os.environ, "PYTHONPATH": search_path()}
         if how.on_cpu:
             flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={how.devices}"
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
@@ -83,14 +84,18 @@ class Supervisor:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
     def _is_due(self) -> bool:
-        how = self._how
-        return how.kill_every is not None and time.monotonic() >= self._due and self._killed != how.kills
+        if self._how.kill_every is None or self._killed == self._how.kills:
+            return False
+        if self._due is None:
+            status = read_status(self._job.run)
+            if status.get("state") == "training" and status.get("attempt", 0) > self._before:
+                self._due = time.monotonic() + self._how.kill_every
+        return self._due is not None and time.monotonic() >= self._due
 
     def _kill(self, processes: list[subprocess.Popen[bytes]]) -> None:
         """The next one in turn, as a machine that is taken away."""
-        assert self._how.kill_every is not None
         index = self._killed % len(processes)
-        self._killed, self._due = self._killed + 1, time.monotonic() + self._how.kill_every
+        self._killed, self._due = self._killed + 1, None
         self._say(f"kill {self._killed}: process {index}")
         processes[index].kill()
 
@@ -115,6 +120,12 @@ class Supervisor:
         self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
         for line in add_up(book).table() if book else ():
             self._say(line)
+
+
+def search_path() -> str:
+    """PYTHONPATH for a child that is to find this package wherever it stands."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(Path(__file__).parents[2]), *filter(os.path.isabs, inherited)])
 
 
 def _free_port() -> int:

@@ -32,6 +32,9 @@ def submit(engine: str, path: str, overrides: Sequence[str], options: Options) -
     if options["go"] and (missing := [c[0] for c in commands if shutil.which(c[0]) is None]):
         raise UserError(f"--go: {missing[0]} is not installed here: hand the files over where it is")
     write(files)
+    for job in found:  # what an earlier submission came to
+        for name in ("final", "restarts.json"):
+            (job.run / "launch" / name).unlink(missing_ok=True)
     for line in _told(engine, found, files, commands, go=options["go"]):
         print(line)
     if engine == "local" and options["go"]:

@@ -32,6 +32,11 @@ def last_attempt(run: Path) -> int:
     return max((int(p.name) for p in (run / "attempts").glob("*") if p.name.isdecimal()), default=0)
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    """STATUS of a run; empty where there is none."""
+    return _object(run / "STATUS")
+
+
 def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
     """Judge the attempt that has just ended, and count it.
 
@@ -43,7 +48,7 @@ def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
         code: of the processes; negative or above 128: a signal ended them.
         before: the number of the last start when they were started.
     """
-    status = _object(run / "STATUS")
+    status = read_status(run)
     said = status.get("exit_code")
     if isinstance(said, int) and isinstance(status.get("attempt"), int) and status["attempt"] > before:
         code, reason = said, str(status.get("reason", ""))
