@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.launchers.job import Job, check_shared, quoted, run_file
 
-VERDICT = "mixtral_jax.train.launchers.verdict"
+VERDICT = "mixtral_jax.train.launchers"
 
 
 class Slurm(NamedTuple):

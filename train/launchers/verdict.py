@@ -1,13 +1,8 @@
-"""Whether a run whose processes have ended is started again: by its STATUS, then by the code of its processes.
-
-`python -m mixtral_jax.train.launchers.verdict RUN attempt` prints the number of a run's last start;
-`... RUN CODE ATTEMPT` prints `again` or `final`, a code and why, for a batch script, and notes it in <run>/launch.
-"""
+"""Whether a run whose processes have ended is started again: by its STATUS, then by the code of its processes."""
 
 import contextlib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,10 +99,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-if __name__ == "__main__":
-    if sys.argv[2:] == ["attempt"]:
-        print(last_attempt(Path(sys.argv[1])))
-    else:
-        print(verdict(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
