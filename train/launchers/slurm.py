@@ -102,7 +102,8 @@ while [ "$told" ]; do  # a trap ends a wait, too
   wait "$steps"; ended=$?
   [ "$ended" = 127 ] || code=$ended  # 127: it was waited for before
 done
-said=$({python} -P -m {verdict} "$run" "$code" "$before") || said="final $code its verdict could not be found"
+said=$({python} -P -m {verdict} "$run" "$code" "$before")
+[ "$said" ] || said="final $code its verdict could not be found"
 echo "$said"
 read -r what code why <<<"$said"
 if [ "$what" = again ]; then
