@@ -1,6 +1,6 @@
 """Greedy generation: `python -m tests.bench.generation SHAPE TOKENS BATCH ours|theirs [OPTIONS]`.
 
-A call for each line of input: a prompt of 32 random tokens a row; the first calls, which compile or warm up, are not timed.
+A call for each line of input: a prompt of 32 random tokens a row; the first ones, which compile, are not timed.
 """
 
 import sys
