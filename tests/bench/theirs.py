@@ -1,7 +1,7 @@
 """The same training step in transformers: `python -m tests.bench.theirs SHAPE [OPTIONS]`, a step for a line of input.
 
-`experts` is one of transformers' implementations: eager, batched_mm or grouped_mm. dtype bfloat16 is also that of weights
-and moments, which is what a user gets by typing it.
+`experts` is one of transformers' implementations: eager, batched_mm or grouped_mm. dtype bfloat16 is also that of
+weights and moments, which is what a user gets by typing it.
 """
 
 import sys
