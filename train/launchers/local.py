@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mixtral_jax.train.launchers.job import Job
 from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
-from mixtral_jax.train.run.goodput import add_up, read_attempts
+from mixtral_jax.train.run import add_up, read_attempts
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
 
