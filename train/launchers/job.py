@@ -13,6 +13,8 @@ from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 
+PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens to stand in
+IN_IMAGE = ("python", "-P")
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # RFC 1035, as Kubernetes and clouds want it
 
@@ -65,9 +67,9 @@ class Job:
         """The run's name as engines take it."""
         return engine_name(self.config.run_name)
 
-    def command(self, python: str = sys.executable, file: Path | str | None = None) -> list[str]:
+    def command(self, python: Sequence[str] = PYTHON, file: Path | str | None = None) -> list[str]:
         """The words that start one process."""
-        return [python, "-P", "-m", "mixtral_jax.launch", self.config.stage, str(file or self.file)]
+        return [*python, "-m", "mixtral_jax.launch", self.config.stage, str(file or self.file)]
 
 
 def jobs(

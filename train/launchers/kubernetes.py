@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from mixtral_jax.train.config import resolved_yaml
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import Job, places
+from mixtral_jax.train.launchers.job import IN_IMAGE, Job, places
 from mixtral_jax.train.plan import Topology
 
 CONTAINER, PORT = "train", 8476
@@ -36,7 +36,6 @@ class Kubernetes(NamedTuple):
     grace_seconds: int = 300
     max_restarts: int = 10
     plain: bool = False  # a Job without JobSet
-    python: str = "python"
 
 
 def hosts(topology: Topology) -> tuple[int, int]:
@@ -131,7 +130,7 @@ def _pod(job: Job, how: Kubernetes, topology: Topology | None) -> dict[str, Any]
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     container = {
-        "name": CONTAINER, "image": how.image, "command": job.command(how.python, RUN_FILE),
+        "name": CONTAINER, "image": how.image, "command": job.command(IN_IMAGE, RUN_FILE),
         "env": [{"name": name, **value} for name, value in _variables(job, how, topology).items()],
         "ports": [{"containerPort": PORT}], "volumeMounts": mounts,
         "resources": {"limits": {device: each}, "requests": {device: each}},

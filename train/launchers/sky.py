@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import Job, places, quoted, run_file
+from mixtral_jax.train.launchers.job import IN_IMAGE, Job, places, quoted, run_file
 from mixtral_jax.train.plan import Topology
 
 AGAIN = [int(code) for code in ExitCode.again()]
@@ -52,7 +52,7 @@ def task(job: Job, how: Sky) -> str:
         "file_mounts": {"/etc/mixtral-jax/run.yaml": str(job.here / "run.yaml")}
         | {path: {"source": source, "mode": "MOUNT_CACHED"} for path, source in mounts.items()},
         "setup": None if how.image else _SETUP.format(extra=extra),
-        "run": quoted(job.command("python", "/etc/mixtral-jax/run.yaml")),
+        "run": quoted(job.command(IN_IMAGE, "/etc/mixtral-jax/run.yaml")),
     }  # fmt: skip
     yaml, out = YAML(), io.StringIO()
     yaml.width, yaml.default_flow_style = 1 << 16, False
@@ -93,7 +93,7 @@ def workload(job: Job, how: Xpk, topology: Topology) -> list[str]:
     kind = topology.name.rpartition("x")[2] if topology.slices > 1 else topology.name
     if ":" in kind:
         raise UserError(f"xpk: --topology {topology.name}: name the slice by its size, such as v5p-64")
-    command = f"{quoted(job.command('python', '/tmp/run.yaml'))}"
+    command = quoted(job.command(IN_IMAGE, "/tmp/run.yaml"))
     told = {
         "cluster": how.cluster, "workload": job.name, "docker-image": how.image, "tpu-type": kind,
         "num-slices": topology.slices, "restart-on-exit-codes": ",".join(map(str, AGAIN)),

@@ -1,12 +1,11 @@
 """SLURM: an sbatch script that hands on the signal ahead of its time limit, and requeues itself by the run's word."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.launchers.job import Job, check_shared, quoted, run_file
+from mixtral_jax.train.launchers.job import PYTHON, Job, check_shared, quoted, run_file
 
 VERDICT = "mixtral_jax.train.launchers"
 
@@ -36,10 +35,10 @@ def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
         raise UserError(f"--chain {how.chain} and --warn-seconds {how.warn_seconds} are 1 or more")
     if how.chain > 1 and len(jobs) > 1:
         raise UserError("--chain and --sweep: a chain is of one run")
-    python = how.python or sys.executable
+    python = (how.python, "-P") if how.python else PYTHON
     return "\n".join(["#!/bin/bash", *_directives(jobs, how, directory), _BODY.format(
         points="\n".join(_point(i, job, python) for i, job in enumerate(jobs)),
-        where=quoted([str(Path.cwd())]), python=quoted([python]), verdict=VERDICT,
+        where=quoted([str(Path.cwd())]), python=quoted(python), verdict=VERDICT,
         container=f" --container-image={quoted([how.container])}" if how.container else "",
         requeue="false" if how.chain > 1 else "true",
     )])  # fmt: skip
@@ -78,7 +77,7 @@ def _directives(jobs: Sequence[Job], how: Slurm, directory: Path) -> list[str]:
     return [f"#SBATCH {word}" for word in (*words, *how.lines)]
 
 
-def _point(index: int, job: Job, python: str) -> str:
+def _point(index: int, job: Job, python: Sequence[str]) -> str:
     return f"  {index}) run={quoted([str(job.run)])}; set -- {quoted(job.command(python))} ;;"
 
 
@@ -92,7 +91,7 @@ cd {where} || exit 2
 if [ -e "$run/launch/final" ]; then  # an earlier job of a chain, or somebody, has ended it for good
   echo "nothing is started: $(cat "$run/launch/final")"; exit 0
 fi
-before=$({python} -P -m {verdict} "$run" attempt) || exit 2
+before=$({python} -m {verdict} "$run" attempt) || exit 2
 srun --kill-on-bad-exit=0{container} "$@" &
 steps=$!
 told=1 code=143
@@ -102,7 +101,7 @@ while [ "$told" ]; do  # a trap ends a wait, too
   wait "$steps"; ended=$?
   [ "$ended" = 127 ] || code=$ended  # 127: it was waited for before
 done
-said=$({python} -P -m {verdict} "$run" "$code" "$before")
+said=$({python} -m {verdict} "$run" "$code" "$before")
 [ "$said" ] || said="final $code its verdict could not be found"
 echo "$said"
 read -r what code why <<<"$said"
