@@ -56,6 +56,40 @@ class SourceConfig(FrozenConfig):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
+class PhaseRateConfig(FrozenConfig):
+    """A phase's part of the learning-rate schedule: from the rate at its beginning to a fraction at its end.
+
+    The end is the next phase that has a part, or the last step. Of d, the done share of the phase, the way from the
+    first rate to the last is gone by d (linear), (1 - cos(pi d)) / 2 (cosine), sqrt(d) (sqrt: 1-sqrt of 2405.18392) or
+    not at all (constant). From its first step on a part stands in the place of `optimizer.schedule`.
+    """
+
+    schedule: Literal["linear", "cosine", "sqrt", "constant"] = Field("linear", description="the shape of the way")
+    final_fraction: float | None = Field(
+        None, ge=0, le=1, description="rate at the phase's end, as a fraction of optimizer.learning_rate; null: 0"
+    )
+
+    @model_validator(mode="after")
+    def _constant_has_no_end(self) -> Self:
+        if self.schedule == "constant" and self.final_fraction is not None:
+            raise ValueError(f"final_fraction ({self.final_fraction:g}) means nothing with schedule: constant")
+        return self
+
+
+class PhaseConfig(FrozenConfig):
+    """A stretch of the run with a mixture of its own; each source goes on where it stood."""
+
+    from_step: int = Field(ge=0, description="its first batch is the one behind so many updates; 0 in the first phase")
+    weights: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
+        None, description="share of the rows by source, relative to the others; sources not named are not read; "
+        "null: all, by size",
+    )  # fmt: skip
+    temperature: float | None = Field(None, gt=0, description="data.temperature's meaning, in this phase")
+    learning_rate: PhaseRateConfig | None = Field(
+        None, description="this phase's part of the schedule; null: optimizer.schedule"
+    )
+
+
 class DataConfig(FrozenConfig):
     """The sources of a run and how they become rows."""
 
@@ -78,6 +112,9 @@ class DataConfig(FrozenConfig):
     pairs_per_row: int = Field(1, gt=0, description="preference pairs that may share a row of seq_len positions")
     temperature: float | None = Field(
         None, gt=0, description="rows of a source are drawn in proportion to (weight * rows)^(1 / temperature)"
+    )
+    phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1)] | None = Field(
+        None, description="stretches of the run, each with its mixture; null: one, by the sources' weights"
     )
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data, instead of steps")
     cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept")
@@ -112,6 +149,15 @@ class DataConfig(FrozenConfig):
                     f"and data.examples is {self.examples}"
                 )
         return self
+
+    @property
+    def mixed(self) -> tuple[PhaseConfig, ...]:
+        """The phases; where none are named the one that the sources' weights mean."""
+        if self.phases is not None:
+            return self.phases
+        weights = {source.name: source.weight or 1.0 for source in self.train}
+        named = any(source.weight is not None for source in self.train)
+        return (PhaseConfig(from_step=0, weights=weights if named else None, temperature=self.temperature),)
 
     @model_validator(mode="after")
     def _weights_are_complete(self) -> Self:

@@ -8,7 +8,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.prepare import PreparedData, PreparedSource
-from mixtral_jax.data.rows import Batch, PairBatch
+from mixtral_jax.data.rows import Batch, GlobalOrder, PairBatch, Position
 
 _THREADS = 2
 _AHEAD = 4  # batches
@@ -78,10 +78,13 @@ class Loader:
 
     def __init__(
         self, prepared: PreparedData, *, global_batch_size: int, micro_batch_size: int | None = None,
-        shard: tuple[int, int] = (0, 1), start_row: int = 0, references: References | None = None,
+        shard: tuple[int, int] = (0, 1), start_row: int = 0, order: GlobalOrder | None = None,
+        references: References | None = None,
     ):  # fmt: skip
+        """`order` is the one from the run's beginning where it is not given."""
         self._reader = reader = RowReader(prepared.train, references)
-        order, places = prepared.order, shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
+        order = order or prepared.order_from(Position(), global_batch_size)
+        places = shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
 
         def batch(step: int) -> Batch | PairBatch:
             wanted = (start_row + step * global_batch_size + places).flatten().tolist()

@@ -19,7 +19,7 @@ from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, conte
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import choose, sources, text_size_estimate, with_text_column
-from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
+from mixtral_jax.data.rows import ORDER, GlobalOrder, Mixture, Position, RowFormat, order_from, shares
 from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_template, load_tokenizer, token_dtype
 
 _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
@@ -37,22 +37,31 @@ class PreparedData:
     fresh: bool = False  # made just now, at least in part
 
     @functools.cached_property
-    def order(self) -> GlobalOrder:
-        """Which row of which training source is row r of the run."""
-        rows = [source.rows for source in self.train]
-        parts = shares(rows, [source.weight for source in self.config.train], self.config.temperature)
-        return GlobalOrder(rows, parts, self.seed)
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The phases of the run: from which step on which share of the rows each source has."""
+        rows, prints = {s.name: s.rows for s in self.train}, self.sources
+        mixtures = []
+        for phase in self.config.mixed:
+            parts = shares(rows, phase.weights, phase.temperature)
+            read = [(name, prints[name], rows[name], str(part)) for name, part in sorted(parts.items())]
+            made_of = {"order": ORDER, "seed": self.seed, "sources": read}
+            mixtures.append(Mixture(phase.from_step, parts, digest(made_of)))
+        return tuple(mixtures)
 
-    @functools.cached_property
+    @property
+    def sources(self) -> dict[str, str]:
+        """Fingerprint of the rows of each training source."""
+        return {source.name: source.fingerprint for source in self.train}
+
+    @property
     def fingerprint(self) -> str:
-        """Of all that a position in the training data depends on."""
-        return digest(
-            {
-                "sources": [(s.name, s.fingerprint) for s in self.train],
-                "order": [self.order.rows, self.order.shares, self.order.seed],
-                "version": 1,
-            }
-        )
+        """Of all rows that the run reads and of their order."""
+        return digest([(mixture.from_step, mixture.fingerprint) for mixture in self.mixtures])
+
+    def order_from(self, position: Position, global_batch_size: int) -> GlobalOrder:
+        """Which row of which training source is row r of the run, from a position on."""
+        rows = {source.name: source.rows for source in self.train}
+        return order_from(position, self.seed, rows, self.sources, self.mixtures, global_batch_size)
 
     @property
     def complete(self) -> bool:
