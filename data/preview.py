@@ -2,6 +2,7 @@
 
 import math
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 from rich.text import Text
@@ -31,8 +32,9 @@ def preview(
     steps = steps or math.ceil((data.epochs or 1) * sum(source.rows for source in prepared.train) / global_batch_size)
     told = [prepared.summary(), *prepared.readings(), "", *mixture_lines(prepared, steps, global_batch_size)]
     texts, order = [*map(Text, told)], prepared.order_from(Position(), global_batch_size)
+    firsts = [mixture.from_step * global_batch_size for mixture in prepared.mixtures]
     with closing(RowReader(prepared.train)) as reader:
-        for r in (leg.first_row + i for leg in order.legs for i in range(rows)):
+        for r in (first + i for first in firsts for i in range(rows)):
             source, number = order[r]
             row, name = reader.read(source, number), prepared.train[source].name
             learned = int(np.count_nonzero(row.weights))
@@ -45,18 +47,17 @@ def mixture_lines(
     prepared: PreparedData, steps: int, global_batch_size: int, position: Position = _BEGINNING
 ) -> list[str]:
     """Of each phase from a position on: its rows, and of each source its share of them and its epochs so far."""
-    order, phases, lines = prepared.order_from(position, global_batch_size), prepared.config.mixed, []
-    sizes = {source.name: source.rows for source in prepared.train}
-    begins = [mixture.from_step for mixture in prepared.mixtures]
-    current = len(begins) - len(order.legs)
-    ends = [position.row + (step - position.step) * global_batch_size for step in (*begins[current + 1 :], steps)]
-    for i, leg, end in zip(range(current, len(begins)), order.legs, ends, strict=True):
-        weights = phases[i].weights
-        first = max(leg.first_row, position.row)
-        name = f"phase {i + 1} of {len(begins)}, from step {begins[i]:,}: " if prepared.config.phases else ""
-        lines.append(f"{name}mixture {_rule(phases[i])}; rows {first:,} to {end:,}")
-        before, behind = order.drawn(first), order.drawn(end)
-        for source, share in leg.shares.items():
+    order, phases, mixtures = prepared.order_from(position, global_batch_size), prepared.config.mixed, prepared.mixtures
+    sizes, lines = {source.name: source.rows for source in prepared.train}, list[str]()
+    borders = [max(step, position.step) for step in (*(mixture.from_step for mixture in mixtures), steps)]
+    for i, (begin, end) in enumerate(pairwise(borders)):
+        if begin == end:  # it is over
+            continue
+        first, last = (position.row + (step - position.step) * global_batch_size for step in (begin, end))
+        name = f"phase {i + 1} of {len(phases)}, steps {begin:,} to {end:,}: " if len(phases) > 1 else ""
+        lines.append(f"{name}mixture {_rule(phases[i])}; rows {first:,} to {last:,}")
+        before, behind, weights = order.drawn(first), order.drawn(last), phases[i].weights
+        for source, share in mixtures[i].shares.items():
             n, count = sizes[source], behind[source] - before[source]
             weight = "" if weights is None else f", weight {weights[source]:g}"
             lines.append(

@@ -21,7 +21,7 @@ class Position:
     """`step` updates are done and the next row is `row`, of which `drawn` rows of each source lie before.
 
     The default is a run's beginning. `sources` are the fingerprints of the rows that `drawn` counts, `leg` is where
-    `row` lies (its shares are not kept: the fingerprint tells whether they are the same).
+    the row before lies (its shares are not kept: the fingerprint tells whether they are the same).
     """
 
     step: int = 0
@@ -54,20 +54,18 @@ class Position:
         Args:
             sources: fingerprint of the rows of each source of the order.
         """
-        return Position(
-            step, row, {**self.drawn, **order.drawn(row)}, {**self.sources, **sources}, order.leg(row)
-        )  # fmt: skip
+        leg = order.leg(row - 1) if row > self.row else self.leg or order.leg(row)
+        return Position(step, row, {**self.drawn, **order.drawn(row)}, {**self.sources, **sources}, leg)
 
     def others(self, sources: Mapping[str, str]) -> list[str]:
         """Sources of which rows were read, and whose rows are others now: they begin at their first."""
         return [n for n, found in sources.items() if self.drawn.get(n) and self.sources.get(n) != found]
 
     def goes_on(self, mixture: Mixture, sources: Mapping[str, str]) -> bool:
-        """Whether this mixture is the one that was read, or nothing of it was read yet and its sources are the same."""
+        """Whether this mixture, that of the step, was read before the row, or begins here with the same rows."""
         if self.leg is None or self.leg.fingerprint == mixture.fingerprint:
             return True
-        begins = self.row == self.leg.first_row or self.step == mixture.from_step
-        return begins and not {*self.others(sources)} & mixture.shares.keys()
+        return self.step == mixture.from_step and not {*self.others(sources)} & mixture.shares.keys()
 
 
 def at_step(mixtures: Sequence[Mixture], step: int) -> Mixture:
@@ -79,7 +77,7 @@ def order_from(
     position: Position, seed: int, rows: Mapping[str, int], sources: Mapping[str, str], mixtures: Sequence[Mixture],
     global_batch_size: int,
 ) -> GlobalOrder:  # fmt: skip
-    """The rows from a position on: its own leg where the mixture is the same, else a new one, then the later phases.
+    """The rows from a position on: its own leg where the mixture is the same, else a new one, then later mixtures.
 
     In a new leg every source goes on where it stood, if its rows are the same; others begin at their first.
 
@@ -93,7 +91,7 @@ def order_from(
     same = {name for name, fingerprint in sources.items() if position.sources.get(name) == fingerprint}
     legs = [Leg(first, {n: drawn.get(n, 0) for n in rows if n in same}, mixture.shares, mixture.fingerprint)]
     for later in mixtures:
-        if later.from_step > position.step:
+        if later.from_step > position.step and later.fingerprint != legs[-1].fingerprint:
             first = position.row + (later.from_step - position.step) * global_batch_size
             legs.append(Leg(first, GlobalOrder(seed, rows, legs).drawn(first), later.shares, later.fingerprint))
     return GlobalOrder(seed, rows, legs)

@@ -110,7 +110,7 @@ def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
 
 def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writer):
     config = EvalConfig(every=None, batches=1)
-    hook = Evaluate(config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console, Best(None))
+    hook = Evaluate(config, {"a": Source([1.0])}, fake_eval, lambda b: b, writer, console, Best(None))
     assert due_steps(hook) == [12]
     hook.run(moment(12))
     (line,) = lines(tmp_path / "metrics.jsonl")
