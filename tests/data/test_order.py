@@ -189,7 +189,7 @@ class Life:
 
     def add(self):
         """A source that is new, or was here before, perhaps with other rows."""
-        name = self.random.choice([f"s{i}" for i in range(24)])
+        name = self.random.choice([*self.away] * 9 + [f"s{i}" for i in range(24)])
         if name not in self.sizes and len(self.sizes) < 20:
             known = self.away.pop(name, None)
             size, content = known or (int(10 ** self.random.uniform(0, 6)), f"{name} at {self.rows}")
@@ -240,7 +240,8 @@ class Life:
             assert not self.position.goes_on(now, found.sources)
         hosts = self.random.choice([n for n in (1, 2, 4) if self.batch % n == 0])
         names = list(self.sizes)
-        for _ in range(int(10 ** self.random.uniform(0, 2))):
+        borders = {mixture.from_step for mixture in found.mixtures}
+        for _ in range(int(10 ** self.random.uniform(0, 1.7))):
             self.twin.mix(at_step(found.mixtures, self.step).shares, self.sizes, self.contents)
             places = np.concatenate([shard_rows(self.batch, self.batch, (i, hosts)) for i in range(hosts)], axis=1)
             first = self.position.row + (self.step - self.position.step) * self.batch
@@ -251,8 +252,10 @@ class Life:
                 key = slow.bits(slow.key(self.seed, name), epoch)
                 assert (names[source], row) == (name, permute(k, self.sizes[name], key)), (self.rows, place)
             self.step, self.rows = self.step + 1, self.rows + self.batch
-            if self.random.random() < 0.1:
+            if self.random.random() < 0.1 or self.step in borders:
                 self.save(order, found)
+                if self.random.random() < 0.2:
+                    break
         self.end(order, found)
 
     def save(self, order, found):
@@ -280,6 +283,76 @@ def test_the_rows_are_those_of_a_twin_that_counts_what_it_read(rows):
     seed = read = 0
     while read < rows:
         life, seed = Life(seed), seed + 1
-        for _ in range(12):
+        for _ in range(40):
             life.start()
         read += life.rows
+
+
+SIZES, CONTENTS = {"web": 1000, "code": 1000}, {"web": "w", "code": "c"}
+EVEN, MORE_WEB = {"web": 1.0, "code": 1.0}, {"web": 3.0, "code": 1.0}
+
+
+def phases(*pairs):
+    return [{"from_step": step, "weights": weights} for step, weights in pairs]
+
+
+def saved(found, steps, batch=8, position=None):
+    """The position of a checkpoint behind so many more steps, and the rows read till then."""
+    position = position or Position()
+    order, row = found.order_from(position, batch), position.row + steps * batch
+    at = position.at(position.step + steps, row, order, found.sources)
+    return Position.read(at.step, json.loads(json.dumps(at.note()))), [order[r] for r in range(position.row, row)]
+
+
+def test_another_mixture_goes_on_where_each_source_stood():
+    """shared/cases/jobs/expZ: with data.restart the first 20,000 rows came again."""
+    first, second = (prepared(0, SIZES, CONTENTS, phases((0, weights))) for weights in (EVEN, MORE_WEB))
+    position, before = saved(first, 100)
+    assert position.goes_on(first.mixtures[0], first.sources)
+    assert not position.goes_on(second.mixtures[0], second.sources)
+    _, after = saved(second, 50, position=position)
+    assert len({*before, *after}) == 1200
+
+
+def test_a_batch_of_another_size_moves_no_row():
+    found = prepared(0, SIZES, CONTENTS, [{"from_step": 0}])
+    position, before = saved(found, 70, batch=4)
+    position, after = saved(found, 215, batch=8, position=position)
+    assert len({*before, *after}) == 2000 == position.row
+
+
+def test_a_phase_with_the_same_mixture_begins_no_leg():
+    """By size an epoch is a whole: no border of a step falls into it."""
+    one, two = (
+        prepared(0, {"a": 7, "b": 5}, {"a": "x", "b": "y"}, p)
+        for p in ([{"from_step": 0}], [{"from_step": 0}, {"from_step": 5}])
+    )
+    orders = [found.order_from(Position(), 1) for found in (one, two)]
+    assert [orders[0][r] for r in range(60)] == [orders[1][r] for r in range(60)]
+
+
+def test_a_phase_that_was_to_begin_at_a_checkpoint_may_be_another_or_begin_later():
+    planned = prepared(0, SIZES, CONTENTS, phases((0, EVEN), (10, MORE_WEB)))
+    other = prepared(0, SIZES, CONTENTS, phases((0, EVEN), (10, {"web": 1.0, "code": 9.0})))
+    later = prepared(0, SIZES, CONTENTS, phases((0, EVEN), (20, MORE_WEB)))
+    position, _ = saved(planned, 10)
+    for found in (planned, other, later):
+        assert position.goes_on(at_step(found.mixtures, 10), found.sources)
+    whole = later.order_from(Position(), 8)
+    resumed = later.order_from(position, 8)
+    assert [resumed[r] for r in range(80, 400)] == [whole[r] for r in range(80, 400)]
+    position, _ = saved(planned, 11)
+    assert not position.goes_on(at_step(other.mixtures, 11), other.sources)
+
+
+def test_rows_that_are_others_now_are_named_and_begin_at_the_first():
+    before = prepared(0, SIZES, CONTENTS, phases((0, EVEN), (10, EVEN | {"web": 2.0})))
+    changed = prepared(0, SIZES, CONTENTS | {"code": "other"}, phases((0, EVEN), (10, EVEN | {"web": 2.0})))
+    position, _ = saved(before, 10)
+    assert position.others(changed.sources) == ["code"] and position.others(before.sources) == []
+    assert not position.goes_on(at_step(changed.mixtures, 10), changed.sources)
+    assert changed.order_from(position, 8).drawn(80) == {"web": 40, "code": 0}
+
+
+def test_a_checkpoint_of_another_order_has_no_position():
+    assert Position.read(5, {"next_row": 40, "fingerprint": "f", "tokens": 3}) is None
