@@ -87,7 +87,7 @@ def order_from(
     mixture, leg = at_step(mixtures, position.step), position.leg
     first, drawn = position.row, position.drawn
     if leg is not None and leg.fingerprint == mixture.fingerprint:
-        first, drawn = leg.first_row, leg.drawn
+        first, drawn = leg.first_row, {**drawn, **{name: leg.drawn.get(name, 0) for name in mixture.shares}}
     same = {name for name, fingerprint in sources.items() if position.sources.get(name) == fingerprint}
     legs = [Leg(first, {n: drawn.get(n, 0) for n in rows if n in same}, mixture.shares, mixture.fingerprint)]
     for later in mixtures:

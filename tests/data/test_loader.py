@@ -192,6 +192,32 @@ def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
         assert _equal(_joined(parts), batch)
 
 
+def test_a_sample_is_spread_over_the_source_and_the_same_for_all(cache: Path) -> None:
+    """Packing wrote the longest rows first: the first batches are no picture of the whole."""
+    whole, sample = (_evaluation(cache, 4, **options)["fr"] for options in ({}, {"batches": 3}))
+    rows = [b.tokens[0, i] for b in whole for i in range(4) if b.segment_ids[0, i].any()]
+    batches = list(sample)
+    found = np.concatenate([batch.tokens[0] for batch in batches])
+    n = len(rows)
+    middles = [int((i + 0.5) * n / 12) for i in range(12)]
+    assert len(batches) == len(sample) == 3 and all(
+        np.array_equal(rows[m], f) for m, f in zip(middles, found, strict=True)
+    )
+    assert all(_equal(a, b) for a, b in zip(batches, sample, strict=True))
+    halves = [list(_evaluation(cache, 4, batches=3, shard=(i, 2))["fr"]) for i in (0, 1)]
+    assert all(_equal(_joined(parts), batch) for batch, *parts in zip(batches, *halves, strict=True))
+    everything = list(_evaluation(cache, 4, batches=10**6)["fr"])
+    assert all(_equal(a, b) for a, b in zip(everything, whole, strict=True))
+
+
+def test_a_sample_of_rows_has_its_share_of_the_targets(cache: Path) -> None:
+    source = prepare(_config(cache), 512, 0, train=False).validation[0]
+    own = [np.count_nonzero(b.weights) for b in EvalSource(source, 1)]
+    sample = EvalSource(source, 4, batches=source.rows // 16)
+    measured = sum(np.count_nonzero(b.weights) for b in sample) / (len(sample) * 4)
+    assert abs(measured / np.mean(own) - 1) < 0.05
+
+
 def test_preparing_imports_neither_jax_nor_grain() -> None:
     """A worker of the preparation starts in a fraction of a second."""
     program = (

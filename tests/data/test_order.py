@@ -10,14 +10,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import shard_rows
-from mixtral_jax.data.prepare.cache import PreparedSource
-from mixtral_jax.data.prepare.prepared import PreparedData
 from mixtral_jax.data.rows.order import GlobalOrder, Leg, permute, shares
 from mixtral_jax.data.rows.position import Position, at_step
-from mixtral_jax.data.rows.row import RowFormat
 from tests.oracles import order as slow
+from tests.unprepared import prepared
 
 MIXES = [
     [1, 1], [3, 1], [15, 1], [63, 1], [1, 1, 1], [1] * 4, [1] * 8, [5, 3, 2, 1, 1], [0.6, 0.3, 0.1],
@@ -162,16 +159,6 @@ def test_an_empty_source_is_refused():
 
 
 # --- positions: through phases, kills, rollbacks, other batches, other sources ---
-
-
-def prepared(seed, sizes, contents, phases):
-    """A preparation without files; `phases` as the configuration has them."""
-    kept = {"documents": 0, "tokens": 0, "targets": 0, "directory": "", "format": RowFormat(8, "uint16", False)}
-    sources = [
-        PreparedSource(name=n, fingerprint=contents[n], shards=(("x", size, 0),), **kept) for n, size in sizes.items()
-    ]
-    config = DataConfig(tokenizer="t", train=[{"name": n, "path": n} for n in sizes], phases=phases)
-    return PreparedData(config, seed, tuple(sources), ())
 
 
 class Life:
@@ -352,6 +339,15 @@ def test_rows_that_are_others_now_are_named_and_begin_at_the_first():
     assert position.others(changed.sources) == ["code"] and position.others(before.sources) == []
     assert not position.goes_on(at_step(changed.mixtures, 10), changed.sources)
     assert changed.order_from(position, 8).drawn(80) == {"web": 40, "code": 0}
+
+
+def test_a_source_that_was_away_goes_on_where_it_stood():
+    """Also within the leg in which it left, and which does not read it."""
+    alone = prepared(0, {"web": 1000}, {"web": "w"}, [{"from_step": 0}, {"from_step": 10, "weights": {"web": 1.0}}])
+    both = prepared(0, SIZES, CONTENTS, phases((0, EVEN), (10, {"web": 1.0}), (40, EVEN)))
+    position, _ = saved(both, 20)
+    position, _ = saved(alone, 5, position=position)
+    assert both.order_from(position, 8).drawn(25 * 8) == {"web": 160, "code": 40}
 
 
 def test_a_checkpoint_of_another_order_has_no_position():
