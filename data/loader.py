@@ -117,10 +117,10 @@ class EvalSource:
         self, source: PreparedSource, batch_size: int, shard: tuple[int, int] = (0, 1), *, batches: int | None = None,
         references: References | None = None,
     ):  # fmt: skip
-        self.targets, self.fingerprint = source.targets, source.fingerprint
-        self.text_bytes = 0 if source.format.weighted else source.text_bytes
+        self.fingerprint = source.fingerprint
         n = source.rows if batches is None else min(source.rows, batches * batch_size)
         self._rows = [(2 * i + 1) * source.rows // (2 * n) for i in range(n)]  # the middle of each n-th
+        self.text_bytes = 0 if source.format.weighted else int(source.sizes()[self._rows, 1].sum(dtype=np.int64))
         self._padding, self._batch_size = source.format.padding(), batch_size
         self._reader = RowReader([source], references)
         self._places = shard_rows(batch_size, batch_size, shard)[0]

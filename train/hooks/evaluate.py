@@ -84,11 +84,7 @@ def measure_sources(ask: Callable[[Any], Any], sources: Mapping[str, EvalSource]
 
 def metrics_of(sums: Mapping[str, EvalSums | PairSums], sources: Mapping[str, EvalSource]) -> dict[str, float]:
     """Ratios of the sums over documents, answers or pairs: of all sources together, and of each."""
-    measured = {}
-    for name, own in sums.items():
-        # of a part of the text, its bytes in proportion to the targets
-        share = own.weight / max(sources[name].targets, 1) if isinstance(own, EvalSums) else 0.0
-        measured[f"{name}/"] = (own, sources[name].text_bytes * share)
+    measured = {f"{name}/": (own, sources[name].text_bytes) for name, own in sums.items()}
     together = jax.tree.map(lambda *column: sum(column), *measured.values())
     return {
         f"eval/{prefix}{key}": value
