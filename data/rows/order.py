@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,17 @@ class GlobalOrder:
                 drawn[node] += m
         return drawn
 
+    def taken(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """Which rows of each source are rows `first` to `last` - 1 of the run, all at once."""
+        before, behind = self.drawn(first), self.drawn(last)
+        found = {}
+        for name, (_, rows, key) in self._sources.items():
+            epochs = range(before[name] // rows, -(-behind[name] // rows))
+            parts = [np.arange(max(before[name] - e * rows, 0), min(behind[name] - e * rows, rows)) for e in epochs]
+            shuffled = [permute_all(k, rows, _mix(key, e)) for k, e in zip(parts, epochs, strict=True)]
+            found[name] = np.concatenate([np.zeros(0, np.uint64), *shuffled])
+        return found
+
     def leg(self, r: int) -> Leg:
         """The leg in which row `r` lies."""
         return self.legs[self._leg(r)]
@@ -197,17 +209,30 @@ def permute(k: int, n: int, seed: int) -> int:
     assert 0 <= k < n
     if n <= _SMALL:
         return _shuffled(n, seed)[k]
-    half = max(1, (max(1, (n - 1).bit_length()) + 1) // 2)
+    while (k := _network(k, n, seed)) >= n:
+        pass
+    return k
+
+
+def permute_all(k: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """`permute` of each of `k` (m,), as uint64 (m,)."""
+    if n <= _SMALL:
+        return np.array(_shuffled(n, seed), np.uint64)[k]
+    k = _network(k.astype(np.uint64), n, seed)
+    while (outside := k >= n).any():
+        k[outside] = _network(k[outside], n, seed)
+    return k
+
+
+def _network(k: Any, n: int, seed: int) -> Any:
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    while True:
-        left, right = k >> half, k & mask
-        for turn in range(_ROUNDS):
-            x = (right + (turn << 32) + seed) * _FIRST & _WORD
-            x = ((x ^ (x >> 32)) * _SECOND) & _WORD
-            left, right = right, left ^ ((x >> 32) & mask)
-        k = (left << half) | right
-        if k < n:
-            return k
+    left, right = k >> half, k & mask
+    for turn in range(_ROUNDS):
+        x = (right + ((turn << 32) + seed & _WORD)) * _FIRST & _WORD
+        x = ((x ^ (x >> 32)) * _SECOND) & _WORD
+        left, right = right, left ^ ((x >> 32) & mask)
+    return (left << half) | right
 
 
 @lru_cache(maxsize=1024)

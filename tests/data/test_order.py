@@ -118,6 +118,18 @@ def test_every_device_reads_every_source_in_proportion(weights):
             assert np.all(np.abs(own - steps * exact) < 5 * np.sqrt(steps * exact * (1 - exact)) + 1)
 
 
+def test_many_rows_at_once_are_those_rows():
+    """Across epochs of each source, and across legs."""
+    order = mixed([5, 3, 1], rows=70)
+    shares_of = {"s0": Fraction(1, 2), "s2": Fraction(1, 2)}
+    order = GlobalOrder(0, {"s0": 70, "s1": 30, "s2": 5000}, [*order.legs, Leg(1000, order.drawn(1000), shares_of)])
+    for first, last in ((0, 0), (3, 5), (0, 400), (900, 2100)):
+        one_by_one = {name: [] for name in order.rows}
+        for s, i in (order[r] for r in range(first, last)):
+            one_by_one[f"s{s}"].append(i)
+        assert {name: rows.tolist() for name, rows in order.taken(first, last).items()} == one_by_one
+
+
 def test_nothing_depends_on_how_sources_are_listed():
     parts = {"a": Fraction(1, 4), "b": Fraction(1, 2), "c": Fraction(1, 4)}
     rows = {"a": 10, "b": 20, "c": 30}
