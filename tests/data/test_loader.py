@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_the_batches_are_the_rows_in_the_global_order(cache: Path) -> None:
             assert all(np.array_equal(x[0, b], y) for x, y in zip(batch, row, strict=True))
     reader.close()
     loader.close()
+
+
+def test_a_loader_goes_on_across_phases_from_any_position(cache: Path) -> None:
+    values = _config(cache).model_dump()
+    phases = [{"from_step": 0, "weights": {"fr": 3, "it": 1}}, {"from_step": 3, "weights": {"code": 1, "fr": 1}}]
+    prepared = prepare(DataConfig(**values | {"phases": phases}), SEQ_LEN, 0)
+    options = {"global_batch_size": ROWS, "micro_batch_size": MICRO}
+    with closing(Loader(prepared, **options)) as loader:
+        whole = [next(loader) for _ in range(5)]
+    for done in (2, 3, 4):
+        position = Position().at(done, done * ROWS, prepared.order_from(Position(), ROWS), prepared.sources)
+        order = prepared.order_from(position, ROWS)
+        with closing(Loader(prepared, **options, start_row=position.row, order=order)) as loader:
+            assert all(_equal(next(loader), batch) for batch in whole[done:])
 
 
 def test_dtypes_and_the_weights_of_a_batch(cache: Path) -> None:
@@ -211,12 +226,16 @@ def test_a_sample_is_spread_over_the_source_and_the_same_for_all(cache: Path) ->
     assert all(_equal(a, b) for a, b in zip(everything, whole, strict=True))
 
 
-def test_a_sample_of_rows_has_its_share_of_the_targets(cache: Path) -> None:
+def test_a_sample_has_short_documents_as_the_whole_has(cache: Path) -> None:
+    """Of its first quarter each row was a piece of one long document."""
     source = prepare(_config(cache), 512, 0, train=False).validation[0]
-    own = [np.count_nonzero(b.weights) for b in EvalSource(source, 1)]
-    sample = EvalSource(source, 4, batches=source.rows // 16)
-    measured = sum(np.count_nonzero(b.weights) for b in sample) / (len(sample) * 4)
-    assert abs(measured / np.mean(own) - 1) < 0.05
+
+    def documents_a_row(batches: list[Batch]) -> float:
+        return float(np.mean([batch.segment_ids.max() for batch in batches]))
+
+    whole, sample = list(EvalSource(source, 1)), list(EvalSource(source, 1, batches=source.rows // 4))
+    assert documents_a_row(whole[: source.rows // 4]) == 1 < 1.2 < documents_a_row(whole)
+    assert documents_a_row(sample) == pytest.approx(documents_a_row(whole), rel=0.1)
 
 
 def test_preparing_imports_neither_jax_nor_grain() -> None:
