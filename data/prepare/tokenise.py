@@ -20,6 +20,7 @@ from mixtral_jax.data.progress import meter
 from mixtral_jax.data.records import Census, Lump, Unit, read_lumps
 from mixtral_jax.data.text import (
     Documents,
+    Tokenizer,
     columns,
     layouts_of,
     load_template,
@@ -30,7 +31,12 @@ from mixtral_jax.data.text import (
 
 _FIRST_ROWS = 100  # of a file, which show its layout
 _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
-process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once
+
+
+@functools.lru_cache(maxsize=2)
+def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
+    """A tokenizer of this process, loaded once while its `fingerprint` is the same."""
+    return load_tokenizer(path)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def _layouts(corpus: Corpus, file: str) -> tuple[str, ...]:
 
 
 def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, ...]) -> Documents:
-    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer)
+    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer, corpus.tokenizer)
     if config.examples == "text":
         return text_documents(lump, corpus.source.text_key, tokenizer, census)
     template = load_template(config.template, tokenizer)
