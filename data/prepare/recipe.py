@@ -34,6 +34,7 @@ class Corpus:
     files: tuple[str, ...]
     described: str
     buckets: int
+    tokenizer: str  # its fingerprint
     token_dtype: str
     fingerprint: str
 
@@ -171,7 +172,14 @@ def _corpus(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> C
     if kind == "chat":
         identity["train_on"] = config.train_on
     return Corpus(
-        config, source, files, described, buckets, token_dtype(tokenizer.vocab_size), fingerprint=digest(identity)
+        config=config,
+        source=source,
+        files=files,
+        described=described,
+        buckets=buckets,
+        tokenizer=tokenizer.fingerprint(),
+        token_dtype=token_dtype(tokenizer.vocab_size),
+        fingerprint=digest(identity),
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def data_files(path: str) -> list[str]:
 
 def read_lumps(
     source: SourceConfig, file: str, columns: tuple[str, ...], census: Census, unit: Unit | None = None
-) -> Iterator[Lump]:
+) -> Generator[Lump, None, None]:
     """All records of one file, or of a unit of it.
 
     `columns` are those that columnar files need to read; of alternatives those that the file has; of none all.
@@ -119,7 +119,7 @@ def read_lumps(
         "tfds": columnar.tfds,
         "datasets": columnar.hugging_face,
     }
-    before = unit.first if kind == "parquet" else unit.start
+    before = {"parquet": unit.first, "text": unit.start // TEXT_PIECE_BYTES}.get(kind, unit.start)
     yield from columnar.lumps(file, readers[kind](source, unit, columns, census), LUMP_BYTES, before)
 
 
@@ -196,6 +196,8 @@ def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int
             held, block, limit = [], block[after:], (at // size + 1) * size
             if unit.stop is not None and at >= unit.stop:
                 return
+        if unit.stop is not None and at < unit.start and end >= unit.stop:
+            return  # all within one long line
         held.append(block)
     rest = b"".join(held)
     rest = rest[: rest.rfind(b"\n") + 1] if cut else rest
@@ -263,9 +265,10 @@ def _array(file: str, blocks: Iterator[bytes], census: Census) -> columnar.Recor
 
 def _text(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> columnar.Records:
     """A file is one document; one of more than 8 MB is cut at line ends."""
-    number = unit.start // TEXT_PIECE_BYTES + 1
+    number = unit.start // TEXT_PIECE_BYTES  # of the part before
     try:
         for at, piece in _lines(_blocks(unit.file, unit.start), unit, TEXT_PIECE_BYTES):
+            yield from [None] * (at // TEXT_PIECE_BYTES - number)  # within a long line none begins
             number = at // TEXT_PIECE_BYTES + 1
             try:
                 yield {source.text_key: (piece if at else piece.removeprefix(codecs.BOM_UTF8)).decode("utf-8")}
@@ -273,7 +276,7 @@ def _text(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Ce
                 census.report(Place(unit.file, number, "part"), f"not UTF-8 (byte {error.start + 1})")
                 yield None
     except _CutOff as error:
-        census.report(Place(unit.file, number, "part"), error)
+        census.report(Place(unit.file, max(1, number), "part"), error)
 
 
 def _blocks(file: str, start: int = 0) -> Iterator[bytes]:
