@@ -82,7 +82,7 @@ class GlobalOrder:
     def __init__(self, seed: int, rows: Mapping[str, int], legs: Sequence[Leg]):
         if not rows or min(rows.values()) < 1:
             raise ValueError(f"every source needs at least one row, found {dict(rows)}")
-        self.seed, self.rows, self.legs = seed, dict(rows), tuple(legs)
+        self.rows, self.legs = dict(rows), tuple(legs)
         self._firsts = [leg.first_row for leg in legs]
         assert self._firsts == sorted(set(self._firsts)) and all(leg.shares.keys() <= rows.keys() for leg in legs)
         self._trees = [_tree(leg, seed) for leg in legs]
