@@ -60,8 +60,8 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
             shutil.rmtree(dead, ignore_errors=True)
         directory = final.with_name(f"{final.name}.tmp-{os.urandom(6).hex()}")
         parts[directory] = corpus, corpus.census()
-        own = itertools.islice(enumerate(corpus.units), index - 1, None, count)
-        jobs += [_Job(replace(corpus, files=()), directory, unit, number) for number, unit in own]
+        units, short = enumerate(corpus.units), replace(corpus, files=())
+        jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
     try:
         for directory in parts:
             directory.mkdir(parents=True)

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import zlib
@@ -173,14 +174,14 @@ def _jsonl(unit: Unit, census: Census) -> Iterator[Lump]:
 def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int, bytes]]:
     """Whole lines, together those that begin in the same `size` bytes of the file, and where the first begins.
 
-    A unit has the lines that begin in it; its borders are multiples of `size`. Raises _CutOff behind the last whole
-    line of a file that is damaged.
+    A unit has the lines that begin in it. Raises _CutOff behind the last whole line of a file that is damaged.
     """
     held: list[bytes] = []
     at = end = max(0, unit.start - 1)  # of what is held
-    limit = unit.start or size  # the next line that begins here or behind is of the next lump
+    stop = math.inf if unit.stop is None else unit.stop
+    limit = unit.start or min(size, stop)  # the next line that begins here or behind is of the next lump
     cut: _CutOff | None = None
-    while unit.stop is None or at < unit.stop:
+    while at < stop:
         try:
             block = next(blocks, b"")
         except _CutOff as error:
@@ -188,15 +189,15 @@ def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int
         if not block:
             break
         start, end = end, end + len(block)
-        while end >= limit and (after := block.find(b"\n", max(0, limit - 1 - start)) + 1):
+        while end >= limit and (after := block.find(b"\n", max(0, int(limit) - 1 - start)) + 1):
             lines = b"".join([*held, block[:after]])
             if at >= unit.start:
                 yield at, lines
             at = start = start + after
-            held, block, limit = [], block[after:], (at // size + 1) * size
-            if unit.stop is not None and at >= unit.stop:
+            held, block, limit = [], block[after:], min((at // size + 1) * size, stop)
+            if at >= stop:
                 return
-        if unit.stop is not None and at < unit.start and end >= unit.stop:
+        if at < unit.start and end >= stop:
             return  # all within one long line
         held.append(block)
     rest = b"".join(held)
