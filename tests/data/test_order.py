@@ -161,7 +161,7 @@ def test_shares_follow_their_formulas():
     roots = np.array([800, 100, 400]) ** 0.5
     found = shares(rows, {"a": 1.0, "b": 1.0, "c": 4.0}, 2.0)
     np.testing.assert_allclose([float(x) for x in found.values()], roots / roots.sum())
-    with pytest.raises(ValueError, match=r"temperature 0\.001 is too low"):
+    with pytest.raises(ValueError, match=r"data\.temperature, or a phase.s, 0\.001 is too low"):
         shares(rows, None, 0.001)
 
 
