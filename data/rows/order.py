@@ -63,7 +63,9 @@ def shares(
         except OverflowError:
             scores = {}
         if not all(scores.values()) or not scores:
-            raise ValueError(f"data.temperature, or a phase's, {temperature:g} is too low: shares leave the range of numbers")
+            raise ValueError(
+                f"data.temperature, or a phase's, {temperature:g} is too low: shares leave the range of numbers"
+            )
     total = sum(scores.values())
     return {name: score / total for name, score in scores.items()}
 
