@@ -17,7 +17,6 @@ from mixtral_jax.data.records import (
     file_format,
     sources,
     text_size_estimate,
-    units,
     units_of,
     with_text_column,
 )
@@ -155,7 +154,7 @@ def _corpus(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> C
     buckets = 1 + text_size_estimate(files) // documents.BUCKET_BYTES
     identity: dict[str, Any] = {
         "version": FORMAT_VERSION,
-        "units": [units.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
+        "units": [sources.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
         "content": [content_hash(file, Path(config.cache_dir)) for file in files],
         "formats": formats,
         "tokenizer": tokenizer.fingerprint(),

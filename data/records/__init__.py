@@ -1,6 +1,6 @@
 """Files of any format as lumps of records."""
 
-from mixtral_jax.data.records import sources, units
+from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.files import check_file, file_identity, is_remote, open_file
 from mixtral_jax.data.records.lump import Census, Lump, Unit
 from mixtral_jax.data.records.selection import choose, source_files

@@ -22,7 +22,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records import sources, units
+from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.selection import source_files
 from mixtral_jax.data.records.sources import read_lumps, text_size_estimate, with_text_column
@@ -238,7 +238,7 @@ def test_tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(_texts(directory)) == sorted(TEXTS)
     assert _texts(directory, split="test") == ["testé"]
     source, whole = SourceConfig(name="s", path=directory), _texts(directory)
-    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1)
     shares = units_of(source, directory)
     lumps = [lump for unit in shares for lump in read_lumps(source, directory, ("text",), Census(False), unit)]
     assert len(shares) == len(TEXTS)
