@@ -80,17 +80,28 @@ class DataConfig(FrozenConfig):
         None, gt=0, description="rows of a source are drawn in proportion to (weight * rows)^(1 / temperature)"
     )
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data, instead of steps")
-    cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept")
+    cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept: a directory or an address")
+    staging_dir: str | None = Field(
+        None, description="where copies of what lies behind addresses are kept here; null: .cache/mixtral-jax-staging"
+    )
+    staging_bytes: int | None = Field(
+        None, gt=0, description="of such copies at most; null: as many as leave a tenth of the disk free"
+    )
     on_error: Literal["fail", "skip"] = Field("fail", description="skip: count bad records, show the first few")
     workers: int = Field(0, ge=0, description="processes that tokenise; 0: one a core")
     restart: bool = Field(False, description="start at row 0 where a checkpoint was made from other data")
 
     @field_validator("cache_dir")
     @classmethod
-    def _is_of_a_file_system(cls, place: str) -> str:
-        if "://" in place:
-            raise ValueError("must be a directory of a file system: rows are read from it at random")
-        return check_place_name(place)
+    def _is_a_place(cls, place: str) -> str:
+        return check_place_name(place.removeprefix("file://"))
+
+    @field_validator("staging_dir")
+    @classmethod
+    def _is_of_a_file_system(cls, place: str | None) -> str | None:
+        if place is not None and "://" in place:
+            raise ValueError("must be a directory of this machine: it holds copies of what lies behind addresses")
+        return place and check_place_name(place)
 
     @field_validator("train", "validation")
     @classmethod

@@ -5,3 +5,4 @@ from mixtral_jax.data.records.files import check_file, fetched, file_identity, i
 from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.records.selection import choose, source_files
 from mixtral_jax.data.records.sources import data_files, read_lumps, text_size_estimate, with_text_column
+from mixtral_jax.data.records.staging import stage_in

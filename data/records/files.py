@@ -225,6 +225,21 @@ def files_below(directory: str) -> list[str]:
     return _visible(found)
 
 
+def sizes_below(address: str) -> dict[str, int]:
+    """Relative name -> bytes of all files below an address."""
+
+    def look(fs: Any, root: str) -> dict[str, int]:
+        return {n.removeprefix(root).strip("/"): known["size"] or 0 for n, known in fs.find(root, detail=True).items()}
+
+    return _ask(address, look)
+
+
+def remove_below(address: str, first: str) -> None:
+    """Removes all files below an address, `first` before the others."""
+    for name in sorted(sizes_below(address), key=lambda name: name != first):
+        _ask(join(address, name), lambda fs, path: fs.rm_file(path))
+
+
 def distinct(paths: Iterable[str]) -> list[str]:
     """The paths without those that lead to where an earlier one leads, as links and other spellings do."""
     places = {path: path if is_remote(path) else os.path.realpath(path) for path in paths}
