@@ -1,7 +1,6 @@
 """Rows on disk, read at random: through a pool of open shards that is bounded, however many shards there are."""
 
 import bisect
-import contextlib
 import errno
 import itertools
 import resource
@@ -20,7 +19,8 @@ from mixtral_jax.data.records import fetched
 from mixtral_jax.data.rows import Batch, PairBatch
 
 _OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}  # for single rows
-_MOST = 256  # open shards: each is a descriptor, and some bytes of memory for each of its rows
+_MOST = 1024  # open shards: each is a descriptor, and some bytes of memory for each of its rows
+_STAMP_READS = 1000  # between two looks at the clock
 
 References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2) log-probabilities of the reference
 
@@ -45,8 +45,7 @@ class ShardPool:
     """
 
     def __init__(self, most: int | None = None):
-        """By default a quarter of the files that this process may have open."""
-        self._most = most or max(1, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._most = most  # None: a quarter of the files that this process may have open
         self._lock, self._shards = threading.Lock(), OrderedDict[str, _Shard]()
 
     def __len__(self) -> int:
@@ -58,14 +57,17 @@ class ShardPool:
         Raises:
             OSError: the shard is damaged, gone, or cannot be fetched.
         """
-        with self._held(path) as shard:
-            with shard.opening:
-                if shard.reader is None:
-                    shard.reader = _open(path)
-            try:
-                return shard.reader.read([row])[0]
-            except (RuntimeError, IndexError, ValueError) as error:
-                raise _damaged(path, error) from None
+        shard = self._hold(path)
+        try:
+            if shard.reader is None:
+                with shard.opening:
+                    shard.reader = shard.reader or _open(path)
+            return shard.reader.read([row])[0]
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise _damaged(path, error) from None
+        finally:
+            with self._lock:
+                shard.users -= 1
 
     def close(self, paths: Sequence[str]) -> None:
         """Closes those of the shards that are open and not read at this moment."""
@@ -74,32 +76,39 @@ class ShardPool:
         for shard in idle:
             shard.close()
 
-    @contextlib.contextmanager
-    def _held(self, path: str) -> Iterator[_Shard]:
+    def _hold(self, path: str) -> _Shard:
+        """A shard that is not closed as long as it has users; for a new one others may go."""
+        idle: list[_Shard] = []
         with self._lock:
-            shard = self._shards.setdefault(path, _Shard())
+            shard = self._shards.get(path)
+            if shard is None:
+                shard = self._shards[path] = _Shard()
+                surplus = len(self._shards) - (self._most or _bound())
+                doomed = itertools.islice((p for p, other in self._shards.items() if not other.users), max(0, surplus))
+                idle = [self._shards.pop(p) for p in list(doomed) if p != path]
+            else:
+                self._shards.move_to_end(path)
             shard.users += 1
-            self._shards.move_to_end(path)
-            surplus = len(self._shards) - self._most
-            idle = (p for p, other in self._shards.items() if not other.users) if surplus > 0 else ()
-            closed = [self._shards.pop(p) for p in list(itertools.islice(idle, max(0, surplus)))]
-        for other in closed:
+        for other in idle:
             other.close()
-        try:
-            yield shard
-        finally:
-            with self._lock:
-                shard.users -= 1
+        return shard
+
+
+def _bound() -> int:
+    """A quarter of the files that this process may have open now."""
+    return max(1, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 def _open(path: str) -> Any:
     place = str(fetched(Path(path)))
     reader = ArrayRecordReader(place, **_OPTIONS)
-    if not reader.ok():  # it raises when it is asked, or closed
-        with contextlib.suppress(RuntimeError):
-            reader.close()
-        raise _damaged(place, "not to be opened")
-    return reader
+    if reader.ok():
+        return reader
+    try:
+        reader.close()  # says what it was
+    except RuntimeError as error:
+        raise _damaged(place, error) from None
+    raise _damaged(place, "it cannot be opened")
 
 
 def _damaged(path: str, why: object) -> OSError:
@@ -122,13 +131,16 @@ class RowReader:
         self._paths = [source.paths for source in sources]
         self._ends = [list(itertools.accumulate(rows for _, rows, _ in source.shards)) for source in sources]
         self._uses = [Use(Path(source.directory)) for source in sources]
+        self._reads = 0
         self.close = weakref.finalize(self, _release, self._paths, self._uses)  # closes the files
 
     def read(self, source: int, row: int) -> Batch | PairBatch:
         """One row."""
         ends = self._ends[source]
         shard = bisect.bisect_right(ends, row)
-        self._uses[source].stamp()
+        self._reads += 1
+        if self._reads % _STAMP_READS == 0:
+            self._uses[source].stamp()
         record = _pool.read(self._paths[source][shard], row - (ends[shard - 1] if shard else 0))
         found = self._sources[source].format.decode(record)
         known = self._references.get(self._sources[source].fingerprint)
