@@ -37,6 +37,13 @@ def texts_of(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
+def lines_of(directory: Path, packed: Path) -> Path:
+    """A compressed file as it is without that: in units of a few lines."""
+    path = directory / packed.stem
+    path.write_bytes(gzip.decompress(packed.read_bytes()))
+    return path
+
+
 def documents_of(source: PreparedSource) -> list[tuple[int, ...]]:
     """The documents of rows in which none is split."""
     found: list[tuple[int, ...]] = []
@@ -51,4 +58,6 @@ def documents_of(source: PreparedSource) -> list[tuple[int, ...]]:
 
 
 def leftovers(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.iterdir() if p.name not in ("hashes", "locks"))
+    """What lies in a cache beside hashes, locks and document stores."""
+    others = [p for p in cache.iterdir() if p.name not in ("hashes", "locks")]
+    return sorted(p.name for p in others if not any(p.glob("part-*")))

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixtral_jax.data.config import FrozenConfig
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import data_files
@@ -36,12 +38,13 @@ from mixtral_jax.data.records.files import (
     open_file,
     put,
     read_small,
+    remove_below,
 )  # fmt: skip
 from mixtral_jax.data.records.staging import COPIED, digest, locked, scratch, staging, write_atomically
 from mixtral_jax.data.rows import RowFormat
 
-FORMAT_VERSION = 1
-META = "meta.json"
+FORMAT_VERSION = 2
+META, SIZES = "meta.json", "sizes.npy"
 _ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
 _THREADS, _STRIPES, _PIECE_BYTES = 8, 64, 1 << 20
 _QUIET_SECONDS, _STAMP_SECONDS = 2.0, 3600.0
@@ -85,7 +88,15 @@ class PreparedSource(FrozenConfig):
         """The shard files, in order."""
         return [os.path.join(self.directory, name) for name, _, _ in self.shards]
 
-    def save(self, directory: Path, **made_of: Any) -> None:
+    def sizes(self) -> np.ndarray:
+        """(rows, 2) uint32, mapped from disk: places of each row that hold a token, and UTF-8 bytes of their text.
+
+        Of a document in several rows each has its bytes by its tokens: all rows sum to `text_bytes`. Examples have 0.
+        """
+        found: np.ndarray = np.load(fetched(Path(self.directory) / SIZES), mmap_mode="r")
+        return found
+
+    def save(self, directory: Path, made_of: Mapping[str, Any]) -> None:
         """Writes meta.json: all but the name, the place and the files; and for people what it was made of."""
         seal(directory, "rows", made_of, self.model_dump(exclude={"name", "directory", "described"}))
 
@@ -208,6 +219,27 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
         write_atomically(directory / COPIED, json.dumps(copied))
         write_atomically(directory / META, content)
     return meta
+
+
+def check_writable(cache_dir: Path) -> None:
+    """Whether what is made can be added to a cache.
+
+    Raises:
+        ValueError: it lies on a web server.
+    """
+    if (address := address_of(cache_dir)).startswith("http"):
+        raise ValueError(
+            f"data.cache_dir: {address} does not hold these rows, and web servers are only read from: prepare "
+            "them where that directory can be written, or name another"
+        )
+
+
+def forget(cache_dir: Path, name: str) -> None:
+    """Removes what is not needed any more, wherever it is."""
+    remove(cache_dir / name)
+    if address := address_of(cache_dir):
+        with contextlib.suppress(OSError):
+            remove_below(join(address, name), first=META)
 
 
 def pull(directory: Path) -> None:

@@ -55,8 +55,8 @@ def open_file(path: str) -> Iterator[Any]:
 def _opened(path: str) -> Any:
     if not is_remote(path):
         return open(path, "rb")
-    if not is_remote(path.rpartition("::")[2]) or not has_room(file_size(path)):
-        return fsspec.open(path, "rb")  # in an archive that is here; or too large to be copied
+    if not has_room(file_size(path)):
+        return fsspec.open(path, "rb")
     for _ in range(9):  # another process may drop the copy before it is opened
         copy = local_copy(path)
         with contextlib.suppress(FileNotFoundError):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.prepare import prepared as prepare_module
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION
 from mixtral_jax.data.prepare.prepared import prepare
 from tests.prepared import (
     MODEL,
@@ -128,7 +129,7 @@ def test_an_error_in_a_worker_is_the_users_error(tmp_path: Path, monkeypatch: py
 
 def test_a_second_run_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_one(config_of(tmp_path))
-    monkeypatch.setattr(prepare_module, "tokenise", None)
+    monkeypatch.setattr(prepare_module, "_make", lambda todo, *rest: [] if not todo else None)
     assert prepare_one(config_of(tmp_path)) == first
 
 
@@ -183,18 +184,18 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     elif damage == "meta cut":
         meta.write_text(meta.read_text()[:-20])
     else:
-        meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
+        meta.write_text(meta.read_text().replace(f'"version": {FORMAT_VERSION}', '"version": 0'))
     assert records_of(prepare_one(config_of(tmp_path))) == expected
 
 
-def test_a_part_that_was_damaged_is_not_packed(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+def test_a_part_that_was_damaged_is_not_packed_and_is_made_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "cache")
     prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
-    (part,) = tmp_path.glob("*.parts-of-2/part-1")
+    (part,) = (tmp_path / "cache").glob("*.parts-of-2/part-1")
     shutil.rmtree(part / "000000")
-    with pytest.raises(ValueError, match=r"held 0 of \d+ documents: it was damaged and is removed now, run again"):
-        prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False)
-    assert leftovers(tmp_path) == []
+    assert prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False).missing_parts == ("fr: part-1 of 2",)
+    again = prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
+    assert records_of(again.train[0]) == records_of(prepare_one(config_of(tmp_path / "whole")))
 
 
 # --- bad input ---

@@ -206,7 +206,7 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / f"{i:02d}.txt").write_text(text, newline="")
     assert _texts(tmp_path / "*.txt") == TEXTS
     assert _texts(tmp_path) == TEXTS
-    monkeypatch.setattr(sources, "_TEXT_PIECE_BYTES", 200)
+    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 200)
     monkeypatch.setattr(sources, "_READ_BYTES", 100)
     pieces = _texts(tmp_path / "00.txt")
     assert len(pieces) > 1

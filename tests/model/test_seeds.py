@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.data.prepare.spill import document_keys
-from mixtral_jax.data.rows.order import GlobalOrder
+from mixtral_jax.data.rows.order import GlobalOrder, hash64
 from mixtral_jax.generation.sampling import make_sampler
 from mixtral_jax.seeds import random_key
 
@@ -31,7 +30,7 @@ def of_mixture(seed):
 
 
 def of_documents(seed):
-    return document_keys(3, 4, seed).tolist()
+    return hash64(np.arange(4, dtype=np.uint64), seed).tolist()
 
 
 @pytest.mark.parametrize("made", [of_keys, of_drawing, of_rows, of_mixture, of_documents])

@@ -1,0 +1,173 @@
+"""Pass one: the units of a source into its document store, each machine its share."""
+
+import contextlib
+import functools
+import itertools
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_jax.data.prepare import documents
+from mixtral_jax.data.prepare.cache import forget, pull, remove, seal, settle
+from mixtral_jax.data.prepare.recipe import Corpus, counts_of
+from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.progress import meter
+from mixtral_jax.data.records import Census, Lump, Unit, clear_scratch, read_lumps, scratch
+from mixtral_jax.data.text import (
+    Documents,
+    columns,
+    layouts_of,
+    load_template,
+    load_tokenizer,
+    text_documents,
+    tuning_documents,
+)
+
+_FIRST_ROWS = 100  # of a file, which show its layout
+_HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
+process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once
+
+
+@dataclass(frozen=True)
+class _Job:
+    corpus: Corpus  # without its files, which may be many
+    directory: Path
+    unit: Unit
+    number: int
+
+
+def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show: bool) -> None:
+    """Makes part `index` of each corpus that lacks it."""
+    parts: dict[Path, tuple[Corpus, Census]] = {}  # by where they are made
+    jobs: list[_Job] = []
+    for corpus in corpora:
+        final = corpus.parts(count)[index - 1]
+        if corpus.load() or corpus.load_part(final, count):
+            continue
+        clear_scratch(final)
+        directory = scratch(final)
+        parts[directory] = corpus, corpus.census()
+        own = itertools.islice(enumerate(corpus.units), index - 1, None, count)
+        jobs += [_Job(replace(corpus, files=()), directory, unit, number) for number, unit in own]
+    try:
+        for directory in parts:
+            directory.mkdir(parents=True)
+        with meter("Tokenising", sum(job.unit.size for job in jobs), show=show and bool(parts)) as advance:
+            done = pool.ordered(tokenise_unit, iter(jobs), lambda job, size: advance(size, job.corpus.name))
+            for job, census in done:
+                parts[job.directory][1].add(census)
+        for directory, (corpus, census) in parts.items():
+            final = corpus.parts(count)[index - 1]
+            seal(directory, "documents", corpus.made_of, counts_of(census))
+            settle(directory, final)
+            corpus.load_part(final, count)  # uploads it
+    finally:
+        for directory in parts:
+            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: there are parts in it
+                directory.parent.rmdir()
+
+
+def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
+    """Tokenises one unit into the store, yields how many of its bytes are done, and returns what it counted.
+
+    Runs in a worker.
+    """
+    corpus, kind, left = job.corpus, job.corpus.config.examples, job.unit.size
+    census = corpus.census(job.number)
+    held: list[Documents] = []
+    layouts: tuple[str, ...] | None = None
+    for lump in read_lumps(corpus.source, job.unit.file, columns(corpus.source, kind), census, job.unit):
+        if layouts is None:
+            layouts = () if kind == "text" else _layouts(corpus, job.unit, lump)
+        held.append(_documents(corpus, lump, census, layouts))
+        if sum(len(each.tokens) for each in held) > _HELD_TOKENS:
+            _write(job, held, census)
+            held = []
+        done = min(lump.size, left)
+        left -= done
+        yield done
+    _write(job, held, census)
+    yield left
+    return census
+
+
+def _layouts(corpus: Corpus, unit: Unit, lump: Lump) -> tuple[str, ...]:
+    """The layouts of the first rows of a file, of which `lump` is the first of a unit."""
+    if unit.start:
+        lump = next(read_lumps(corpus.source, unit.file, columns(corpus.source, corpus.config.examples), Census(True)))
+    first = itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS)
+    try:
+        return layouts_of((record for _, record in first), corpus.source, corpus.config.examples)
+    except ValueError as error:
+        raise ValueError(f"{unit.file}: {error}") from None
+
+
+def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, ...]) -> Documents:
+    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer)
+    if config.examples == "text":
+        return text_documents(lump, corpus.source.text_key, tokenizer, census)
+    template = load_template(config.template, tokenizer)
+    return tuning_documents(lump, corpus.source, config.examples, template, config.train_on, census, layouts)
+
+
+def _write(job: _Job, held: list[Documents], census: Census) -> None:
+    if not held:
+        return
+    lengths, tokens, learned, text_bytes, control = zip(*held, strict=True)
+    own = None if learned[0] is None else np.concatenate(learned)
+    rest = map(np.concatenate, (text_bytes, control))
+    found = Documents(np.concatenate(lengths), np.concatenate(tokens), own, *rest)
+    before, together = census.counts["stored"], job.corpus.together
+    census.counts["stored"] += len(found.lengths)
+    first, count = before // together, len(found.lengths) // together
+    numbers = documents.document_numbers(job.number, first, count).repeat(together)
+    documents.append(job.directory, job.corpus.buckets, numbers, found)
+
+
+def finish(corpus: Corpus, count: int) -> list[str]:
+    """Gives the documents of a corpus their final name when all `count` parts are there; returns those that are not.
+
+    Raises:
+        ValueError: there are no documents.
+    """
+    cache_dir, parts = corpus.place.parent, corpus.parts(count)
+    if corpus.load():
+        return []
+    found = [corpus.load_part(part, count) for part in parts]
+    lacking = [f"{corpus.name}: {part.name} of {count}" for part, it in zip(parts, found, strict=True) if it is None]
+    if lacking:
+        return lacking
+    census, made = corpus.census(), parts[0].parent
+    for each in filter(None, found):
+        census.add(each)
+    if not census.counts["stored"]:
+        remove(made)
+        raise ValueError(no_documents(corpus, census))
+    try:
+        for part in parts:
+            pull(part)
+    except OSError:
+        if corpus.load():  # another machine has made it of the parts, and removed them
+            return []
+        raise
+    seal(made, "documents", corpus.made_of, {"fingerprint": corpus.fingerprint, **counts_of(census)})
+    settle(made, corpus.place)
+    corpus.load()  # uploads it
+    forget(cache_dir, made.name)
+    return []
+
+
+def no_documents(corpus: Corpus, census: Census) -> str:
+    """What to say of a corpus of which nothing can be learned."""
+    counts = census.counts
+    seen = {"empty": counts["empty"], "without an answer to learn": counts["dropped"], "bad": census.bad}
+    found = ", ".join(f"{count} {what}" for what, count in seen.items() if count)
+    files = ", ".join(corpus.files[:3]) + (" ..." if len(corpus.files) > 3 else "")
+    first = "".join(f"; {message}" for message in census.bad_examples[:1])
+    return f"source {corpus.name!r}: no documents to learn from in {files}, " + (
+        f"which has {found} records{first}" if found else "which has no records"
+    )

@@ -1,0 +1,60 @@
+"""Files as units of work, of a fixed size: rows depend neither on how many machines and processes read, nor on who."""
+
+import itertools
+from pathlib import Path
+
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records import columnar, sources
+from mixtral_jax.data.records.files import file_size
+from mixtral_jax.data.records.lump import Unit
+
+UNIT_BYTES = 8 << 20
+
+
+def units_of(source: SourceConfig, file: str) -> list[Unit]:
+    """A file or a directory that is one data set as units, in order.
+
+    Bytes of text and of JSON lines, row groups of Parquet, records of ArrayRecord and TFDS, files of a data set that
+    was saved. What is compressed, an array of JSON, or cannot be understood is one unit, whose reader says what is
+    wrong: so that of several errors the first in the order of the files is the one that is reported.
+    """
+    kind, size = sources.file_format(source, file), sources.text_size_estimate([file])
+    whole = [Unit(file, size=size)]
+    if size <= UNIT_BYTES:
+        return whole
+    try:
+        if kind in ("jsonl", "text") and not sources.compression(file):
+            return whole if kind == "jsonl" and sources.is_array(file) else _ranges(kind, file)
+        if kind == "parquet":
+            return _row_groups(file, size)
+        if kind == "datasets":
+            saved = columnar.arrow_files(Path(file), source.split)
+            return [Unit(part, size=file_size(part)) for part in saved] or whole
+        if kind in ("array_record", "tfds"):
+            count = (columnar.array_records if kind == "array_record" else columnar.tfds_records)(source, file)
+            step = max(1, count * UNIT_BYTES // size)
+            starts = range(0, count, step)
+            return [Unit(file, start, min(start + step, count), size=size // len(starts)) for start in starts] or whole
+    except Exception:  # whatever a library raises of a damaged file
+        return whole
+    return whole
+
+
+def _ranges(kind: str, file: str) -> list[Unit]:
+    piece = sources.TEXT_PIECE_BYTES if kind == "text" else sources.LUMP_BYTES
+    step, size = max(1, UNIT_BYTES // piece) * piece, file_size(file)
+    starts = [*range(0, size, step)]
+    return [Unit(file, start, start + step, size=min(step, size - start)) for start in starts]
+
+
+def _row_groups(file: str, size: int) -> list[Unit]:
+    """As many row groups as hold a unit's bytes, before their compression."""
+    groups, found, start = columnar.row_groups(file), [], 0
+    total, before = max(1, sum(own for _, own in groups)), [0, *itertools.accumulate(records for records, _ in groups)]
+    held = 0
+    for stop, (_, own) in enumerate(groups, 1):
+        held += own
+        if held >= UNIT_BYTES or stop == len(groups):
+            found.append(Unit(file, start, stop, before[start], size * held // total))
+            start, held = stop, 0
+    return found or [Unit(file, size=size)]
