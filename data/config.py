@@ -59,7 +59,9 @@ class SourceConfig(FrozenConfig):
 class DataConfig(FrozenConfig):
     """The sources of a run and how they become rows."""
 
-    tokenizer: str = Field(description="SentencePiece model, tokenizer.json, or a directory that holds one of them")
+    tokenizer: str = Field(
+        description="SentencePiece model, tokenizer.json, or a directory with one of them; or its address"
+    )
     train: tuple[SourceConfig, ...] = Field(min_length=1, description="what is learned from")
     validation: tuple[SourceConfig, ...] = Field((), description="what the loss is measured on")
     examples: Literal["text", "chat", "preference"] = Field(

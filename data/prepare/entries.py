@@ -132,7 +132,7 @@ def _behind(address: str) -> Iterator[Entry]:
         if name == "hashes":
             yield replace(entry, kind="hashes", made_of=f"{len(files):,} files", state="whole")
         elif content := read_small(join(place, META)) if f"{name}/{META}" in files else None:
-            yield _described(entry, content, len(files))
+            yield replace(_described(entry, content, len(files)), used=None)
         elif _NAME.match(name.rpartition("/")[2]):
             yield entry
 

@@ -1,7 +1,20 @@
 """Files of any format as lumps of records."""
 
 from mixtral_jax.data.records import sources, units
-from mixtral_jax.data.records.files import check_file, fetched, file_identity, is_remote, local_copy, open_file
+from mixtral_jax.data.records.files import (
+    check_file,
+    exists,
+    fetched,
+    file_identity,
+    file_system,
+    files_below,
+    is_directory,
+    is_remote,
+    local_copy,
+    local_directory,
+    open_file,
+    own_name,
+)
 from mixtral_jax.data.records.lump import Census, Lump, Unit
 from mixtral_jax.data.records.selection import Choice, choose, source_files
 from mixtral_jax.data.records.sources import (
@@ -12,5 +25,5 @@ from mixtral_jax.data.records.sources import (
     text_size_estimate,
     with_text_column,
 )
-from mixtral_jax.data.records.staging import clear_scratch, scratch, stage_in
+from mixtral_jax.data.records.staging import clear_scratch, scratch, stage_in, staging
 from mixtral_jax.data.records.units import units_of

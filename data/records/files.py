@@ -64,6 +64,14 @@ def _opened(path: str) -> Any:
     raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", path)
 
 
+def cannot_read(path: str, error: Exception, how: str = "") -> Exception:
+    """What to raise of a file that cannot be read: a sentence, but the error where the other side does not answer."""
+    if isinstance(error, OSError) and error.errno in (errno.ETIMEDOUT, errno.ESTALE, errno.ENOSPC, errno.EDQUOT):
+        return error
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ValueError(f"{path} cannot be read{how}: {said.splitlines()[0]}")
+
+
 def local_copy(path: str) -> str:
     """A file of this machine with the content of `path`: itself, or a copy that is made now, or was made before.
 
@@ -79,6 +87,24 @@ def local_copy(path: str) -> str:
         write_atomically(directory / COPIED, json.dumps({"address": path}))
     place = directory / os.path.basename(own_name(path))
     return str(stage(place, identity[0], lambda to: _get(path, to), path))
+
+
+def local_directory(path: str, names: Iterable[str] | None = None) -> str:
+    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
+    if not is_remote(path):
+        return path
+    known = _below(path) if names is None else {n: it for n in names if (it := _info(join(path, n)))}
+    directory = staging()[0] / "copies" / digest([path, str(known)])[:24]
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"address": path, "files": {name: it["size"] for name, it in known.items()}}
+    write_atomically(directory / COPIED, json.dumps(about))
+    for name in known:
+        fetched(directory / name)
+    return str(directory)
 
 
 def fetched(path: Path) -> Path:
@@ -215,7 +241,7 @@ def join(directory: str, name: str) -> str:
 def files_below(directory: str) -> list[str]:
     """Relative names of all files below a directory, sorted. Links are followed; what is hidden is passed over."""
     if is_remote(directory):
-        return _visible(_ask(directory, lambda fs, root: [n.removeprefix(root).strip("/") for n in fs.find(root)]))
+        return _visible(_below(directory))
     been, found = {os.path.realpath(directory)}, []
     for above, folders, names in os.walk(directory, followlinks=True):
         places = {os.path.realpath(os.path.join(above, folder)): folder for folder in sorted(folders, reverse=True)}
@@ -227,9 +253,14 @@ def files_below(directory: str) -> list[str]:
 
 def sizes_below(address: str) -> dict[str, int]:
     """Relative name -> bytes of all files below an address."""
+    return {name: known["size"] or 0 for name, known in _below(address).items()}
 
-    def look(fs: Any, root: str) -> dict[str, int]:
-        return {n.removeprefix(root).strip("/"): known["size"] or 0 for n, known in fs.find(root, detail=True).items()}
+
+def _below(address: str) -> dict[str, dict[str, Any]]:
+    """Relative name -> what the file system knows of each file below an address."""
+
+    def look(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+        return {name.removeprefix(root).strip("/"): known for name, known in fs.find(root, detail=True).items()}
 
     return _ask(address, look)
 

@@ -1,7 +1,7 @@
 """Files as units of work, of a fixed size: rows depend neither on how many machines and processes read, nor on who."""
 
+import errno
 import itertools
-from pathlib import Path
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar, sources
@@ -28,15 +28,16 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
         if kind == "parquet":
             return _row_groups(file, size)
         if kind == "datasets":
-            saved = columnar.arrow_files(Path(file), source.split)
+            saved = columnar.arrow_files(file, source.split)
             return [Unit(part, size=file_size(part)) for part in saved] or whole
         if kind in ("array_record", "tfds"):
             count = (columnar.array_records if kind == "array_record" else columnar.tfds_records)(source, file)
             step = max(1, count * UNIT_BYTES // size)
             starts = range(0, count, step)
             return [Unit(file, start, min(start + step, count), size=size // len(starts)) for start in starts] or whole
-    except Exception:  # whatever a library raises of a damaged file
-        return whole
+    except Exception as error:  # whatever a library raises of a damaged file
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # nobody knows what it holds
+            raise
     return whole
 
 

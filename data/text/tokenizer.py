@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import sentencepiece as spm
 
-from mixtral_jax.data.records import check_file
+from mixtral_jax.data.records import check_file, exists, files_below, is_directory, is_remote, local_directory, own_name
 from mixtral_jax.data.text.side_files import FILES, added_tokens, chat_template_of, ends_of, named, named_id, side_files
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
@@ -343,14 +343,17 @@ def _decode(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a SentencePiece model, a tokenizer.json, or a directory.
+    """A tokenizer from a SentencePiece model, a tokenizer.json, or a directory, here or behind an address.
 
     Of a directory that holds both, SentencePiece is taken, which is faster, unless the other files name more pieces
     or another BOS or EOS; a note says so.
 
     Raises:
         ValueError: no such file, no tokenizer in the directory, or a file that is not one.
+        OSError: the address does not answer.
     """
+    if is_remote(str(path)):
+        return _from_address(str(path))
     path = Path(path)
     _check_files(path)
     if path.is_dir():
@@ -358,6 +361,34 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def read_by_name(path: str) -> str:
+    """The usual name of the file that a path is: tokenizer.json or tokenizer.model; nothing: it is a directory."""
+    name = own_name(path)
+    if os.path.isdir(path) or (is_remote(path) and not re.search(r"\.(json|model[^/]*)$", name)):
+        return ""
+    return "tokenizer.json" if name.endswith(".json") else "tokenizer.model"
+
+
+def _from_address(address: str) -> Tokenizer:
+    """From copies of the files, which errors and notes name by their address."""
+    above, name = address.rstrip("/"), ""
+    if read_by_name(address):
+        above, name = address.rsplit("/", 1)
+        if not exists(address):
+            raise ValueError(f"tokenizer {address} does not exist")
+    names = {"tokenizer.model", "tokenizer.json"} if not name else {name}
+    if not name and is_directory(above):
+        names |= {file for file in files_below(above) if "/" not in file and ".model" in file}
+    copy = local_directory(above, sorted(names.union(FILES)))
+    place = Path(copy, name)
+    try:
+        tokenizer = load_tokenizer(place)
+    except ValueError as error:
+        raise ValueError(str(error).replace(copy, above)) from None
+    tokenizer.notes = tuple(note.replace(copy, above) for note in tokenizer.notes)
+    return tokenizer
 
 
 def _check_files(path: Path) -> None:
