@@ -40,7 +40,7 @@ from mixtral_jax.data.records.files import (
     read_small,
     remove_below,
 )  # fmt: skip
-from mixtral_jax.data.records.staging import COPIED, digest, locked, scratch, staging, write_atomically
+from mixtral_jax.data.records.staging import COPIED, digest, locked, scratch, staging_room, write_atomically
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2
@@ -120,7 +120,7 @@ def open_cache(place: str) -> Path:
     if not is_remote(place):
         return Path(place)
     address = place.rstrip("/")
-    local = staging()[0] / "caches" / digest(address)[:24]
+    local = staging_room()[0] / "caches" / digest(address)[:24]
     if address_of(local) != address:
         local.mkdir(parents=True, exist_ok=True)
         write_atomically(local / _ADDRESS, address)

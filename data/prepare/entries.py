@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION, META, open_cache, remove, use_file, whole
 from mixtral_jax.data.records.files import is_remote, join, read_small, remove_below, sizes_below
-from mixtral_jax.data.records.staging import COPIED, staging
+from mixtral_jax.data.records.staging import COPIED, staging_room
 
 _NAME = re.compile(r"[0-9a-f]{24}")
 _UNFINISHED = re.compile(r"(?P<name>[0-9a-f]{24})\.(tmp-|(?P<parts>parts-of-))")
@@ -34,7 +34,7 @@ class Entry:
 
 def entries(cache: str) -> list[Entry]:
     """Everything in a cache, and what this machine has copied from behind addresses; the largest first."""
-    found = list(_copies(staging()[0] / "copies"))
+    found = list(_copies(staging_room()[0] / "copies"))
     if is_remote(cache):
         found += [*_behind(cache.rstrip("/")), *(replace(e, id=f"here/{e.id}") for e in _below(open_cache(cache)))]
     else:

@@ -25,5 +25,5 @@ from mixtral_jax.data.records.sources import (
     text_size_estimate,
     with_text_column,
 )
-from mixtral_jax.data.records.staging import clear_scratch, scratch, stage_in, staging
+from mixtral_jax.data.records.staging import clear_scratch, scratch, stage_in, staging_room
 from mixtral_jax.data.records.units import units_of

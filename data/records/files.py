@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from mixtral_jax.data.records.staging import COPIED, digest, has_room, patiently, stage, staging, write_atomically
+from mixtral_jax.data.records.staging import COPIED, digest, has_room, patiently, stage, staging_room, write_atomically
 
 _DEPTH = 4  # of folders in an entry of the cache
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -81,7 +81,7 @@ def local_copy(path: str) -> str:
     if not is_remote(path):
         return path
     identity = file_identity(path)
-    directory = staging()[0] / "copies" / digest(identity)[:24]
+    directory = staging_room()[0] / "copies" / digest(identity)[:24]
     if not (directory / COPIED).exists():
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / COPIED, json.dumps({"address": path}))
@@ -98,7 +98,7 @@ def local_directory(path: str, names: Iterable[str] | None = None) -> str:
     if not is_remote(path):
         return path
     known = _below(path) if names is None else {n: it for n in names if (it := _info(join(path, n)))}
-    directory = staging()[0] / "copies" / digest([path, str(known)])[:24]
+    directory = staging_room()[0] / "copies" / digest([path, str(known)])[:24]
     directory.mkdir(parents=True, exist_ok=True)
     about = {"address": path, "files": {name: it["size"] for name, it in known.items()}}
     write_atomically(directory / COPIED, json.dumps(about))

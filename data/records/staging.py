@@ -121,7 +121,7 @@ def stage_in(directory: str | None, limit: int | None) -> None:
     os.environ[ROOM] = json.dumps([os.path.abspath(directory or _DIRECTORY), limit])
 
 
-def staging() -> tuple[Path, int | None]:
+def staging_room() -> tuple[Path, int | None]:
     """Where copies lie, and how many bytes of them there may be; None: as many as leave a tenth of the disk free."""
     directory, limit = json.loads(os.environ.get(ROOM, f'["{os.path.abspath(_DIRECTORY)}", null]'))
     return Path(directory), limit
@@ -139,7 +139,7 @@ def stage(place: Path, size: int | None, fetch: Callable[[str], None], what: str
     with contextlib.suppress(OSError):
         os.utime(place)  # the newest of all now
         return place
-    with locked(staging()[0] / "locks" / f"{int(digest(str(place))[:8], 16) % _STRIPES:02d}"):
+    with locked(staging_room()[0] / "locks" / f"{int(digest(str(place))[:8], 16) % _STRIPES:02d}"):
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             make_room(size or 0)
@@ -160,7 +160,7 @@ def _fetch(place: Path, size: int | None, fetch: Callable[[str], None]) -> None:
 
 def has_room(size: int) -> bool:
     """Whether copies of so many bytes can be here at all."""
-    root, limit = staging()
+    root, limit = staging_room()
     return size <= (limit or shutil.disk_usage(_nearest(root)).total * 9 // 10)
 
 
@@ -171,7 +171,7 @@ def _nearest(place: Path) -> Path:
 
 def make_room(size: int) -> None:
     """Drops the copies that were not read for longest until `size` bytes more are within the bound."""
-    root, limit = staging()
+    root, limit = staging_room()
     copies = sorted(_copies(root))
     disk = shutil.disk_usage(root)
     excess = size + (sum(copy[1] for copy in copies) - limit if limit else disk.total // 10 - disk.free)
