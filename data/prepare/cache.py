@@ -48,7 +48,7 @@ META, SIZES = "meta.json", "sizes.npy"
 _ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
 _THREADS, _STRIPES, _PIECE_BYTES = 8, 64, 1 << 20
 _QUIET_SECONDS, _STAMP_SECONDS = 2.0, 3600.0
-_known_hashes: dict[str, str] = {}  # of files, by identity; for a cache that cannot be written
+_known_hashes: dict[tuple[Path, str], str] = {}  # of a cache and a file; for one that cannot be written
 
 
 class PreparedSource(FrozenConfig):
@@ -141,7 +141,8 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
     write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
 
@@ -150,10 +151,10 @@ def settle(made: Path, place: Path) -> None:
     """Gives a finished directory its name. Where another process was first, its one stays if whole: it may be read."""
     while True:
         try:
-            os.rename(made, place)
-            return
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return os.rename(made, place)
         except OSError:
-            if not place.exists():
+            if not made.exists() or (place.parent.exists() and not place.exists()):
                 raise
         if whole(place):
             return shutil.rmtree(made)
@@ -376,10 +377,10 @@ def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
             known = counted.hexdigest()
             with contextlib.suppress(OSError, ValueError):  # the next one hashes it again
                 keep(cache_dir, memo, known.encode())
-        _known_hashes[memo] = known
+        _known_hashes[cache_dir, memo] = known
     return os.path.getsize(local_copy(file)) if identity[0] is None else identity[0], known
 
 
 def _known_hash(cache_dir: Path, memo: str) -> str:
-    found = _known_hashes.get(memo) or (recall(cache_dir, memo) or b"").decode()
+    found = _known_hashes.get((cache_dir, memo)) or (recall(cache_dir, memo) or b"").decode()
     return found if len(found) == 64 else ""

@@ -15,7 +15,7 @@ from mixtral_jax.data.records.files import is_remote, join, read_small, remove_b
 from mixtral_jax.data.records.staging import COPIED, staging_room
 
 _NAME = re.compile(r"[0-9a-f]{24}")
-_UNFINISHED = re.compile(r"(?P<name>[0-9a-f]{24})\.(tmp-|(?P<parts>parts-of-))")
+_UNFINISHED = re.compile(r"(?P<name>[0-9a-f]{24})\.((part-\d+-of-\d+\.)?tmp-|(?P<parts>parts-of-)\d+$)")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,16 @@
 """Pass one: the units of a source into its document store, each machine its share."""
 
-import contextlib
 import functools
 import itertools
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import forget, pull, remove, seal, settle
+from mixtral_jax.data.prepare.cache import forget, pull, seal, settle
 from mixtral_jax.data.prepare.recipe import Corpus, counts_of
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
@@ -47,8 +46,9 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
         final = corpus.parts(count)[index - 1]
         if corpus.load() or corpus.load_part(final, count):
             continue
-        clear_scratch(final)
-        directory = scratch(final)
+        beside = corpus.place.with_name(f"{corpus.place.name}.part-{index}-of-{count}")
+        clear_scratch(beside)
+        directory = scratch(beside)  # not among the parts: who is the last renames them all
         parts[directory] = corpus, corpus.census()
         own = itertools.islice(enumerate(corpus.units), index - 1, None, count)
         jobs += [_Job(replace(corpus, files=()), directory, unit, number) for number, unit in own]
@@ -67,8 +67,6 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
     finally:
         for directory in parts:
             shutil.rmtree(directory, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: there are parts in it
-                directory.parent.rmdir()
 
 
 def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
@@ -135,30 +133,38 @@ def finish(corpus: Corpus, count: int) -> list[str]:
         ValueError: there are no documents.
     """
     cache_dir, parts = corpus.place.parent, corpus.parts(count)
-    if corpus.load():
-        return []
-    found = [corpus.load_part(part, count) for part in parts]
-    lacking = [f"{corpus.name}: {part.name} of {count}" for part, it in zip(parts, found, strict=True) if it is None]
-    if lacking:
-        return lacking
-    census, made = corpus.census(), parts[0].parent
+    made = parts[0].parent
+    try:
+        found = [] if corpus.load() else [corpus.load_part(part, count) for part in parts]
+        lacking = [
+            f"{corpus.name}: {part.name} of {count}" for part, it in zip(parts, found, strict=False) if it is None
+        ]
+        if lacking and not corpus.load():
+            return lacking
+        if found and not lacking:
+            _join(corpus, made, parts, found)
+    except OSError:
+        if not corpus.load():  # else another machine has made it of these parts, and removed them
+            raise
+    if made.exists():
+        forget(cache_dir, made.name)
+    return []
+
+
+def _join(corpus: Corpus, made: Path, parts: list[Path], found: Sequence[Census | None]) -> None:
+    """All parts become the documents of a corpus."""
+    census = corpus.census()
     for each in filter(None, found):
         census.add(each)
     if not census.counts["stored"]:
-        remove(made)
+        forget(made.parent, made.name)
         raise ValueError(no_documents(corpus, census))
-    try:
-        for part in parts:
-            pull(part)
-    except OSError:
-        if corpus.load():  # another machine has made it of the parts, and removed them
-            return []
-        raise
+    for part in parts:
+        pull(part)
     seal(made, "documents", corpus.made_of, {"fingerprint": corpus.fingerprint, **counts_of(census)})
     settle(made, corpus.place)
     corpus.load()  # uploads it
-    forget(cache_dir, made.name)
-    return []
+    forget(made.parent, made.name)
 
 
 def no_documents(corpus: Corpus, census: Census) -> str:
