@@ -100,7 +100,8 @@ def _below(root: Path) -> Iterator[Entry]:
                 entry = replace(entry, state="a copy")
         elif unfinished and unfinished["parts"]:
             there = sorted(part.name.removeprefix("part-") for part in place.glob("part-*") if "tmp" not in part.name)
-            entry = replace(entry, kind="documents", made_of=f"parts {', '.join(there) or 'none'} of {name[36:]}")
+            about = f"parts {', '.join(there) or 'none'} of {name.rpartition('-')[2]}"
+            entry = replace(entry, kind="documents", made_of=about)
         yield replace(entry, state="in use") if _is_used(place) else entry
 
 

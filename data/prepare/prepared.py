@@ -197,4 +197,5 @@ def _readings(source: PreparedSource) -> list[str]:
 def _loaded(recipe: Recipe) -> PreparedSource:
     prepared = recipe.load()
     assert prepared is not None, f"{recipe.name} was just prepared and is gone"
+    Use(recipe.place).end()  # which notes it
     return prepared.model_copy(update={"described": recipe.corpus.described})
