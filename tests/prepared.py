@@ -19,8 +19,8 @@ TOKENIZER = load_tokenizer(MODEL)
 SEQ_LEN = 64
 
 
-def config_of(cache: Path, path: Path | str = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
-    train = ({"name": "fr", "path": str(path)},)
+def config_of(cache: Path, path: Path | str | list[str] = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
+    train = ({"name": "fr", "path": path if isinstance(path, list) else str(path)},)
     return DataConfig(**{"tokenizer": str(MODEL), "train": train, "cache_dir": str(cache), "workers": 1, **options})
 
 
@@ -34,7 +34,8 @@ def records_of(source: PreparedSource) -> list[bytes]:
 
 
 def texts_of(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line)["text"] for line in content.splitlines()]
 
 
 def lines_of(directory: Path, packed: Path) -> Path:

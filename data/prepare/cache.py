@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,16 @@ def keep(cache_dir: Path, name: str, content: bytes) -> None:
         put(cache_dir / name, join(address, name))
 
 
+def remember(cache_dir: Path, name: str, make: Callable[[], str]) -> str:
+    """A word that the cache keeps for all, and that is made where it is not there."""
+    known = recall(cache_dir, name)
+    if known is None:
+        known = make().encode()
+        with contextlib.suppress(OSError, ValueError):  # a cache that may only be read: the next one makes it again
+            keep(cache_dir, name, known)
+    return known.decode()
+
+
 def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     """[relative name, bytes, sha256 of the content] of a file, or of each file of a data set directory.
 
@@ -352,8 +362,8 @@ def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None
                     waiting = concurrent.futures.wait(waiting, 0.2).not_done
                     advance(sum(read) - shown, "")
                     shown = sum(read)
-        for job in jobs:
-            job.result()
+        for _, job in sorted(zip(files, jobs, strict=True), key=lambda pair: pair[0]):
+            job.result()  # of several errors the first
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -16,6 +16,7 @@ from mixtral_jax.data.prepare.cache import (
     entry_meta,
     load_prepared,
     open_cache,
+    remember,
     whole,
 )
 from mixtral_jax.data.records import (
@@ -45,6 +46,7 @@ class Corpus:
     files: tuple[str, ...]
     described: str
     buckets: int
+    tokenizer: str  # its fingerprint
     token_dtype: str
     fingerprint: str
 
@@ -162,15 +164,20 @@ def recipe_of(
 
 def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
     source, (files, described) = chosen
-    kind = config.examples
-    if kind == "text" and (found := with_text_column(source, files)) != source:
-        source, described = found, f"{described}; texts from column {found.text_key!r}"
+    kind, cache = config.examples, open_cache(config.cache_dir)
+    content = [content_hash(file, cache) for file in files]
     formats = [(file_format(source, file), compression(file)) for file in files]
+    if kind == "text" and source.text_key == "text":  # its first rows say it, which may be far away: so once for all
+        memo = f"hashes/{digest(['text_key', content, formats, source.split])}"
+        found = remember(cache, memo, lambda: with_text_column(source, files).text_key)
+        if found != source.text_key:
+            source = source.model_copy(update={"text_key": found})
+            described = f"{described}; texts from column {found!r}"
     buckets = 1 + text_size_estimate(files) // documents.BUCKET_BYTES
     identity: dict[str, Any] = {
         "version": FORMAT_VERSION,
-        "units": [units.UNIT_BYTES, sources.LUMP_BYTES, sources.TEXT_PIECE_BYTES, buckets],
-        "content": [content_hash(file, open_cache(config.cache_dir)) for file in files],
+        "units": [units.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
+        "content": content,
         "formats": formats,
         "tokenizer": tokenizer.fingerprint(),
         "examples": kind,
@@ -186,7 +193,14 @@ def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
     if kind == "chat":
         identity["train_on"] = config.train_on
     return Corpus(
-        config, source, files, described, buckets, token_dtype(tokenizer.vocab_size), fingerprint=digest(identity)
+        config=config,
+        source=source,
+        files=files,
+        described=described,
+        buckets=buckets,
+        tokenizer=tokenizer.fingerprint(),
+        token_dtype=token_dtype(tokenizer.vocab_size),
+        fingerprint=digest(identity),
     )
 
 

@@ -1,5 +1,6 @@
 """Pass one: the units of a source into its document store, each machine its share."""
 
+import contextlib
 import functools
 import itertools
 import shutil
@@ -17,6 +18,7 @@ from mixtral_jax.data.progress import meter
 from mixtral_jax.data.records import Census, Lump, Unit, clear_scratch, read_lumps, scratch
 from mixtral_jax.data.text import (
     Documents,
+    Tokenizer,
     columns,
     layouts_of,
     load_template,
@@ -27,7 +29,12 @@ from mixtral_jax.data.text import (
 
 _FIRST_ROWS = 100  # of a file, which show its layout
 _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
-process_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)  # of this process, loaded once
+
+
+@functools.lru_cache(maxsize=2)
+def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
+    """A tokenizer of this process, loaded once while its `fingerprint` is the same."""
+    return load_tokenizer(path)
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,8 @@ def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
     corpus, kind, left = job.corpus, job.corpus.config.examples, job.unit.size
     census = corpus.census(job.number)
     held: list[Documents] = []
-    layouts: tuple[str, ...] | None = None
+    layouts = () if kind == "text" else _layouts(corpus, job.unit.file)
     for lump in read_lumps(corpus.source, job.unit.file, columns(corpus.source, kind), census, job.unit):
-        if layouts is None:
-            layouts = () if kind == "text" else _layouts(corpus, job.unit, lump)
         held.append(_documents(corpus, lump, census, layouts))
         if sum(len(each.tokens) for each in held) > _HELD_TOKENS:
             _write(job, held, census)
@@ -93,19 +98,20 @@ def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
     return census
 
 
-def _layouts(corpus: Corpus, unit: Unit, lump: Lump) -> tuple[str, ...]:
-    """The layouts of the first rows of a file, of which `lump` is the first of a unit."""
-    if unit.start:
-        lump = next(read_lumps(corpus.source, unit.file, columns(corpus.source, corpus.config.examples), Census(True)))
-    first = itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS)
+def _layouts(corpus: Corpus, file: str) -> tuple[str, ...]:
+    """The layouts of the first rows of a file."""
+    kind, census = corpus.config.examples, Census(skip=True)
+    with contextlib.closing(read_lumps(corpus.source, file, columns(corpus.source, kind), census)) as lumps:
+        first = [lump.parse(census) for lump in itertools.islice(lumps, 1)]
+    rows = [record for _, record in itertools.islice(itertools.chain(*first), _FIRST_ROWS)]
     try:
-        return layouts_of((record for _, record in first), corpus.source, corpus.config.examples)
+        return layouts_of(rows, corpus.source, kind)
     except ValueError as error:
-        raise ValueError(f"{unit.file}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, ...]) -> Documents:
-    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer)
+    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer, corpus.tokenizer)
     if config.examples == "text":
         return text_documents(lump, corpus.source.text_key, tokenizer, census)
     template = load_template(config.template, tokenizer)

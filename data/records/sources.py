@@ -4,10 +4,11 @@ import codecs
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _is_set(path: str) -> bool:
 
 def read_lumps(
     source: SourceConfig, file: str, columns: tuple[str, ...], census: Census, unit: Unit | None = None
-) -> Iterator[Lump]:
+) -> Generator[Lump, None, None]:
     """All records of one file, or of a unit of it.
 
     `columns` are those that columnar files need to read; of alternatives those that the file has; of none all.
@@ -135,7 +136,7 @@ def read_lumps(
         "tfds": columnar.tfds,
         "datasets": columnar.hugging_face,
     }
-    before = unit.first if kind == "parquet" else unit.start
+    before = {"parquet": unit.first, "text": unit.start // TEXT_PIECE_BYTES}.get(kind, unit.start)
     yield from columnar.lumps(file, readers[kind](source, unit, columns, census), LUMP_BYTES, before)
 
 
@@ -189,14 +190,14 @@ def _jsonl(unit: Unit, census: Census) -> Iterator[Lump]:
 def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int, bytes]]:
     """Whole lines, together those that begin in the same `size` bytes of the file, and where the first begins.
 
-    A unit has the lines that begin in it; its borders are multiples of `size`. Raises _CutOff behind the last whole
-    line of a file that is damaged.
+    A unit has the lines that begin in it. Raises _CutOff behind the last whole line of a file that is damaged.
     """
     held: list[bytes] = []
     at = end = max(0, unit.start - 1)  # of what is held
-    limit = unit.start or size  # the next line that begins here or behind is of the next lump
+    stop = math.inf if unit.stop is None else unit.stop
+    limit = unit.start or min(size, stop)  # the next line that begins here or behind is of the next lump
     cut: _CutOff | None = None
-    while unit.stop is None or at < unit.stop:
+    while at < stop:
         try:
             block = next(blocks, b"")
         except _CutOff as error:
@@ -204,14 +205,16 @@ def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int
         if not block:
             break
         start, end = end, end + len(block)
-        while end >= limit and (after := block.find(b"\n", max(0, limit - 1 - start)) + 1):
+        while end >= limit and (after := block.find(b"\n", max(0, int(limit) - 1 - start)) + 1):
             lines = b"".join([*held, block[:after]])
             if at >= unit.start:
                 yield at, lines
             at = start = start + after
-            held, block, limit = [], block[after:], (at // size + 1) * size
-            if unit.stop is not None and at >= unit.stop:
+            held, block, limit = [], block[after:], min((at // size + 1) * size, stop)
+            if at >= stop:
                 return
+        if at < unit.start and end >= stop:
+            return  # all within one long line
         held.append(block)
     rest = b"".join(held)
     rest = rest[: rest.rfind(b"\n") + 1] if cut else rest
@@ -279,9 +282,10 @@ def _array(file: str, blocks: Iterator[bytes], census: Census) -> columnar.Recor
 
 def _text(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> columnar.Records:
     """A file is one document; one of more than 8 MB is cut at line ends."""
-    number = unit.start // TEXT_PIECE_BYTES + 1
+    number = unit.start // TEXT_PIECE_BYTES  # of the part before
     try:
         for at, piece in _lines(_blocks(unit.file, unit.start), unit, TEXT_PIECE_BYTES):
+            yield from [None] * (at // TEXT_PIECE_BYTES - number)  # within a long line none begins
             number = at // TEXT_PIECE_BYTES + 1
             try:
                 yield {source.text_key: (piece if at else piece.removeprefix(codecs.BOM_UTF8)).decode("utf-8")}
@@ -289,7 +293,7 @@ def _text(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Ce
                 census.report(Place(unit.file, number, "part"), f"not UTF-8 (byte {error.start + 1})")
                 yield None
     except _CutOff as error:
-        census.report(Place(unit.file, number, "part"), error)
+        census.report(Place(unit.file, max(1, number), "part"), error)
 
 
 def _blocks(file: str, start: int = 0) -> Iterator[bytes]:

@@ -42,10 +42,10 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
 
 
 def _ranges(kind: str, file: str) -> list[Unit]:
-    piece = sources.TEXT_PIECE_BYTES if kind == "text" else sources.LUMP_BYTES
-    step, size = max(1, UNIT_BYTES // piece) * piece, file_size(file)
-    starts = [*range(0, size, step)]
-    return [Unit(file, start, start + step, size=min(step, size - start)) for start in starts]
+    step, size = UNIT_BYTES, file_size(file)
+    if kind == "text":  # of whole pieces
+        step = max(1, step // sources.TEXT_PIECE_BYTES) * sources.TEXT_PIECE_BYTES
+    return [Unit(file, start, start + step, size=min(step, size - start)) for start in range(0, size, step)]
 
 
 def _row_groups(file: str, size: int) -> list[Unit]:

@@ -14,8 +14,18 @@ from typing import Any, Literal, Protocol
 
 import sentencepiece as spm
 
-from mixtral_jax.data.records import check_file, exists, files_below, is_directory, is_remote, local_directory, own_name
-from mixtral_jax.data.text.side_files import FILES, added_tokens, chat_template_of, ends_of, named, named_id, side_files
+from mixtral_jax.data.records import is_remote
+from mixtral_jax.data.text.side_files import (
+    added_tokens,
+    chat_template_of,
+    check_files,
+    ends_of,
+    from_address,
+    named,
+    named_id,
+    sentencepiece_file,
+    side_files,
+)
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|eot_id|>")
@@ -353,56 +363,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         OSError: the address does not answer.
     """
     if is_remote(str(path)):
-        return _from_address(str(path))
+        return from_address(str(path), load_tokenizer)
     path = Path(path)
-    _check_files(path)
+    check_files(path)
     if path.is_dir():
         return _from_directory(path)
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def read_by_name(path: str) -> str:
-    """The usual name of the file that a path is: tokenizer.json or tokenizer.model; nothing: it is a directory."""
-    name = own_name(path)
-    if os.path.isdir(path) or (is_remote(path) and not re.search(r"\.(json|model[^/]*)$", name)):
-        return ""
-    return "tokenizer.json" if name.endswith(".json") else "tokenizer.model"
-
-
-def _from_address(address: str) -> Tokenizer:
-    """From copies of the files, which errors and notes name by their address."""
-    above, name = address.rstrip("/"), ""
-    if read_by_name(address):
-        above, name = address.rsplit("/", 1)
-        if not exists(address):
-            raise ValueError(f"tokenizer {address} does not exist")
-    names = {"tokenizer.model", "tokenizer.json"} if not name else {name}
-    if not name and is_directory(above):
-        names |= {file for file in files_below(above) if "/" not in file and ".model" in file}
-    copy = local_directory(above, sorted(names.union(FILES)))
-    place = Path(copy, name)
-    try:
-        tokenizer = load_tokenizer(place)
-    except ValueError as error:
-        raise ValueError(str(error).replace(copy, above)) from None
-    tokenizer.notes = tuple(note.replace(copy, above) for note in tokenizer.notes)
-    return tokenizer
-
-
-def _check_files(path: Path) -> None:
-    """Of a tokenizer and beside it nothing may be a pipe, which never ends, or a Git LFS pointer: see check_file."""
-    directory, patterns = (path, ("*.model*", "tokenizer.json", *FILES)) if path.is_dir() else (path.parent, FILES)
-    for file in [path, *sorted(file for pattern in patterns for file in directory.glob(pattern))]:
-        if os.path.lexists(file) and not file.is_dir():
-            check_file(str(file))
-
-
-def sentencepiece_file(directory: Path) -> Path | None:
-    """The SentencePiece model of a directory."""
-    candidates = [directory / "tokenizer.model", *sorted(directory.glob("*.model*"))]
-    return next((p for p in candidates if p.is_file()), None)
 
 
 def _from_directory(path: Path) -> Tokenizer:
