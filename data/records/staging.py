@@ -30,7 +30,7 @@ COPIED = ".copied"  # in a directory whose files can be fetched again: its addre
 # what no second attempt changes; of any other kind may be whatever a client of an object store raises
 _FINAL = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError, TypeError,
-    LookupError, AttributeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError,
+    LookupError, AttributeError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError,
 )  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 T = TypeVar("T")
