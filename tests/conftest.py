@@ -126,9 +126,9 @@ def make_tuning_config(tmp_path: Path) -> Any:
 def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many lumps, units and buckets from little text (in this process: one worker)."""
     from mixtral_jax.data.prepare import documents
-    from mixtral_jax.data.records import sources, units
+    from mixtral_jax.data.records import sources
 
     monkeypatch.setattr(sources, "LUMP_BYTES", 4000)
     monkeypatch.setattr(sources, "_READ_BYTES", 2000)
-    monkeypatch.setattr(units, "UNIT_BYTES", 12_000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 12_000)
     monkeypatch.setattr(documents, "BUCKET_BYTES", 40_000)

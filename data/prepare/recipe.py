@@ -27,7 +27,6 @@ from mixtral_jax.data.records import (
     file_format,
     sources,
     text_size_estimate,
-    units,
     units_of,
     with_text_column,
 )
@@ -176,7 +175,7 @@ def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
     buckets = 1 + text_size_estimate(files) // documents.BUCKET_BYTES
     identity: dict[str, Any] = {
         "version": FORMAT_VERSION,
-        "units": [units.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
+        "units": [sources.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
         "content": content,
         "formats": formats,
         "tokenizer": tokenizer.fingerprint(),

@@ -57,8 +57,8 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
         clear_scratch(beside)
         directory = scratch(beside)  # not among the parts: who is the last renames them all
         parts[directory] = corpus, corpus.census()
-        own = itertools.islice(enumerate(corpus.units), index - 1, None, count)
-        jobs += [_Job(replace(corpus, files=()), directory, unit, number) for number, unit in own]
+        units, short = enumerate(corpus.units), replace(corpus, files=())
+        jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
     try:
         for directory in parts:
             directory.mkdir(parents=True)

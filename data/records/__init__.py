@@ -1,6 +1,6 @@
 """Files of any format as lumps of records."""
 
-from mixtral_jax.data.records import sources, units
+from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.files import (
     check_file,
     exists,

@@ -133,7 +133,7 @@ def put(path: Path, address: str) -> None:
     """
 
     def write(fs: Any, name: str) -> None:
-        with contextlib.suppress(RuntimeError, FileExistsError)  # object stores have no directories:
+        with contextlib.suppress(RuntimeError, FileExistsError):  # object stores have no directories
             fs.makedirs(name.rpartition("/")[0], exist_ok=True)
         fs.put_file(str(path), name)
         if (size := fs.info(name)["size"]) not in (None, path.stat().st_size):

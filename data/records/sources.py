@@ -29,6 +29,7 @@ from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, Place, Unit,
 _READ_BYTES = 1 << 18
 _ZSTD_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; a file takes the memory that it asks for
 _RECORD_CHARS = 256 << 20  # of a record in a JSON array, which is held until its end is found
+UNIT_BYTES = 8 << 20  # see units.py
 TEXT_PIECE_BYTES = 8 << 20
 
 _EXTENSIONS = {

@@ -8,8 +8,6 @@ from mixtral_jax.data.records import columnar, sources
 from mixtral_jax.data.records.files import file_size
 from mixtral_jax.data.records.lump import Unit
 
-UNIT_BYTES = 8 << 20
-
 
 def units_of(source: SourceConfig, file: str) -> list[Unit]:
     """A file or a directory that is one data set as units, in order.
@@ -20,7 +18,7 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
     """
     kind, size = sources.file_format(source, file), sources.text_size_estimate([file])
     whole = [Unit(file, size=size)]
-    if size <= UNIT_BYTES:
+    if size <= sources.UNIT_BYTES:
         return whole
     try:
         if kind in ("jsonl", "text") and not sources.compression(file):
@@ -32,7 +30,7 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
             return [Unit(part, size=file_size(part)) for part in saved] or whole
         if kind in ("array_record", "tfds"):
             count = (columnar.array_records if kind == "array_record" else columnar.tfds_records)(source, file)
-            step = max(1, count * UNIT_BYTES // size)
+            step = max(1, count * sources.UNIT_BYTES // size)
             starts = range(0, count, step)
             return [Unit(file, start, min(start + step, count), size=size // len(starts)) for start in starts] or whole
     except Exception as error:  # whatever a library raises of a damaged file
@@ -42,7 +40,7 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
 
 
 def _ranges(kind: str, file: str) -> list[Unit]:
-    step, size = UNIT_BYTES, file_size(file)
+    step, size = sources.UNIT_BYTES, file_size(file)
     if kind == "text":  # of whole pieces
         step = max(1, step // sources.TEXT_PIECE_BYTES) * sources.TEXT_PIECE_BYTES
     return [Unit(file, start, start + step, size=min(step, size - start)) for start in range(0, size, step)]
@@ -55,7 +53,7 @@ def _row_groups(file: str, size: int) -> list[Unit]:
     held = 0
     for stop, (_, own) in enumerate(groups, 1):
         held += own
-        if held >= UNIT_BYTES or stop == len(groups):
+        if held >= sources.UNIT_BYTES or stop == len(groups):
             found.append(Unit(file, start, stop, before[start], size * held // total))
             start, held = stop, 0
     return found or [Unit(file, size=size)]

@@ -104,6 +104,11 @@ def test_bad_pairs_are_errors_with_file_and_line_or_counted(data):
     assert prepared.train[0].dropped == 1 and "1 equal where cut to a row" in prepared.summary()
 
 
+def test_a_row_too_short_for_pairs_is_refused_before_anything_is_read(data):
+    with pytest.raises(ValueError, match="seq_len: a row of 6 is too short for a pair: make it 7 or more"):
+        prepare(data(GOOD), 6, 0)
+
+
 def test_reference_numbers_follow_their_rows(data):
     config = data(GOOD)
     prepared = prepare(config, 80, 0)

@@ -16,7 +16,7 @@ import pytest
 from mixtral_jax.data.prepare import prepared as prepare_module
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION
 from mixtral_jax.data.prepare.prepared import prepare
-from mixtral_jax.data.records import sources, units
+from mixtral_jax.data.records import sources
 from tests.prepared import (
     MODEL,
     SAMPLES,
@@ -174,7 +174,7 @@ def test_parts_count_what_is_bad_as_one_machine_does(tmp_path: Path) -> None:
 
 def test_workers_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
     for file in SAMPLES.glob("*.val.jsonl.gz"):
         lines_of(tmp_path, file)
     path = str(tmp_path / "*.jsonl")
@@ -189,7 +189,7 @@ def test_of_several_errors_the_first_in_the_order_of_the_files_is_told(
 ) -> None:
     """Also before one that is seen while the work is planned."""
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr(units, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     lines = "".join(json.dumps({"text": "des mots " * 9}) + "\n" for _ in range(300))
     (tmp_path / "a.jsonl").write_text(lines + "{\n" + lines + "[]\n")
     (tmp_path / "b.jsonl").write_bytes(lines.encode("utf-16"))
@@ -199,7 +199,7 @@ def test_of_several_errors_the_first_in_the_order_of_the_files_is_told(
 
 def test_progress_ends_where_it_said_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
     lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
     shutil.copy(SAMPLES / "de.val.jsonl.gz", tmp_path)
     told: dict[str, list[int]] = {}

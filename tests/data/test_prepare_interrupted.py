@@ -24,11 +24,11 @@ from tests.prepared import (
 _PROGRAM = """
 import sys, time
 from mixtral_jax.data.prepare import documents, pack, tokenise
-from mixtral_jax.data.records import sources, units
+from mixtral_jax.data.records import sources
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare.prepared import prepare
 
-sources.LUMP_BYTES, sources._READ_BYTES, units.UNIT_BYTES, documents.BUCKET_BYTES = 4000, 2000, 12_000, 40_000
+sources.LUMP_BYTES, sources._READ_BYTES, sources.UNIT_BYTES, documents.BUCKET_BYTES = 4000, 2000, 12_000, 40_000
 config, slow = DataConfig.model_validate_json(sys.argv[1]), sys.argv[2]
 if slow:
     module = tokenise if slow == "tokenise_unit" else pack

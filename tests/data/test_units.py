@@ -85,7 +85,7 @@ def shares_of(source: SourceConfig) -> list[Unit]:
 
 
 def make_tiny(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", size)
+    monkeypatch.setattr(sources, "UNIT_BYTES", size)
     monkeypatch.setattr(sources, "LUMP_BYTES", max(1, size // 3))
     monkeypatch.setattr(sources, "_READ_BYTES", max(1, size // 2))
     monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 100)
