@@ -27,20 +27,25 @@ import numpy as np
 
 from mixtral_jax.data.config import FrozenConfig
 from mixtral_jax.data.progress import meter, say
-from mixtral_jax.data.records import data_files
-from mixtral_jax.data.records.files import (
+from mixtral_jax.data.records import (
+    COPIED,
+    data_files,
+    digest,
     fetched,
     file_identity,
     file_size,
     is_remote,
     join,
     local_copy,
+    locked,
     open_file,
     put,
     read_small,
     remove_below,
+    scratch,
+    staging_room,
+    write_atomically,
 )  # fmt: skip
-from mixtral_jax.data.records.staging import COPIED, digest, locked, scratch, staging_room, write_atomically
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2

@@ -6,14 +6,20 @@ from mixtral_jax.data.records.files import (
     exists,
     fetched,
     file_identity,
+    file_size,
     file_system,
     files_below,
     is_directory,
     is_remote,
+    join,
     local_copy,
     local_directory,
     open_file,
     own_name,
+    put,
+    read_small,
+    remove_below,
+    sizes_below,
 )
 from mixtral_jax.data.records.lump import Census, Lump, Unit
 from mixtral_jax.data.records.selection import Choice, choose, source_files
@@ -25,5 +31,14 @@ from mixtral_jax.data.records.sources import (
     text_size_estimate,
     with_text_column,
 )
-from mixtral_jax.data.records.staging import clear_scratch, scratch, stage_in, staging_room
+from mixtral_jax.data.records.staging import (
+    COPIED,
+    clear_scratch,
+    digest,
+    locked,
+    scratch,
+    stage_in,
+    staging_room,
+    write_atomically,
+)
 from mixtral_jax.data.records.units import units_of

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION, META, open_cache, remove, use_file, whole
-from mixtral_jax.data.records.files import is_remote, join, read_small, remove_below, sizes_below
-from mixtral_jax.data.records.staging import COPIED, staging_room
+from mixtral_jax.data.records import COPIED, is_remote, join, read_small, remove_below, sizes_below, staging_room
 
 _NAME = re.compile(r"[0-9a-f]{24}")
 _UNFINISHED = re.compile(r"(?P<name>[0-9a-f]{24})\.((part-\d+-of-\d+\.)?tmp-|(?P<parts>parts-of-)\d+$)")
