@@ -182,16 +182,25 @@ def test_a_text_renamed_to_lines_is_read_anew(tmp_path: Path) -> None:
     assert first.fingerprint != second.fingerprint
 
 
-def test_one_store_serves_every_length_and_seed(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = at / "shared store"
-    config = config_of(place, at / "a.jsonl", validation=({"name": "v", "path": str(at / "a.jsonl")},))
-    others = ((0, 32), (1, 64), (2, 16))
-    expected = [made(config_of(at / f"alone {s}", at / "a.jsonl"), seed=s, seq_len=length) for s, length in others]
-    prepare_one(config)
+@pytest.mark.parametrize("kind", ["text", "chat", "preference"])
+def test_one_store_serves_every_length_and_seed(at: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Nothing is tokenised again, and the rows and counts are those of a cache of their own."""
+
+    def cached(place: str, seed: int, length: int) -> tuple[dict[str, Any], list[bytes]]:
+        source = prepare_one(config_with(at, {"examples": kind}, f"{kind} {place}"), seed, length)
+        return source.model_dump(exclude={"directory"}), records_of(source)
+
+    others = [(0, 32), (1, 64), (2, 16)]
+    expected = [cached(f"alone {seed}", seed, length) for seed, length in others]
+    validation = ({"name": "v", "path": "a.jsonl"},)
+    config = config_with(at, {"examples": kind, "validation": validation}, f"{kind} together")
+    prepared.prepare(config, 64, 0, progress=False)
     monkeypatch.setattr("mixtral_jax.data.prepare.tokenise.tokenise_unit", None)
-    assert [made(config, seed=s, seq_len=length) for s, length in others] == expected
-    stores = [file for file in place.glob("*/meta.json") if json.loads(file.read_text()).get("kind") == "documents"]
-    assert len(stores) == 1
+    assert [cached("together", seed, length) for seed, length in others] == expected
+    if kind != "text":
+        assert expected[2][0]["truncated"] + expected[2][0]["dropped"] > 0
+    metas = [json.loads(file.read_text()) for file in Path(config.cache_dir).glob("*/meta.json")]
+    assert len([meta for meta in metas if meta.get("kind") == "documents"]) == 1
 
 
 def test_a_cache_of_another_version_is_neither_mistaken_nor_deleted(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
