@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in places:
-            above = places[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            outer, _, last = group.rpartition(" ")
+            above = places[outer].add_parser(last, help=GROUPS[group], description=GROUPS[group])
             places[group] = above.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
         child = places[group].add_parser(word, help=command.text, description=command.text, allow_abbrev=False)
         child.epilog = epilog if command.takes_overrides else None
@@ -239,6 +240,7 @@ _ON_CLUSTER = (
     _told("--topology", "TPU slices such as v5p-64 or 2xv5e-256, in place of nodes of GPUs"),
     _told("--image", "container that has this project (see the Dockerfile)", required=True),
 )
+_CACHE = _told("--cache-dir", "the cache; default: data.cache_dir of CFG, else its default", metavar="DIR")
 _SRC_DST = (
     _told("src", "directory to read", metavar="SRC"),
     _told("dst", "directory to make; it must not exist yet", metavar="DST"),
@@ -248,6 +250,7 @@ _SRC_DST = (
 GROUPS = {
     "convert": "checkpoints and adapters between formats",
     "data": "tokenise, pack and look at data",
+    "data cache": "look at prepared data, and remove some",
     "config": "look at run files",
     "submit": "files for a cluster, or a rehearsal on this machine",
     "runs": "which runs there are, how they differ, what one is doing",
@@ -296,6 +299,17 @@ COMMANDS = {
     "data preview": Command(
         "train.commands.tools:preview", "samples with the learned tokens coloured, and the mixture", _CFG,
         _told("--rows", "how many rows to show", default=3)),
+    "data cache ls": Command(
+        "train.commands.cache:ls", "what prepared data there is: of what, how large, when used last",
+        _told("file", "a run's YAML file, for its data.cache_dir", nargs="?", metavar="CFG"), _CACHE, _JSON),
+    "data cache rm": Command(
+        "train.commands.cache:rm", "remove what no process uses",
+        _told("ids", "ids that `data cache ls` shows, or their beginnings; and CFG", nargs="*", metavar="ID"), _CACHE,
+        _told("--unused-for", "what was not used for so long: 30d, 12h, 4w", metavar="TIME"),
+        _flag("--unfinished", "what was begun and is not whole"),
+        _flag("--all", "everything that no process uses", dest="everything"),
+        _flag("--yes", "do not ask"),
+        _flag("--dry-run", "say what would be removed"), _JSON),
     "plan": Command(
         _plan, "compile a run for a machine without having it", _CFG,
         _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256"),

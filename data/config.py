@@ -103,7 +103,9 @@ _INSTEAD = {
 class DataConfig(FrozenConfig):
     """The sources of a run and how they become rows."""
 
-    tokenizer: str = Field(description="SentencePiece model, tokenizer.json, or a directory that holds one of them")
+    tokenizer: str = Field(
+        description="SentencePiece model, tokenizer.json, or a directory with one of them; or its address"
+    )
     train: tuple[SourceConfig, ...] = Field(min_length=1, description="what is learned from")
     validation: tuple[SourceConfig, ...] = Field((), description="what the loss is measured on")
     examples: Literal["text", "chat", "preference"] = Field(
@@ -127,7 +129,13 @@ class DataConfig(FrozenConfig):
         None, description="stretches of the run, each with its mixture; null: one, by the sources' weights"
     )
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data, instead of steps")
-    cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept")
+    cache_dir: str = Field(".cache/mixtral-jax", description="where prepared rows are kept: a directory or an address")
+    staging_dir: str | None = Field(
+        None, description="where copies of what lies behind addresses are kept here; null: .cache/mixtral-jax-staging"
+    )
+    staging_bytes: int | None = Field(
+        None, gt=0, description="of such copies at most; null: as many as leave a tenth of the disk free"
+    )
     on_error: Literal["fail", "skip"] = Field("fail", description="skip: count bad records, show the first few")
     workers: int = Field(0, ge=0, description="processes that tokenise; 0: one a core")
     restart: bool = Field(
@@ -137,10 +145,15 @@ class DataConfig(FrozenConfig):
 
     @field_validator("cache_dir")
     @classmethod
-    def _is_of_a_file_system(cls, place: str) -> str:
-        if "://" in place:
-            raise ValueError("must be a directory of a file system: rows are read from it at random")
-        return check_place_name(place)
+    def _is_a_place(cls, place: str) -> str:
+        return check_place_name(place.removeprefix("file://"))
+
+    @field_validator("staging_dir")
+    @classmethod
+    def _is_of_a_file_system(cls, place: str | None) -> str | None:
+        if place is not None and "://" in place:
+            raise ValueError("must be a directory of this machine: it holds copies of what lies behind addresses")
+        return place and check_place_name(place)
 
     @field_validator("train", "validation")
     @classmethod

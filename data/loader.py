@@ -1,46 +1,18 @@
 """Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.prepare import PreparedData, PreparedSource
+from mixtral_jax.data.reader import References, RowReader
 from mixtral_jax.data.rows import Batch, GlobalOrder, PairBatch, Position
 
 _THREADS = 2
 _AHEAD = 4  # batches
 _ENDLESS = 1 << 40  # steps
-
-References = Mapping[str, np.ndarray]  # fingerprint of a source -> (rows, K, 2) log-probabilities of the reference
-
-
-class RowReader:
-    """Random access to the rows of prepared sources; pairs with their reference log-probabilities where known."""
-
-    def __init__(self, sources: Sequence[PreparedSource], references: References | None = None):
-        self._sources, self._references = sources, references or {}
-        self._records = [  # with the numbers of rows no file is opened before one of its rows is asked for
-            ArrayRecordDataSource(
-                [f"{path}[0:{rows}]" for path, (_, rows, _) in zip(source.paths, source.shards, strict=True)]
-            )
-            for source in sources
-        ]
-
-    def read(self, source: int, row: int) -> Batch | PairBatch:
-        """One row."""
-        found = self._sources[source].format.decode(self._records[source][row])
-        known = self._references.get(self._sources[source].fingerprint)
-        if known is None or isinstance(found, Batch):
-            return found
-        return found._replace(ref_logps=known[row])
-
-    def close(self) -> None:
-        """Closes the files."""
-        for records in self._records:
-            records.__exit__(None, None, None)
 
 
 def shard_rows(global_batch_size: int, micro_batch_size: int, shard: tuple[int, int]) -> np.ndarray:

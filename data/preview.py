@@ -8,8 +8,8 @@ import numpy as np
 from rich.text import Text
 
 from mixtral_jax.data.config import DataConfig, PhaseConfig
-from mixtral_jax.data.loader import RowReader
 from mixtral_jax.data.prepare import PreparedData, prepare
+from mixtral_jax.data.reader import RowReader
 from mixtral_jax.data.rows import Batch, PairBatch, Position
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 

@@ -88,9 +88,10 @@ def sharers(directory: epath.PathLike, *, must: bool = True) -> np.ndarray:
     Raises:
         OSError: it `must`, and cannot.
     """
-    place, count = epath.Path(directory), jax.process_count()
+    count = jax.process_count()
     if count == 1 or "://" in os.fspath(directory):
         return np.ones(count, bool)
+    place = epath.Path(directory)
     number = np.frombuffer(os.urandom(8), np.uint32)  # a name that no one has looked for, and that no cache denies
     if jax.process_index() == 0:
         with nullcontext() if must else suppress(OSError):

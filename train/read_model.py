@@ -9,6 +9,7 @@ import jax
 from mixtral_jax import checkpoint as arrays
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.convert import is_training_checkpoint, kept_tokenizer, load
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
@@ -64,8 +65,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         UserError: no tokenizer is there.
         ValueError: no such file, or one that is no tokenizer.
     """
+    if is_remote(str(path)):
+        return load_tokenizer(path)
     place = Path(path)
-    is_file = not place.is_dir() and "://" not in str(path)
+    is_file = not place.is_dir()
     if is_file or any(next(place.glob(pattern), None) for pattern in ("*.model*", "tokenizer.json")):
         return load_tokenizer(path)
     run = run_config(str(path))

@@ -1,27 +1,59 @@
-"""What makes two preparations the same, and how only one process makes them.
+"""What makes two preparations the same, where they are kept, and how only one process makes them.
 
-A prepared source lives in `<cache_dir>/<fingerprint>/`: shards of rows and `meta.json`. It is written elsewhere and
-renamed when whole, so a directory of that name is complete or does not exist. The fingerprint covers the content of
-the input files (not their names or dates), the tokenizer, the way from record to row, the seed and the format version.
+An entry of the cache is a directory, named by what it was made of: files, and `meta.json`, which lists them. It is
+written elsewhere and renamed when whole, so that a directory of that name is complete or does not exist. The name
+covers the content of the input files (not their names or dates), the tokenizer, the way from record to row, the seed
+and the format version.
+
+Of a cache behind an address this machine keeps a part (`open_cache`). Entries are made here and then uploaded,
+`meta.json` last; of those that others made, the files are fetched that somebody asks for.
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mixtral_jax.data.config import FrozenConfig
-from mixtral_jax.data.records import data_files, file_identity, open_file
+from mixtral_jax.data.progress import meter, say
+from mixtral_jax.data.records import (
+    COPIED,
+    data_files,
+    digest,
+    fetched,
+    file_identity,
+    file_size,
+    is_remote,
+    join,
+    local_copy,
+    locked,
+    open_file,
+    put,
+    read_small,
+    remove_below,
+    scratch,
+    staging_room,
+    write_atomically,
+)  # fmt: skip
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2
-_SIZES = "sizes.npy"
+META, SIZES = "meta.json", "sizes.npy"
+_ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
+_THREADS, _STRIPES, _PIECE_BYTES = 8, 64, 1 << 20
+_QUIET_SECONDS, _STAMP_SECONDS = 2.0, 3600.0
+_known_hashes: dict[tuple[Path, str], str] = {}  # of a cache and a file; for one that cannot be written
 
 
 class PreparedSource(FrozenConfig):
@@ -66,82 +98,304 @@ class PreparedSource(FrozenConfig):
 
         Of a document in several rows each has its bytes by its tokens: all rows sum to `text_bytes`. Examples have 0.
         """
-        found: np.ndarray = np.load(os.path.join(self.directory, _SIZES), mmap_mode="r")
+        found: np.ndarray = np.load(fetched(Path(self.directory) / SIZES), mmap_mode="r")
         return found
 
-    def save(self, directory: Path) -> None:
-        """Writes meta.json: all but the name, the place and the files."""
-        meta = {"version": FORMAT_VERSION, **self.model_dump(exclude={"name", "directory", "described"})}
-        write_atomically(directory / "meta.json", json.dumps(meta, indent=1))
-
-
-def digest(value: Any) -> str:
-    """Hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    def save(self, directory: Path, made_of: Mapping[str, Any]) -> None:
+        """Writes meta.json: all but the name, the place and the files; and for people what it was made of."""
+        seal(directory, "rows", made_of, self.model_dump(exclude={"name", "directory", "described"}))
 
 
 def load_prepared(cache_dir: Path, name: str, fingerprint: str) -> PreparedSource | None:
-    """The prepared source, or None where there is none or a shard is missing or has another size than it had."""
-    directory = cache_dir / fingerprint[:24]
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-        if meta.pop("version") != FORMAT_VERSION or meta["fingerprint"] != fingerprint:
-            return None
-        prepared = PreparedSource(name=name, directory=str(directory), **meta)
-        whole = all(os.path.getsize(directory / n) == size for n, _, size in prepared.shards)
-        whole = whole and prepared.sizes().shape == (prepared.rows, 2)
-    except (OSError, ValueError, KeyError, TypeError):
+    """The prepared source, or None where there is none or a file is missing or has another size than it had."""
+    meta = entry_meta(cache_dir, fingerprint[:24])
+    if meta is None or meta.get("fingerprint") != fingerprint:
         return None
-    return prepared if whole else None
+    known = {key: value for key, value in meta.items() if key in PreparedSource.model_fields}
+    with contextlib.suppress(ValueError, TypeError):
+        return PreparedSource(name=name, directory=str(cache_dir / fingerprint[:24]), **known)
+    return None
+
+
+# --- entries ---
+
+
+def open_cache(place: str) -> Path:
+    """The directory of a cache; of one behind an address, that of the part of it that this machine has."""
+    if not is_remote(place):
+        return Path(place)
+    address = place.rstrip("/")
+    local = staging_room()[0] / "caches" / digest(address)[:24]
+    if address_of(local) != address:
+        local.mkdir(parents=True, exist_ok=True)
+        write_atomically(local / _ADDRESS, address)
+    return local
+
+
+def address_of(cache_dir: Path) -> str:
+    """Where the whole of a cache is; nothing: here."""
+    with contextlib.suppress(OSError):
+        return (cache_dir / _ADDRESS).read_text()
+    return ""
+
+
+def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Writes the meta.json of an entry that is finished, and lists its files in it.
+
+    Args:
+        kind: `rows`, `documents`.
+        made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
+    """
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
+    about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
+    write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
+
+
+def settle(made: Path, place: Path) -> None:
+    """Gives a finished directory its name. Where another process was first, its one stays if whole: it may be read."""
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return os.rename(made, place)
+        except OSError:
+            if not made.exists() or (place.parent.exists() and not place.exists()):
+                raise
+        if whole(place):
+            return shutil.rmtree(made)
+        remove(place)
+
+
+def remove(directory: Path) -> None:
+    """Removes an entry at once for whoever looks: a half-removed one must not pass for a whole one."""
+    doomed = scratch(directory)
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_meta(content: str | bytes) -> dict[str, Any] | None:
+    """What a meta.json says; None: it is none, or of another version of the format."""
+    try:
+        meta = json.loads(content)
+        return meta if meta["version"] == FORMAT_VERSION and isinstance(meta["files"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def whole(directory: Path) -> dict[str, Any] | None:
+    """The meta.json of an entry whose files are all as long as they were, or can be fetched."""
+    try:
+        meta = read_meta((directory / META).read_bytes())
+        is_copy = (directory / COPIED).exists()
+        for name, size in meta["files"].items() if meta else ():
+            path = directory / name
+            if is_copy and path.exists() and path.stat().st_size != size:
+                path.unlink()
+            elif not is_copy and path.stat().st_size != size:
+                return None
+    except OSError:
+        return None
+    return meta
+
+
+def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
+    """The meta.json of an entry that is whole; None where there is none. What is only here is uploaded.
+
+    Raises:
+        OSError: the address of the cache does not answer.
+    """
+    directory, address = cache_dir / name, address_of(cache_dir)
+    here = whole(directory)
+    if not address:
+        return here
+    content = read_small(join(address, f"{name}/{META}"))
+    meta = None if content is None else read_meta(content)
+    if meta is None and here is not None and not (directory / COPIED).exists():
+        with locked(cache_dir / "locks" / f"{name}.upload"):
+            content = read_small(join(address, f"{name}/{META}")) or _upload(directory, join(address, name))
+        meta = read_meta(content)
+    if meta is None or content is None:
+        if (directory / COPIED).exists():
+            remove(directory)  # the copy of one that is there no more
+        return None
+    if here != meta or not (directory / COPIED).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        copied = {"address": join(address, name), "files": meta["files"]}
+        write_atomically(directory / COPIED, json.dumps(copied))
+        write_atomically(directory / META, content)
+    return meta
+
+
+def check_writable(cache_dir: Path) -> None:
+    """Whether what is made can be added to a cache.
+
+    Raises:
+        ValueError: it lies on a web server.
+    """
+    if (address := address_of(cache_dir)).startswith("http"):
+        raise ValueError(
+            f"data.cache_dir: {address} does not hold these rows, and web servers are only read from: prepare "
+            "them where that directory can be written, or name another"
+        )
+
+
+def forget(cache_dir: Path, name: str) -> None:
+    """Removes what is not needed any more, wherever it is."""
+    remove(cache_dir / name)
+    if address := address_of(cache_dir):
+        with contextlib.suppress(OSError):
+            remove_below(join(address, name), first=META)
+
+
+def pull(directory: Path) -> None:
+    """Fetches all that is missing of an entry, which from now on is no copy but this machine's own."""
+    if (directory / COPIED).exists():
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            files = json.loads((directory / META).read_bytes())["files"]
+            for done in [pool.submit(fetched, directory / file) for file in files]:
+                done.result()
+        (directory / COPIED).unlink()
+
+
+def _upload(directory: Path, address: str) -> bytes:
+    content = (directory / META).read_bytes()
+    files = json.loads(content)["files"]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(put, directory / file, join(address, file)) for file in files]:
+            done.result()
+    put(directory / META, join(address, META))
+    return content
+
+
+class Use:
+    """That somebody reads an entry: it is not removed until `end`, and is known to have been used just now.
+
+    Both by a lock file beside the cache's others: its date is that of the last use. Of a cache that may only be read
+    nobody knows.
+    """
+
+    def __init__(self, directory: Path):
+        self._file, self._stamped = -1, -math.inf
+        path = use_file(directory.parent, directory.name)
+        for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(path, flags, 0o666)
+                fcntl.flock(self._file, fcntl.LOCK_SH)
+                break
+        self.stamp()
+
+    def stamp(self) -> None:
+        """Notes the use, once an hour."""
+        if (now := time.monotonic()) - self._stamped > _STAMP_SECONDS:
+            self._stamped = now
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+    def end(self) -> None:
+        """It is read no more."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def use_file(cache_dir: Path, name: str) -> Path:
+    """Locked by those who use an entry; its date is that of the last use."""
+    return cache_dir / "locks" / f"{name.replace('/', '.')}.use"
+
+
+# --- small files ---
+
+
+def recall(cache_dir: Path, name: str) -> bytes | None:
+    """A small file of the cache, wherever it is; None: there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return (cache_dir / name).read_bytes()
+    content = read_small(join(address, name)) if (address := address_of(cache_dir)) else None
+    if content is not None:
+        (cache_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_dir / name, content)
+    return content
+
+
+def keep(cache_dir: Path, name: str, content: bytes) -> None:
+    """Writes a small file to the cache, for all who share it."""
+    (cache_dir / name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache_dir / name, content)
+    if address := address_of(cache_dir):
+        put(cache_dir / name, join(address, name))
+
+
+def remember(cache_dir: Path, name: str, make: Callable[[], str]) -> str:
+    """A word that the cache keeps for all, and that is made where it is not there."""
+    known = recall(cache_dir, name)
+    if known is None:
+        known = make().encode()
+        with contextlib.suppress(OSError, ValueError):  # a cache that may only be read: the next one makes it again
+            keep(cache_dir, name, known)
+    return known.decode()
 
 
 def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     """[relative name, bytes, sha256 of the content] of a file, or of each file of a data set directory.
 
-    A hash is remembered in the cache directory and taken from there while size, modification and change time and
-    inode of the file stay the same.
+    A hash is remembered in the cache and taken from there while size, modification and change time and inode of the
+    file stay the same.
     """
     result: list[list[Any]] = []
     for file in data_files(path):
-        identity = file_identity(file)
-        memo = cache_dir / "hashes" / digest(identity)
-        try:
-            known = memo.read_text()
-        except OSError:
-            known = ""
-        if len(known) != 64:
-            with open_file(file) as stream:
-                known = hashlib.file_digest(stream, "sha256").hexdigest()
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memo, known)
-        name = "" if file == path else os.path.relpath(file, path)
-        result.append([name, identity[0], known])
+        size, hashed = _hash(file, cache_dir, [])
+        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), size, hashed])
     return result
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a small file so that a reader sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")  # containers number their processes alike
+def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None:
+    """Sees to it that the cache has the hashes of files: several are read at once, and none by two processes."""
+    files = sorted({file for path in paths for file in data_files(path)})
+    random.shuffle(files)  # machines that hash the same files at the same time each begin with others
+    read: list[int] = []  # bytes
+    pool = concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
+        jobs = [pool.submit(_hash, file, cache_dir, read) for file in files]
+        waiting = concurrent.futures.wait(jobs, _QUIET_SECONDS, concurrent.futures.FIRST_EXCEPTION).not_done
+        if waiting and show:
+            total, shown = sum(map(file_size, files)), 0
+            say(f"hashing {len(files):,} files, {total / 1e9:.1f} GB")
+            with meter("Hashing", total) as advance:
+                while waiting and not any(job.done() and job.exception() for job in jobs):
+                    waiting = concurrent.futures.wait(waiting, 0.2).not_done
+                    advance(sum(read) - shown, "")
+                    shown = sum(read)
+        for _, job in sorted(zip(files, jobs, strict=True), key=lambda pair: pair[0]):
+            job.result()  # of several errors the first
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a lock file; the system drops the lock when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(waiting)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
+    """(bytes, sha256) of a file; each piece that is read now is noted in `read`."""
+    identity = file_identity(file)
+    key = digest(identity)
+    memo = f"hashes/{key}"
+    with contextlib.ExitStack() as held:
+        if not (known := _known_hash(cache_dir, memo)):
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                held.enter_context(locked(cache_dir / "locks" / f"hash-{int(key[:8], 16) % _STRIPES:02d}"))
+            known = _known_hash(cache_dir, memo)
+        if not known:
+            counted = hashlib.sha256()
+            with open_file(file) as stream:
+                while piece := stream.read(_PIECE_BYTES):
+                    counted.update(piece)
+                    read.append(len(piece))
+            known = counted.hexdigest()
+            with contextlib.suppress(OSError, ValueError):  # the next one hashes it again
+                keep(cache_dir, memo, known.encode())
+        _known_hashes[cache_dir, memo] = known
+    return os.path.getsize(local_copy(file)) if identity[0] is None else identity[0], known
+
+
+def _known_hash(cache_dir: Path, memo: str) -> str:
+    found = _known_hashes.get((cache_dir, memo)) or (recall(cache_dir, memo) or b"").decode()
+    return found if len(found) == 64 else ""

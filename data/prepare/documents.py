@@ -9,12 +9,15 @@ int64 number of tokens, numbers (n,) uint64, lengths (n,) uint32, bytes of text 
 and where not all are learned which are, uint8 each.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mixtral_jax.data.prepare.cache import META
+from mixtral_jax.data.records import fetched
 from mixtral_jax.data.rows import hash64
 from mixtral_jax.data.text import Documents
 
@@ -49,20 +52,15 @@ def append(directory: Path, buckets: int, numbers: np.ndarray, documents: Docume
                 stream.write(column.tobytes())
 
 
-def sizes(directory: Path, buckets: int) -> list[int]:
-    """Bytes of each bucket under the parts of a store."""
-    found = [0] * buckets
-    for part in directory.glob("part-*"):
-        for bucket in os.scandir(part):
-            if bucket.is_dir():
-                found[int(bucket.name)] += sum(file.stat().st_size for file in os.scandir(bucket))
-    return found
+def bucket_files(directory: Path, bucket: int) -> list[Path]:
+    """The files of a bucket of a store that is whole; what is elsewhere is fetched."""
+    listed = json.loads((directory / META).read_bytes())["files"]
+    return [fetched(directory / name) for name in listed if f"/{bucket:06d}/" in name]
 
 
-def read_bucket(directory: Path, bucket: int, token_dtype: str, weighted: bool) -> tuple[np.ndarray, Documents]:
-    """(numbers, documents) of a bucket of all parts, in no order."""
+def read_bucket(files: Iterable[Path], token_dtype: str, weighted: bool) -> tuple[np.ndarray, Documents]:
+    """(numbers, documents) of the files of a bucket, in no order."""
     nothing = tuple(np.zeros(0, dtype) for dtype in (np.uint64, np.uint32, np.uint32, np.uint8, token_dtype, np.uint8))
-    files = sorted(directory.glob(f"part-*/{bucket:06d}/*.bin"))
     blocks = [nothing, *(block for file in files for block in _blocks(file, token_dtype, weighted))]
     columns = list(zip(*blocks, strict=True))
     del blocks

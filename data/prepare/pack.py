@@ -1,6 +1,5 @@
 """Pass two: the buckets of a document store into shards of rows, in the order that the seed gives."""
 
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -9,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import PreparedSource
+from mixtral_jax.data.prepare.cache import PreparedSource, remove, settle
 from mixtral_jax.data.prepare.recipe import Recipe
-from mixtral_jax.data.prepare.tokenise import no_documents, remove
+from mixtral_jax.data.prepare.tokenise import no_documents
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
+from mixtral_jax.data.records import clear_scratch, scratch
 from mixtral_jax.data.rows import PACKINGS, WRITER_OPTIONS, Pieces, hash64, pair_pieces
 from mixtral_jax.data.text import Documents, cut_examples, join
 
@@ -32,9 +32,8 @@ def pack(recipes: list[Recipe], pool: Workers, show: bool) -> None:
     for recipe in recipes:
         if recipe.load():
             continue
-        for dead in recipe.place.parent.glob(f"{recipe.place.name}.tmp-*"):  # we hold the lock
-            shutil.rmtree(dead, ignore_errors=True)
-        directory = recipe.place.with_name(f"{recipe.place.name}.tmp-{os.urandom(6).hex()}")
+        clear_scratch(recipe.place)
+        directory = scratch(recipe.place)
         directory.mkdir()
         todo[directory] = recipe, []
         short = replace(recipe, corpus=replace(recipe.corpus, files=()))
@@ -58,7 +57,8 @@ def pack_bucket(job: _Job) -> Counter[str]:
 
     recipe, corpus, row_format = job.recipe, job.recipe.corpus, job.recipe.format
     size, path = row_format.seq_len + 1, job.directory / recipe.shard(job.bucket)
-    numbers, found = documents.read_bucket(corpus.place, job.bucket, corpus.token_dtype, corpus.weighted)
+    files = documents.bucket_files(corpus.place, job.bucket)
+    numbers, found = documents.read_bucket(files, corpus.token_dtype, corpus.weighted)
     stored, lost = len(numbers), Counter[str]()
     found = found.pick(np.argsort(hash64(numbers, recipe.seed), kind="stable"))
     if corpus.weighted:
@@ -130,11 +130,9 @@ def _finish(recipe: Recipe, directory: Path, packed: list[Counter[str]]) -> None
         layouts=dict(census.layouts),
         **census.counts,
     )
-    prepared.save(directory)
-    if recipe.load():  # made meanwhile on a machine that does not see our locks, and perhaps in use
-        return
-    shutil.rmtree(recipe.place, ignore_errors=True)  # a damaged one
-    os.rename(directory, recipe.place)
+    about = {"seq_len": recipe.format.seq_len, "seed": recipe.seed, "packing": recipe.packing}
+    prepared.save(directory, corpus.made_of | about)
+    settle(directory, recipe.place)
 
 
 def _join_sizes(directory: Path, shards: list[str], rows: int) -> None:

@@ -12,13 +12,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare.cache import PreparedSource, digest, locked
+from mixtral_jax.data.prepare.cache import (
+    PreparedSource,
+    Use,
+    check_writable,
+    digest,
+    hash_files,
+    locked,
+    open_cache,
+)
 from mixtral_jax.data.prepare.pack import pack
 from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of
 from mixtral_jax.data.prepare.tokenise import finish, tokenise
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import say
-from mixtral_jax.data.records import text_size_estimate
+from mixtral_jax.data.records import choose, stage_in, text_size_estimate
 from mixtral_jax.data.rows import ORDER, GlobalOrder, Mixture, Position, order_from, shares
 from mixtral_jax.data.text import load_tokenizer
 
@@ -105,10 +113,13 @@ def prepare(
     index, count = part or (1, 1)
     if not 1 <= index <= count:
         raise ValueError(f"part {index}/{count}: the first number counts from 1 to the second")
+    stage_in(config.staging_dir, config.staging_bytes)
     tokenizer = load_tokenizer(config.tokenizer)
     learned = config.train if train else ()
-    recipes = [recipe_of(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
-    held_out = [recipe_of(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
+    chosen = [(s, choose(s)) for s in (*learned, *config.validation)]
+    hash_files([file for _, choice in chosen for file in choice.files], open_cache(config.cache_dir), progress)
+    recipes = [recipe_of(config, s, tokenizer, seq_len, seed, config.packing) for s in chosen[: len(learned)]]
+    held_out = [recipe_of(config, s, tokenizer, seq_len, 0, "best_fit") for s in chosen[len(learned) :]]
     todo = {r.fingerprint: r for r in recipes + held_out if not r.load()}
     missing = _make([todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
@@ -126,6 +137,7 @@ def _make(recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool
     """Both passes over `recipes`, which all processes have in one order: locks taken in it cannot block for good."""
     if not recipes:
         return []
+    check_writable(recipes[0].place.parent)
     index, count = part
     corpora = {r.corpus.fingerprint: r.corpus for r in recipes}
     ordered = [corpora[key] for key in sorted(corpora)]
@@ -137,7 +149,9 @@ def _make(recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool
         with _locks(ordered, "", show):
             missing = {corpus.fingerprint: finish(corpus, count) for corpus in ordered}
         whole = [r for r in recipes if not missing[r.corpus.fingerprint]]
-        with _locks(whole, "", show):
+        with _locks(whole, "", show), ExitStack() as uses:
+            for recipe in whole:
+                uses.callback(Use(recipe.corpus.place).end)
             pack(whole, pool, show)
     return [name for names in missing.values() for name in names]
 
@@ -192,4 +206,5 @@ def _readings(source: PreparedSource) -> list[str]:
 def _loaded(recipe: Recipe) -> PreparedSource:
     prepared = recipe.load()
     assert prepared is not None, f"{recipe.name} was just prepared and is gone"
+    Use(recipe.place).end()  # which notes it
     return prepared.model_copy(update={"described": recipe.corpus.described})

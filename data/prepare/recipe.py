@@ -1,18 +1,28 @@
 """What decides the documents of a source, and what decides its rows: all that changes them and nothing else."""
 
 import functools
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, load_prepared
+from mixtral_jax.data.prepare.cache import (
+    FORMAT_VERSION,
+    PreparedSource,
+    content_hash,
+    digest,
+    entry_meta,
+    load_prepared,
+    open_cache,
+    remember,
+    whole,
+)
 from mixtral_jax.data.records import (
     Census,
+    Choice,
     Unit,
-    choose,
     compression,
     file_format,
     sources,
@@ -22,6 +32,8 @@ from mixtral_jax.data.records import (
 )
 from mixtral_jax.data.rows import RowFormat
 from mixtral_jax.data.text import LAYOUT_VERSION, SHORTEST_PAIR, Tokenizer, columns, load_template, token_dtype
+
+Chosen = tuple[SourceConfig, Choice]
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,18 @@ class Corpus:
 
     def load(self) -> Census | None:
         """What was counted when the documents were made; None where they are not there, or not whole."""
-        try:
-            meta = json.loads((self.place / "meta.json").read_text())
-            if meta["version"] != FORMAT_VERSION or meta["fingerprint"] != self.fingerprint:
-                return None
-            whole = meta["sizes"] == documents.sizes(self.place, self.buckets)
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-        return read_counts(self.place / "meta.json") if whole else None
+        meta = entry_meta(self.place.parent, self.place.name)
+        return None if meta is None or meta.get("fingerprint") != self.fingerprint else read_counts(meta)
+
+    def load_part(self, part: Path, count: int) -> Census | None:
+        """The same of one of `count` parts; of several machines, which may have nothing but the cache in common."""
+        meta = whole(part) if count == 1 else entry_meta(self.place.parent, f"{part.parent.name}/{part.name}")
+        return None if meta is None else read_counts(meta)
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What people want to know of the documents."""
+        return {"source": self.name, "files": self.described, "tokenizer": self.config.tokenizer}
 
 
 @dataclass(frozen=True)
@@ -111,9 +127,9 @@ class Recipe:
         return load_prepared(self.place.parent, self.name, self.fingerprint)
 
 
-def read_counts(file: Path) -> Census:
+def read_counts(meta: Mapping[str, Any]) -> Census:
     """What `counts_of` made of a census."""
-    counts = json.loads(file.read_text())["census"]
+    counts = meta["census"]
     first = [(unit, where, what) for unit, where, what in counts["first"]]
     found = Census(skip=True, bad=counts["bad"], first=first)
     found.counts.update(counts["counts"])
@@ -128,14 +144,14 @@ def counts_of(census: Census) -> dict[str, Any]:
 
 
 def recipe_of(
-    config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
+    config: DataConfig, chosen: Chosen, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
 ) -> Recipe:
-    """The recipe of a source.
+    """The recipe of a source, of which `chosen` are the files.
 
     Raises:
-        ValueError: no files, a template that does not fit, or rows too short for pairs.
+        ValueError: a template that does not fit, or rows too short for pairs.
     """
-    corpus = _corpus(config, source, tokenizer)
+    corpus = _corpus(config, chosen, tokenizer)
     packing = "best_fit" if corpus.weighted else packing
     pairs = config.pairs_per_row if corpus.together == 2 else 0
     if pairs and seq_len + 1 < SHORTEST_PAIR:
@@ -145,17 +161,22 @@ def recipe_of(
     return Recipe(corpus, packing, seed, format_, digest(identity))
 
 
-def _corpus(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> Corpus:
-    files, described = choose(source)
-    kind = config.examples
-    if kind == "text" and (found := with_text_column(source, files)) != source:
-        source, described = found, f"{described}; texts from column {found.text_key!r}"
+def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
+    source, (files, described) = chosen
+    kind, cache = config.examples, open_cache(config.cache_dir)
+    content = [content_hash(file, cache) for file in files]
     formats = [(file_format(source, file), compression(file)) for file in files]
+    if kind == "text" and source.text_key == "text":  # its first rows say it, which may be far away: so once for all
+        memo = f"hashes/{digest(['text_key', content, formats, source.split])}"
+        found = remember(cache, memo, lambda: with_text_column(source, files).text_key)
+        if found != source.text_key:
+            source = source.model_copy(update={"text_key": found})
+            described = f"{described}; texts from column {found!r}"
     buckets = 1 + text_size_estimate(files) // documents.BUCKET_BYTES
     identity: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "units": [sources.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
-        "content": [content_hash(file, Path(config.cache_dir)) for file in files],
+        "content": content,
         "formats": formats,
         "tokenizer": tokenizer.fingerprint(),
         "examples": kind,
@@ -183,4 +204,4 @@ def _corpus(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> C
 
 
 def _place(config: DataConfig, fingerprint: str) -> Path:
-    return Path(config.cache_dir) / fingerprint[:24]
+    return open_cache(config.cache_dir) / fingerprint[:24]

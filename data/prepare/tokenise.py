@@ -3,21 +3,19 @@
 import contextlib
 import functools
 import itertools
-import json
-import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import FORMAT_VERSION, write_atomically
-from mixtral_jax.data.prepare.recipe import Corpus, counts_of, read_counts
+from mixtral_jax.data.prepare.cache import forget, pull, seal, settle
+from mixtral_jax.data.prepare.recipe import Corpus, counts_of
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
-from mixtral_jax.data.records import Census, Lump, Unit, read_lumps
+from mixtral_jax.data.records import Census, Lump, Unit, clear_scratch, read_lumps, scratch
 from mixtral_jax.data.text import (
     Documents,
     Tokenizer,
@@ -53,12 +51,11 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
     jobs: list[_Job] = []
     for corpus in corpora:
         final = corpus.parts(count)[index - 1]
-        if final.exists() or corpus.load():
+        if corpus.load() or corpus.load_part(final, count):
             continue
-        for dead in final.parent.glob(f"{final.name}.tmp-*"):
-            # we hold the lock: whoever wrote it is gone, or its workers soon are
-            shutil.rmtree(dead, ignore_errors=True)
-        directory = final.with_name(f"{final.name}.tmp-{os.urandom(6).hex()}")
+        beside = corpus.place.with_name(f"{corpus.place.name}.part-{index}-of-{count}")
+        clear_scratch(beside)
+        directory = scratch(beside)  # not among the parts: who is the last renames them all
         parts[directory] = corpus, corpus.census()
         units, short = enumerate(corpus.units), replace(corpus, files=())
         jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
@@ -69,14 +66,14 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
             done = pool.ordered(tokenise_unit, iter(jobs), lambda job, size: advance(size, job.corpus.name))
             for job, census in done:
                 parts[job.directory][1].add(census)
-        for directory, (_, census) in parts.items():
-            write_atomically(directory / "counts.json", json.dumps(counts_of(census)))
-            os.rename(directory, directory.with_suffix(""))
+        for directory, (corpus, census) in parts.items():
+            final = corpus.parts(count)[index - 1]
+            seal(directory, "documents", corpus.made_of, counts_of(census))
+            settle(directory, final)
+            corpus.load_part(final, count)  # uploads it
     finally:
         for directory in parts:
             shutil.rmtree(directory, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: there are parts in it
-                directory.parent.rmdir()
 
 
 def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
@@ -141,27 +138,39 @@ def finish(corpus: Corpus, count: int) -> list[str]:
     Raises:
         ValueError: there are no documents.
     """
-    if corpus.load():
-        return []
-    parts = corpus.parts(count)
-    lacking = [f"{corpus.name}: {part.name} of {count}" for part in parts if not part.exists()]
-    if lacking:
-        return lacking
-    census = corpus.census()
-    for part in parts:
-        census.add(read_counts(part / "counts.json"))
+    cache_dir, parts = corpus.place.parent, corpus.parts(count)
     made = parts[0].parent
-    if not census.counts["stored"]:
-        remove(made)
-        raise ValueError(no_documents(corpus, census))
-    about = {"kind": "documents", "source": corpus.name, "tokenizer": corpus.config.tokenizer}
-    identity = {"version": FORMAT_VERSION, "fingerprint": corpus.fingerprint}
-    meta = {**identity, **about, "sizes": documents.sizes(made, corpus.buckets), **counts_of(census)}
-    write_atomically(made / "meta.json", json.dumps(meta, indent=1))
-    if corpus.place.exists():  # damaged
-        remove(corpus.place)
-    os.rename(made, corpus.place)
+    try:
+        found = [] if corpus.load() else [corpus.load_part(part, count) for part in parts]
+        lacking = [
+            f"{corpus.name}: {part.name} of {count}" for part, it in zip(parts, found, strict=False) if it is None
+        ]
+        if lacking and not corpus.load():
+            return lacking
+        if found and not lacking:
+            _join(corpus, made, parts, found)
+    except OSError:
+        if not corpus.load():  # else another machine has made it of these parts, and removed them
+            raise
+    if made.exists():
+        forget(cache_dir, made.name)
     return []
+
+
+def _join(corpus: Corpus, made: Path, parts: list[Path], found: Sequence[Census | None]) -> None:
+    """All parts become the documents of a corpus."""
+    census = corpus.census()
+    for each in filter(None, found):
+        census.add(each)
+    if not census.counts["stored"]:
+        forget(made.parent, made.name)
+        raise ValueError(no_documents(corpus, census))
+    for part in parts:
+        pull(part)
+    seal(made, "documents", corpus.made_of, {"fingerprint": corpus.fingerprint, **counts_of(census)})
+    settle(made, corpus.place)
+    corpus.load()  # uploads it
+    forget(made.parent, made.name)
 
 
 def no_documents(corpus: Corpus, census: Census) -> str:
@@ -174,10 +183,3 @@ def no_documents(corpus: Corpus, census: Census) -> str:
     return f"source {corpus.name!r}: no documents to learn from in {files}, " + (
         f"which has {found} records{first}" if found else "which has no records"
     )
-
-
-def remove(directory: Path) -> None:
-    """Removes a directory at once for whoever looks: a half-removed one must not pass for a whole one."""
-    doomed = directory.with_name(f"{directory.name}.tmp-{os.urandom(6).hex()}")
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed)

@@ -1,9 +1,28 @@
 """Files of any format as lumps of records."""
 
 from mixtral_jax.data.records import sources
-from mixtral_jax.data.records.files import check_file, file_identity, is_remote, open_file
+from mixtral_jax.data.records.files import (
+    check_file,
+    exists,
+    fetched,
+    file_identity,
+    file_size,
+    file_system,
+    files_below,
+    is_directory,
+    is_remote,
+    join,
+    local_copy,
+    local_directory,
+    open_file,
+    own_name,
+    put,
+    read_small,
+    remove_below,
+    sizes_below,
+)
 from mixtral_jax.data.records.lump import Census, Lump, Unit
-from mixtral_jax.data.records.selection import choose, source_files
+from mixtral_jax.data.records.selection import Choice, choose, source_files
 from mixtral_jax.data.records.sources import (
     compression,
     data_files,
@@ -11,5 +30,15 @@ from mixtral_jax.data.records.sources import (
     read_lumps,
     text_size_estimate,
     with_text_column,
+)
+from mixtral_jax.data.records.staging import (
+    COPIED,
+    clear_scratch,
+    digest,
+    locked,
+    scratch,
+    stage_in,
+    staging_room,
+    write_atomically,
 )
 from mixtral_jax.data.records.units import units_of

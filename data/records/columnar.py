@@ -2,13 +2,19 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records.files import open_file
+from mixtral_jax.data.records.files import (
+    cannot_read,
+    exists,
+    is_directory,
+    join,
+    local_copy,
+    local_directory,
+    open_file,
+)
 from mixtral_jax.data.records.lump import Census, Lump, Place, Unit
 
 _BATCH = 256
@@ -50,7 +56,7 @@ def parquet(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: 
             batches = table.iter_batches(_BATCH, row_groups=groups, columns=wanted, use_threads=False)
             yield from _rows(batches, file, census, unit.first)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
+        raise cannot_read(file, error, " as Parquet") from None
 
 
 def row_groups(file: str) -> list[tuple[int, int]]:
@@ -68,31 +74,31 @@ def row_groups(file: str) -> list[tuple[int, int]]:
 
 def hugging_face(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
-    for file in arrow_files(Path(unit.file), source.split) if os.path.isdir(unit.file) else [unit.file]:
+    for file in arrow_files(unit.file, source.split) if is_directory(unit.file) else [unit.file]:
         yield from _arrow(file, columns, census)
 
 
-def arrow_files(directory: Path, split: str | None) -> list[str]:
+def arrow_files(directory: str, split: str | None) -> list[str]:
     """The files of a data set that was saved in a directory.
 
     Raises:
         ValueError: it was not, the split is not there, or one of them is missing.
     """
-    splits_file = directory / "dataset_dict.json"
-    if splits_file.exists():
-        splits = noted(str(splits_file), lambda it: [str(name) for name in it["splits"]])
+    splits_file = join(directory, "dataset_dict.json")
+    if has_splits := exists(splits_file):
+        splits = noted(splits_file, lambda it: [str(name) for name in it["splits"]])
         if split not in splits:
             raise ValueError(f"{directory} has the splits {', '.join(splits)}: set split to one of them")
-        directory = directory / str(split)
-    state_file = directory / "state.json"
-    if not state_file.exists():
+        directory = join(directory, str(split))
+    state_file = join(directory, "state.json")
+    if not exists(state_file):
         raise ValueError(f"{directory} has no state.json: it is no data set saved on disk")
-    names, own = noted(str(state_file), lambda it: ([e["filename"] for e in it["_data_files"]], it.get("_split")))
-    if split is not None and not splits_file.exists() and split != own:
+    names, own = noted(state_file, lambda it: ([e["filename"] for e in it["_data_files"]], it.get("_split")))
+    if split is not None and not has_splits and split != own:
         raise ValueError(f"{directory} is one data set, not several splits: leave split {split!r} out")
-    files = [str(directory / name) for name in names]
+    files = [join(directory, name) for name in names]
     for file in files:
-        if not os.path.exists(file):
+        if not exists(file):
             raise ValueError(f"{file} is missing, though {state_file} names it")
     return files
 
@@ -123,7 +129,7 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Records:
             slices = (b.select(wanted).slice(start, _BATCH) for b in batches for start in range(0, b.num_rows, _BATCH))
             yield from _rows(slices, file, census)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
+        raise cannot_read(file, error, " as Arrow") from None
 
 
 def _rows(batches: Iterable[Any], file: str, census: Census, number: int = 0) -> Records:
@@ -189,7 +195,7 @@ def array_record(source: SourceConfig, unit: Unit, columns: tuple[str, ...], cen
 def _array_reader(file: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(file)
+    reader = ArrayRecordReader(local_copy(file))
     if not reader.ok():  # a damaged file says that it has 0 records, and raises when it is closed
         raise ValueError(f"{file} cannot be read as ArrayRecord: it is damaged, cut off, or of another kind")
     return reader
@@ -245,7 +251,7 @@ def _tfds_split(source: SourceConfig, path: str) -> tuple[Any, str]:
     import tensorflow_datasets
 
     try:
-        builder = tensorflow_datasets.builder_from_directory(path)
+        builder = tensorflow_datasets.builder_from_directory(local_directory(path))
     except Exception as error:  # a missing or damaged dataset_info.json raises one of a dozen kinds
         raise ValueError(f"{path} cannot be read as a TFDS data set: {_first_line(error)}") from None
     if str(builder.info.file_format.value) != "array_record":

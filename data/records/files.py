@@ -3,18 +3,28 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import fsspec
 
+from mixtral_jax.data.records.staging import COPIED, digest, has_room, patiently, stage, staging_room, write_atomically
+
+_DEPTH = 4  # of folders in an entry of the cache
 _POINTER = b"version https://git-lfs.github.com/spec/"
+for _scheme in ("http", "https"):
+    fsspec.register_implementation(_scheme, "mixtral_jax.data.records.http.WebFiles", clobber=True)
+
+
+T = TypeVar("T")
 
 
 def is_remote(path: str) -> bool:
@@ -23,22 +33,123 @@ def is_remote(path: str) -> bool:
 
 
 def own_name(path: str) -> str:
-    """The path without what an address is inside of: `zip://a.jsonl::b.zip` is a.jsonl."""
-    return path.partition("::")[0] if is_remote(path) else path
+    """The path without what an address is inside of: `zip://a.jsonl::b.zip` is a.jsonl; and without a web query."""
+    first = path.partition("::")[0] if is_remote(path) else path
+    return re.sub(r"[?#].*", "", first) if first.startswith("http") else first
 
 
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[Any]:
-    """The bytes of a file, as a stream that can seek.
+    """The bytes of a file, as a stream that can seek; of one elsewhere, of its copy on this machine.
 
     Raises:
         OSError: it cannot be read, or is inside an archive that is damaged.
     """
     try:
-        with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as stream:
+        with _opened(path) as stream:
             yield stream
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise OSError(errno.EIO, str(error), path) from None
+
+
+def _opened(path: str) -> Any:
+    if not is_remote(path):
+        return open(path, "rb")
+    if not has_room(file_size(path)):
+        return fsspec.open(path, "rb")
+    for _ in range(9):  # another process may drop the copy before it is opened
+        copy = local_copy(path)
+        with contextlib.suppress(FileNotFoundError):
+            return open(copy, "rb")
+    raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", path)
+
+
+def cannot_read(path: str, error: Exception, how: str = "") -> Exception:
+    """What to raise of a file that cannot be read: a sentence, but the error where the other side does not answer."""
+    if isinstance(error, OSError) and error.errno in (errno.ETIMEDOUT, errno.ESTALE, errno.ENOSPC, errno.EDQUOT):
+        return error
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ValueError(f"{path} cannot be read{how}: {said.splitlines()[0]}")
+
+
+def local_copy(path: str) -> str:
+    """A file of this machine with the content of `path`: itself, or a copy that is made now, or was made before.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
+    if not is_remote(path):
+        return path
+    identity = file_identity(path)
+    directory = staging_room()[0] / "copies" / digest(identity)[:24]
+    if not (directory / COPIED).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / COPIED, json.dumps({"address": path}))
+    place = directory / os.path.basename(own_name(path))
+    return str(stage(place, identity[0], lambda to: _get(path, to), path))
+
+
+def local_directory(path: str, names: Iterable[str] | None = None) -> str:
+    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
+    if not is_remote(path):
+        return path
+    known = _below(path) if names is None else {n: it for n in names if (it := _info(join(path, n)))}
+    directory = staging_room()[0] / "copies" / digest([path, str(known)])[:24]
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"address": path, "files": {name: it["size"] for name, it in known.items()}}
+    write_atomically(directory / COPIED, json.dumps(about))
+    for name in known:
+        fetched(directory / name)
+    return str(directory)
+
+
+def fetched(path: Path) -> Path:
+    """`path`, which is fetched where it is missing and can be: a directory above it is a copy of one elsewhere."""
+    above = next((directory for directory in path.parents[:_DEPTH] if (directory / COPIED).exists()), None)
+    if above is None:
+        return path
+    copied, name = json.loads((above / COPIED).read_text()), path.relative_to(above).as_posix()
+    address = join(copied["address"], name)
+    try:
+        return stage(path, copied["files"].get(name), lambda to: _get(address, to), address)
+    except FileNotFoundError:
+        raise OSError(errno.ESTALE, "is there no more, though it was: prepare the data again", address) from None
+
+
+def _get(address: str, to: str) -> None:
+    fs, name = file_system(address)
+    fs.get_file(name, to)
+
+
+def put(path: Path, address: str) -> None:
+    """Uploads a file.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+
+    def write(fs: Any, name: str) -> None:
+        with contextlib.suppress(RuntimeError, FileExistsError):  # object stores have no directories
+            fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+        fs.put_file(str(path), name)
+        if (size := fs.info(name)["size"]) not in (None, path.stat().st_size):
+            raise OSError(f"{size:,} of {path.stat().st_size:,} bytes arrived")
+
+    if address.startswith("http"):
+        raise ValueError(f"{address} cannot be written: web servers are only read from")
+    _ask(address, write)
+
+
+def read_small(address: str) -> bytes | None:
+    """What a small file elsewhere holds; None: it is not there."""
+    try:
+        return _ask(address, lambda fs, name: fs.cat_file(name))
+    except FileNotFoundError:
+        return None
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -46,40 +157,46 @@ def file_system(address: str) -> tuple[Any, str]:
 
     Raises:
         ValueError: no library that is installed reads addresses of this kind.
+        OSError: the other side does not answer.
     """
     try:
-        return fsspec.core.url_to_fs(address)
-    except Exception as error:  # each scheme has kinds of its own: no library for it, no archive, no permission
+        return patiently(address, lambda: fsspec.core.url_to_fs(address))
+    except OSError as error:
+        if error.errno == errno.ETIMEDOUT:
+            raise
+        raise ValueError(f"{address} cannot be read: {error}") from None
+    except Exception as error:  # each scheme has kinds of its own: no library for it, no archive
         raise ValueError(f"{address} cannot be read: {error or type(error).__name__}") from None
+
+
+def _ask(address: str, question: Callable[[Any, str], T]) -> T:
+    """What a file system says of an address, asked again where it does not answer."""
+    fs, name = file_system(address)
+    return patiently(address, lambda: question(fs, name))
+
+
+def _info(address: str) -> dict[str, Any]:
+    """What a file system knows of an address; nothing: there is nothing. `fs.exists` takes a failure for that, too."""
+    try:
+        return _ask(address, lambda fs, name: fs.info(name))
+    except FileNotFoundError:
+        return {}
 
 
 def file_size(path: str) -> int:
     """Bytes of a file as it is stored."""
-    if not is_remote(path):
-        return os.path.getsize(path)
-    fs, name = file_system(path)
-    return fs.size(name) or 0  # None: a server that does not say
-
-
-def can_seek(path: str) -> bool:
-    """Whether a file can be read from its middle without what is before it."""
-    if "::" in path:
-        return False  # inside an archive
-    try:
-        with open_file(path) as stream:
-            stream.seek(1)  # of http, a server without ranges
-            return True
-    except (OSError, ValueError):
-        return False
+    return file_identity(path)[0] or 0 if is_remote(path) else os.path.getsize(path)
 
 
 def file_identity(path: str) -> list[Any]:
-    """Its size, and what changes when its content may have changed."""
+    """Its size (None: a server that does not say), and what changes when its content may have changed."""
     if not is_remote(path):
         found = os.stat(path)
         return [found.st_size, os.path.abspath(path), found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    fs, name = file_system(path)
-    return [file_size(path), path, str(fs.info(name))]
+    known = _info(path)
+    if not known:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return [known.get("size"), path, str(known)]
 
 
 def check_file(path: str) -> str:
@@ -104,16 +221,14 @@ def is_directory(path: str) -> bool:
     """Whether a path has files below it. Servers of http have no directories."""
     if not is_remote(path):
         return os.path.isdir(path)
-    fs, name = file_system(path)
-    return not path.startswith("http") and fs.isdir(name)
+    return not path.startswith("http") and _info(path).get("type") == "directory"
 
 
 def exists(path: str) -> bool:
     """Whether there is something; a link to nothing is."""
     if not is_remote(path):
         return os.path.lexists(path)
-    fs, name = file_system(path)
-    return fs.exists(name)
+    return bool(_info(path))
 
 
 def join(directory: str, name: str) -> str:
@@ -126,8 +241,7 @@ def join(directory: str, name: str) -> str:
 def files_below(directory: str) -> list[str]:
     """Relative names of all files below a directory, sorted. Links are followed; what is hidden is passed over."""
     if is_remote(directory):
-        fs, root = file_system(directory)
-        return _visible(name.removeprefix(root).strip("/") for name in fs.find(root))
+        return _visible(_below(directory))
     been, found = {os.path.realpath(directory)}, []
     for above, folders, names in os.walk(directory, followlinks=True):
         places = {os.path.realpath(os.path.join(above, folder)): folder for folder in sorted(folders, reverse=True)}
@@ -135,6 +249,26 @@ def files_below(directory: str) -> list[str]:
         been.update(places)
         found += [os.path.relpath(os.path.join(above, name), directory) for name in names]
     return _visible(found)
+
+
+def sizes_below(address: str) -> dict[str, int]:
+    """Relative name -> bytes of all files below an address."""
+    return {name: known["size"] or 0 for name, known in _below(address).items()}
+
+
+def _below(address: str) -> dict[str, dict[str, Any]]:
+    """Relative name -> what the file system knows of each file below an address."""
+
+    def look(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+        return {name.removeprefix(root).strip("/"): known for name, known in fs.find(root, detail=True).items()}
+
+    return _ask(address, look)
+
+
+def remove_below(address: str, first: str) -> None:
+    """Removes all files below an address, `first` before the others."""
+    for name in sorted(sizes_below(address), key=lambda name: name != first):
+        _ask(join(address, name), lambda fs, path: fs.rm_file(path))
 
 
 def distinct(paths: Iterable[str]) -> list[str]:
@@ -160,8 +294,11 @@ def matching(directory: str, pattern: str) -> list[str]:
     """Relative names of the files and directories that a glob matches, sorted."""
     if not is_remote(directory):
         return sorted(glob.glob(pattern, root_dir=directory or None, recursive=True))
-    fs, root = file_system(directory)
-    return sorted(name.removeprefix(root).strip("/") for name in fs.glob(f"{root}/{pattern}".lstrip("/" * (not root))))
+
+    def match(fs: Any, root: str) -> list[str]:
+        return [n.removeprefix(root).strip("/") for n in fs.glob(f"{root}/{pattern}".lstrip("/" * (not root)))]
+
+    return sorted(_ask(directory, match))
 
 
 def _visible(names: Iterable[str]) -> list[str]:

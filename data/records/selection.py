@@ -60,8 +60,6 @@ def choose(source: SourceConfig) -> Choice:
             for place in found:
                 for file in data_files(place):
                     files.check_file(file)
-                if file_format(source, place) in ("array_record", "tfds") and files.is_remote(place):
-                    raise ValueError(f"{place} can be read from this machine only: copy it here first")
         except ValueError as error:
             raise ValueError(f"source {source.name!r}: {error}") from None
         chosen += found
@@ -89,7 +87,7 @@ def _of_path(source: SourceConfig, path: str) -> tuple[list[str], str]:
         place = files.join(root, match)
         if not files.is_directory(place):
             direct.add(match)
-        elif not files.is_remote(place) and file_format(source, place) in SETS:
+        elif file_format(source, place) in SETS:
             sets.append(place)
         else:
             below += [f"{match}/{name}".strip("/") for name in files.files_below(place)]

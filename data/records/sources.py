@@ -14,7 +14,16 @@ from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
-from mixtral_jax.data.records.files import file_size, open_file, own_name
+from mixtral_jax.data.records.files import (
+    cannot_read,
+    file_size,
+    files_below,
+    is_directory,
+    is_remote,
+    join,
+    open_file,
+    own_name,
+)
 from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, Place, Unit, kind_of
 
 _READ_BYTES = 1 << 18
@@ -73,8 +82,8 @@ def file_format(source: SourceConfig, path: str) -> str:
     """
     if source.format != "auto":
         return source.format
-    if os.path.isdir(path):
-        names = set(os.listdir(path))
+    if _is_set(path):
+        names = set(files_below(path)) if is_remote(path) else set(os.listdir(path))
         if names & {"dataset_dict.json", "state.json"}:
             return "datasets"
         return "tfds" if {"dataset_info.json", "features.json"} <= names else "directory"
@@ -95,9 +104,16 @@ def text_size_estimate(files: Iterable[str]) -> int:
 
 def data_files(path: str) -> list[str]:
     """The file itself, or every file under a data set directory, sorted."""
-    if not os.path.isdir(path):
+    if not _is_set(path):
         return [path]
+    if is_remote(path):
+        return [join(path, name) for name in files_below(path)]
     return sorted(str(p) for p in Path(path).rglob("*") if not p.is_dir())
+
+
+def _is_set(path: str) -> bool:
+    """Whether it is a directory; elsewhere, where each look takes a while, not if its name is that of a file."""
+    return os.path.isdir(path) if not is_remote(path) else format_by_name(path) is None and is_directory(path)
 
 
 def read_lumps(
@@ -322,7 +338,7 @@ def _bytes(file: str, start: int) -> Iterator[bytes]:
             else:
                 yield from raw
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise cannot_read(file, error) from None
 
 
 def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) -> Iterator[bytes]:

@@ -1,11 +1,11 @@
 """Files as units of work, of a fixed size: rows depend neither on how many machines and processes read, nor on who."""
 
+import errno
 import itertools
-from pathlib import Path
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar, sources
-from mixtral_jax.data.records.files import can_seek, file_size, is_remote
+from mixtral_jax.data.records.files import file_size
 from mixtral_jax.data.records.lump import Unit
 
 
@@ -18,7 +18,7 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
     """
     kind, size = sources.file_format(source, file), sources.text_size_estimate([file])
     whole = [Unit(file, size=size)]
-    if size <= sources.UNIT_BYTES or (is_remote(file) and not can_seek(file)):
+    if size <= sources.UNIT_BYTES:
         return whole
     try:
         if kind in ("jsonl", "text") and not sources.compression(file):
@@ -26,15 +26,16 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
         if kind == "parquet":
             return _row_groups(file, size)
         if kind == "datasets":
-            saved = columnar.arrow_files(Path(file), source.split)
+            saved = columnar.arrow_files(file, source.split)
             return [Unit(part, size=file_size(part)) for part in saved] or whole
         if kind in ("array_record", "tfds"):
             count = (columnar.array_records if kind == "array_record" else columnar.tfds_records)(source, file)
             step = max(1, count * sources.UNIT_BYTES // size)
             starts = range(0, count, step)
             return [Unit(file, start, min(start + step, count), size=size // len(starts)) for start in starts] or whole
-    except Exception:  # whatever a library raises of a damaged file
-        return whole
+    except Exception as error:  # whatever a library raises of a damaged file
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # nobody knows what it holds
+            raise
     return whole
 
 

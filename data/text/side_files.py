@@ -1,10 +1,14 @@
 """The files beside a tokenizer: what they call its special tokens, which pieces they add, its chat template."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from mixtral_jax.data.records import check_file, exists, files_below, is_directory, is_remote, local_directory, own_name
 
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 FILES = (
@@ -99,3 +103,49 @@ def ends_of(side: Path) -> tuple[int, ...]:
     """The ids of eos_token_id in generation_config.json."""
     found = _read(side / "generation_config.json", _SIDE).eos_token_id
     return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+
+def check_files(path: Path) -> None:
+    """Of a tokenizer and beside it nothing may be a pipe, which never ends, or a Git LFS pointer: see check_file."""
+    directory, patterns = (path, ("*.model*", "tokenizer.json", *FILES)) if path.is_dir() else (path.parent, FILES)
+    for file in [path, *sorted(file for pattern in patterns for file in directory.glob(pattern))]:
+        if os.path.lexists(file) and not file.is_dir():
+            check_file(str(file))
+
+
+def sentencepiece_file(directory: Path) -> Path | None:
+    """The SentencePiece model of a directory."""
+    candidates = [directory / "tokenizer.model", *sorted(directory.glob("*.model*"))]
+    return next((p for p in candidates if p.is_file()), None)
+
+
+def read_by_name(path: str) -> str:
+    """The usual name of the file that a path is: tokenizer.json or tokenizer.model; nothing: it is a directory."""
+    name = own_name(path)
+    if os.path.isdir(path) or (is_remote(path) and not re.search(r"\.(json|model[^/]*)$", name)):
+        return ""
+    return "tokenizer.json" if name.endswith(".json") else "tokenizer.model"
+
+
+def from_address(address: str, load: Callable[[Path], Any]) -> Any:
+    """What `load` makes of copies of a tokenizer and of the files beside it; notes and errors name the address.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the address does not answer.
+    """
+    above, name = address.rstrip("/"), ""
+    if read_by_name(address):
+        above, name = address.rsplit("/", 1)
+        if not exists(address):
+            raise ValueError(f"tokenizer {address} does not exist")
+    names = {name} if name else {"tokenizer.model", "tokenizer.json"}
+    if not name and is_directory(above):
+        names |= {file for file in files_below(above) if "/" not in file and ".model" in file}
+    copy = local_directory(above, sorted(names.union(FILES)))
+    try:
+        tokenizer = load(Path(copy, name))
+    except ValueError as error:
+        raise ValueError(str(error).replace(copy, above)) from None
+    tokenizer.notes = tuple(note.replace(copy, above) for note in tokenizer.notes)
+    return tokenizer

@@ -14,8 +14,18 @@ from typing import Any, Literal, Protocol
 
 import sentencepiece as spm
 
-from mixtral_jax.data.records import check_file
-from mixtral_jax.data.text.side_files import FILES, added_tokens, chat_template_of, ends_of, named, named_id, side_files
+from mixtral_jax.data.records import is_remote
+from mixtral_jax.data.text.side_files import (
+    added_tokens,
+    chat_template_of,
+    check_files,
+    ends_of,
+    from_address,
+    named,
+    named_id,
+    sentencepiece_file,
+    side_files,
+)
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "<|eot_id|>")
@@ -343,35 +353,24 @@ def _decode(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a SentencePiece model, a tokenizer.json, or a directory.
+    """A tokenizer from a SentencePiece model, a tokenizer.json, or a directory, here or behind an address.
 
     Of a directory that holds both, SentencePiece is taken, which is faster, unless the other files name more pieces
     or another BOS or EOS; a note says so.
 
     Raises:
         ValueError: no such file, no tokenizer in the directory, or a file that is not one.
+        OSError: the address does not answer.
     """
+    if is_remote(str(path)):
+        return from_address(str(path), load_tokenizer)
     path = Path(path)
-    _check_files(path)
+    check_files(path)
     if path.is_dir():
         return _from_directory(path)
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def _check_files(path: Path) -> None:
-    """Of a tokenizer and beside it nothing may be a pipe, which never ends, or a Git LFS pointer: see check_file."""
-    directory, patterns = (path, ("*.model*", "tokenizer.json", *FILES)) if path.is_dir() else (path.parent, FILES)
-    for file in [path, *sorted(file for pattern in patterns for file in directory.glob(pattern))]:
-        if os.path.lexists(file) and not file.is_dir():
-            check_file(str(file))
-
-
-def sentencepiece_file(directory: Path) -> Path | None:
-    """The SentencePiece model of a directory."""
-    candidates = [directory / "tokenizer.model", *sorted(directory.glob("*.model*"))]
-    return next((p for p in candidates if p.is_file()), None)
 
 
 def _from_directory(path: Path) -> Tokenizer:

@@ -207,7 +207,7 @@ def test_a_cache_of_another_version_is_neither_mistaken_nor_deleted(at: Path, mo
     config = config_with(at, {}, "of versions")
     now = prepare_one(config)
     kept = {file: file.read_bytes() for file in Path(config.cache_dir).rglob("*") if file.is_file()}
-    for module in ("cache", "recipe", "tokenise"):
+    for module in ("cache", "recipe"):
         monkeypatch.setattr(f"mixtral_jax.data.prepare.{module}.FORMAT_VERSION", 99)
     other = prepare_one(config)
     assert other.fingerprint != now.fingerprint and records_of(other) == records_of(now)

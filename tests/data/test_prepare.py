@@ -289,14 +289,14 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     assert records_of(prepare_one(config_of(tmp_path))) == expected
 
 
-def test_a_part_that_was_damaged_is_not_packed(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+def test_a_part_that_was_damaged_is_not_packed_and_is_made_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "cache")
     prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
-    (part,) = tmp_path.glob("*.parts-of-2/part-1")
+    (part,) = (tmp_path / "cache").glob("*.parts-of-2/part-1")
     shutil.rmtree(part / "000000")
-    with pytest.raises(ValueError, match=r"held 0 of \d+ documents: it was damaged and is removed now, run again"):
-        prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False)
-    assert leftovers(tmp_path) == []
+    assert prepare(config, SEQ_LEN, 0, part=(2, 2), progress=False).missing_parts == ("fr: part-1 of 2",)
+    again = prepare(config, SEQ_LEN, 0, part=(1, 2), progress=False)
+    assert records_of(again.train[0]) == records_of(prepare_one(config_of(tmp_path / "whole")))
 
 
 # --- bad input ---

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
-from mixtral_jax.data.prepare import PreparedSource, digest, write_atomically
+from mixtral_jax.data.prepare import PreparedSource, digest, keep, open_cache, recall
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.meetings import gather, hear, meet
 
@@ -58,13 +58,14 @@ def precomputed(
     for source in sources:
         if source.fingerprint not in result:
             key = {**made_of, "rows": source.fingerprint}  # of content, tokenizer, template, seq_len and packing
-            directory = Path(cache_dir) / "references" / digest(key)[:24]
-            result[source.fingerprint] = _numbers(directory, key, source, ask, rows, share, say)
+            directory = f"references/{digest(key)[:24]}"
+            result[source.fingerprint] = _numbers(open_cache(cache_dir), directory, key, source, ask, rows, share, say)
     return result
 
 
 def _numbers(
-    directory: Path,
+    cache: Path,
+    directory: str,
     key: dict[str, Any],
     source: PreparedSource,
     ask: Put,
@@ -77,20 +78,20 @@ def _numbers(
     The directory may be one that all processes share or an own one of each: a part that some process has is not
     computed again, and each keeps what it lacked.
     """
-    described, meta = json.dumps(key, sort_keys=True), directory / "meta.json"
-    if meta.exists() and meta.read_text() != described:
-        noted = json.loads(meta.read_text())
+    described, meta = json.dumps(key, sort_keys=True).encode(), f"{directory}/meta.json"
+    if (found_meta := recall(cache, meta)) not in (None, described):
+        noted = json.loads(found_meta or b"")
         other = [name for name in key if noted.get(name) != json.loads(described)[name]]
-        raise UserError(f"{directory} holds reference numbers of another {', '.join(other)}: remove the directory")
+        place = cache / directory
+        raise UserError(f"{place} holds reference numbers of another {', '.join(other)}: remove the directory")
     batches = range(-(-source.rows // rows))
     parts = [batches[first : first + PART_BATCHES] for first in batches[::PART_BATCHES]]
-    files = [directory / f"part-{i:05d}-of-{len(parts):05d}.npy" for i in range(len(parts))]
+    files = [f"{directory}/part-{i:05d}-of-{len(parts):05d}.npy" for i in range(len(parts))]
     shapes = [(len(part) * rows, source.format.pairs, 2) for part in parts]
-    found = [_read(file, shape) for file, shape in zip(files, shapes, strict=True)]
+    found = [_read(cache, file, shape) for file, shape in zip(files, shapes, strict=True)]
     there = gather(np.array([part is not None for part in found]))  # by process and part
-    directory.mkdir(parents=True, exist_ok=True)
-    if not meta.exists():
-        write_atomically(meta, described)
+    if found_meta is None:
+        keep(cache, meta, described)
     if missing := int(np.sum(~there.any(axis=0))):
         say(f"reference: computing {source.rows:,} rows of {source.name}, {missing} of {len(parts)} parts")
     asked, lacking = EvalSource(source, rows, share), [i for i, part in enumerate(found) if part is None]
@@ -99,11 +100,11 @@ def _numbers(
         holders = np.flatnonzero(there[:, i])
         numbers[i] = hear(numbers[i], int(holders[0])) if holders.size else _compute(parts[i], asked, ask)
         if i in lacking and jax.process_index() == 0:
-            _write(files[i], numbers[i])
+            _write(cache, files[i], numbers[i])
     meet("reference")
     for i in lacking:
-        if _read(files[i], shapes[i]) is None:  # what process 0 has written lies elsewhere
-            _write(files[i], numbers[i])
+        if _read(cache, files[i], shapes[i]) is None:  # what process 0 has written lies elsewhere
+            _write(cache, files[i], numbers[i])
     return np.concatenate(numbers)[: source.rows]
 
 
@@ -113,16 +114,16 @@ def _compute(batches: Iterable[int], source: EvalSource, ask: Put) -> np.ndarray
     return np.concatenate(found).astype(np.float32)
 
 
-def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _read(cache: Path, file: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """A part, or None where it is not there or not whole."""
     try:
-        numbers = np.load(file)
-    except (FileNotFoundError, EOFError, ValueError):
+        numbers = np.load(io.BytesIO(recall(cache, file) or b""))
+    except (EOFError, ValueError):
         return None
     return numbers if numbers.shape == shape and numbers.dtype == np.float32 else None
 
 
-def _write(file: Path, numbers: np.ndarray) -> None:
+def _write(cache: Path, file: str, numbers: np.ndarray) -> None:
     stream = io.BytesIO()
     np.save(stream, numbers)
-    write_atomically(file, stream.getvalue())
+    keep(cache, file, stream.getvalue())

@@ -10,7 +10,7 @@ import fsspec
 import jax
 
 from mixtral_jax.data.prepare import check_first_records
-from mixtral_jax.data.records import choose
+from mixtral_jax.data.records import choose, file_system, is_remote, stage_in, staging_room
 from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
 from mixtral_jax.parallel import MESH_AXES
 from mixtral_jax.train.base import by_tensorflow, check_base, stands_on_base
@@ -41,6 +41,7 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
                 raise
             problems.append(failure.sentence)
 
+    stage_in(config.data.staging_dir, config.data.staging_bytes)
     looked(partial(check_sizes, config, sizes))
     text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
@@ -52,7 +53,10 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
         if chosen is not None and text is not None:
             looked(partial(check_first_records, config.data, source, chosen.files, text))
     notes = looked(lambda: check_base(config, resumes)) if stands_on_base(config) or not resumes else None
-    if not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
+    if is_remote(config.data.cache_dir):
+        looked(partial(file_system, config.data.cache_dir))
+        looked(partial(check_place, "data.staging_dir", staging_room()[0]))
+    elif not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
         looked(partial(check_place, "data.cache_dir", config.data.cache_dir))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))

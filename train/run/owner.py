@@ -19,7 +19,7 @@ from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_
 OWNER = "OWNER.json"
 # where a run lies and how it is watched, not what it is
 _ELSEWHERE = ("output_dir", "checkpoint", "log", "eval", "sample", "resume", "steps", "stop_after_minutes")
-_ELSEWHERE_OF_DATA = ("cache_dir", "workers", "restart", "epochs", "validation")
+_ELSEWHERE_OF_DATA = ("cache_dir", "staging_dir", "staging_bytes", "workers", "restart", "epochs", "validation")
 
 
 class Owner(NamedTuple):

@@ -267,7 +267,7 @@ def check_same_data(found: Found, fingerprint: str, restart: bool, changed: Sequ
 
 
 _ORDERS = ("seed:", "seq_len:", "data.")
-_NO_ORDER = ("data.cache_dir:", "data.workers:", "data.restart:", "data.epochs:", "data.validation:")
+_NO_ORDER = ("data.cache_dir:", "data.staging_", "data.workers:", "data.restart:", "data.epochs:", "data.validation:")
 
 
 def tree_changes(changed: Sequence[str]) -> list[str]:

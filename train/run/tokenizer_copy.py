@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.convert import KEPT, kept_tokenizer
-from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
+from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer, read_by_name
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.errors import UserError
 
 
 def keep_tokenizer(run: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
     """Copy what data.tokenizer was read from, once for each chat format, so that there is a whole copy or none."""
-    named, about = Path(config.data.tokenizer), run.joinpath(*KEPT)
+    named, about = config.data.tokenizer, run.joinpath(*KEPT)
     scratch = about.parent.with_suffix(".tmp")
-    only = "" if named.is_dir() else "tokenizer.json" if named.suffix == ".json" else "tokenizer.model"
+    only = read_by_name(named)
     chats = config.data.examples != "text"
     template = load_template(config.data.template, load_tokenizer(named)).format.model_dump() if chats else None
     text = json.dumps({"read": only, "template": template}, indent=2) + "\n"

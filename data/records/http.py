@@ -1,0 +1,71 @@
+"""Files on web servers, read by `requests` (which this project's dependencies bring) whether or not aiohttp is there.
+
+fsspec's own readers take every failure for a file that does not exist, a server that is down too, and hold whole files
+in memory.
+"""
+
+import errno
+from typing import Any
+
+import fsspec
+import requests
+from fsspec.implementations.http_sync import HTTPFileSystem
+
+_SECONDS = 15, 60  # to connect, and between two pieces of an answer
+_PIECE_BYTES = 1 << 20
+
+
+class WebFiles(HTTPFileSystem):
+    """Answers 404 and 410 are files that are not there, 401 and 403 files that may not be read; all else may pass."""
+
+    cachable = False  # a session belongs to the thread that made it
+
+    def _ask(self, method: str, url: str, **options: Any) -> requests.Response:
+        # `identity`: the size of a file is that of its own bytes, not of those that a server compresses on the way
+        headers = {"Accept-Encoding": "identity", "Connection": "close"}
+        answer = self.session.request(
+            method, self.encode_url(url), timeout=_SECONDS, headers=headers, allow_redirects=True, **options
+        )
+        if answer.status_code in (404, 410):
+            raise FileNotFoundError(errno.ENOENT, f"is not there ({answer.status_code})", url)
+        if answer.status_code in (401, 403):
+            raise PermissionError(errno.EACCES, f"may not be read ({answer.status_code} {answer.reason})", url)
+        return answer
+
+    def info(self, url: str, **options: Any) -> dict[str, Any]:
+        """Size (None: the server does not say) and what changes when the content does."""
+        answer = self._ask("HEAD", url)
+        if answer.status_code in (405, 501):  # some servers know GET alone
+            answer = self._ask("GET", url, stream=True)
+            answer.close()
+        answer.raise_for_status()
+        names = ("ETag", "Last-Modified", "Content-MD5")
+        size = answer.headers.get("Content-Length")
+        known = {name: answer.headers[name] for name in names if name in answer.headers}
+        return {"name": url, "type": "file", "size": int(size) if size else None, **known}
+
+    def exists(self, path: str, **options: Any) -> bool:
+        """Whether the server has it."""
+        try:
+            self.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        """The bytes of a small file."""
+        assert start is None and end is None
+        answer = self._ask("GET", path)
+        answer.raise_for_status()
+        return answer.content
+
+    def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        """Writes a file here, piece by piece."""
+        with self._ask("GET", rpath, stream=True) as answer, open(lpath, "wb") as out:
+            answer.raise_for_status()
+            for piece in answer.iter_content(_PIECE_BYTES):
+                out.write(piece)
+
+
+for scheme in ("http", "https"):  # the import above has put that reader in the place of the usual one
+    fsspec.register_implementation(scheme, WebFiles, clobber=True)
