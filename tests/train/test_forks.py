@@ -191,17 +191,18 @@ def test_what_is_not_whole_is_passed_over_and_not_taken_by_name(runs, tmp_path):
     assert "holds no whole checkpoint: it has none" in refused(runs, tmp_path, resume_from=str(tmp_path / "trunk"))
 
 
-def test_a_checkpoint_that_goes_while_it_is_read_is_said(runs, tmp_path, monkeypatch):
-    """Not even where the reading itself saw nothing of it: of arrays that are gone zeros may be read."""
+@pytest.mark.parametrize("before", [True, False])
+def test_a_checkpoint_that_goes_while_it_is_read_is_said(runs, tmp_path, monkeypatch, before):
+    """Also where the reading itself saw nothing of it."""
     shutil.copytree(runs / "trunk", tmp_path / "trunk", symlinks=True)
     restore = checkpoints.restore_state
 
-    def removed_behind(*arguments):
-        state = restore(*arguments)
+    def removed(*arguments):
+        state = None if before else restore(*arguments)
         shutil.rmtree(tmp_path / "trunk" / "checkpoints" / "8")
-        return state
+        return restore(*arguments) if before else state
 
-    monkeypatch.setattr(checkpoints, "restore_state", removed_behind)
+    monkeypatch.setattr(checkpoints, "restore_state", removed)
     said = refused(runs, tmp_path, resume_from=str(tmp_path / "trunk"))
     assert f"checkpoint 8 of {tmp_path / 'trunk'} was removed while it was read" in said
 
