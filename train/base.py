@@ -44,7 +44,7 @@ from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import abstract_model
 from mixtral_jax.quantize import QuantizedWeight, quantize
 from mixtral_jax.train.checkpoints import find
-from mixtral_jax.train.config import DpoStageConfig, RunConfig, load_config, shape_of
+from mixtral_jax.train.config import DpoStageConfig, RunConfig, read_tree, shape_of
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import Tree, abstract_params, is_trained, join, keep, leaves, random_weights
 
@@ -256,12 +256,18 @@ def newest_step(path: str) -> str:
     if not file.is_file() or (place / "config.json").exists():  # a model directory may hold a config.yaml of others
         newest = newest_whole_step(place)
         return path if newest == place else str(newest)
-    kept = load_config(file).config.checkpoint.directory or place / "checkpoints"
+    kept = checkpoints_of(place)
     try:
         found = find(kept, "must", _say_once)
     except UserError as error:
         raise UserError(f"{path} is a run, but none of its checkpoints in {kept} is whole") from error
     return path if found is None else str(found.path)
+
+
+def checkpoints_of(run: Path) -> epath.PathLike:
+    """Where a run keeps its checkpoints, as its config.yaml says; any other directory is itself."""
+    file = run / "config.yaml"
+    return read_tree(file).find("checkpoint.directory")[1] or run / "checkpoints" if file.is_file() else run
 
 
 @functools.cache

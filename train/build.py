@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,23 +13,26 @@ from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
+from mixtral_jax.data.rows import Position
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
-from mixtral_jax.train.checkpoints import Found, Say, patiently, restore_state
+from mixtral_jax.train.checkpoints import Found, Say, patiently
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objectives import OBJECTIVES
-from mixtral_jax.train.optimizer import Params, make_optimizer
+from mixtral_jax.train.optimizer import Params, RatePart, make_optimizer
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.plan import placement_warnings
 from mixtral_jax.train.preference import Put, live, make_sequence_logps, precomputed
 from mixtral_jax.train.run import (
-    check_same_data,
-    config_differences,
+    Account,
+    begin_at,
+    changed_since,
     first_screen,
     mask_lines,
+    restored,
     tree_changes,
 )
 from mixtral_jax.train.state import TrainState, abstract_state, start_from
@@ -53,11 +57,10 @@ class Parts(NamedTuple):
     merge: Callable[[Params], Mixtral]  # trained parameters -> the whole model
     frozen: Any  # the base under adapters, else None
     put: Put  # a host batch onto the devices, with what the reference says of it
-    open_loader: Callable[[int], Loader]  # batches from a global row on
+    open_loader: Callable[[Account, int], Loader]  # batches behind a step
     held_out: Mapping[str, EvalSource]
     tokenizer: Tokenizer
-    fingerprint: str  # of the data
-    first_row: int  # of the data, for the next update
+    account: Account  # where the run stands in its data
     tokens: int  # seen so far
     base: Mapping[str, Any] | None  # which weights the run stands on
 
@@ -72,11 +75,12 @@ def prepare_data(config: RunConfig) -> PreparedData:
     return prepared
 
 
-def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None) -> RunConfig:
+def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None, found: Found | None = None) -> RunConfig:
     """The config with `steps` instead of `data.epochs`: the last step reaches the last row of the last epoch.
 
     Args:
         begin: called by all processes where data are to be prepared for it.
+        found: the checkpoint that is gone on from; the rows that were read before count, in whatever batches.
 
     Raises:
         UserError: the processes have not the same configuration; they would do different things from here on.
@@ -86,8 +90,11 @@ def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None) ->
     if config.steps or epochs is None:
         return config
     begin()
-    rows = sum(source.rows for source in prepare_data(config).train)
-    steps = math.ceil(epochs * rows / config.global_batch_size)
+    prepared = prepare_data(config)
+    start = (found and Position.read(found.step, found.dataset)) or Position(found.step if found else 0)
+    read = {name: start.drawn.get(name, 0) for name in prepared.sources.keys() - {*start.others(prepared.sources)}}
+    left = Fraction(str(epochs)) * sum(source.rows for source in prepared.train) - sum(read.values())
+    steps = start.step + max(0, math.ceil(left / config.global_batch_size))
     return read_config(config, steps=steps, data={"epochs": None})
 
 
@@ -100,8 +107,8 @@ def build(
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)
-    first_row = _first_row(config, found, prepared, say)
-    first_screen(config, mesh, prepared, say)
+    account = _account(config, found, prepared, say)
+    first_screen(config, mesh, prepared, account.start, say)
     weights, trained = abstract_params(config, mesh), is_trained(config)
     for title, lines in {
         "note": tokenizer.notes,
@@ -130,10 +137,9 @@ def build(
         Loader, prepared, global_batch_size=config.global_batch_size, micro_batch_size=config.rows_per_micro_batch,
         shard=share, references=references,
     )  # fmt: skip
-    rows = config.eval.batch_size or config.rows_per_micro_batch
-    sample = config.eval.batches
+    rows, sample = config.eval.batch_size or config.rows_per_micro_batch, config.eval.batches
     held_out = eval_sources(prepared, batch_size=rows, shard=share, batches=sample, references=references)
-    optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor, rate_parts(config))
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:
         state = _restored(config, found, abstract, phases or Phases(), say)
@@ -146,38 +152,43 @@ def build(
         train_step=make_train_step(objective, optimizer, merge, shardings, config.seed if config.noisy else None),
         eval_step=lambda params, batch: eval_step(params, frozen, batch),
         merge=lambda params: merge(params, frozen),
-        frozen=frozen, put=put, open_loader=lambda row: layout(start_row=row), held_out=held_out,
-        tokenizer=tokenizer, fingerprint=prepared.fingerprint, first_row=first_row,
+        frozen=frozen, put=put, held_out=held_out, tokenizer=tokenizer, account=account,
+        open_loader=lambda account, step: layout(start_row=account.row(step), order=account.order),
         tokens=0 if found is None else int(found.dataset["tokens"]), base=noted,
     )  # fmt: skip
     return parts, state
 
 
-def _first_row(config: RunConfig, found: Found | None, prepared: PreparedData, say: Say) -> int:
-    """The global row that the next step begins with; the processes and the checkpoint must mean the same run."""
+def rate_parts(config: RunConfig) -> list[RatePart]:
+    """What the phases of the data say of the learning rate."""
+    return [
+        RatePart(phase.from_step, rate.schedule, rate.final_fraction or 0.0)
+        for phase in config.data.mixed
+        if (rate := phase.learning_rate) is not None
+    ]
+
+
+def _account(config: RunConfig, found: Found | None, prepared: PreparedData, say: Say) -> Account:
+    """Where the run stands in its data; the processes and the checkpoint must mean the same run."""
     agree(
         data=prepared.fingerprint,
         checkpoint=-1 if found is None else found.step,
         validation=" ".join(source.fingerprint for source in prepared.validation),
     )
-    if found is None:
-        return 0
-    changed = _changed(config, found)
-    row = check_same_data(found, prepared.fingerprint, config.data.restart, changed)
-    say(f"resuming from checkpoint {found.step} at row {row}")
+    changed = changed_since(found, config)
+    start = begin_at(found, prepared, config, changed, say)
+    if found is not None:
+        say(f"resuming from {found.name} at row {start.row}")
     for line in changed:
         say(f"  changed {line}")
-    return row
+    seen = {} if found is None else found.dataset.get("seen", {})
+    return Account(prepared, start, config.global_batch_size, seen, say)
 
 
 def _restored(config: RunConfig, found: Found, abstract: TrainState, phases: Phases, say: Say) -> TrainState:
-    what, changed = f"checkpoint {found.step} could not be read", tree_changes(_changed(config, found))
+    what, changed = f"{found.name} could not be read", tree_changes(changed_since(found, config))
     with phases.during(Phase.RESTORING):
-        return patiently(what, lambda: restore_state(found, abstract, changed), say, alone=False)
-
-
-def _changed(config: RunConfig, found: Found) -> list[str]:
-    return config_differences(found.meta["config"], config.model_dump(mode="json"))
+        return patiently(what, lambda: restored(found, abstract, changed), say, alone=False)
 
 
 def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list[Any]) -> list[str]:

@@ -107,7 +107,7 @@ class Trainer:
             opened.callback(self.run.release)
             opened.enter_context(watch(self.run, config.log))
             self._begin = begin = where_to_start(config, force, self.run, partial(make_mesh, config.mesh))
-            self.config = settle_steps(config, self.run.begin)
+            self.config = settle_steps(begin.config, self.run.begin, begin.found)
             speak = jax.process_index() == 0 and not quiet
             self._console = Console(self.run.log, speak=speak, progress=self.config.log.progress)
             opened.enter_context(contextlib.closing(self._console))
@@ -149,18 +149,21 @@ class Trainer:
         self._parts, config = parts, self.config
         before = {} if self._found is None else self._found.dataset
         self._passed = before.get("passed", [])  # rows, by on_nonfinite
-        loader = self._underway.enter_context(contextlib.closing(parts.open_loader(parts.first_row)))
+        self.run.account = account = parts.account
+        loader = self._underway.enter_context(contextlib.closing(parts.open_loader(account, self.step)))
         self._feed = Feed(self._phases.reading(loader), parts.put)
         self._batch: Any = None
         metrics, counts = open_files(self.run, config, self._start, self._owed, self._underway)
         self._metrics = metrics
         throughput = Throughput(useful_flops(config), peak_flops(jax.devices()[0].device_kind))
-        log = Log(config.log, metrics, counts, throughput, lambda: self._feed.waited, self._console, config.steps)
+        waited, steps = lambda: self._feed.waited, config.steps
+        log = Log(config.log, metrics, counts, throughput, waited, self._console, steps, account.metrics)
         self._ledger = Ledger(
             parts.tokens, metrics, throughput, config.optimizer.max_skips, before.get("skips", 0),
             lambda step: log.due(step, step == config.steps),
         )  # fmt: skip
-        checkpointer = Checkpointer(config.checkpoint, self._checkpoints, self._found and self._found.step)
+        own = None if self._found is None or self._found.trunk else self._found.step
+        checkpointer = Checkpointer(config.checkpoint, self._checkpoints, own)
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best, self._phases)
         self._evaluate = Evaluate(
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best, self._phases,
@@ -169,7 +172,7 @@ class Trainer:
         write = partial(continuations, parts, config)
         extra = extra_hooks(self.run, config, write, self._console, self._underway)
         # A checkpoint holds what the evaluation of its step said, and nothing that belongs to its step comes behind it.
-        self._hooks: list[Hook] = [log, self._evaluate, *extra, self._checkpoint]
+        self._hooks: list[Hook] = [log, account, self._evaluate, *extra, self._checkpoint]
         return parts
 
     def steps(self) -> Iterator[Moment]:
@@ -281,9 +284,11 @@ class Trainer:
         """Back to a checkpoint and past the rows since, where that is asked for; else the end with exit 3."""
         self.step = error.done
         self._checkpoint.finish()
-        parts, row = self._ready(), self._row_after(error.step)
+        parts, row = self._ready(), self._ready().account.row(error.step)
         with self._phases.during(Phase.RESTORING):
-            got = roll_back(self.config, self._checkpoints, error, row, self._passed, self._state, self.say)
+            got = roll_back(
+                self.config, self._checkpoints, error, row, self._passed, self._state, self.say, self._found
+            )
         if isinstance(got, str):
             why = "; ".join(filter(None, (str(error), got, stands(self._checkpoints))))
             return self._end("diverged", why, ExitCode.NOT_FINITE)
@@ -292,13 +297,9 @@ class Trainer:
         self.run.undone += error.step - found.step
         self._stand_at(found)
         self.run.step = self.step
-        self._set_out(parts._replace(first_row=row, tokens=int(found.dataset["tokens"])))
+        self._set_out(parts._replace(account=parts.account.back_to(found, row), tokens=int(found.dataset["tokens"])))
         bad = {"step": error.step, "loss": error.loss, "grad_norm": error.grad_norm, "next_row": row}
         self._metrics.write(self.step + 1, {f"rollback/{name}": value for name, value in bad.items()})
-
-    def _row_after(self, step: int) -> int:
-        """The global row that the step behind it begins with."""
-        return self._ready().first_row + (step - self._start) * self.config.global_batch_size
 
     @property
     def model(self) -> Mixtral:
@@ -313,7 +314,7 @@ class Trainer:
     @property
     def batches(self) -> Iterator[Batch | PairBatch]:
         """Host batches of this process from the next step's on, in numpy; looking at them takes none from the steps."""
-        with contextlib.closing(self._ready().open_loader(self._row_after(self.step))) as loader:
+        with contextlib.closing(self._ready().open_loader(self._ready().account, self.step)) as loader:
             yield from loader
 
     def evaluate(self) -> dict[str, float]:
@@ -389,10 +390,9 @@ class Trainer:
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds beside the state: the position in the data, and what made it."""
         parts, config = self._ready(), self.config
-        dataset = {
-            "next_row": self._row_after(moment.step), "fingerprint": parts.fingerprint, "tokens": moment.tokens,
-            "skips": self._ledger.skips, "passed": self._passed,
-        }  # fmt: skip
+        dataset = {"tokens": moment.tokens, "skips": self._ledger.skips, "passed": self._passed}
+        dataset |= parts.account.note(moment.step)
         resolved = config.model_dump(mode="json")
         meta = {"step": moment.step, "stage": config.stage, "config": resolved, "best": self._best.record}
-        return dataset, meta | {"base": parts.base, "evaluation_owed": self._evaluate.owed}
+        meta |= {"base": parts.base, "evaluation_owed": self._evaluate.owed, "resumed_from": self.run.resumed_from}
+        return dataset, meta

@@ -44,7 +44,8 @@ class Position:
     def note(self) -> dict[str, Any]:
         """What `read` reads: numbers and text, for a checkpoint's `dataset`."""
         assert self.leg is not None
-        leg = {"first_row": self.leg.first_row, "drawn": dict(self.leg.drawn), "fingerprint": self.leg.fingerprint}
+        drawn = {name: n for name, n in self.leg.drawn.items() if n}  # the same over resumes, which fill in zeros
+        leg = {"first_row": self.leg.first_row, "drawn": drawn, "fingerprint": self.leg.fingerprint}
         noted = {"drawn": dict(self.drawn), "sources": dict(self.sources)}
         return {"order": ORDER, "next_row": self.row, "leg": leg, "fingerprint": self.leg.fingerprint, **noted}
 

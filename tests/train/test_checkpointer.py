@@ -25,7 +25,7 @@ from mixtral_jax.train.checkpoints.checkpointer import (
 )
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer, router_mask
-from mixtral_jax.train.run.resume import check_same_data, config_differences
+from mixtral_jax.train.run.resume import config_differences
 from mixtral_jax.train.state import abstract_state, create_state, start_from
 from tests.tiny import split, tiny_config, tiny_model
 
@@ -216,16 +216,6 @@ def test_a_refused_save_is_raised_and_the_one_before_stands(tmp_path, monkeypatc
 def refuse(self):
     self._response.result()
     raise OSError(28, "No space left on device")
-
-
-def test_other_data_are_refused_unless_asked_for(tmp_path):
-    save_steps(tmp_path, [3])
-    found = find(tmp_path, "auto", nothing_said)
-    assert found is not None
-    assert check_same_data(found, "abc", restart=False) == 40
-    assert check_same_data(found, "other", restart=True) == 0
-    with pytest.raises(UserError, match=r"fingerprint abc, but the data now have other.*data\.restart=true"):
-        check_same_data(found, "other", restart=False)
 
 
 def test_differences_are_listed_by_their_dotted_path():

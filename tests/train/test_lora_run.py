@@ -82,6 +82,16 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
     for name, value in once.items():
         np.testing.assert_array_equal(parts[name], value, err_msg=name)
         assert np.any(np.asarray(value) != 0), name  # every B has moved away from 0
+    trunk, base = str(tmp_path / "runs" / "parts"), str(tmp_path / "runs" / "base")
+    start("fork", steps=4, init_from=None, resume_from=f"{trunk}@2", **options)
+    for name, value in stored(tmp_path, "fork", 4, config).items():
+        np.testing.assert_array_equal(once[name], value, err_msg=name)
+    resolved = load_config(tmp_path / "runs" / "fork" / "config.yaml").config  # the base is the trunk's, and said
+    assert (resolved.init_from, resolved.resume_from) == (base, None)
+    out = start("fork", steps=5, init_from=None, resume_from=f"{trunk}@2", **options)
+    assert "resuming from checkpoint 4 at row 16" in out and out.count("  changed ") == 1
+    with pytest.raises(UserError, match=r"were trained on lora.rank 2, which is now 3"):
+        start("other", steps=5, init_from=None, resume_from=trunk, lora=LORA | {"rank": 3})
     with pytest.raises(UserError, match=r"were trained on init_from .*base, which is now None"):
         start("parts", steps=5, init_from=None)
     for change, says in {

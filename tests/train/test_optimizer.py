@@ -8,6 +8,7 @@ import pytest
 from mixtral_jax.train.optimizer import (
     SPIKE_WARMUP,
     OptimizerConfig,
+    RatePart,
     apply_gradients,
     decay_mask,
     init_optimizer,
@@ -15,6 +16,7 @@ from mixtral_jax.train.optimizer import (
     make_schedule,
 )
 from tests.oracles.adamw import adamw
+from tests.oracles.schedules import learning_rates
 
 SHAPES = {"layers": {"moe": {"w2": (2, 3, 4, 5)}, "norm": {"scale": (2, 5)}}, "head": {"weight": (5, 7)}}
 
@@ -196,3 +198,22 @@ def test_a_run_may_resume_with_any_other_setting(changes):
         return jax.eval_shape(lambda: init_optimizer(optimizer, jax.tree.map(jnp.asarray, random_tree(0))))
 
     assert jax.tree.structure(state(**changes)) == jax.tree.structure(state())
+
+
+def test_phases_parts_of_the_schedule_are_those_of_the_definition():
+    """Every kind behind every other, also right behind the warm-up; by the slow twin, and exact at the borders."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        steps, own = int(rng.integers(20, 60)), str(rng.choice(["constant", "linear", "cosine", "wsd"]))
+        warmup = int(rng.integers(0, 8))
+        begins = sorted({int(x) for x in rng.integers(warmup, steps, rng.integers(1, 4))})
+        kinds = [str(rng.choice(["constant", "linear", "cosine", "sqrt"])) for _ in begins]
+        parts = [(b, kind, float(rng.choice([0.0, 0.1, 0.5, 1.0]))) for b, kind in zip(begins, kinds, strict=True)]
+        config = OptimizerConfig(learning_rate=2.0, schedule=own, warmup_steps=warmup, final_learning_rate_fraction=0.2)
+        rate = make_schedule(config, steps, [RatePart(*part) for part in parts])
+        expected = learning_rates(steps, 2.0, warmup, own, None, 0.2, parts)
+        got = np.asarray(jax.jit(jax.vmap(rate))(jnp.arange(1, steps + 1)))
+        np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6, err_msg=f"{config} {parts}")
+        for (_, kind, fraction), end in zip(parts, [*begins[1:], steps], strict=True):
+            if kind != "constant":
+                assert got[end - 1] == np.float32(2.0 * fraction)

@@ -3,21 +3,19 @@
 import json
 import threading
 import time
-from pathlib import Path
 
 import jax
 import pytest
 
-from mixtral_jax.train.checkpoints.checkpointer import Found
 from mixtral_jax.train.errors import StorageError, UserError
 from mixtral_jax.train.run import peers
 from mixtral_jax.train.run.directory import RunDirectory
+from mixtral_jax.train.run.fork import trunk_of
 from mixtral_jax.train.run.peers import failures_reported
-from mixtral_jax.train.run.resume import check_same_data
 
 
 def our_mistake():
-    check_same_data(Found(4, Path(), {"fingerprint": "a"}, {}), "b", restart=False)
+    trunk_of("nowhere")
 
 
 def library_mistake():
@@ -31,7 +29,7 @@ def not_allowed():
 @pytest.mark.parametrize(
     ("fail", "exit_code", "reason"),
     [
-        (our_mistake, 2, "UserError: checkpoint 4"),
+        (our_mistake, 2, "UserError: resume_from: nowhere is no directory"),
         (library_mistake, 1, "JSONDecodeError: "),
         (not_allowed, 2, "PermissionError: "),
     ],

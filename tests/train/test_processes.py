@@ -366,6 +366,19 @@ def test_what_is_not_finite_on_one_process_takes_all_back_to_one_checkpoint_and_
 
 
 @pytest.mark.slow
+def test_a_fork_on_two_processes_is_the_continuation_of_a_run_of_one(file, alone):
+    """What was read of each source is counted by each process for itself; process 0 writes it."""
+    trunk = place(file, "alone")
+    codes, outputs, _ = run_processes(2, 2, file, "fork", MESH, f"resume_from={trunk}@4")
+    assert codes == [0, 0], "\n".join(outputs)
+    for key in ("rows", "epoch", "tokens", "bytes"):
+        ours, theirs = (series(file, name, f"data/words/{key}") for name in ("fork", "alone"))
+        assert ours == {step: value for step, value in theirs.items() if step > 4} and len(ours) == 4
+    assert series(file, "fork", "train/loss").keys() == {5, 6, 7, 8}
+    assert series(file, "fork", "train/loss")[8] == pytest.approx(series(file, "alone", "train/loss")[8], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_processes_with_a_cache_of_their_own_each(tmp_path):
     """Each prepares its rows; numbers of the reference are computed over both, and one that lost them is told."""
     file = write_tuning_file(tmp_path, "dpo", dpo={"reference": "precomputed"}, log={"every": 1}, eval={"every": 2})

@@ -14,6 +14,7 @@ from mixtral_jax.train.checkpoints.checkpointer import (
     restore_state,
     saved_steps,
     stands,
+    whole_steps,
 )
 from mixtral_jax.train.checkpoints.patience import patiently, remedy, why
 from mixtral_jax.train.checkpoints.together import Together

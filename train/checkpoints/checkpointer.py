@@ -59,6 +59,12 @@ class Found(NamedTuple):
     path: epath.Path
     dataset: dict[str, Any]  # next_row, fingerprint, tokens
     meta: dict[str, Any]  # step, config, best, evaluation_owed, as a note beside it says
+    trunk: str = ""  # the run that it is of, where that is another one (resume_from)
+
+    @property
+    def name(self) -> str:
+        """As a part of a sentence."""
+        return f"checkpoint {self.step}" + f" of {self.trunk}" * bool(self.trunk)
 
 
 class Saved(NamedTuple):

@@ -8,6 +8,7 @@ from mixtral_jax.train.config.load import (
     load_config,
     read_config,
     resolved_yaml,
-    shape_of,
 )
 from mixtral_jax.train.config.schema import DpoStageConfig, RunConfig, TuningConfig, check_sizes
+from mixtral_jax.train.config.taken import run_and_step, shape_of
+from mixtral_jax.train.config.tree import read_tree

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mixtral_jax.config import PRESETS, FrozenConfig, MixtralConfig
+from mixtral_jax.config import PRESETS, FrozenConfig
 from mixtral_jax.train.config.schema import DpoStageConfig, PretrainConfig, RunConfig, SftConfig
+from mixtral_jax.train.config.taken import take_adapter, take_shape
 from mixtral_jax.train.config.tree import Tree, paths, read_tree, show, to_yaml
 from mixtral_jax.train.errors import UserError, did_you_mean
 
@@ -205,7 +206,7 @@ def _checked(tree: Tree, where: str, command: str | None) -> RunConfig:
     config_class = _stage_class(stage, where)
     if command is not None and stage != command:
         raise UserError(f"{where} is a {stage} file: run `{stage} {where}`, not `{command}`")
-    problems = {**_expand_preset(tree), **_take_shape(tree), **_take_adapter(tree)}
+    problems = {**_expand_preset(tree), **take_shape(tree), **take_adapter(tree)}
     tree.values = config_class.settle(tree.values)
     return validate(config_class, tree, problems=problems, also_known=("model.preset",))
 
@@ -231,73 +232,6 @@ def _expand_preset(tree: Tree) -> dict[str, str]:
     tree.origins |= {f"model.{key}": f"preset {name}" for key in fields if key not in model}
     tree.values["model"] = {**fields, **{key: value for key, value in model.items() if key != "preset"}}
     return {}
-
-
-def _take_shape(tree: Tree) -> dict[str, str]:
-    """`model: null`, or a model without its sizes: what is not given is that of init_from. Returns problems by path."""
-    model, base = tree.values.get("model"), tree.values.get("init_from")
-    given = {} if model is None else model
-    sizes = [name for name, field in MixtralConfig.model_fields.items() if field.is_required()]
-    if not isinstance(given, dict) or ("model" not in tree.values and base is None) or given.keys() >= {*sizes}:
-        return {}
-    problems = {"model": "null takes the shape from init_from, which names no checkpoint: set it, or give a model"}
-    if isinstance(base, str):
-        try:
-            shape, origin = shape_of(base).model_dump(mode="json"), f"init_from {base}"
-        except (ValueError, OSError) as error:
-            shape, origin = _as_it_began(tree, "init_from", "model")
-            problems = {"model": f"its shape was to be that of init_from, but {error}"}
-        if shape:
-            tree.origins |= {f"model.{key}": origin for key in shape if key not in given}
-            tree.values["model"] = {**shape, **given}
-            return {}
-    if model is not None and base is None:
-        return {}  # what is missing is named one by one
-    tree.values["model"] = {**PRESETS["tiny"], **given}  # so that the other problems can be found too
-    return problems
-
-
-def _take_adapter(tree: Tree) -> dict[str, str]:
-    """What `lora` does not say of the adapter that it begins with. Returns problems by path."""
-    lora, model = tree.values.get("lora"), tree.values.get("model")
-    if not isinstance(lora, dict) or not isinstance(model, dict) or not isinstance(named := lora.get("init_from"), str):
-        return {}
-    missing = [key for key in ("rank", "alpha", "rslora", "targets", "modules_to_save") if key not in lora]
-    if not missing:
-        return {}
-    from mixtral_jax.convert import open_adapter  # slow to import, and few files need it
-
-    try:
-        own, origin = open_adapter(named, MixtralConfig(**model)).lora.model_dump(mode="json"), f"adapter {named}"
-    except (ValueError, OSError) as error:
-        own, origin = _as_it_began(tree, "lora.init_from", "lora")
-        if not own:
-            told = "model is none" if isinstance(error, ValidationError) else error
-            return {"lora.init_from": f"rank and scale were to be those of this adapter, but {told}"}
-    tree.origins |= {f"lora.{key}": origin for key in missing}
-    tree.values["lora"] = lora | {key: own[key] for key in missing}
-    return {}
-
-
-def _as_it_began(tree: Tree, source: str, section: str) -> tuple[dict[str, Any], str]:
-    """A section of the run's own config.yaml, and its place, if it began with the same `source`, which is gone now."""
-    file = Path(str(tree.values.get("output_dir", "runs")), str(tree.values.get("run_name")), "config.yaml")
-    before = read_tree(file) if file.is_file() else Tree()
-    return before.find(section)[1] if before.find(source) == tree.find(source) else {}, str(file)
-
-
-def shape_of(path: str) -> MixtralConfig:
-    """The shape of what init_from names: a checkpoint of any kind, or a run, by its own file.
-
-    Raises:
-        ValueError, OSError: there is nothing, or it is no model.
-    """
-    file = Path(path) / "config.yaml"
-    if file.is_file() and not (Path(path) / "config.json").exists():
-        return load_config(file).config.model
-    from mixtral_jax.convert import load_config as shape  # slow to import, and few files need it
-
-    return shape(path)
 
 
 def _whole_numbers(value: Any) -> Any:

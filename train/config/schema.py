@@ -39,6 +39,9 @@ class RunConfig(FrozenConfig):
     init_from: str | None = Field(
         None, description="an Orbax or Hugging Face directory whose weights, and nothing else, start the run"
     )
+    resume_from: str | None = Field(
+        None, description="RUN or RUN@STEP: another run whose whole state and place in the data begin this one"
+    )
     on_nonfinite: Literal["stop", "rollback"] = Field(
         "stop",
         description="at a loss or gradient that is not finite: end with exit 3, or go back to the last whole "
@@ -140,6 +143,11 @@ class RunConfig(FrozenConfig):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         problems = [*_batch_problems(self, training=False), *_schedule_problems(self), *_mesh_problems(self)]
+        if self.init_from is not None and self.resume_from is not None:
+            problems.append(
+                f"init_from ({self.init_from}) and resume_from ({self.resume_from}) both say what the run begins with: "
+                "remove init_from, as the whole state of a run brings the base that it stands on"
+            )
         if self.early_stopping is not None:
             sources = [source.name for source in self.data.validation]
             problems += watching_problems(self.early_stopping, self.data.examples, sources, self.eval.every)

@@ -40,14 +40,16 @@ class LogConfig(FrozenConfig):
 
 
 class Log:
-    """train/*, moe/* and perf/* to every sink, one line to the console, expert counts to moe.jsonl."""
+    """train/*, moe/*, perf/* and data/* to every sink, one line to the console, expert counts to moe.jsonl."""
 
     def __init__(
         self, config: LogConfig, writer: Writer, moe_lines: JsonLines | None, throughput: Throughput,
         waited: Callable[[], float], console: Console, steps: int,
+        data: Callable[[int], dict[str, float | None]] = lambda step: {},
     ):  # fmt: skip
         self._every, self._writer, self._moe_lines = config.every, writer, moe_lines
         self._throughput, self._waited, self._console, self._steps = throughput, waited, console, steps
+        self._data = data  # data/* behind a step
         self._param_norm = jax.jit(optax.tree.norm)
 
     def due(self, step: int, last: bool) -> bool:
@@ -58,7 +60,7 @@ class Log:
         learned = metrics.get("train/learned_tokens", 0.0) / max(metrics.get("train/tokens", 0.0), 1.0)  # this step's
         metrics["train/tokens"] = moment.tokens
         metrics["train/param_norm"] = float(self._param_norm(moment.state.params))
-        metrics |= self._throughput.read(self._waited())
+        metrics |= self._throughput.read(self._waited()) | self._data(moment.step)
         speed = metrics["perf/tokens_per_second"]
         metrics["perf/trainable_tokens_per_second"] = None if speed is None else learned * speed
         with contextlib.ExitStack() as both:  # where the disk is full each file keeps its line until there is room

@@ -1,15 +1,16 @@
 """A run on this machine: its directory, its processes, signals, and what it says at the start."""
 
+from mixtral_jax.train.run.account import Account, begin_at
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
+from mixtral_jax.train.run.fork import restored
 from mixtral_jax.train.run.goodput import add_up, read_attempts
 from mixtral_jax.train.run.heartbeat import watch
 from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import end, failures_reported
 from mixtral_jax.train.run.processes import initialize
 from mixtral_jax.train.run.resume import (
-    check_same_data,
-    config_differences,
+    changed_since,
     tree_changes,
     where_to_start,
 )

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, fa
 from mixtral_jax.train.meetings import hear
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.run import lease
+from mixtral_jax.train.run.account import Account
 from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
 
@@ -41,8 +43,10 @@ class RunDirectory:
         self.attempts = path / "attempts"
         self.attempt = max(self._numbers(), default=0)  # the number of this one, once it has begun; before, the last
         self.step: int | None = None  # that this attempt has come to; None: it has not begun
+        self.account: Account | None = None  # where it stands in its data
         self.start, self.undone = 0, 0  # the step that it began from, and how many it took back
         self.replaces = False  # an old run lies here still, for which this attempt has no word
+        self.resumed_from: dict[str, Any] | None = None  # the run and the step that it began with (resume_from)
         self._leases: list[lease.Lease] = []
         self._before: str | None = None  # what STATUS said when this attempt began
         self._lock, self.ended = threading.RLock(), False
@@ -168,7 +172,8 @@ class RunDirectory:
         """Write what the attempt is made of: the resolved configuration, the one that was given, the environment."""
         if jax.process_index() != 0:
             return
-        files = {"config.yaml": resolved_yaml(config), "env.json": json.dumps(environment(mesh), indent=2) + "\n"}
+        known = environment(mesh) | {"resumed_from": self.resumed_from}
+        files = {"config.yaml": resolved_yaml(config), "env.json": json.dumps(known, indent=2) + "\n"}
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
             files["config.input.yaml"] = overrides + provenance.text
@@ -199,7 +204,8 @@ class RunDirectory:
             status = {
                 "state": state, "step": step, "time": round(time.time(), 3), "host": socket.gethostname(),
                 "attempt": self.attempt, "seconds_since_progress": round(self.phases.read().idle, 3),
-                "goodput": account.goodput, "seconds": account.seconds, "reason": reason, "exit_code": exit_code,
+                "goodput": account.goodput, "seconds": account.seconds,
+                "data": {} if self.account is None else self.account.last, "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
             self._replace_status(json.dumps(status) + "\n")
         return list(account.table())

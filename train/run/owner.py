@@ -18,7 +18,9 @@ from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_
 
 OWNER = "OWNER.json"
 # where a run lies and how it is watched, not what it is
-_ELSEWHERE = ("output_dir", "checkpoint", "log", "eval", "sample", "resume", "steps", "stop_after_minutes")
+_ELSEWHERE = (
+    "output_dir", "checkpoint", "log", "eval", "sample", "resume", "resume_from", "steps", "stop_after_minutes",
+)  # fmt: skip
 _ELSEWHERE_OF_DATA = ("cache_dir", "staging_dir", "staging_bytes", "workers", "restart", "epochs", "validation")
 
 

@@ -24,6 +24,7 @@ from mixtral_jax.train.meetings import agree, check_shared, meet, told
 from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
+from mixtral_jax.train.run.fork import as_it_stands, check_some_left, find_trunk
 from mixtral_jax.train.run.lease import FILE as LEASE
 from mixtral_jax.train.run.owner import check_owner, note_owner
 from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
@@ -38,12 +39,18 @@ class Start(NamedTuple):
     directory: epath.PathLike  # of the checkpoints
     clear: Callable[[Console], None]  # makes room; all processes call it
     notes: list[str]  # to be said
+    config: RunConfig  # with the base of the run that resume_from names
 
     def nothing_left(self, config: RunConfig, best: Best, say: Say) -> str:
-        """Why no step is left to do, and which settings are others than those of the steps that were done."""
+        """Why no step is left to do, and which settings are others than those of the steps that were done.
+
+        Raises:
+            UserError: a run that resume_from names has done all of them.
+        """
         found = self.found
         if found is None:
             return ""
+        check_some_left(found, config.steps)
         if found.step >= config.steps:
             why = f"{found.step} of {config.steps} steps are done (--force starts again)"
         elif best.exhausted:
@@ -51,7 +58,7 @@ class Start(NamedTuple):
         else:
             return ""
         checkpoints.name_best(self.directory, best.step)
-        changed = config_differences(found.meta["config"], config.model_dump(mode="json"))
+        changed = changed_since(found, config)
         for line in changed:
             say(f"  changed {line}")
         return why + f"; changed since, without effect: {', '.join(changed)}" * bool(changed)
@@ -76,7 +83,8 @@ def where_to_start(
 
     def stale() -> str:  # somebody wrote here until just now
         newest = max(_listed(directory, notes.append), default=None)
-        return "stale" if waited or (not anew and newest != (found and found.step)) else ""
+        known = found.step if found is not None and not found.trunk else None
+        return "stale" if waited or (not anew and newest != known) else ""
 
     if told(stale):
         notes.clear()
@@ -98,7 +106,7 @@ def where_to_start(
             moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
         remove = partial(checkpoints.discard_unfinished, directory)
         checkpoints.patiently(f"{directory} could not be tidied", remove, say)
-        if found is None:
+        if found is None or found.trunk:
             place.forget_results()
         return moved
 
@@ -114,7 +122,8 @@ def where_to_start(
         for line in lines:
             console.say(line)
 
-    return Start(found, directory, clear, [*waited, *notes])
+    place.resumed_from = found and found.meta.get("resumed_from")
+    return Start(found, directory, clear, [*waited, *notes], as_it_stands(config, found))
 
 
 def survey(
@@ -133,14 +142,17 @@ def survey(
     found = look(config, directory, force, say)
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
-    tokenizer, notes = check(config, sizes(), resumes=found is not None)
+    tokenizer, notes = check(as_it_stands(config, found), sizes(), resumes=found is not None)
     if found is not None and not config.data.restart:
-        check_tokenizer(config.run_dir, tokenizer)
+        for run in (Path(found.trunk), Path(found.path).parents[1]) if found.trunk else (config.run_dir,):
+            check_tokenizer(run, tokenizer)
     return found, tokenizer, notes
 
 
 def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) -> Found | None:
-    """The checkpoint to resume from, the same for all processes, which all look; touches nothing.
+    """The checkpoint to resume from, this run's own or else resume_from's; touches nothing.
+
+    It is the same for all processes, which all look.
 
     Raises:
         UserError: there is none where one must be, or one that must not be there, or that is of another model; or what
@@ -155,12 +167,11 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
             f"--force: checkpoints in {directory} cannot be moved aside by a rename: move them, or name another "
             "checkpoint.directory"
         )
-    if force and not isinstance(config.resume, int):
+    if anew := force and not isinstance(config.resume, int):
         _check_movable(config)
-        return None
-    if force and newer:
+    elif force and newer:
         _check_rename(Path(directory).resolve())
-    if config.resume == "never" and existing:
+    if config.resume == "never" and existing and not anew:
         raise UserError(
             f"resume: never, but {directory} holds checkpoint {existing[-1]}: choose another run_name, or --force to "
             "move it aside"
@@ -170,10 +181,14 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
             f"resume: {config.resume}, but {directory} holds newer checkpoints ({', '.join(map(str, newer))}): choose "
             "another run_name, or --force to move them aside"
         )
-    found = checkpoints.find_together(directory, config.resume, say)
+    found = None if anew else checkpoints.find_together(directory, config.resume, say)
+    if found is None and config.resume_from is not None:
+        found = find_trunk(config, directory, say)
+        check_some_left(found, config.steps)
     if found is not None:
-        check_same_base(found, config)
-        check_same_tree(found, config)
+        stands = as_it_stands(config, found)
+        check_same_base(found, stands)
+        check_same_tree(found, stands)
     return found
 
 
@@ -239,37 +254,6 @@ def _together(action: Callable[[], Any]) -> Any:
     return done
 
 
-def check_same_data(found: Found, fingerprint: str, restart: bool, changed: Sequence[str] = ()) -> int:
-    """The global row to go on from.
-
-    Args:
-        changed: `a.b: old -> new` of every setting that is another one than the checkpoint's.
-
-    Raises:
-        UserError: the data are others than those of the checkpoint, and data.restart is not set.
-    """
-    before = found.dataset["fingerprint"]
-    if before == fingerprint:
-        return int(found.dataset["next_row"])
-    if restart:
-        return 0
-    blamed = [line for line in changed if line.startswith(_ORDERS) and not line.startswith(_NO_ORDER)]
-    why = (
-        f"made with {' and '.join(blamed)}, which now is another order of rows"
-        if blamed
-        else f"made from data with fingerprint {before}, but the data now have {fingerprint} (other files, or rows "
-        "made by another version)"
-    )
-    raise UserError(
-        f"checkpoint {found.step} was {why}: a position in one means nothing in the other. Set data.restart=true to "
-        f"begin at the first row of the new {'order, or set it back' if blamed else 'data'}"
-    )
-
-
-_ORDERS = ("seed:", "seq_len:", "data.")
-_NO_ORDER = ("data.cache_dir:", "data.staging_", "data.workers:", "data.restart:", "data.epochs:", "data.validation:")
-
-
 def tree_changes(changed: Sequence[str]) -> list[str]:
     """Those of the changed settings that say which parameters there are, of which shape, and which of them move."""
     return [line for line in changed if line.startswith(("model.", "lora", "router.update:", "optimizer.name:"))]
@@ -281,7 +265,7 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
     Raises:
         UserError: a leaf has another shape, or is in one alone; it is named, and so is what changed.
     """
-    changed = tree_changes(config_differences(found.meta["config"], config.model_dump(mode="json")))
+    changed = tree_changes(changed_since(found, config))
     if not changed:
         return
     weights = keep(abstract_params(config, None), is_trained(config))
@@ -291,7 +275,7 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
         checkpoint.check_fits(found.path, state)
     except ValueError as error:
         raise UserError(
-            f"checkpoint {found.step} does not fit: {error}; changed since then: {', '.join(changed)}: set it back, or "
+            f"{found.name} does not fit: {error}; changed since then: {', '.join(changed)}: set it back, or "
             "choose another run_name"
         ) from error
 
@@ -306,12 +290,12 @@ def check_same_base(found: Found, config: RunConfig) -> None:
     then, now = found.meta["config"], config.model_dump(mode="json")
     if (stage := then.get("stage", config.stage)) != config.stage:
         raise UserError(
-            f"checkpoint {found.step} is of a run of stage {stage}, and this is stage {config.stage}: choose another "
+            f"{found.name} is of a run of stage {stage}, and this is stage {config.stage}: choose another "
             "run_name, with init_from"
         )
     for key, (ours, made) in config.model.differences(MixtralConfig(**then["model"])).items():
         raise UserError(
-            f"checkpoint {found.step} was trained with model.{key} {made}, which is now {ours}: set it back, or "
+            f"{found.name} was trained with model.{key} {made}, which is now {ours}: set it back, or "
             "choose another run_name with init_from"
         )
     old, new = then.get("lora"), now.get("lora")
@@ -319,22 +303,31 @@ def check_same_base(found: Found, config: RunConfig) -> None:
         if old != new:
             kinds = ("the whole model", "adapters") if old is None else ("adapters", "the whole model")
             raise UserError(
-                f"checkpoint {found.step} is of a run that trained {kinds[0]}, and lora now asks for {kinds[1]}: "
+                f"{found.name} is of a run that trained {kinds[0]}, and lora now asks for {kinds[1]}: "
                 "set it back, or choose another run_name"
             )
         return
     keys = ("rank", "alpha", "rslora", "targets", "modules_to_save", "base_dtype", "base_block")
     pairs: dict[str, tuple[Any, Any]] = {"init_from": (then.get("init_from"), config.init_from)}
-    if found.meta.get("base") and config.init_from is not None:
+    if config.init_from is None:
+        pairs["seed"] = then.get("seed", config.seed), config.seed  # of random numbers, which are made again
+    elif found.meta.get("base"):
         pairs = {}  # pin_base compares
     then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
     pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
     for key, (before, after) in pairs.items():
         if before != after:
             raise UserError(
-                f"the adapters of checkpoint {found.step} were trained on {key} {before}, which is now {after}: "
+                f"the adapters of {found.name} were trained on {key} {before}, which is now {after}: "
                 "set it back, or choose another run_name"
             )
+
+
+def changed_since(found: Found | None, config: RunConfig) -> list[str]:
+    """`a.b: old -> new` of every setting that is another one than the checkpoint's."""
+    return (
+        config_differences(found.meta["config"], as_it_stands(config, found).model_dump(mode="json")) if found else []
+    )
 
 
 def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,6 +10,8 @@ import jax
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare import PreparedData
+from mixtral_jax.data.preview import mixture_lines
+from mixtral_jax.data.rows import Position
 from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmul
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
@@ -19,7 +21,7 @@ from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
 from mixtral_jax.train.run.check import sizes_of
-from mixtral_jax.train.run.resume import survey
+from mixtral_jax.train.run.resume import changed_since, survey
 
 
 def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -31,7 +33,9 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
     print(resolved_yaml(config, provenance), end="")
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
-    notes = survey(config, force, lambda: sizes, print, finished=True)[2]
+    found, _, notes = survey(config, force, lambda: sizes, print, finished=True)
+    for line in changed_since(found, config):
+        print(f"  changed {line}")
     rows = {
         "model": "; ".join([model_line(config.model, useful_per_token(config)), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
@@ -44,7 +48,9 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
     return 0
 
 
-def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: PreparedData, say: Say) -> None:
+def first_screen(
+    config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: PreparedData, start: Position, say: Say
+) -> None:
     """Versions, devices, mesh, kernels, size, batch, data, router coefficients."""
     devices = jax.devices()
     sizes = sizes_of(mesh)
@@ -67,7 +73,8 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
     }
     read = [f"{s.name}: {s.documents:,} documents, {s.rows:,} rows of {s.described}" for s in prepared.train]
     read += [f"validation/{s.name}: {s.documents:,} documents of {s.described}" for s in prepared.validation]
-    below = {"mesh": axis_lines(sizes), "data": [*read, *prepared.readings()]}
+    mixed = mixture_lines(prepared, config.steps, config.global_batch_size, start)
+    below = {"mesh": axis_lines(sizes), "data": [*read, *prepared.readings(), *mixed]}
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
         for line in below.get(title, ()):
