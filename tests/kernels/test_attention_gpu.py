@@ -11,7 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.attention import attend_row
-from mixtral_jax.kernels.attention_tiled import Tokens
+from mixtral_jax.kernels.attention_cudnn import cudnn_attention
+from mixtral_jax.kernels.attention_tiled import SAVED, Tokens
+from mixtral_jax.kernels.attention_triton import triton_attention
 
 A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 CUDNN = Counter({"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1})
@@ -63,3 +65,28 @@ def test_the_program_for_a_gpu_holds_no_square(kind, window, context, dtype, ker
     shapes = [[int(n) for n in dims.split("x")] for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)]
     assert max(map(np.prod, shapes)) <= 2 * T * 4 * 64 * (1 if kernels else 2)  # no more than the queries' numbers
     assert all(sum(n >= T // context for n in dims) < 2 for dims in shapes)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cudnn"])
+def test_a_policy_that_saves_the_result_runs_no_forward_twice(kernel):
+    """What the backward pass needs carries the name `attended`, one statistic a token and head among it."""
+    q, k = (jax.ShapeDtypeStruct((1, 256, heads, 64), "bfloat16") for heads in (4, 2))
+    ids = jnp.zeros((1, 256), jnp.int32)
+
+    def attend(q, k, v):
+        if kernel == "cudnn":
+            return cudnn_attention(q, k, v, Tokens(ids, ids), window=None)
+        return triton_attention(q, k, v, ids, ids, jnp.arange(256), window=None)
+
+    def forwards(policy) -> int:
+        kept = jax.checkpoint(attend, policy=policy)
+        run = jax.grad(lambda q, k, v: kept(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+        text = str(jax.make_jaxpr(run)(q, k, k))
+        made = re.findall(
+            r"(\w+):bf16\S+ \w+:f32\[1,4,256\] = pallas_call|(\w+):\S+ \w+:\S+ = dot_product_attention_fwd", text
+        )
+        # jax leaves a kernel that nothing reads, which the compiler then drops
+        return sum(len(re.findall(rf"\b{a or b}\b", text)) > 1 for a, b in made)
+
+    assert forwards(jax.checkpoint_policies.save_only_these_names(SAVED)) == 1
+    assert forwards(jax.checkpoint_policies.nothing_saveable) == 2
