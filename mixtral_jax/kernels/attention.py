@@ -70,7 +70,7 @@ def attend(
     if chosen == "cudnn":
         from mixtral_jax.kernels.attention_cudnn import cudnn_attention
 
-        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, queries, window=window)
+        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window)
     if chosen == "triton":
         from mixtral_jax.kernels.attention_triton import triton_attention
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.attention_tiled import SAVED, Tokens
+from mixtral_jax.kernels.attention_tiled import SAVED, segment_begins
 from mixtral_jax.kernels.pallas import unchecked
 from mixtral_jax.parallel import same_variance
 
@@ -42,18 +42,15 @@ class _Places(NamedTuple):
     begin_Q: Array  # token of the flattened batch with which each of the sequences begins
 
 
-def cudnn_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, tokens: Tokens, *, window: int | None) -> Array:
+def cudnn_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, *, window: int | None) -> Array:
     """Causal attention within segments for whole ordered rows, in bfloat16 or float16; B * T * N * H below 2**31.
 
-    A row with a segment that is no run of neighbours from position 0 on comes out as NaN: cuDNN would take the pieces
-    for segments of their own.
+    A row with padding inside a segment comes out as NaN: cuDNN would take its pieces for segments of their own.
     """
-    q, k, v, positions, segments = same_variance(q_BTNH, k_BTKH, v_BTKH, *tokens)
-    begins_BT = _begins(segments)
-    whole_B = jnp.all(~begins_BT | (positions == 0), axis=1)
-    out_BTNH = _attend(window, q, k, v, segments)
-    real_BTNH = (segments != 0)[:, :, None, None]
-    return jnp.where(real_BTNH, jnp.where(whole_B[:, None, None, None], out_BTNH, jnp.nan), 0).astype(q.dtype)
+    q, k, v, segments = same_variance(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    whole_BT = ~_begins(segments) | (segment_begins(segments) == jnp.arange(segments.shape[1])[None])
+    out_BTNH = jnp.where(whole_BT.all(1)[:, None, None, None], _attend(window, q, k, v, segments), jnp.nan)
+    return jnp.where((segments != 0)[:, :, None, None], out_BTNH, 0).astype(q.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

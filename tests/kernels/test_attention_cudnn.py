@@ -12,7 +12,6 @@ import pytest
 
 from mixtral_jax.kernels import attention_cudnn
 from mixtral_jax.kernels.attention_cudnn import SEGMENTS, cudnn_attention, round_of, rounds
-from mixtral_jax.kernels.attention_tiled import Tokens
 from tests.attention_cases import Case, compare, make, out_and_gradients
 from tests.oracles.attention import attention
 from tests.oracles.cudnn import ragged_attention
@@ -59,19 +58,17 @@ def test_what_cudnn_is_asked_for_is_attention(played, name):
     if name.startswith("two"):
         inputs.tokens["keys"].segments[1] = inputs.mask[1] = 0
         inputs.tokens["keys"].segments[1, 3:7], inputs.mask[1, 3:7, 3:7] = 5, np.tri(4)
-        inputs.tokens["keys"].positions[1, 3:7] = np.arange(4)
     got = out_and_gradients(
-        lambda q, k, v: cudnn_attention(q, k, v, inputs.tokens["keys"], window=case.window), inputs.arrays
+        lambda q, k, v: cudnn_attention(q, k, v, inputs.tokens["keys"].segments, window=case.window), inputs.arrays
     )
     compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
 
 
-def test_a_document_in_pieces_is_nan_and_its_neighbour_row_is_not(played):
+def test_padding_inside_a_document_is_nan_and_the_next_row_is_not(played):
     inputs = make(Case(T=24, N=2, K=1, lengths=(12,)))
-    positions, segments = (x.copy() for x in inputs.tokens["keys"])
+    segments = inputs.tokens["keys"].segments.copy()
     segments[0, 5] = 0
-    q, k, v, _ = inputs.arrays
-    out = np.asarray(cudnn_attention(q, k, v, Tokens(positions, segments), window=None))
+    out = np.asarray(cudnn_attention(*inputs.arrays[:3], segments, window=None))
     assert np.isnan(out[0, :5]).all() and np.isfinite(out[1]).all()
 
 
@@ -106,14 +103,14 @@ def test_offsets_are_those_of_jax(heads):
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_the_program_for_a_gpu_asks_for_packed_rows_and_holds_no_square(window):
-    def loss(q, k, v, positions, segments):
-        return cudnn_attention(q, k, v, Tokens(positions, segments), window=window).astype(jnp.float32).sum()
+    def loss(q, k, v, segments):
+        return cudnn_attention(q, k, v, segments, window=window).astype(jnp.float32).sum()
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     B, T = 2, 8192
-    given = array(B, T, 4, 128), *(array(B, T, 2, 128),) * 2, *(array(B, T, dtype=jnp.int32),) * 2
+    given = array(B, T, 4, 128), *(array(B, T, 2, 128),) * 2, array(B, T, dtype=jnp.int32)
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*given)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"stablehlo.custom_call @(__cudnn\S+?)\(", text)

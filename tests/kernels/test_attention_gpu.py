@@ -75,7 +75,7 @@ def test_a_policy_that_saves_the_result_runs_no_forward_twice(kernel):
 
     def attend(q, k, v):
         if kernel == "cudnn":
-            return cudnn_attention(q, k, v, Tokens(ids, ids), window=None)
+            return cudnn_attention(q, k, v, ids, window=None)
         return triton_attention(q, k, v, ids, ids, jnp.arange(256), window=None)
 
     def forwards(policy) -> int:
