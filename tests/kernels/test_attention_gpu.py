@@ -19,7 +19,7 @@ A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 CUDNN = Counter({"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1})
 TRITON = Counter({"attention_forward": 2, "attention_dq": 1, "attention_dkv": 1})
 HAS_CUDNN = jax.__version_info__ >= (0, 12)
-T = 8192
+T, HEADS = 8704, 6  # no powers of two, which Triton wants of what it computes on
 
 
 def lowered(kind: str, window: int | None, context: int, dtype: str) -> str:
@@ -38,7 +38,7 @@ def lowered(kind: str, window: int | None, context: int, dtype: str) -> str:
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    q, k = (jax.ShapeDtypeStruct((2, T, heads, 64), dtype) for heads in (4, 2))
+    q, k = (jax.ShapeDtypeStruct((2, T, heads, 64), dtype) for heads in (HEADS, 2))
     ids = jax.ShapeDtypeStruct((2, T), jnp.int32)
     run = jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 5, out_specs=(rows,) * 3, check_vma=True)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -63,7 +63,7 @@ def test_the_program_for_a_gpu_holds_no_square(kind, window, context, dtype, ker
     called += Counter(re.findall(r'name = "(attention_\w+)"', text))
     assert called == kernels
     shapes = [[int(n) for n in dims.split("x")] for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)]
-    assert max(map(np.prod, shapes)) <= 2 * T * 4 * 64 * (1 if kernels else 2)  # no more than the queries' numbers
+    assert max(map(np.prod, shapes)) <= 2 * T * HEADS * 64 * (1 if kernels else 2)  # no more than the queries' numbers
     assert all(sum(n >= T // context for n in dims) < 2 for dims in shapes)
 
 
