@@ -62,16 +62,16 @@ def test_parts_of_a_row_equal_the_definition(window):
     compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 256])
+@pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize("own", [None, 0, 1], ids=str)
 def test_every_tile_that_is_visited_holds_a_pair_and_no_other_does(window, own):
-    """Forward and backward, whole rows and parts: exactly the tiles with something in the mask, but round documents."""
-    T, lengths = 1024, (384, 512)
+    """Forward and backward, whole rows and zig-zag parts; documents end where tiles do."""
+    T, lengths = 512, (192, 256)
     inputs = make(Case(B=1, T=T, N=1, K=1, H=1, lengths=lengths, window=window))
     at = np.arange(T) if own is None else np.asarray(places(Part(2, jnp.int32(own)), T // 2))
     mask = inputs.mask[0][at]
     segments = jnp.asarray(inputs.tokens["keys"].segments)
-    seen = kernel.seen_keys(segments[:, at], segments, jnp.asarray(at), window)
+    seen = kernel.Seen(*map(np.asarray, kernel.seen_keys(segments[:, at], segments, jnp.asarray(at), window)))
     for block_T, block_S in (kernel.FORWARD, kernel.BACKWARD_Q):
         filled = mask.reshape(len(at) // block_T, block_T, T // block_S, block_S).any((1, 3))
         for i, row in enumerate(filled):
@@ -80,10 +80,8 @@ def test_every_tile_that_is_visited_holds_a_pair_and_no_other_does(window, own):
             assert list(range(start, stop)) == np.flatnonzero(row).tolist()
     block_T, block_S = kernel.BACKWARD_KV
     filled = mask.reshape(len(at) // block_T, block_T, T // block_S, block_S).any((1, 3))
-    bounds = kernel.query_bounds(seen.first_BT, seen.last_BT, S=T, block_T=block_T, block_S=block_S)
+    bounds = kernel.query_bounds(*map(jnp.asarray, seen[:2]), S=T, block_T=block_T, block_S=block_S)
     visited = np.zeros_like(filled)
     for j, (start, stop) in enumerate(zip(*(x[0].tolist() for x in bounds), strict=True)):
         visited[start:stop, j] = True
-    assert not (filled & ~visited).any()
-    # between a device's two pieces nothing is skipped for a key: there is nothing between them
-    assert visited.sum() == filled.sum()
+    assert (visited == filled).all()
