@@ -8,9 +8,11 @@
 #   make test-new     a part of the tests with today's jax, in .venv-3.12 or .venv-3.13 (needs one of these Pythons)
 #   make test-slow    the tests that take minutes
 #   make soak         kill, fill and cut a tiny run for MINUTES=30 (SEED=1 draws the same faults again), and note it
+#   make rehearse     a run of four processes, killed ten times, and the same curve: what a preempted pod will do
 #   make lint         ruff and mypy
 #   make tensorboard  the curves of all runs in a browser (RUNS=runs), by TensorBoard in an environment of its own
 #   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
+#   make gpu-check    kernels, curve, speed and memory on one GPU in under eight minutes, as tables in gpu-check.md
 
 # The first of these that runs and is new enough; a name alone may be pyenv's, which runs what is selected only.
 first_python = $(shell for p in $(1); do \
@@ -30,12 +32,14 @@ FORM ?= short
 TESTS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+REHEARSE_ARGS ?=
 RUNS ?= runs
 MINUTES ?= 30
 SEED ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow soak lint format tensorboard bench clean
+.PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow soak rehearse lint format tensorboard \
+	bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -98,6 +102,10 @@ test-slow: $(VENV)/small.stamp
 soak: $(VENV)/test.stamp
 	$(RUN) -m tests.soak.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --record docs/reliability.md
 
+# Four processes on this machine, one of them killed after every few seconds of training; then on two, and on four again.
+rehearse: $(VENV)/core.stamp
+	$(RUN) -m tests.rehearse $(REHEARSE_ARGS)
+
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -125,6 +133,10 @@ $(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
 	$(or $(PYTHON312),python3.12) -m venv $(VENV)-maxtext
 	$(VENV)-maxtext/bin/pip install -q --no-deps -r $<
 	touch $@
+
+# What only a GPU can show, in under eight minutes; on a machine without .venv and without a network, by its own Python.
+gpu-check:
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m tests.bench.gpu_check
 
 clean:
 	rm -rf $(VENV) $(VENV)-maxtext $(VENV)-tensorboard $(VENV)-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

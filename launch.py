@@ -176,6 +176,12 @@ def _show(args: Parsed) -> int:
     return OK
 
 
+def _submit(args: Parsed) -> int:
+    """Options go to the engine by name."""
+    options = {key: value for key, value in vars(args).items() if key not in ("does", "command", "config", "overrides")}
+    return _function("train.launchers", "submit")(args.subcommand, args.config, args.overrides, options)
+
+
 def _not_built(args: Parsed) -> int:
     raise ValueError(f"{args.command} is not built yet")
 
@@ -199,7 +205,7 @@ def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _flag(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
-    return _told(argument, text, action="store_true", **told)
+    return _told(argument, text, **{"action": "store_true", **told})
 
 
 _CFG = _told("config", "the run's YAML file", metavar="CFG")
@@ -219,6 +225,20 @@ _TRAINING = (
     _flag("--force", "begin anew; the run that is there is moved to <run>.old-N"),
     *_JOINING,
 )
+_SUBMITTING = (
+    _CFG,
+    _flag("--go", "hand over and start; without it files are written and nothing is started"),
+    _told("--sweep", "values of a setting, each a run of its own; may be repeated: all combinations",
+          action="append", metavar="A.B=X,Y"),
+)  # fmt: skip
+_NODES = (
+    _told("--nodes", "machines", default=1, metavar="N"),
+    _told("--devices", "GPUs of each", default=8, metavar="N"),
+)
+_ON_CLUSTER = (
+    _told("--topology", "TPU slices such as v5p-64 or 2xv5e-256, in place of nodes of GPUs"),
+    _told("--image", "container that has this project (see the Dockerfile)", required=True),
+)
 _SRC_DST = (
     _told("src", "directory to read", metavar="SRC"),
     _told("dst", "directory to make; it must not exist yet", metavar="DST"),
@@ -229,6 +249,7 @@ GROUPS = {
     "convert": "checkpoints and adapters between formats",
     "data": "tokenise, pack and look at data",
     "config": "look at run files",
+    "submit": "files for a cluster, or a rehearsal on this machine",
     "runs": "which runs there are, how they differ, what one is doing",
 }
 COMMANDS = {
@@ -318,7 +339,45 @@ COMMANDS = {
         _told("stage", "the stage", choices=("pretrain", "sft", "dpo"))),
     "doctor": Command("train.commands.doctor:examine", "versions, devices, kernels, known-bad pairs"),
     "routing": Command(_not_built, "look into the router (not built yet)", _ANYTHING),
-    "submit": Command(_not_built, "start a run on a cluster (not built yet)", _ANYTHING),
+    "submit slurm": Command(
+        _submit, "an sbatch script that saves ahead of its limit and requeues itself", *_SUBMITTING, *_NODES,
+        _told("--processes", "tasks on each node", default=1, metavar="N"),
+        _told("--time", "limit of the job, as sbatch has it"), _told("--partition", "of the cluster"),
+        _told("--account", "to charge"), _told("--qos", "quality of service"),
+        _flag("--no-gpus", "do not ask for GPUs", dest="gpus", action="store_false"),
+        _told("--container", "image for srun --container-image", metavar="IMAGE"),
+        _told("--python", "Python of the nodes; default: this one", metavar="PATH"),
+        _told("--warn-seconds", "how long ahead of the limit the run is told to save", default=180),
+        _told("--chain", "N jobs one after another, where the site forbids requeue", default=1, metavar="N"),
+        _told("--sbatch", "one more line, such as --exclusive; may be repeated", action="append", dest="lines")),
+    "submit k8s": Command(
+        _submit, "a JobSet, or one indexed Job, with restarts by exit code", *_SUBMITTING, *_NODES, *_ON_CLUSTER,
+        _told("--volume", "claim of a volume and where it is mounted; may be repeated", action="append",
+              dest="volumes", metavar="CLAIM:/PATH"),
+        _told("--namespace", "of the objects", default="default"), _told("--queue", "of Kueue"),
+        _told("--grace-seconds", "for the save when a pod is taken away", default=300),
+        _told("--max-restarts", "of a JobSet; disruptions are not counted", default=10),
+        _flag("--plain-job", "without JobSet", dest="plain")),
+    "submit sky": Command(
+        _submit, "a managed job of SkyPilot", *_SUBMITTING, *_NODES,
+        _told("--accelerators", "of each node, such as H100:8", required=True),
+        _told("--infra", "where, such as aws or gcp/us-central1"),
+        _told("--image", "container that has this project; default: the working directory is installed"),
+        _told("--mount", "bucket for run, cache and data; may be repeated", action="append", dest="mounts",
+              metavar="/PATH=URL")),
+    "submit xpk": Command(
+        _submit, "the command line of an xpk workload", *_SUBMITTING, *_ON_CLUSTER,
+        _told("--cluster", "of xpk", required=True), _told("--project", "of the cloud"), _told("--zone", "of it"),
+        _told("--max-restarts", "of the workload", default=10)),
+    "submit local": Command(
+        _submit, "processes on this machine under a supervisor, that kills them where asked to", *_SUBMITTING,
+        _told("--processes", "processes of the run", default=1, metavar="N"),
+        _told("--devices", "virtual CPU devices of each", default=1, metavar="N"),
+        _told("--kill-every", "kill one of them after so many seconds of training, again and again", type=float,
+              metavar="SECONDS"),
+        _told("--kills", "at most so many", type=int, metavar="N"),
+        _flag("--accelerators", "on what the machine has instead of CPU devices", dest="on_cpu",
+              action="store_false")),
 }  # fmt: skip
 
 if __name__ == "__main__":

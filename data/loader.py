@@ -1,14 +1,14 @@
 """Rows on disk into batches: mixed, shuffled, prefetched, and this process's share of them only."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mixtral_jax.data.prepare import PreparedData, PreparedSource
-from mixtral_jax.data.rows import Batch, PairBatch
+from mixtral_jax.data.rows import Batch, GlobalOrder, PairBatch, Position
 
 _THREADS = 2
 _AHEAD = 4  # batches
@@ -78,10 +78,13 @@ class Loader:
 
     def __init__(
         self, prepared: PreparedData, *, global_batch_size: int, micro_batch_size: int | None = None,
-        shard: tuple[int, int] = (0, 1), start_row: int = 0, references: References | None = None,
+        shard: tuple[int, int] = (0, 1), start_row: int = 0, order: GlobalOrder | None = None,
+        references: References | None = None,
     ):  # fmt: skip
+        """`order` is the one from the run's beginning where it is not given."""
         self._reader = reader = RowReader(prepared.train, references)
-        order, places = prepared.order, shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
+        order = order or prepared.order_from(Position(), global_batch_size)
+        places = shard_rows(global_batch_size, micro_batch_size or global_batch_size, shard)
 
         def batch(step: int) -> Batch | PairBatch:
             wanted = (start_row + step * global_batch_size + places).flatten().tolist()
@@ -103,35 +106,40 @@ class Loader:
 
 
 class EvalSource:
-    """The whole validation text of one source, as batches of one micro-batch (A = 1); can be iterated again.
+    """The validation text of one source, as batches of one micro-batch (A = 1); can be iterated again.
 
-    `text_bytes` is what its nats are divided by for bits per byte (NUMERICS D7); 0: no text is predicted as a whole.
+    With `batches` a sample of so many: rows evenly spaced (packing wrote the longest first), the same for every
+    shard and at every time. `text_bytes` is what its nats are divided by for bits per byte (NUMERICS D7); 0: no text is
+    predicted as a whole.
     """
 
     def __init__(
-        self, source: PreparedSource, batch_size: int, shard: tuple[int, int] = (0, 1),
+        self, source: PreparedSource, batch_size: int, shard: tuple[int, int] = (0, 1), *, batches: int | None = None,
         references: References | None = None,
     ):  # fmt: skip
-        self.targets, self.fingerprint = source.targets, source.fingerprint
-        self.text_bytes = 0 if source.format.weighted else source.text_bytes
-        self._rows, self._padding, self._batch_size = source.rows, source.format.padding(), batch_size
+        self.fingerprint = source.fingerprint
+        n = source.rows if batches is None else min(source.rows, batches * batch_size)
+        self._rows = [(2 * i + 1) * source.rows // (2 * n) for i in range(n)]  # the middle of each n-th
+        self.text_bytes = 0 if source.format.weighted else int(source.sizes()[self._rows, 1].sum(dtype=np.int64))
+        self._padding, self._batch_size = source.format.padding(), batch_size
         self._reader = RowReader([source], references)
         self._places = shard_rows(batch_size, batch_size, shard)[0]
 
     def __len__(self) -> int:
-        return -(-self._rows // self._batch_size)
+        return -(-len(self._rows) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch | PairBatch]:
         return (self.batch(step) for step in range(len(self)))
 
     def batch(self, step: int) -> Batch | PairBatch:
         """One batch by its number; rows behind the last are padding."""
-        wanted = (step * self._batch_size + self._places).tolist()
-        return stack([self._reader.read(0, r) if r < self._rows else self._padding for r in wanted], 1)
+        wanted, rows = (step * self._batch_size + self._places).tolist(), self._rows
+        return stack([self._reader.read(0, rows[i]) if i < len(rows) else self._padding for i in wanted], 1)
 
 
-def eval_sources(
-    prepared: PreparedData, *, batch_size: int, shard: tuple[int, int] = (0, 1), references: References | None = None
-) -> dict[str, EvalSource]:
-    """Each validation source by name. Every token but BOS is a target exactly once; the last batch is padded."""
-    return {source.name: EvalSource(source, batch_size, shard, references) for source in prepared.validation}
+def eval_sources(prepared: PreparedData, **options: Any) -> dict[str, EvalSource]:
+    """Each validation source by name, with the options of `EvalSource`.
+
+    Every token but BOS is a target exactly once; the last batch is padded.
+    """
+    return {source.name: EvalSource(source, **options) for source in prepared.validation}

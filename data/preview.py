@@ -1,31 +1,41 @@
 """`data preview`: rows as the model will see them, and the arithmetic of the mixture."""
 
+import math
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 from rich.text import Text
 
-from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.config import DataConfig, PhaseConfig
 from mixtral_jax.data.loader import RowReader
-from mixtral_jax.data.prepare import prepare
-from mixtral_jax.data.rows import Batch, GlobalOrder, PairBatch
+from mixtral_jax.data.prepare import PreparedData, prepare
+from mixtral_jax.data.rows import Batch, PairBatch, Position
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 
 _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
+_BEGINNING = Position()
 
 
-def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list[Text]:
-    """Texts to print: what each source is and its share, then the first `rows` rows of the run.
+def preview(
+    data: DataConfig, *, seq_len: int, seed: int, steps: int, global_batch_size: int, rows: int = 3
+) -> list[Text]:
+    """Texts to print: what each source is and its share, then the first `rows` rows of each phase.
 
     Learned tokens are green, others dim; `|` begins a document of a row and control tokens stand by their names.
+
+    Args:
+        steps: of the run; 0: as many as data.epochs need.
     """
     prepared = prepare(data, seq_len, seed)
     tokenizer = load_tokenizer(data.tokenizer)
-    told = [prepared.summary(), *prepared.readings(), ""]
-    texts = [*map(Text, told), *map(Text, mixture_lines(data, prepared.order))]
+    steps = steps or math.ceil((data.epochs or 1) * sum(source.rows for source in prepared.train) / global_batch_size)
+    told = [prepared.summary(), *prepared.readings(), "", *mixture_lines(prepared, steps, global_batch_size)]
+    texts, order = [*map(Text, told)], prepared.order_from(Position(), global_batch_size)
+    firsts = [mixture.from_step * global_batch_size for mixture in prepared.mixtures]
     with closing(RowReader(prepared.train)) as reader:
-        for r in range(rows):
-            source, number = prepared.order[r]
+        for r in (first + i for first in firsts for i in range(rows)):
+            source, number = order[r]
             row, name = reader.read(source, number), prepared.train[source].name
             learned = int(np.count_nonzero(row.weights))
             head = f"\nrow {r}: row {number} of {name}, {learned} of {seq_len} targets are learned"
@@ -33,23 +43,34 @@ def preview(data: DataConfig, *, seq_len: int, seed: int, rows: int = 3) -> list
     return texts
 
 
-def mixture_lines(data: DataConfig, order: GlobalOrder) -> list[str]:
-    """Each source's rows, its share of the run, and how often its rows come in one pass over the data."""
-    sizes, total, parts = order.rows, order.total, order.shares
-    if parts is None:
-        rule = "by size: every row once an epoch"
-    elif data.temperature is None:
-        rule = "by weight: share = weight / sum of weights"
-    else:
-        rule = f"by temperature {data.temperature:g}: share ~ (weight * rows)^(1/{data.temperature:g})"
-    lines = [f"mixture {rule}; an epoch is {total:,} rows"]
-    for source, n, part in zip(data.train, sizes, parts or [n / total for n in sizes], strict=True):
-        weight = "" if source.weight is None else f", weight {source.weight:g}"
-        lines.append(
-            f"  {source.name}: {n:,} rows ({100 * n / total:.1f} % of all){weight} -> "
-            f"{100 * part:.1f} % of the run, {part * total / n:.2f} times an epoch"
-        )
+def mixture_lines(
+    prepared: PreparedData, steps: int, global_batch_size: int, position: Position = _BEGINNING
+) -> list[str]:
+    """Of each phase from a position on: its rows, and of each source its share of them and its epochs so far."""
+    order, phases, mixtures = prepared.order_from(position, global_batch_size), prepared.config.mixed, prepared.mixtures
+    sizes, lines = {source.name: source.rows for source in prepared.train}, list[str]()
+    borders = [max(step, position.step) for step in (*(mixture.from_step for mixture in mixtures), steps)]
+    for i, (begin, end) in enumerate(pairwise(borders)):
+        if begin == end:  # it is over
+            continue
+        first, last = (position.row + (step - position.step) * global_batch_size for step in (begin, end))
+        name = f"phase {i + 1} of {len(phases)}, steps {begin:,} to {end:,}: " if len(phases) > 1 else ""
+        lines.append(f"{name}mixture {_rule(phases[i])}; rows {first:,} to {last:,}")
+        before, behind, weights = order.drawn(first), order.drawn(last), phases[i].weights
+        for source, share in mixtures[i].shares.items():
+            n, count = sizes[source], behind[source] - before[source]
+            weight = "" if weights is None else f", weight {weights[source]:g}"
+            lines.append(
+                f"  {source}: {n:,} rows{weight} -> {100 * float(share):.4g} % of the rows, {count:,} of them; "
+                f"epochs {before[source] / n:.2f} to {behind[source] / n:.2f}"
+            )
     return lines
+
+
+def _rule(phase: PhaseConfig) -> str:
+    if phase.temperature is not None:
+        return f"by temperature {phase.temperature:g}: share ~ (weight * rows)^(1/{phase.temperature:g})"
+    return "by size: every row once an epoch" if phase.weights is None else "by weight: share = weight / sum of weights"
 
 
 def colour(row: Batch | PairBatch, tokenizer: Tokenizer) -> Text:

@@ -124,10 +124,11 @@ def make_tuning_config(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many lumps and buckets from little text (in this process: one worker)."""
-    from mixtral_jax.data.prepare import spill
+    """Many lumps, units and buckets from little text (in this process: one worker)."""
+    from mixtral_jax.data.prepare import documents
     from mixtral_jax.data.records import sources
 
     monkeypatch.setattr(sources, "LUMP_BYTES", 4000)
     monkeypatch.setattr(sources, "_READ_BYTES", 2000)
-    monkeypatch.setattr(spill, "BUCKET_BYTES", 40_000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 12_000)
+    monkeypatch.setattr(documents, "BUCKET_BYTES", 40_000)

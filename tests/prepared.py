@@ -19,8 +19,8 @@ TOKENIZER = load_tokenizer(MODEL)
 SEQ_LEN = 64
 
 
-def config_of(cache: Path, path: Path | str = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
-    train = ({"name": "fr", "path": str(path)},)
+def config_of(cache: Path, path: Path | str | list[str] = SAMPLES / "fr.val.jsonl.gz", **options: Any) -> DataConfig:
+    train = ({"name": "fr", "path": path if isinstance(path, list) else str(path)},)
     return DataConfig(**{"tokenizer": str(MODEL), "train": train, "cache_dir": str(cache), "workers": 1, **options})
 
 
@@ -34,7 +34,15 @@ def records_of(source: PreparedSource) -> list[bytes]:
 
 
 def texts_of(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line)["text"] for line in content.splitlines()]
+
+
+def lines_of(directory: Path, packed: Path) -> Path:
+    """A compressed file as it is without that: in units of a few lines."""
+    path = directory / packed.stem
+    path.write_bytes(gzip.decompress(packed.read_bytes()))
+    return path
 
 
 def documents_of(source: PreparedSource) -> list[tuple[int, ...]]:
@@ -51,4 +59,6 @@ def documents_of(source: PreparedSource) -> list[tuple[int, ...]]:
 
 
 def leftovers(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.iterdir() if p.name not in ("hashes", "locks"))
+    """What lies in a cache beside hashes, locks and document stores."""
+    others = [p for p in cache.iterdir() if p.name not in ("hashes", "locks")]
+    return sorted(p.name for p in others if not any(p.glob("part-*")))

@@ -131,7 +131,8 @@ def build(
         shard=share, references=references,
     )  # fmt: skip
     rows = config.eval.batch_size or config.rows_per_micro_batch
-    held_out = eval_sources(prepared, batch_size=rows, shard=share, references=references)
+    sample = config.eval.batches
+    held_out = eval_sources(prepared, batch_size=rows, shard=share, batches=sample, references=references)
     optimizer = make_optimizer(config.optimizer, config.steps, config.router_factor)
     abstract = abstract_state(keep(weights, trained), optimizer)
     if found is not None:

@@ -33,6 +33,35 @@ class ExitCode(IntEnum):
     WATCHDOG = 124
     AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
 
+    @classmethod
+    def final(cls) -> tuple["ExitCode", ...]:
+        """Those behind which the same command comes no further."""
+        return (cls.DONE, cls.USAGE, cls.NOT_FINITE, cls.DIFFERENT)
+
+    @classmethod
+    def again(cls) -> tuple["ExitCode", ...]:
+        """Those that ask for the same command."""
+        return (cls.STORAGE, cls.STOPPED, cls.PEER_LOST, cls.WATCHDOG)
+
+    @property
+    def meaning(self) -> str:
+        """In a few words, for launch files and their documentation."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.DONE: "done",
+    ExitCode.UNEXPECTED: "an unexpected exception, or no memory",
+    ExitCode.USAGE: "usage, configuration or data",
+    ExitCode.NOT_FINITE: "loss or gradient is not finite",
+    ExitCode.DIFFERENT: "verify found a difference",
+    ExitCode.STORAGE: "storage failed",
+    ExitCode.STOPPED: "stopped on request, saved",
+    ExitCode.PEER_LOST: "another process was lost",
+    ExitCode.WATCHDOG: "nothing moved",
+    ExitCode.AT_ONCE: "a second Ctrl-C",
+}
+
 
 class Outcome(NamedTuple):
     """How a run ended."""

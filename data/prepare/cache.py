@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixtral_jax.data.config import FrozenConfig
 from mixtral_jax.data.records import data_files, file_identity, open_file
 from mixtral_jax.data.rows import RowFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SIZES = "sizes.npy"
 
 
 class PreparedSource(FrozenConfig):
@@ -58,6 +61,14 @@ class PreparedSource(FrozenConfig):
         """The shard files, in order."""
         return [os.path.join(self.directory, name) for name, _, _ in self.shards]
 
+    def sizes(self) -> np.ndarray:
+        """(rows, 2) uint32, mapped from disk: places of each row that hold a token, and UTF-8 bytes of their text.
+
+        Of a document in several rows each has its bytes by its tokens: all rows sum to `text_bytes`. Examples have 0.
+        """
+        found: np.ndarray = np.load(os.path.join(self.directory, _SIZES), mmap_mode="r")
+        return found
+
     def save(self, directory: Path) -> None:
         """Writes meta.json: all but the name, the place and the files."""
         meta = {"version": FORMAT_VERSION, **self.model_dump(exclude={"name", "directory", "described"})}
@@ -78,6 +89,7 @@ def load_prepared(cache_dir: Path, name: str, fingerprint: str) -> PreparedSourc
             return None
         prepared = PreparedSource(name=name, directory=str(directory), **meta)
         whole = all(os.path.getsize(directory / n) == size for n, _, size in prepared.shards)
+        whole = whole and prepared.sizes().shape == (prepared.rows, 2)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return prepared if whole else None

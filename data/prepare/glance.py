@@ -12,7 +12,7 @@ _RECORDS, _FIRST_ROWS = 8, 100  # that are made into examples, and that show the
 
 
 def check_first_records(
-    config: DataConfig, source: SourceConfig, files: Sequence[str], text: Tokenizer | Template, seq_len: int
+    config: DataConfig, source: SourceConfig, files: Sequence[str], text: Tokenizer | Template
 ) -> None:
     """Whether the first file that is on this machine and has records begins with those that the run reads.
 
@@ -41,4 +41,4 @@ def check_first_records(
         layouts = layouts_of(rows, source, kind)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    tuning_documents(head, source, kind, text, config.train_on, seq_len + 1, census, layouts)
+    tuning_documents(head, source, kind, text, config.train_on, census, layouts)

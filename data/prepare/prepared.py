@@ -1,26 +1,26 @@
-"""Tokenise and pack every source once, in parallel, into a cache that no later run can mistake.
+"""Tokenise every source once, and pack it once per length and seed, into a cache that no later run can mistake.
 
-Two steps. Each part (one machine's share; usually there is one part) reads the files, tokenises its lumps and spills
-the documents into buckets. When all parts are there, each bucket is sorted, packed and written as one shard. The rows
-do not depend on the number of parts or workers.
+Two passes. Each part (one machine's share; usually there is one part) reads its units of the files, tokenises them and
+puts the documents into buckets. When all parts are there, they are the document store of the source. From it each
+bucket is sorted, packed and written as one shard. The rows do not depend on the number of parts or workers.
 """
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from mixtral_jax.data.config import DataConfig, SourceConfig
-from mixtral_jax.data.prepare import spill
-from mixtral_jax.data.prepare.build import Recipe, pack, tokenise
-from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, locked
+from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.prepare.cache import PreparedSource, digest, locked
+from mixtral_jax.data.prepare.pack import pack
+from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of
+from mixtral_jax.data.prepare.tokenise import finish, tokenise
 from mixtral_jax.data.prepare.workers import Workers
-from mixtral_jax.data.progress import meter, say
-from mixtral_jax.data.records import choose, sources, text_size_estimate, with_text_column
-from mixtral_jax.data.rows import GlobalOrder, RowFormat, shares
-from mixtral_jax.data.text import LAYOUT_VERSION, Tokenizer, columns, load_template, load_tokenizer, token_dtype
+from mixtral_jax.data.progress import say
+from mixtral_jax.data.records import text_size_estimate
+from mixtral_jax.data.rows import ORDER, GlobalOrder, Mixture, Position, order_from, shares
+from mixtral_jax.data.text import load_tokenizer
 
 _SERIAL_BYTES = 8 << 20  # less text than this is not worth starting processes for
 
@@ -37,22 +37,31 @@ class PreparedData:
     fresh: bool = False  # made just now, at least in part
 
     @functools.cached_property
-    def order(self) -> GlobalOrder:
-        """Which row of which training source is row r of the run."""
-        rows = [source.rows for source in self.train]
-        parts = shares(rows, [source.weight for source in self.config.train], self.config.temperature)
-        return GlobalOrder(rows, parts, self.seed)
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The phases of the run: from which step on which share of the rows each source has."""
+        rows, prints = {s.name: s.rows for s in self.train}, self.sources
+        mixtures = []
+        for phase in self.config.mixed:
+            parts = shares(rows, phase.weights, phase.temperature)
+            read = [(name, prints[name], rows[name], str(part)) for name, part in sorted(parts.items())]
+            made_of = {"order": ORDER, "seed": self.seed, "sources": read}
+            mixtures.append(Mixture(phase.from_step, parts, digest(made_of)))
+        return tuple(mixtures)
 
-    @functools.cached_property
+    @property
+    def sources(self) -> dict[str, str]:
+        """Fingerprint of the rows of each training source."""
+        return {source.name: source.fingerprint for source in self.train}
+
+    @property
     def fingerprint(self) -> str:
-        """Of all that a position in the training data depends on."""
-        return digest(
-            {
-                "sources": [(s.name, s.fingerprint) for s in self.train],
-                "order": [self.order.rows, self.order.shares, self.order.seed],
-                "version": 1,
-            }
-        )
+        """Of all rows that the run reads and of their order."""
+        return digest([(mixture.from_step, mixture.fingerprint) for mixture in self.mixtures])
+
+    def order_from(self, position: Position, global_batch_size: int) -> GlobalOrder:
+        """Which row of which training source is row r of the run, from a position on."""
+        rows = {source.name: source.rows for source in self.train}
+        return order_from(position, self.seed, rows, self.sources, self.mixtures, global_batch_size)
 
     @property
     def complete(self) -> bool:
@@ -98,8 +107,8 @@ def prepare(
         raise ValueError(f"part {index}/{count}: the first number counts from 1 to the second")
     tokenizer = load_tokenizer(config.tokenizer)
     learned = config.train if train else ()
-    recipes = [_recipe(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
-    held_out = [_recipe(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
+    recipes = [recipe_of(config, s, tokenizer, seq_len, seed, config.packing) for s in learned]
+    held_out = [recipe_of(config, s, tokenizer, seq_len, 0, "best_fit") for s in config.validation]
     todo = {r.fingerprint: r for r in recipes + held_out if not r.load()}
     missing = _make([todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
@@ -118,21 +127,27 @@ def _make(recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool
     if not recipes:
         return []
     index, count = part
-    size = sum(text_size_estimate(r.files) for r in recipes)
+    corpora = {r.corpus.fingerprint: r.corpus for r in recipes}
+    ordered = [corpora[key] for key in sorted(corpora)]
+    size = sum(text_size_estimate(corpus.files) for corpus in ordered)
     processes = (workers or _cores()) if size > _SERIAL_BYTES else 1
     with Workers(processes) as pool:
-        with meter("Tokenising", size, show=show) as advance, _locks(recipes, f".part-{index}-of-{count}", show):
-            tokenise(recipes, index, count, pool, advance)
-        with meter("Packing", size // count, show=show) as advance, _locks(recipes, "", show):
-            return pack(recipes, count, pool, advance)
+        with _locks(ordered, f".part-{index}-of-{count}", show):
+            tokenise(ordered, index, count, pool, show)
+        with _locks(ordered, "", show):
+            missing = {corpus.fingerprint: finish(corpus, count) for corpus in ordered}
+        whole = [r for r in recipes if not missing[r.corpus.fingerprint]]
+        with _locks(whole, "", show):
+            pack(whole, pool, show)
+    return [name for names in missing.values() for name in names]
 
 
 @contextmanager
-def _locks(recipes: list[Recipe], suffix: str, show: bool) -> Iterator[None]:
+def _locks(made: Sequence[Corpus | Recipe], suffix: str, show: bool) -> Iterator[None]:
     with ExitStack() as locks:
-        for recipe in recipes:
-            path = recipe.place.parent / "locks" / f"{recipe.place.name}{suffix}"
-            waiting = f"source {recipe.source.name!r}: waiting for another process that prepares it ({path})"
+        for each in made:
+            path = each.place.parent / "locks" / f"{each.place.name}{suffix}"
+            waiting = f"source {each.name!r}: waiting for another process that prepares it ({path})"
             locks.enter_context(locked(path, waiting, say if show else lambda _: None))
         yield
 
@@ -176,45 +191,5 @@ def _readings(source: PreparedSource) -> list[str]:
 
 def _loaded(recipe: Recipe) -> PreparedSource:
     prepared = recipe.load()
-    assert prepared is not None, f"{recipe.source.name} was just prepared and is gone"
-    return prepared.model_copy(update={"described": recipe.described})
-
-
-def _recipe(
-    config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
-) -> Recipe:
-    files, described = choose(source)
-    if config.examples == "text" and (found := with_text_column(source, files)) != source:
-        source, described = found, f"{described}; texts from column {found.text_key!r}"
-    weighted = config.examples != "text"
-    pairs = config.pairs_per_row if config.examples == "preference" else 0
-    buckets = 1 + text_size_estimate(files) // spill.BUCKET_BYTES
-    identity = {
-        "version": FORMAT_VERSION,
-        "shuffle": [seed, sources.LUMP_BYTES, buckets],
-        "content": [content_hash(file, Path(config.cache_dir)) for file in files],
-        "format": source.format,
-        "split": source.split,
-        "columns": columns(source, config.examples),
-        "tokenizer": tokenizer.fingerprint(),
-        "examples": config.examples,
-        "chat": [load_template(config.template, tokenizer).format.model_dump(), config.train_on] if weighted else None,
-        "seq_len": seq_len,
-        "packing": packing,
-        "on_error": config.on_error,
-    }
-    if weighted:
-        identity["layout"] = [source.layout, LAYOUT_VERSION]
-    if pairs:
-        identity["pairs_per_row"] = pairs
-    return Recipe(
-        config=config,
-        source=source,
-        files=files,
-        described=described,
-        packing="best_fit" if weighted else packing,
-        seed=seed,
-        buckets=buckets,
-        format=RowFormat(seq_len, token_dtype(tokenizer.vocab_size), weighted, pairs),
-        fingerprint=digest(identity),
-    )
+    assert prepared is not None, f"{recipe.name} was just prepared and is gone"
+    return prepared.model_copy(update={"described": recipe.corpus.described})

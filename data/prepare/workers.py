@@ -7,6 +7,7 @@ A worker whose parent is gone reads the end of its input and ends too.
 
 import contextlib
 import errno
+import functools
 import os
 import pickle
 import signal
@@ -14,13 +15,12 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 J = TypeVar("J")
-R = TypeVar("R")
 
 
 class Workers:
@@ -45,16 +45,34 @@ class Workers:
             process.stdout.close()
             process.wait()
 
-    def ordered(self, function: Callable[[J], R], jobs: Iterator[J]) -> Iterator[tuple[J, R]]:
-        """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded."""
+    def ordered(
+        self,
+        function: Callable[[J], Any],
+        jobs: Iterator[J],
+        heard: Callable[[J, Any], None] = lambda job, value: None,
+    ) -> Iterator[tuple[J, Any]]:
+        """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded.
+
+        What a generator yields goes to `heard` at once, from any thread but never from two; what it returns is the
+        result.
+        """
         if self._threads is None:
             for job in jobs:
-                yield job, function(job)
+                yield job, _drive(function, job, functools.partial(heard, job))
             return
-        waiting: deque[tuple[J, Future[R]]] = deque()
+        one = threading.Lock()
+
+        def run(job: J) -> Any:
+            def note(value: Any) -> None:
+                with one:
+                    heard(job, value)
+
+            return self._run(function, job, note)
+
+        waiting: deque[tuple[J, Future[Any]]] = deque()
         try:
             for job in jobs:
-                waiting.append((job, self._threads.submit(self._run, function, job)))
+                waiting.append((job, self._threads.submit(run, job)))
                 if len(waiting) > 4 * self._count:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -66,7 +84,7 @@ class Workers:
                 future.cancel()
             wait([future for _, future in waiting])
 
-    def _run(self, function: Callable[[Any], Any], job: Any) -> Any:
+    def _run(self, function: Callable[[Any], Any], job: Any, note: Callable[[Any], None] = lambda value: None) -> Any:
         """One job in the process of this thread."""
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
@@ -76,11 +94,13 @@ class Workers:
         try:
             pickle.dump((function, job), process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
-            succeeded, result = pickle.load(process.stdout)
+            while (message := pickle.load(process.stdout))[0] is None:
+                note(message[1])
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it is gone, perhaps amid its answer
             code = process.wait()
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             raise ChildProcessError(errno.ECHILD, f"a worker {how}") from None
+        succeeded, result = message
         if not succeeded:
             raise result
         return result
@@ -98,23 +118,40 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
+def _drive(function: Callable[[Any], Any], job: Any, note: Callable[[Any], None]) -> Any:
+    """The result of a job; `note` is told what it yields before."""
+    found = function(job)
+    while isinstance(found, Generator):
+        try:
+            note(next(found))
+        except StopIteration as end:
+            return end.value
+    return found
+
+
 def serve() -> None:
-    """The life of a worker: jobs from stdin, (succeeded, result or exception) to stdout, until stdin ends."""
+    """The life of a worker: jobs from stdin, (succeeded, result or exception) to stdout, until stdin ends.
+
+    Before that, (None, value) for each value that a job yields.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not mix with the results
-    while True:
-        try:
-            function, job = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer: tuple[bool, Any]
-        try:
-            answer = True, function(job)
-        except Exception as error:
-            answer = False, error
+
+    def send(answer: tuple[bool | None, Any]) -> None:
         try:
             pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
             results.flush()
         except BrokenPipeError:
             os._exit(1)  # the parent is gone; nothing is left to say to it
+
+    while True:
+        try:
+            function, job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = True, _drive(function, job, lambda value: send((None, value)))
+        except Exception as error:
+            answer = False, error
+        send(answer)

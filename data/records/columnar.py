@@ -9,16 +9,16 @@ from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.files import open_file
-from mixtral_jax.data.records.lump import Census, Lump
+from mixtral_jax.data.records.lump import Census, Lump, Place, Unit
 
 _BATCH = 256
 Records = Iterator[dict[str, Any] | None]  # None: a bad one, which was reported and has its number
 
 
-def lumps(file: str, records: Iterable[Any], lump_bytes: int) -> Iterator[Lump]:
-    """Groups records into lumps of about `lump_bytes`."""
+def lumps(file: str, records: Iterable[Any], lump_bytes: int, before: int = 0) -> Iterator[Lump]:
+    """Groups records into lumps of about `lump_bytes`; `before` stand in front of them in the file."""
     held: list[Any] = []
-    size, first = 0, 1
+    size, first = 0, before + 1
     for record in records:
         held.append(record)
         size += 64 + sum(len(v) if isinstance(v, (str, bytes)) else 256 for v in (record or {}).values())
@@ -37,26 +37,47 @@ def _present(file: str, names: Iterable[str], columns: tuple[str, ...]) -> list[
     return found
 
 
-def parquet(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Records:
-    """Records of a Parquet file."""
+def parquet(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
+    """Records of the row groups of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = unit.file
     try:
         with open_file(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
             wanted = _present(file, table.schema_arrow.names, columns)
-            yield from _rows(table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False), file, census)
+            groups = list(range(table.num_row_groups))[unit.start : unit.stop]
+            batches = table.iter_batches(_BATCH, row_groups=groups, columns=wanted, use_threads=False)
+            yield from _rows(batches, file, census, unit.first)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
 
 
-def hugging_face(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Records:
+def row_groups(file: str) -> list[tuple[int, int]]:
+    """(records, bytes before compression) of each row group of a Parquet file.
+
+    Raises:
+        pyarrow.ArrowException, OSError: it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    with open_file(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def hugging_face(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
     """Records of a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of one arrow file."""
-    for file in _arrow_files(Path(path), source.split) if os.path.isdir(path) else [path]:
+    for file in arrow_files(Path(unit.file), source.split) if os.path.isdir(unit.file) else [unit.file]:
         yield from _arrow(file, columns, census)
 
 
-def _arrow_files(directory: Path, split: str | None) -> list[str]:
+def arrow_files(directory: Path, split: str | None) -> list[str]:
+    """The files of a data set that was saved in a directory.
+
+    Raises:
+        ValueError: it was not, the split is not there, or one of them is missing.
+    """
     splits_file = directory / "dataset_dict.json"
     if splits_file.exists():
         splits = noted(str(splits_file), lambda it: [str(name) for name in it["splits"]])
@@ -105,8 +126,7 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Records:
         raise ValueError(f"{file} cannot be read as Arrow: {_first_line(error)}") from None
 
 
-def _rows(batches: Iterable[Any], file: str, census: Census) -> Records:
-    number = 0
+def _rows(batches: Iterable[Any], file: str, census: Census, number: int = 0) -> Records:
     for batch in batches:
         try:
             yield from _records(batch)
@@ -116,7 +136,7 @@ def _rows(batches: Iterable[Any], file: str, census: Census) -> Records:
                     record = _records(batch.slice(i, 1))[0]
                 except (ValueError, LookupError, OverflowError, RecursionError) as error:
                     what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
-                    census.report(f"{file}, record {number + i + 1}: {what}")
+                    census.report(Place(file, number + i + 1), what)
                     record = None
                 yield record
         number += batch.num_rows
@@ -149,26 +169,44 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     return lambda value: value
 
 
-def array_record(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Records:
+def array_record(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
     """Records of an ArrayRecord file: each a JSON object, or else the text itself, in UTF-8."""
+    file, reader = unit.file, _array_reader(unit.file)
+    for numbers in _batches(unit, reader.num_records()):
+        try:
+            records = reader.read(numbers.start, numbers.stop)
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read as ArrayRecord: {_first_line(error)}") from None
+        for number, record in zip(numbers, records, strict=True):
+            try:
+                yield _json_or_text(record, source.text_key)
+            except UnicodeDecodeError:
+                census.report(Place(file, number + 1), "not UTF-8 (a TFDS data set is read through its directory)")
+                yield None
+    reader.close()
+
+
+def _array_reader(file: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(file)
     if not reader.ok():  # a damaged file says that it has 0 records, and raises when it is closed
         raise ValueError(f"{file} cannot be read as ArrayRecord: it is damaged, cut off, or of another kind")
-    for start in range(0, reader.num_records(), _BATCH):
-        try:
-            records = reader.read(start, min(start + _BATCH, reader.num_records()))
-        except RuntimeError as error:
-            raise ValueError(f"{file} cannot be read as ArrayRecord: {_first_line(error)}") from None
-        for number, record in enumerate(records, start + 1):
-            try:
-                yield _json_or_text(record, source.text_key)
-            except UnicodeDecodeError:
-                where = f"{file}, record {number}"
-                census.report(f"{where}: not UTF-8 (a TFDS data set is read through its directory)")
-                yield None
+    return reader
+
+
+def array_records(source: SourceConfig, file: str) -> int:
+    """Records of an ArrayRecord file."""
+    reader = _array_reader(file)
+    count: int = reader.num_records()
     reader.close()
+    return count
+
+
+def _batches(unit: Unit, records: int) -> Iterator[range]:
+    """The numbers of the records of a unit, few at a time."""
+    stop = records if unit.stop is None else unit.stop
+    return (range(start, min(start + _BATCH, stop)) for start in range(unit.start, stop, _BATCH))
 
 
 def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
@@ -183,8 +221,27 @@ def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
     return {key: text}
 
 
-def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Census) -> Records:
+def tfds(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
     """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
+    path, builder, split = unit.file, *_tfds_split(source, unit.file)
+    records = builder.as_data_source(split=split)
+    wanted = _present(path, builder.info.features.keys(), columns)
+    for numbers in _batches(unit, len(records)):
+        for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
+            try:
+                yield {key: _plain(record[key]) for key in wanted}
+            except UnicodeDecodeError:
+                census.report(Place(path, number + 1), "not UTF-8")
+                yield None
+
+
+def tfds_records(source: SourceConfig, path: str) -> int:
+    """Records of a split of a TFDS data set."""
+    builder, split = _tfds_split(source, path)
+    return int(builder.info.splits[split].num_examples)
+
+
+def _tfds_split(source: SourceConfig, path: str) -> tuple[Any, str]:
     import tensorflow_datasets
 
     try:
@@ -200,16 +257,7 @@ def tfds(source: SourceConfig, path: str, columns: tuple[str, ...], census: Cens
     split = source.split or ("train" if "train" in splits else "")
     if split not in splits:
         raise ValueError(f"{path} has the splits {', '.join(splits)}: set split to one of them")
-    records = builder.as_data_source(split=split)
-    wanted = _present(path, builder.info.features.keys(), columns)
-    for start in range(0, len(records), _BATCH):
-        numbers = range(start, min(start + _BATCH, len(records)))
-        for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
-            try:
-                yield {key: _plain(record[key]) for key in wanted}
-            except UnicodeDecodeError:
-                census.report(f"{path}, record {number + 1}: not UTF-8")
-                yield None
+    return builder, split
 
 
 def _plain(value: Any) -> Any:

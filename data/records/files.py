@@ -61,6 +61,18 @@ def file_size(path: str) -> int:
     return fs.size(name) or 0  # None: a server that does not say
 
 
+def can_seek(path: str) -> bool:
+    """Whether a file can be read from its middle without what is before it."""
+    if "::" in path:
+        return False  # inside an archive
+    try:
+        with open_file(path) as stream:
+            stream.seek(1)  # of http, a server without ranges
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def file_identity(path: str) -> list[Any]:
     """Its size, and what changes when its content may have changed."""
     if not is_remote(path):

@@ -1,23 +1,27 @@
 """Files of records, read as lumps."""
 
 import codecs
+import contextlib
+import itertools
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import columnar
 from mixtral_jax.data.records.files import file_size, open_file, own_name
-from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, kind_of
+from mixtral_jax.data.records.lump import LUMP_BYTES, Census, Lump, Place, Unit, kind_of
 
 _READ_BYTES = 1 << 18
 _ZSTD_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; a file takes the memory that it asks for
 _RECORD_CHARS = 256 << 20  # of a record in a JSON array, which is held until its end is found
-_TEXT_PIECE_BYTES = 8 << 20
+UNIT_BYTES = 8 << 20  # see units.py
+TEXT_PIECE_BYTES = 8 << 20
 
 _EXTENSIONS = {
     ".jsonl": "jsonl",
@@ -32,7 +36,7 @@ _EXTENSIONS = {
 }
 SETS = ("tfds", "datasets")  # formats of directories that are one data set
 # how a JSON array of objects begins, with null or the like before the first, perhaps
-_ARRAY = re.compile(rb"""\s*\[\s*((null|true|false|[-+.\deE]+|"([^"\\]|\\.)*")\s*,\s*)*[{\]]""")
+_ARRAY = re.compile(rb"""(?:\xef\xbb\xbf)?\s*\[\s*((null|true|false|[-+.\deE]+|"([^"\\]|\\.)*")\s*,\s*)*[{\]]""")
 _SURROGATE = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8
 _NO_END = "the JSON array has no end (an incomplete download?), or something follows it,"
 _MAGIC = {
@@ -96,17 +100,19 @@ def data_files(path: str) -> list[str]:
     return sorted(str(p) for p in Path(path).rglob("*") if not p.is_dir())
 
 
-def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> Iterator[Lump]:
-    """All records of one file.
+def read_lumps(
+    source: SourceConfig, file: str, columns: tuple[str, ...], census: Census, unit: Unit | None = None
+) -> Generator[Lump, None, None]:
+    """All records of one file, or of a unit of it.
 
     `columns` are those that columnar files need to read; of alternatives those that the file has; of none all.
 
     Raises:
         ValueError: a file that is not what its name says, is cut off, or lacks the columns (unless skipped).
     """
-    kind = file_format(source, file)
+    unit, kind = unit or Unit(file), file_format(source, file)
     if kind == "jsonl":
-        yield from _jsonl(file, census)
+        yield from _jsonl(unit, census)
         return
     readers = {
         "text": _text,
@@ -115,7 +121,8 @@ def read_lumps(source: SourceConfig, file: str, columns: tuple[str, ...], census
         "tfds": columnar.tfds,
         "datasets": columnar.hugging_face,
     }
-    yield from columnar.lumps(file, readers[kind](source, file, columns, census), LUMP_BYTES)
+    before = {"parquet": unit.first, "text": unit.start // TEXT_PIECE_BYTES}.get(kind, unit.start)
+    yield from columnar.lumps(file, readers[kind](source, unit, columns, census), LUMP_BYTES, before)
 
 
 def with_text_column(source: SourceConfig, names: Sequence[str]) -> SourceConfig:
@@ -136,41 +143,77 @@ class _CutOff(Exception):
     """The bytes of a file end, or make no sense, before its end."""
 
 
-def _jsonl(file: str, census: Census) -> Iterator[Lump]:
+def is_array(file: str) -> bool:
+    """Whether a file of JSON is one array, and not lines.
+
+    Raises:
+        ValueError: it cannot be read, or is no text.
+    """
+    with contextlib.suppress(_CutOff):
+        return _ARRAY.match(next(_blocks(file), b"")) is not None
+    return False
+
+
+def _jsonl(unit: Unit, census: Census) -> Iterator[Lump]:
     """Whole lines, about a megabyte of them at a time; of a file that is cut off, those that are whole."""
-    rest: list[bytes] = []
-    held, number = 0, 1
-    damage = ""
+    number, offset = 1, 0
+    blocks = _blocks(unit.file, unit.start)
     try:
-        for block in _blocks(file):
-            if number == 1 and not held and _ARRAY.match(block):
-                yield from columnar.lumps(file, _array(file, census), LUMP_BYTES)
-                return
-            end = block.rfind(b"\n") + 1
-            if end and held + end >= LUMP_BYTES:
-                lines = b"".join([*rest, block[:end]])
-                yield Lump(file, number, lines)
-                number += lines.count(b"\n")
-                rest, held = [], 0
-                block = block[end:]
-            rest.append(block)
-            held += len(block)
+        first = next(blocks, b"")
+        blocks = itertools.chain([first], blocks)
+        if not unit.start and _ARRAY.match(first):
+            yield from columnar.lumps(unit.file, _array(unit.file, blocks, census), LUMP_BYTES)
+            return
+        for at, lines in _lines(blocks, unit, LUMP_BYTES):
+            offset = at if number == 1 else offset
+            yield Lump(unit.file, number, lines, offset=offset)
+            number += lines.count(b"\n")
     except _CutOff as error:
-        damage = str(error)
-    lines = b"".join(rest)
-    if damage:
-        lines = lines[: lines.rfind(b"\n") + 1]
-        last = number - 1 + lines.count(b"\n")
-        census.report(f"{file}: {damage} after line {last}")
-    if lines:
-        yield Lump(file, number, lines)
+        census.report(unit.file, f"{error} after line {number - 1}")
 
 
-def _array(file: str, census: Census) -> columnar.Records:
+def _lines(blocks: Iterator[bytes], unit: Unit, size: int) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, together those that begin in the same `size` bytes of the file, and where the first begins.
+
+    A unit has the lines that begin in it. Raises _CutOff behind the last whole line of a file that is damaged.
+    """
+    held: list[bytes] = []
+    at = end = max(0, unit.start - 1)  # of what is held
+    stop = math.inf if unit.stop is None else unit.stop
+    limit = unit.start or min(size, stop)  # the next line that begins here or behind is of the next lump
+    cut: _CutOff | None = None
+    while at < stop:
+        try:
+            block = next(blocks, b"")
+        except _CutOff as error:
+            block, cut = b"", error
+        if not block:
+            break
+        start, end = end, end + len(block)
+        while end >= limit and (after := block.find(b"\n", max(0, int(limit) - 1 - start)) + 1):
+            lines = b"".join([*held, block[:after]])
+            if at >= unit.start:
+                yield at, lines
+            at = start = start + after
+            held, block, limit = [], block[after:], min((at // size + 1) * size, stop)
+            if at >= stop:
+                return
+        if at < unit.start and end >= stop:
+            return  # all within one long line
+        held.append(block)
+    rest = b"".join(held)
+    rest = rest[: rest.rfind(b"\n") + 1] if cut else rest
+    if rest and at >= unit.start:
+        yield at, rest
+    if cut:
+        raise cut
+
+
+def _array(file: str, blocks: Iterator[bytes], census: Census) -> columnar.Records:
     """The objects of a JSON array, read piece by piece; of one that is cut off or malformed, those before that."""
     utf8, decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
     gap = re.compile(r"\s*(.?)\s*(.?)", re.DOTALL)  # a bracket or a comma, and what follows it
-    blocks, text, at, number, enough = _blocks(file), "", 0, 0, 0
+    text, at, number, enough = "", 0, 0, 0
     fault, is_last, is_over = "", False, False
     while not (fault or is_last):
         cut = ""
@@ -182,6 +225,8 @@ def _array(file: str, census: Census) -> columnar.Records:
         if at:
             text, at = text[at:], 0
         text += utf8.decode(block, is_last)
+        if not number:
+            text = text.removeprefix("\ufeff")
         if len(text) > _RECORD_CHARS:
             fault = f"a record of more than {_RECORD_CHARS >> 20} MB (a string without its end? write it as JSON lines)"
         elif len(text) < enough and not is_last:
@@ -212,46 +257,42 @@ def _array(file: str, census: Census) -> columnar.Records:
                     yield record
                     continue
                 what = f"expected a JSON object, found {kind_of(record)}" if is_utf8 else "not UTF-8"
-                census.report(f"{file}, record {number}: {what}")
+                census.report(Place(file, number), what)
                 yield None
         if is_last:
             fault = cut or fault or ("" if is_over else _NO_END)
     if fault:
-        census.report(f"{file}: {fault} after record {number}; nothing behind it is read")
+        census.report(file, f"{fault} after record {number}; nothing behind it is read")
 
 
-def _text(source: SourceConfig, file: str, columns: tuple[str, ...], census: Census) -> columnar.Records:
+def _text(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> columnar.Records:
     """A file is one document; one of more than 8 MB is cut at line ends."""
-    for number, piece in enumerate(_pieces(file, census), 1):
-        try:
-            yield {source.text_key: piece.decode("utf-8")}
-        except UnicodeDecodeError as error:
-            census.report(f"{file}, part {number}: not UTF-8 (byte {error.start + 1})")
-            yield None
-
-
-def _pieces(file: str, census: Census) -> Iterator[bytes]:
-    rest, number = b"", 1
+    number = unit.start // TEXT_PIECE_BYTES  # of the part before
     try:
-        for block in _blocks(file):
-            rest += block
-            if len(rest) >= _TEXT_PIECE_BYTES and (end := rest.rfind(b"\n") + 1):
-                yield rest[:end]
-                rest, number = rest[end:], number + 1
+        for at, piece in _lines(_blocks(unit.file, unit.start), unit, TEXT_PIECE_BYTES):
+            yield from [None] * (at // TEXT_PIECE_BYTES - number)  # within a long line none begins
+            number = at // TEXT_PIECE_BYTES + 1
+            try:
+                yield {source.text_key: (piece if at else piece.removeprefix(codecs.BOM_UTF8)).decode("utf-8")}
+            except UnicodeDecodeError as error:
+                census.report(Place(unit.file, number, "part"), f"not UTF-8 (byte {error.start + 1})")
+                yield None
     except _CutOff as error:
-        rest = rest[: rest.rfind(b"\n") + 1]
-        census.report(f"{file}, part {number}: {error}")
-    if rest:
-        yield rest
+        census.report(Place(unit.file, max(1, number), "part"), error)
 
 
-def _blocks(file: str) -> Iterator[bytes]:
-    """The bytes of a text, decompressed and without a byte order mark; raises _CutOff where they end early.
+def _blocks(file: str, start: int = 0) -> Iterator[bytes]:
+    """The bytes of a text, decompressed; of a unit with the one in front of it, which may end a line.
+
+    Raises _CutOff where they end early.
 
     Raises:
         ValueError: it is UTF-16, by its mark or by its first two characters, or no text but one of _MAGIC.
     """
-    blocks, head = _bytes(file), b""
+    blocks, head = _bytes(file, start), b""
+    if start:
+        yield from blocks
+        return
     for block in blocks:
         head += block
         if len(head) >= 64:
@@ -261,13 +302,15 @@ def _blocks(file: str) -> Iterator[bytes]:
     for kind, beginning in _MAGIC.items():
         if re.match(beginning, head, re.DOTALL):
             raise ValueError(f"{file} is no text: it holds {kind}; give it the name that says so")
-    yield head.removeprefix(codecs.BOM_UTF8)
+    yield head
     yield from blocks
 
 
-def _bytes(file: str) -> Iterator[bytes]:
+def _bytes(file: str, start: int) -> Iterator[bytes]:
     try:
         with open_file(file) as stream:
+            if start:
+                stream.seek(start - 1)
             raw = iter(lambda: stream.read(_READ_BYTES), b"")
             if compression(file) == ".gz":
                 yield from _inflate(raw, lambda: zlib.decompressobj(31), zlib.error)

@@ -1,7 +1,15 @@
 """Records to token ids: tokenizers, chat templates, what is learned."""
 
 from mixtral_jax.data.text.chat import encode_prompt
-from mixtral_jax.data.text.examples import Documents, text_documents, token_dtype, tuning_documents
+from mixtral_jax.data.text.examples import (
+    SHORTEST_PAIR,
+    Documents,
+    cut_examples,
+    join,
+    text_documents,
+    token_dtype,
+    tuning_documents,
+)
 from mixtral_jax.data.text.export import tokenizer_facts, tokenizer_files
 from mixtral_jax.data.text.layouts import VERSION as LAYOUT_VERSION
 from mixtral_jax.data.text.layouts import columns, layouts_of

@@ -1,6 +1,7 @@
 """A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mixtral_jax.data.text.template import Template
 from mixtral_jax.data.text.tokenizer import Tokenizer
 
 MAX_ENCODED = 4_000_000  # characters
+SHORTEST_PAIR = 8  # tokens of a row that can hold a pair which is cut to it
 
 
 class Documents(NamedTuple):
@@ -21,23 +23,31 @@ class Documents(NamedTuple):
 
     lengths: np.ndarray  # (n,) int64
     tokens: np.ndarray  # (sum of lengths,) uint16 or uint32
-    weights: np.ndarray | None  # (sum of lengths,) float16; None: every token counts 1
+    learned: np.ndarray | None  # (sum of lengths,) bool; None: every token
+    text_bytes: np.ndarray  # (n,) int64: UTF-8 bytes of the text; 0 of an example, whose text is partly the template's
+    control: np.ndarray  # (n,) bool: the text of the example holds what looks like a control token
 
-    def slices(self, starts: np.ndarray, lengths: np.ndarray) -> "Documents":
-        """Of the tokens (and weights) those at start : start + length, as documents."""
-        places = [slice(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-
-        def join(flat: np.ndarray) -> np.ndarray:
-            return np.concatenate([flat[place] for place in places]) if places else flat[:0]
-
-        return Documents(lengths, join(self.tokens), None if self.weights is None else join(self.weights))
+    def pick(self, chosen: np.ndarray) -> "Documents":
+        """Those of the numbers `chosen`."""
+        starts = (np.cumsum(self.lengths) - self.lengths)[chosen]
+        lengths = self.lengths[chosen]
+        tokens, learned = join(self.tokens, starts, lengths), self.learned
+        if learned is not None:
+            learned = join(learned, starts, lengths)
+        return Documents(lengths, tokens, learned, self.text_bytes[chosen], self.control[chosen])
 
     @property
     def targets(self) -> int:
         """How many tokens are learned."""
-        if self.weights is None:
+        if self.learned is None:
             return len(self.tokens) - len(self.lengths)
-        return int(np.count_nonzero(self.weights))
+        return int(np.count_nonzero(self.learned))
+
+
+def join(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The slices start : start + length of an array, one after the other."""
+    slices = [flat[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    return np.concatenate(slices) if slices else flat[:0]
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -55,17 +65,19 @@ def _names(record: dict[str, Any]) -> str:
 def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -> Documents:
     """Pretraining documents: BOS, the ids of the text, EOS. EOS is learned; BOS, being first, is never a target."""
     texts: list[str] = []
+    sizes: list[int] = []
     for number, record in lump.parse(census):
         try:
             size = utf8_size(_text(record, key), repr(key))
         except ValueError as error:
-            census.report(f"{lump.where(number)}: {error}")
+            census.report(lump.where(number), error)
             continue
-        census.counts["text_bytes"] += size
         if size:
             texts.append(record[key])
+            sizes.append(size)
         else:
             census.counts["empty"] += 1
+    census.counts["text_bytes"] += sum(sizes)
     encoded = _encode_all(texts, tokenizer)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
     tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
@@ -75,7 +87,7 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -
         tokens[at + 1 : at + 1 + len(ids)] = ids
         tokens[at + 1 + len(ids)] = tokenizer.eos_id
         at += len(ids) + 2
-    return Documents(lengths, tokens, None)
+    return Documents(lengths, tokens, None, np.array(sizes, np.int64), np.zeros(len(sizes), bool))
 
 
 def _text(record: dict[str, Any], key: str) -> str:
@@ -122,47 +134,74 @@ def tuning_documents(
     kind: str,
     template: Template,
     train_on: TrainOn,
-    size: int,
     census: Census,
     layouts: Sequence[str] = (),
 ) -> Documents:
-    """Fine-tuning examples that fit a row of `size` tokens: of a chat one sequence, of a preference two that are
-    neighbours. One of which nothing is left to learn (of a pair, on either side), or of which both answers are cut to
-    the same, is dropped.
+    """Fine-tuning examples as wholes: of a chat one sequence, of a preference two that are neighbours. One of which
+    nothing is learned (of a pair, on either side), or of which both answers are the same tokens, is dropped.
 
     `layouts` are those that the file's first rows have.
     """
     examples: list[Example] = []
+    control: list[bool] = []
     for number, record in lump.parse(census):
         try:
             whole: tuple[Example, ...] = ()
-            kept: tuple[Example, ...] = ()
             layout, shape = normalise(record, source, kind, layouts)
-            if shape is None:
-                lost = True
-            elif kind == "preference":
-                pair = _pair(shape, source, template)
-                whole, kept = pair, fit(pair, size)
-                lost = kept[0] == kept[1] or not all(any(each.learned) for each in kept)
-            else:
-                example = _example(shape, source, template, train_on)
-                whole, kept = (example,), (_cut(example, 0, size),)
-                lost = not any(kept[0].learned[1:])
+            if shape is not None and kind == "preference":
+                whole = _pair(shape, source, template)
+            elif shape is not None:
+                whole = (_example(shape, source, template, train_on),)
         except (ValueError, RecursionError) as error:
-            census.report(f"{lump.where(number)}: {error}")
+            census.report(lump.where(number), error)
             continue
         census.layouts[layout] += 1
-        if lost:
+        if not whole or whole[0] in whole[1:] or not all(any(each.learned[1:]) for each in whole):
             census.counts["dropped"] += 1
             continue
-        census.counts["truncated"] += kept != whole
-        if any(map(template.words.search, _texts(shape))):
-            census.counts["control_words"] += 1
-        examples += kept
+        examples += whole
+        control += [any(map(template.words.search, _texts(shape)))] * len(whole)
     lengths = np.array([len(e.tokens) for e in examples], np.int64)
     tokens = np.array([t for e in examples for t in e.tokens], token_dtype(template.tokenizer.vocab_size))
-    weights = np.array([learned for e in examples for learned in e.learned], np.float16)
-    return Documents(lengths, tokens, weights)
+    learned = np.array([learned for e in examples for learned in e.learned], bool)
+    return Documents(lengths, tokens, learned, np.zeros(len(examples), np.int64), np.array(control, bool))
+
+
+def cut_examples(documents: Documents, size: int, together: int) -> tuple[Documents, Counter[str]]:
+    """Examples that fit a row of `size` tokens, and how many were cut to it (`truncated`) or `dropped`.
+
+    A chat loses its end. A pair (`together` is 2: neighbours) that is longer than a row is cut so that each sequence
+    takes at most half: completions lose their ends first, down to half of that half; then the prompt loses its
+    beginning, but for BOS. Both sequences keep the same prompt. One of which nothing is left to learn (of a pair, on
+    either side), or of which both answers are cut to the same, is dropped.
+    """
+    tokens, learned = documents.tokens, documents.learned
+    assert learned is not None and (together == 1 or size >= SHORTEST_PAIR)
+    keep, counts = np.ones(len(tokens), bool), Counter[str]()
+    ends = np.cumsum(documents.lengths)
+    bounds = np.stack([ends - documents.lengths, ends], axis=1).reshape(-1, together, 2)
+    for of_example in bounds[bounds[:, -1, 1] - bounds[:, 0, 0] > size].tolist():
+        skipped, end = 0, size
+        if together == 2:
+            prompt = min(int(np.argmax(learned[start:stop])) for start, stop in of_example)
+            half = size // 2
+            room = max(half - prompt, half // 2)
+            longest = min(room, max(stop - start for start, stop in of_example) - prompt)
+            skipped, end = max(0, prompt - (half - longest)), prompt + room
+        for start, stop in of_example:
+            keep[start + 1 : start + 1 + skipped] = False
+            keep[start + end : stop] = False
+        places = [start + np.flatnonzero(keep[start:stop]) for start, stop in of_example]
+        same = together == 2 and all(np.array_equal(*(x[place] for place in places)) for x in (tokens, learned))
+        lost = same or not all(learned[place].any() for place in places)
+        keep[of_example[0][0] : of_example[-1][1]] &= not lost
+        counts["dropped" if lost else "truncated"] += 1
+    if not counts:
+        return documents, counts
+    lengths = np.add.reduceat(keep, ends - documents.lengths, dtype=np.int64)
+    left = lengths > 0
+    rest = (documents.text_bytes[left], documents.control[left])
+    return Documents(lengths[left], tokens[keep], learned[keep], *rest), counts
 
 
 def chat_example(
@@ -235,36 +274,3 @@ def _texts(shape: Any) -> Iterator[str]:
         for text in [value] if isinstance(value, str) else [m.get("content") for m in value if isinstance(m, dict)]:
             if isinstance(text, str):
                 yield text
-
-
-def fit(pair: Pair, size: int) -> Pair:
-    """The pair in `size` tokens. One that is longer is cut so that each sequence takes at most half.
-
-    Completions lose their ends first, down to half of that half; then the prompt loses its beginning, but for BOS.
-    Both sequences keep the same prompt.
-
-    Raises:
-        ValueError: a sequence does not begin with a prompt, or a row is too short.
-    """
-    prompt = min(map(_prompt_length, pair))
-    if not prompt:
-        raise ValueError("there is no prompt before the answers")
-    if sum(len(e.tokens) for e in pair) <= size:
-        return pair
-    half = size // 2
-    if half < 4:
-        raise ValueError(f"a row of {size} tokens is too short for a pair")
-    room = max(half - prompt, half // 2)
-    longest = min(room, max(len(e.tokens) for e in pair) - prompt)
-    kept = half - longest  # of the prompt
-    return Pair(*(_cut(example, max(0, prompt - kept), prompt + room) for example in pair))
-
-
-def _cut(example: Example, count: int, end: int) -> Example:
-    """The first `end` tokens of an example, without the `count` after its first."""
-    tokens, learned = example
-    return Example(tokens[:1] + tokens[1 + count : end], learned[:1] + learned[1 + count : end])
-
-
-def _prompt_length(example: Example) -> int:
-    return example.learned.index(True) if True in example.learned else len(example.learned)

@@ -1,8 +1,9 @@
-"""Our training step: `python -m tests.bench.ours SHAPE [CAPACITY]`, a step for each line of input."""
+"""Our training step: `python -m tests.bench.ours SHAPE [OPTIONS]`, a step for each line of input."""
 
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from mixtral_jax.train.hooks.ledger import pause_for_memory
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.objective import RouterConfig, next_token
 from mixtral_jax.train.optimizer import OptimizerConfig, make_optimizer
+from mixtral_jax.train.plan import peak_flops
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Options, Shape, parse
 from tests.bench.worker import resident_bytes, serve
 
 SETTLED = 20  # steps after which memory is not to grow any more
@@ -42,10 +44,16 @@ def model_of(shape: Shape) -> MixtralConfig:
     )  # fmt: skip
 
 
-def prepare(shape: Shape, capacity: float | None) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
+def compute_of(options: Options) -> ComputeConfig:
+    """How our side computes."""
+    moe = MoeConfig(capacity_factor=options.capacity, matmul=options.experts)
+    return ComputeConfig(dtype=options.dtype, attention=options.attention, moe=moe)
+
+
+def prepare(shape: Shape, options: Options) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
     """The very step that a run takes, compiled, as a function of its number that gives the loss; and what is known."""
     config = model_of(shape)
-    compute = ComputeConfig(dtype="float32", moe=MoeConfig(capacity_factor=capacity))
+    compute = compute_of(options)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), 10_000)
     graphdef, _ = nnx.split(abstract_model(config, compute))
     params = nnx.to_pure_dict(nnx.state(Mixtral(config, compute, key=jax.random.key(0))))
@@ -57,6 +65,7 @@ def prepare(shape: Shape, capacity: float | None) -> tuple[Callable[[int], float
     known = {
         "compile_seconds": time.perf_counter() - began,
         "flops": config.flops_per_token(shape.seq_len) * shape.tokens,
+        "planned_bytes": peak_bytes(compiled.memory_analysis()),
     }
     drop_freed_memory()
 
@@ -73,14 +82,30 @@ def prepare(shape: Shape, capacity: float | None) -> tuple[Callable[[int], float
     def facts() -> dict[str, float]:
         resident = resident_bytes()
         grown = resident - known.get("settled_bytes", resident)
-        return {**known, "grown_bytes": grown, "matmul_flops_per_second": matmul_rate()}
+        return {**known, "grown_bytes": grown, "matmul_flops_per_second": matmul_rate(options.dtype), **device_facts()}
 
     return step, facts
 
 
-def matmul_rate() -> float:
-    """XLA's own fp32 matmul, 2048 x 2048 x 2048: the best of ten."""
-    a = jnp.ones((2048, 2048))
+def peak_bytes(stats: Any) -> float:
+    """What a compiled program holds at most, as its compiler says."""
+    return (
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    )
+
+
+def device_facts() -> dict[str, float]:
+    """Of an accelerator: the most that was in use on it, in place of the host's memory."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return {}
+    seen = {"peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0)}
+    return {**seen, "peak_flops": peak_flops(device.device_kind) or 0.0}
+
+
+def matmul_rate(dtype: str = "float32") -> float:
+    """XLA's own matmul, 2048 x 2048 x 2048: the best of ten."""
+    a = jnp.ones((2048, 2048), dtype)
     product = jax.jit(jnp.dot)
     product(a, a).block_until_ready()
     times = []
@@ -92,4 +117,4 @@ def matmul_rate() -> float:
 
 
 if __name__ == "__main__":
-    serve(*prepare(parse(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None))
+    serve(*prepare(parse(sys.argv[1]), Options.of(sys.argv[2:])))

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.bench.worker import PLATFORM
+
 Results = dict[str, dict[str, Any]]
 MAXTEXT, MAXTEXT_VENV = "tests.bench.theirs_maxtext", Path(".venv-maxtext")
 OURS = ("tests.bench.ours", "tests.bench.tuning_ours")
@@ -21,7 +23,8 @@ class Worker:
         # our own run as launch.py runs training
         command = ["tests.bench.kept", *command] if command[0] in OURS else command
         python = str(MAXTEXT_VENV.absolute() / "bin" / "python") if command[0] == MAXTEXT else sys.executable
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "JAX_PLATFORMS": PLATFORM, "HF_HUB_OFFLINE": "1"}
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two share a GPU
         self.name = " ".join(command)
         self.process = subprocess.Popen(
             [python, "-m", *command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

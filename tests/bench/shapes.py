@@ -28,8 +28,24 @@ SHAPES = {
     "S": Shape(256, 896, 8, 8, 2, 256, 8),
     "M": Shape(512, 1792, 8, 16, 4, 512, 4),
     "L": Shape(256, 896, 8, 8, 2, 2048, 1),
+    "G": Shape(1024, 3584, 16, 8, 2, 4096, 4),  # 1.5 billion parameters, for one GPU
 }
 LEARNING_RATE, BALANCE_COEFFICIENT = 1e-3, 0.01
+
+
+class Options(NamedTuple):
+    """How a step is computed: `dtype=bfloat16 attention=dot_product`; each side has its own names of back-ends."""
+
+    dtype: str = "float32"
+    attention: str = "auto"
+    experts: str = "auto"
+    capacity: float | None = None
+
+    @classmethod
+    def of(cls, words: list[str]) -> "Options":
+        """Those that a command line names."""
+        named = dict(word.split("=") for word in words)
+        return cls(**named | ({"capacity": float(named["capacity"])} if "capacity" in named else {}))
 
 
 def parse(text: str) -> Shape:

@@ -21,8 +21,8 @@ def section(shapes: list[str], steps: int) -> str:
 
 def _table(shape: str, steps: int) -> str:
     s = SHAPES[shape]
-    others = {CAPACITY: ["tests.bench.ours", shape, "1.25"]}
-    others |= {f"transformers, {name}": ["tests.bench.theirs", shape, name] for name in EXPERTS}
+    others = {CAPACITY: ["tests.bench.ours", shape, "capacity=1.25"]}
+    others |= {f"transformers, {name}": ["tests.bench.theirs", shape, f"experts={name}"] for name in EXPERTS}
     with_maxtext = shape in MAXTEXT_SHAPES and (MAXTEXT_VENV / "stamp").exists()
     if with_maxtext:
         others |= {f"MaxText, {mode}": [MAXTEXT, shape, mode] for mode in ("capacity", "dropless")}

@@ -1,6 +1,7 @@
-"""The same training step in transformers: `python -m tests.bench.theirs SHAPE EXPERTS`, a step for each line of input.
+"""The same training step in transformers: `python -m tests.bench.theirs SHAPE [OPTIONS]`, a step for a line of input.
 
-EXPERTS is one of transformers' implementations of the experts: eager, batched_mm or grouped_mm.
+`experts` is one of transformers' implementations: eager, batched_mm or grouped_mm. dtype bfloat16 is also that of
+weights and moments, which is what a user gets by typing it.
 """
 
 import sys
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
-from tests.bench.worker import serve
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Options, Shape, parse
+from tests.bench.worker import PLATFORM, serve
+
+DEVICE = "cuda" if torch.cuda.is_available() and PLATFORM != "cpu" else "cpu"
 
 
 def model_of(shape: Shape, **options: Any) -> MixtralForCausalLM:
-    """The model of a shape."""
-    return MixtralForCausalLM(
+    """The model of a shape, on the device that is measured."""
+    model = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
@@ -25,17 +28,20 @@ def model_of(shape: Shape, **options: Any) -> MixtralForCausalLM:
             router_aux_loss_coef=BALANCE_COEFFICIENT, use_cache=False, **options,
         )
     )  # fmt: skip
+    return model.to(DEVICE)
 
 
-def prepare(shape: Shape, experts: str) -> Callable[[int], float]:
-    """Forward, backward, clipping and AdamW in fp32, as a function of the step's number that gives the loss."""
+def prepare(shape: Shape, options: Options) -> Callable[[int], float]:
+    """Forward, backward, clipping and AdamW, as a function of the step's number that gives the loss."""
     torch.manual_seed(0)
-    model = model_of(shape, attn_implementation="sdpa", experts_implementation=experts).train()
+    attention = "sdpa" if options.attention == "auto" else options.attention
+    model = model_of(shape, attn_implementation=attention, experts_implementation=options.experts)
+    model = model.to(getattr(torch, options.dtype)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(index: int) -> float:
         numbers = np.random.default_rng(index).integers(0, shape.vocab, (shape.batch, shape.seq_len))
-        tokens = torch.tensor(numbers)
+        tokens = torch.tensor(numbers, device=DEVICE)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -46,5 +52,10 @@ def prepare(shape: Shape, experts: str) -> Callable[[int], float]:
     return step
 
 
+def device_facts() -> dict[str, float]:
+    """Of a GPU: the most that was in use on it, in place of the host's memory."""
+    return {} if DEVICE == "cpu" else {"peak_bytes": torch.cuda.max_memory_allocated()}
+
+
 if __name__ == "__main__":
-    serve(prepare(parse(sys.argv[1]), sys.argv[2]))
+    serve(prepare(parse(sys.argv[1]), Options.of(sys.argv[2:])), device_facts)

@@ -1,4 +1,4 @@
-"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE sft|lora|dpo PROMPT`.
+"""Our SFT, LoRA and DPO steps: `python -m tests.bench.tuning_ours SHAPE sft|lora|dpo PROMPT [OPTIONS]`.
 
 Each row is one chat of the shape's length, of which the share PROMPT is not learned; for DPO two rows are a pair in one
 row of twice the length, and the reference's forward pass belongs to the step.
@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mixtral_jax.config import ComputeConfig
 from mixtral_jax.data.rows.batch import Batch, PairBatch
 from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.lora import LoraConfig, is_adapter
@@ -27,8 +26,8 @@ from mixtral_jax.train.preference.objective import make_sequence_logps, preferen
 from mixtral_jax.train.state import create_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import join, keep
-from tests.bench.ours import model_of
-from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Shape, parse
+from tests.bench.ours import compute_of, device_facts, model_of
+from tests.bench.shapes import BALANCE_COEFFICIENT, LEARNING_RATE, Options, Shape, parse
 from tests.bench.worker import serve
 
 LORA = LoraConfig(rank=16)
@@ -53,9 +52,9 @@ def pairs(shape: Shape, seed: int, prompt: float) -> PairBatch:
     return PairBatch(*(np.stack(column)[None] for column in zip(*rows, strict=True)))
 
 
-def prepare(shape: Shape, kind: str, prompt: float) -> Callable[[int], float]:
+def prepare(shape: Shape, kind: str, prompt: float, options: Options) -> Callable[[int], float]:
     """One step as a function of its number that gives the loss."""
-    config, compute = model_of(shape), ComputeConfig(dtype="float32")
+    config, compute = model_of(shape), compute_of(options)
     lora = LORA if kind == "lora" else None
     optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), 10_000)
     graphdef, _ = nnx.split(abstract_model(config, compute, lora=lora))
@@ -94,4 +93,4 @@ def prepare(shape: Shape, kind: str, prompt: float) -> Callable[[int], float]:
 
 
 if __name__ == "__main__":
-    serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
+    serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3]), Options.of(sys.argv[4:])), device_facts)

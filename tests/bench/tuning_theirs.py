@@ -1,6 +1,6 @@
-"""TRL's trainers on the same rows: `python -m tests.bench.tuning_theirs SHAPE sft|dpo PROMPT`.
+"""TRL's trainers on the same rows: `python -m tests.bench.tuning_theirs SHAPE sft|lora|dpo PROMPT [OPTIONS]`.
 
-Settings are TRL's own, but for fp32 (its default is bf16), the lengths and the batch.
+Settings are TRL's own, but for the precision (its default is bf16 beside fp32 weights), the lengths and the batch.
 """
 
 import queue
@@ -13,15 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from tests.bench.shapes import LEARNING_RATE, Shape, parse
-from tests.bench.theirs import model_of
+from tests.bench.shapes import LEARNING_RATE, Options, Shape, parse
+from tests.bench.theirs import DEVICE, device_facts, model_of
 from tests.bench.worker import serve
 
 STEPS_AT_MOST = 60  # for which there are rows
+LORA = {  # as ours: attention and experts
+    "r": 16,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 
 
 class Gate(TrainerCallback):
@@ -68,12 +74,12 @@ def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w2;", eos_token="w1;", unk_token="w0;")
 
 
-def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str) -> Any:
+def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str, dtype: str = "float32") -> Any:
     """SFTTrainer on rows of seq_len tokens, or DPOTrainer on half as many pairs of them; `share` of each is prompt."""
     rng, T, prompt = np.random.default_rng(0), shape.seq_len, int(shape.seq_len * share)
     common = dict(
-        output_dir=directory, report_to=[], use_cpu=True, bf16=False, max_steps=steps, save_strategy="no",
-        learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True,
+        output_dir=directory, report_to=[], use_cpu=DEVICE == "cpu", bf16=dtype == "bfloat16", max_steps=steps,
+        save_strategy="no", learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True,
     )  # fmt: skip
 
     def words(count: int) -> str:
@@ -94,14 +100,17 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
         for _ in range(shape.batch * steps)
     ]
     sft = SFTConfig(per_device_train_batch_size=shape.batch, completion_only_loss=True, **common)
-    return SFTTrainer(model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    adapters = LoraConfig(**LORA) if kind == "lora" else None
+    return SFTTrainer(
+        model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters
+    )
 
 
-def prepare(shape: Shape, kind: str, share: float, directory: str) -> Callable[[int], None]:
+def prepare(shape: Shape, kind: str, share: float, directory: str, options: Options) -> Callable[[int], None]:
     """The trainer as a function that takes one step of it."""
     torch.manual_seed(0)
     gate = Gate()
-    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, directory)
+    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, directory, options.dtype)
     trainer.add_callback(gate)
     gate.run(trainer.train)
     return gate.step
@@ -109,4 +118,5 @@ def prepare(shape: Shape, kind: str, share: float, directory: str) -> Callable[[
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3]), folder))
+        options = Options.of(sys.argv[4:])
+        serve(prepare(parse(sys.argv[1]), sys.argv[2], float(sys.argv[3]), folder, options), device_facts)

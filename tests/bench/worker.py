@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PLATFORM = os.environ.get("BENCH_PLATFORM", "cpu")  # where both sides compute: cpu, or cuda
+
 
 def serve(step: Callable[[int], object], facts: Callable[[], dict[str, Any]] = dict) -> None:
     """Two steps to warm up, a line `ready`, then one step for each line of input and its seconds; at the end facts."""

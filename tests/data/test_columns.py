@@ -20,7 +20,7 @@ def read(rows, kind="chat", train_on="all", **source):
     source, census = SourceConfig(name="s", path="f", **source), Census(skip=False)
     lump = Lump("f", 1, "".join(json.dumps(row) + "\n" for row in rows).encode())
     layouts = layouts_of(rows, source, kind)
-    return tuning_documents(lump, source, kind, V3, train_on, 10_000, census, layouts), census
+    return tuning_documents(lump, source, kind, V3, train_on, census, layouts), census
 
 
 # --- a system prompt stands before every conversation ---
@@ -178,7 +178,7 @@ def test_a_label_of_classes_is_none_and_a_late_mark_is_seen(record):
 def test_train_on_last_is_of_completions_and_pairs_need_two_answers():
     record = {"prompt": [Q], "completion": [A, Q, B]}
     documents, _ = read([record], train_on="last")
-    assert documents.weights.tolist() == encode_chat([Q, A, Q, B], V3, train_on="last").learned
+    assert documents.learned.tolist() == encode_chat([Q, A, Q, B], V3, train_on="last").learned
     for side in ("chosen", "rejected"):
         pair = {"prompt": [Q], "chosen": [A], "rejected": [B]}
         documents, census = read([{**pair, side: [{**pair[side][0], "weight": 0}]}], "preference")

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -12,9 +14,17 @@ from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.text import examples
 from mixtral_jax.data.text.chat import Example, encode_chat
-from mixtral_jax.data.text.examples import chat_example, preference_pair, text_documents, tuning_documents
+from mixtral_jax.data.text.examples import (
+    Documents,
+    chat_example,
+    cut_examples,
+    preference_pair,
+    text_documents,
+    tuning_documents,
+)
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
+from tests.oracles import cutting
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
@@ -45,7 +55,8 @@ def test_a_document_is_bos_ids_eos() -> None:
     expected = [[BOS, *TOKENIZER.encode(t), EOS] for t in texts]
     assert found.lengths.tolist() == [len(d) for d in expected]
     assert found.tokens.tolist() == [token for d in expected for token in d]
-    assert found.weights is None
+    assert found.learned is None
+    assert found.text_bytes.tolist() == [len(t.encode()) for t in texts]
     assert census.counts == {"text_bytes": sum(len(t.encode()) for t in texts), "empty": 1}
 
 
@@ -152,8 +163,8 @@ def test_texts_that_hold_control_words_are_counted() -> None:
     chats = [[_user(text), _assistant("a")] for text in ("<s>[INST] hi [/INST]", "plain", "<|im_start|>", "a < s >")]
     records = [*({"messages": chat} for chat in chats), {"prompt": "a", "completion": "b</s>"}]
     census = Census(skip=False)
-    tuning_documents(_lump(*records), SOURCE, "chat", CHAT, "all", 65, census)
-    assert census.counts["control_words"] == 3
+    found = tuning_documents(_lump(*records), SOURCE, "chat", CHAT, "all", census)
+    assert found.control.tolist() == [True, False, True, False, True]
 
 
 def test_prompt_and_completion_as_messages_are_one_chat_of_which_the_last_answer_is_learned() -> None:
@@ -187,24 +198,61 @@ def test_columns_can_be_named() -> None:
 )
 def test_a_bad_chat_is_named(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"f.jsonl, {message}"):
-        tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", 64 + 1, Census(skip=False))
+        tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", Census(skip=False))
     census = Census(skip=True)
-    assert len(tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", 64 + 1, census).lengths) == 0
+    assert len(tuning_documents(_lump(record), SOURCE, "chat", CHAT, "all", census).lengths) == 0
     assert census.bad == 1
 
 
 def test_chats_are_cut_to_a_row_and_dropped_when_nothing_is_left_to_learn() -> None:
     short, long_answer = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 50}
     long_prompt = {"prompt": "a " * 50, "completion": "b"}
-    census = Census(skip=False)
-    found = tuning_documents(_lump(short, long_answer, long_prompt), SOURCE, "chat", CHAT, "all", 17, census)
-    assert census.counts == {"truncated": 1, "dropped": 1}
-    whole = [chat_example(r, SOURCE, CHAT) for r in (short, long_answer)]
-    expected = [Example(tokens[:17], learned[:17]) for tokens, learned in whole]
+    whole = tuning_documents(_lump(short, long_answer, long_prompt), SOURCE, "chat", CHAT, "all", Census(skip=False))
+    assert len(whole.lengths) == 3
+    found, counts = cut_examples(whole, 17, 1)
+    assert counts == {"truncated": 1, "dropped": 1}
+    examples = [chat_example(r, SOURCE, CHAT) for r in (short, long_answer)]
+    expected = [Example(tokens[:17], learned[:17]) for tokens, learned in examples]
     assert found.lengths.tolist() == [len(e.tokens) for e in expected]
     assert found.tokens.tolist() == expected[0].tokens + expected[1].tokens
-    assert found.weights is not None
-    assert found.weights.tolist() == expected[0].learned + expected[1].learned
+    assert found.learned is not None
+    assert found.learned.tolist() == expected[0].learned + expected[1].learned
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_cutting_is_that_of_the_slow_twin(together: int) -> None:
+    rng = np.random.default_rng(together)
+    for _ in range(60):
+        size = int(rng.integers(8, 40))
+        examples = []
+        for _ in range(rng.integers(1, 9)):
+            prompt, *answers = rng.integers(1, 30, 1 + together).tolist()
+            begin = [1, *rng.integers(2, 4, prompt - 1).tolist()]  # two tokens: some pairs are cut to the same
+            of_it = []
+            for length in answers:
+                learned = [False] * prompt + [True, *(rng.random(length - 1) < 0.7).tolist()]
+                of_it.append(cutting.Example(begin + rng.integers(2, 4, length).tolist(), learned))
+            examples.append(tuple(of_it))
+        flat = [example for of_it in examples for example in of_it]
+        found, counts = cut_examples(
+            Documents(
+                np.array([len(e.tokens) for e in flat], np.int64),
+                np.array([t for e in flat for t in e.tokens], np.uint16),
+                np.array([w for e in flat for w in e.learned], bool),
+                np.zeros(len(flat), np.int64),
+                np.arange(len(flat)) % 3 == 0,
+            ),
+            size,
+            together,
+        )
+        long = [sum(len(e.tokens) for e in of_it) > size for of_it in examples]
+        fates = [cutting.fate(e, size) if is_long else (e, "whole") for e, is_long in zip(examples, long, strict=True)]
+        kept = [example for left, _ in fates for example in left]
+        assert found.lengths.tolist() == [len(e.tokens) for e in kept]
+        assert found.tokens.tolist() == [t for e in kept for t in e.tokens]
+        assert found.learned is not None
+        assert found.learned.tolist() == [w for e in kept for w in e.learned]
+        assert counts == Counter(fate for _, fate in fates if fate != "whole")
 
 
 # --- preference ---

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.loader import EvalSource, Loader, RowReader, eval_sources, shard_rows
 from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
+from mixtral_jax.data.rows.position import Position
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -88,15 +90,29 @@ def test_the_accumulation_only_reshapes_the_step(cache: Path) -> None:
 def test_the_batches_are_the_rows_in_the_global_order(cache: Path) -> None:
     config = _config(cache)
     prepared = prepare(config, SEQ_LEN, 0)
-    loader = Loader(prepared, global_batch_size=ROWS)
+    loader, order = Loader(prepared, global_batch_size=ROWS), prepared.order_from(Position(), ROWS)
     reader = RowReader(prepared.train)
     for step in range(3):
         batch = next(loader)
-        places = [prepared.order[r] for r in range(step * ROWS, (step + 1) * ROWS)]
+        places = [order[r] for r in range(step * ROWS, (step + 1) * ROWS)]
         for b, row in enumerate(reader.read(*place) for place in places):
             assert all(np.array_equal(x[0, b], y) for x, y in zip(batch, row, strict=True))
     reader.close()
     loader.close()
+
+
+def test_a_loader_goes_on_across_phases_from_any_position(cache: Path) -> None:
+    values = _config(cache).model_dump()
+    phases = [{"from_step": 0, "weights": {"fr": 3, "it": 1}}, {"from_step": 3, "weights": {"code": 1, "fr": 1}}]
+    prepared = prepare(DataConfig(**values | {"phases": phases}), SEQ_LEN, 0)
+    options = {"global_batch_size": ROWS, "micro_batch_size": MICRO}
+    with closing(Loader(prepared, **options)) as loader:
+        whole = [next(loader) for _ in range(5)]
+    for done in (2, 3, 4):
+        position = Position().at(done, done * ROWS, prepared.order_from(Position(), ROWS), prepared.sources)
+        order = prepared.order_from(position, ROWS)
+        with closing(Loader(prepared, **options, start_row=position.row, order=order)) as loader:
+            assert all(_equal(next(loader), batch) for batch in whole[done:])
 
 
 def test_dtypes_and_the_weights_of_a_batch(cache: Path) -> None:
@@ -161,7 +177,6 @@ def test_evaluation_counts_every_token_once(cache: Path, batch_size: int) -> Non
             targets.update(batch.targets[batch.weights > 0].tolist())
         expected = Counter(t for text in texts for t in [*TOKENIZER.encode(text), TOKENIZER.eos_id])
         assert targets == expected
-        assert source.targets == sum(expected.values())
         assert source.text_bytes == sum(len(text.encode()) for text in texts)
         assert shapes == {(1, batch_size, SEQ_LEN)}
         assert len(list(source)) == len(source)  # it can be read again
@@ -189,6 +204,38 @@ def test_evaluation_shards_join_to_the_whole(cache: Path) -> None:
     halves = [list(_evaluation(cache, 6, shard=(i, 2))["code"]) for i in (0, 1)]
     for batch, *parts in zip(whole, *halves, strict=True):
         assert _equal(_joined(parts), batch)
+
+
+def test_a_sample_is_spread_over_the_source_and_the_same_for_all(cache: Path) -> None:
+    """Packing wrote the longest rows first: the first batches are no picture of the whole."""
+    whole, sample = (_evaluation(cache, 4, **options)["fr"] for options in ({}, {"batches": 3}))
+    rows = [b.tokens[0, i] for b in whole for i in range(4) if b.segment_ids[0, i].any()]
+    batches = list(sample)
+    found = np.concatenate([batch.tokens[0] for batch in batches])
+    n = len(rows)
+    middles = [int((i + 0.5) * n / 12) for i in range(12)]
+    assert len(batches) == len(sample) == 3 and all(
+        np.array_equal(rows[m], f) for m, f in zip(middles, found, strict=True)
+    )
+    assert all(_equal(a, b) for a, b in zip(batches, sample, strict=True))
+    sizes = prepare(_config(cache), SEQ_LEN, 0, train=False).validation[0].sizes()
+    assert sample.text_bytes == sum(int(sizes[m, 1]) for m in middles) < whole.text_bytes == int(sizes[:, 1].sum())
+    halves = [list(_evaluation(cache, 4, batches=3, shard=(i, 2))["fr"]) for i in (0, 1)]
+    assert all(_equal(_joined(parts), batch) for batch, *parts in zip(batches, *halves, strict=True))
+    everything = list(_evaluation(cache, 4, batches=10**6)["fr"])
+    assert all(_equal(a, b) for a, b in zip(everything, whole, strict=True))
+
+
+def test_a_sample_has_short_documents_as_the_whole_has(cache: Path) -> None:
+    """Of its first quarter each row was a piece of one long document."""
+    source = prepare(_config(cache), 512, 0, train=False).validation[0]
+
+    def documents_a_row(batches: list[Batch]) -> float:
+        return float(np.mean([batch.segment_ids.max() for batch in batches]))
+
+    whole, sample = list(EvalSource(source, 1)), list(EvalSource(source, 1, batches=source.rows // 4))
+    assert documents_a_row(whole[: source.rows // 4]) == 1 < 1.2 < documents_a_row(whole)
+    assert documents_a_row(sample) == pytest.approx(documents_a_row(whole), rel=0.1)
 
 
 def test_preparing_imports_neither_jax_nor_grain() -> None:

@@ -11,13 +11,13 @@ from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.rows.batch import Batch
 from mixtral_jax.data.rows.row import pair_row
 from mixtral_jax.data.text.chat import Example
-from mixtral_jax.data.text.examples import Pair, fit
+from mixtral_jax.data.text.examples import Documents, cut_examples
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.tiny import write_byte_tokenizer
 
 
-def sequence(prompt, answer):
-    return Example([1, *range(10, 9 + prompt), *range(100, 100 + answer)], [False] * prompt + [True] * answer)
+def sequence(prompt, answer, first=100):
+    return Example([1, *range(10, 9 + prompt), *range(first, first + answer)], [False] * prompt + [True] * answer)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,15 @@ def sequence(prompt, answer):
 )
 def test_a_long_pair_is_cut_so_that_both_answers_stay_behind_one_prompt(prompt, chosen, rejected):
     size = 33
-    pair = Pair(sequence(prompt, chosen), sequence(prompt, rejected))
-    fitted = fit(pair, size)
+    pair = sequence(prompt, chosen), sequence(prompt, rejected, 300)
+    lengths = np.array([len(e.tokens) for e in pair])
+    tokens, learned = (np.concatenate(column) for column in zip(*pair, strict=True))
+    found, _ = cut_examples(Documents(lengths, tokens, learned, lengths, lengths > 0), size, 2)
+    split = found.lengths[0]
+    fitted = tuple(
+        Example(found.tokens[of_it].tolist(), found.learned[of_it].tolist())
+        for of_it in (slice(split), slice(split, None))
+    )
     assert sum(len(e.tokens) for e in fitted) <= size
     if sum(len(e.tokens) for e in pair) <= size:
         assert fitted == pair
@@ -34,8 +41,8 @@ def test_a_long_pair_is_cut_so_that_both_answers_stay_behind_one_prompt(prompt, 
     answers = [[t for t, w in zip(e.tokens, e.learned, strict=True) if w] for e in fitted]
     assert prompts[0] == prompts[1] and prompts[0][0] == 1  # BOS
     assert prompts[0][1:] == list(range(10, 9 + prompt))[len(range(10, 9 + prompt)) - len(prompts[0]) + 1 :]
-    for kept, count in zip(answers, (chosen, rejected), strict=True):
-        assert kept == list(range(100, 100 + len(kept))) and len(kept) >= min(count, size // 4)
+    for kept, count, first in zip(answers, (chosen, rejected), (100, 300), strict=True):
+        assert kept == list(range(first, first + len(kept))) and len(kept) >= min(count, size // 4)
 
 
 def test_numbers_of_a_row_count_each_completion_by_itself():
@@ -95,6 +102,11 @@ def test_bad_pairs_are_errors_with_file_and_line_or_counted(data):
     long = [*GOOD, {"prompt": "q", "chosen": same + "a", "rejected": same + "b"}]
     prepared = prepare(data(long), 40, 0)
     assert prepared.train[0].dropped == 1 and "1 equal where cut to a row" in prepared.summary()
+
+
+def test_a_row_too_short_for_pairs_is_refused_before_anything_is_read(data):
+    with pytest.raises(ValueError, match="seq_len: a row of 6 is too short for a pair: make it 7 or more"):
+        prepare(data(GOOD), 6, 0)
 
 
 def test_reference_numbers_follow_their_rows(data):

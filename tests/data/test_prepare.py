@@ -1,17 +1,22 @@
 """Preparation: the rows, the cache, several workers, machines and processes, and every way of being interrupted."""
 
+import contextlib
 import gzip
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mixtral_jax.data.prepare import prepared as prepare_module
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION
 from mixtral_jax.data.prepare.prepared import prepare
+from mixtral_jax.data.records import sources
 from tests.prepared import (
     MODEL,
     SAMPLES,
@@ -20,6 +25,7 @@ from tests.prepared import (
     config_of,
     documents_of,
     leftovers,
+    lines_of,
     prepare_one,
     records_of,
     texts_of,
@@ -49,6 +55,48 @@ def test_the_rows_hold_the_documents_and_nothing_else(tmp_path: Path, packing: s
         assert max(map(len, expected)) <= SEQ_LEN + 1
         assert source.split == 0
         assert Counter(documents_of(source)) == Counter(expected)
+
+
+@pytest.mark.usefixtures("small_lumps")
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_sizes_of_rows_are_their_tokens_and_the_bytes_of_their_text(tmp_path: Path, packing: str) -> None:
+    path = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    source = prepare_one(config_of(tmp_path / "cache", path, packing=packing))
+    sizes = source.sizes()
+    assert (sizes.shape, sizes.dtype) == ((source.rows, 2), np.uint32)
+    assert isinstance(sizes, np.memmap)
+    assert sizes[:, 1].sum() == source.text_bytes == sum(len(text.encode()) for text in texts_of(path))
+    documents = {}  # its first tokens -> (tokens, bytes)
+    for text in texts_of(path):
+        ids = [TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id]
+        documents[tuple(ids[:30])] = len(ids), len(text.encode())
+    for record, (tokens, text_bytes) in zip(records_of(source), sizes.tolist(), strict=True):
+        n = int(np.frombuffer(record, np.uint32, 1)[0])
+        lengths = np.frombuffer(record, np.uint32, n, offset=4).tolist()
+        ids = np.frombuffer(record, source.format.token_dtype, offset=4 * (n + 1)).tolist()
+        assert tokens == sum(lengths) == len(ids)
+        starts = [sum(lengths[:i]) for i in range(n)]
+        own = [documents.get(tuple(ids[start : start + 30])) for start in starts]
+        if all(own):  # of rows in which only beginnings of documents are
+            share = sum(size * length / whole for (whole, size), length in zip(own, lengths, strict=True))
+            assert abs(share - text_bytes) < n
+
+
+def test_rows_of_a_document_in_several_share_its_bytes(tmp_path: Path) -> None:
+    text = "ça " * 200
+    (tmp_path / "f.jsonl").write_text(json.dumps({"text": text}))
+    sizes = prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl")).sizes().astype(int)
+    length = len(TOKENIZER.encode(text)) + 2
+    ends = np.minimum((np.arange(len(sizes)) + 1) * SEQ_LEN + 1, length)
+    np.testing.assert_array_equal(np.cumsum(sizes[:, 1]), len(text.encode()) * ends // length)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_examples_have_no_bytes_of_text(tmp_path: Path, kind: str) -> None:
+    record = {"prompt": "a", "completion": "b", "chosen": "c d e", "rejected": "f"}
+    (tmp_path / "f.jsonl").write_text(json.dumps(record))
+    source = prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", examples=kind))
+    assert source.sizes().tolist() == [[source.tokens, 0]] and source.text_bytes == 0
 
 
 def test_padding_share_is_what_the_rows_show(tmp_path: Path) -> None:
@@ -87,32 +135,86 @@ def _first_tokens(records: list[bytes]) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("small_lumps")
-def test_parts_on_many_machines_give_the_same_rows(tmp_path: Path) -> None:
-    alone = prepare_one(config_of(tmp_path / "alone"))
+def test_parts_on_many_machines_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    alone = prepare_one(config_of(tmp_path / "alone", path))
     assert len(alone.shards) > 3
-    together = config_of(tmp_path / "together")
+    together = config_of(tmp_path / "together", path)
+    read: list[int] = []
+    original = sources._bytes
+    monkeypatch.setattr(sources, "_bytes", lambda *at: (read.append(len(b)) or b for b in original(*at)))
     for index in (3, 1):
         result = prepare(together, SEQ_LEN, 0, part=(index, 3), progress=False)
         assert not result.complete
+        assert sum(read) < path.stat().st_size * 0.7  # a third, what is behind its units' ends, and the beginning
+        read.clear()
     assert result.missing_parts == ("fr: part-2 of 3",)
     merged = prepare_one(together, part=(2, 3))
     assert records_of(merged) == records_of(alone)
-    assert (merged.fingerprint, merged.documents, merged.targets) == (
-        alone.fingerprint,
-        alone.documents,
-        alone.targets,
-    )
+    assert merged.model_copy(update={"directory": alone.directory}) == alone
     assert not list((tmp_path / "together").glob("*parts*"))
     with pytest.raises(ValueError, match=r"part 4/3"):
         prepare(together, SEQ_LEN, 0, part=(4, 3))
 
 
+@pytest.mark.usefixtures("small_lumps")
+def test_parts_count_what_is_bad_as_one_machine_does(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz").read_text().splitlines(keepends=True)
+    (tmp_path / "f.jsonl").write_text("".join(line + "{\n" * (i % 9 == 5) for i, line in enumerate(lines)))
+    alone = prepare_one(config_of(tmp_path / "alone", tmp_path / "f.jsonl", on_error="skip"))
+    together = config_of(tmp_path / "together", tmp_path / "f.jsonl", on_error="skip")
+    for index in (4, 2, 1):
+        prepare(together, SEQ_LEN, 0, part=(index, 4), progress=False)
+    merged = prepare_one(together, part=(3, 4))
+    assert alone.bad > 5
+    assert [message.split(":")[0].split()[-1] for message in alone.bad_examples] == ["7", "17", "27", "37", "47"]
+    assert (merged.bad, merged.bad_examples) == (alone.bad, alone.bad_examples)
+    assert records_of(merged) == records_of(alone)
+
+
 def test_workers_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
-    path = str(SAMPLES / "*.val.jsonl.gz")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
+    for file in SAMPLES.glob("*.val.jsonl.gz"):
+        lines_of(tmp_path, file)
+    path = str(tmp_path / "*.jsonl")
     serial = prepare_one(config_of(tmp_path / "1", path, workers=1))
     parallel = prepare_one(config_of(tmp_path / "2", path, workers=2))
     assert records_of(parallel) == records_of(serial)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_several_errors_the_first_in_the_order_of_the_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Also before one that is seen while the work is planned."""
+    monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
+    lines = "".join(json.dumps({"text": "des mots " * 9}) + "\n" for _ in range(300))
+    (tmp_path / "a.jsonl").write_text(lines + "{\n" + lines + "[]\n")
+    (tmp_path / "b.jsonl").write_bytes(lines.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 301: malformed"):
+        prepare_one(config_of(tmp_path / "cache", tmp_path / "*.jsonl", workers=workers))
+
+
+def test_progress_ends_where_it_said_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_SERIAL_BYTES", 0)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
+    lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    shutil.copy(SAMPLES / "de.val.jsonl.gz", tmp_path)
+    told: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def meter(title: str, total: int, **_: Any) -> Iterator[Any]:
+        steps = told[title] = [-total]
+        yield lambda size, note: steps.append(size)
+
+    for module in ("tokenise", "pack"):
+        monkeypatch.setattr(f"mixtral_jax.data.prepare.{module}.meter", meter)
+    for workers in (1, 2):
+        prepare_one(config_of(tmp_path / f"{workers}", [str(f) for f in tmp_path.glob("*.jsonl*")], workers=workers))
+        assert [sum(steps) for steps in told.values()] == [0, 0]
+        assert len(told["Tokenising"]) > 10
 
 
 def test_an_error_in_a_worker_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +230,7 @@ def test_an_error_in_a_worker_is_the_users_error(tmp_path: Path, monkeypatch: py
 
 def test_a_second_run_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_one(config_of(tmp_path))
-    monkeypatch.setattr(prepare_module, "tokenise", None)
+    monkeypatch.setattr(prepare_module, "_make", lambda todo, *rest: [] if not todo else None)
     assert prepare_one(config_of(tmp_path)) == first
 
 
@@ -183,7 +285,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     elif damage == "meta cut":
         meta.write_text(meta.read_text()[:-20])
     else:
-        meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
+        meta.write_text(meta.read_text().replace(f'"version": {FORMAT_VERSION}', '"version": 0'))
     assert records_of(prepare_one(config_of(tmp_path))) == expected
 
 

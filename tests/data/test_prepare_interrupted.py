@@ -1,7 +1,6 @@
 """Preparation that is interrupted, and several processes that prepare the same data."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,21 +16,23 @@ from tests.prepared import (
     SAMPLES,
     config_of,
     leftovers,
+    lines_of,
     prepare_one,
     records_of,
 )
 
 _PROGRAM = """
 import sys, time
-from mixtral_jax.data.prepare import build, spill
+from mixtral_jax.data.prepare import documents, pack, tokenise
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare.prepared import prepare
 
-sources.LUMP_BYTES, sources._READ_BYTES, spill.BUCKET_BYTES = 4000, 2000, 40_000
+sources.LUMP_BYTES, sources._READ_BYTES, sources.UNIT_BYTES, documents.BUCKET_BYTES = 4000, 2000, 12_000, 40_000
 config, slow = DataConfig.model_validate_json(sys.argv[1]), sys.argv[2]
 if slow:
-    original = getattr(build, slow)
+    module = tokenise if slow == "tokenise_unit" else pack
+    original = getattr(module, slow)
     count = 0
     def delayed(job):
         global count
@@ -40,7 +41,7 @@ if slow:
             print("there", flush=True)
             time.sleep(float(sys.argv[4]))
         return original(job)
-    setattr(build, slow, delayed)
+    setattr(module, slow, delayed)
 print(prepare(config, 64, 0, progress=True).train[0].rows, flush=True)
 """
 
@@ -58,9 +59,10 @@ def _start(config: DataConfig, slow: str = "", at: int = 0, seconds: float = 0) 
 
 
 @pytest.mark.usefixtures("small_lumps")
-@pytest.mark.parametrize(("step", "at"), [("tokenise_lump", 3), ("pack_bucket", 1)])
+@pytest.mark.parametrize(("step", "at"), [("tokenise_unit", 3), ("pack_bucket", 1)])
 def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path, step: str, at: int) -> None:
-    config = config_of(tmp_path / "killed")
+    path = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    config = config_of(tmp_path / "killed", path)
     process = _start(config, step, at, 60)
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
@@ -68,16 +70,16 @@ def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path, step: str, a
     process.communicate()
     assert any("tmp" in p.name for p in (tmp_path / "killed").rglob("*"))
     again = prepare_one(config)
-    assert records_of(again) == records_of(prepare_one(config_of(tmp_path / "whole")))
+    assert records_of(again) == records_of(prepare_one(config_of(tmp_path / "whole", path)))
     assert leftovers(tmp_path / "killed") == [again.fingerprint[:24]]
 
 
 def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    first = _start(config, "tokenise_lump", 1, 3)
+    first = _start(config, "tokenise_unit", 1, 3)
     assert first.stdout is not None
     assert first.stdout.readline() == "there\n"
-    second = _start(config, "tokenise_lump", 1, 0)
+    second = _start(config, "tokenise_unit", 1, 0)
     out, err = second.communicate(timeout=60)
     rest, first_err = first.communicate(timeout=60)
     assert "waiting for another process that prepares it" in err
@@ -89,8 +91,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path: Path) -> No
 def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
     import psutil
 
-    shutil.copy(SAMPLES / "fr.train.jsonl.gz", tmp_path / "a.jsonl.gz")
-    config = config_of(tmp_path / "cache", tmp_path / "*.gz", workers=2)
+    config = config_of(tmp_path / "cache", lines_of(tmp_path, SAMPLES / "fr.train.jsonl.gz"), workers=2)
     script = tmp_path / "run.py"
     script.write_text("from mixtral_jax.data.prepare import prepared as p; p._SERIAL_BYTES = 0\n" + _PROGRAM)
     process = subprocess.Popen(

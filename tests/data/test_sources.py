@@ -26,6 +26,7 @@ from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.selection import source_files
 from mixtral_jax.data.records.sources import read_lumps, text_size_estimate, with_text_column
+from mixtral_jax.data.records.units import units_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = gzip.decompress((ROOT / "data" / "samples" / "fr.val.jsonl.gz").read_bytes())
@@ -206,7 +207,7 @@ def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / f"{i:02d}.txt").write_text(text, newline="")
     assert _texts(tmp_path / "*.txt") == TEXTS
     assert _texts(tmp_path) == TEXTS
-    monkeypatch.setattr(sources, "_TEXT_PIECE_BYTES", 200)
+    monkeypatch.setattr(sources, "TEXT_PIECE_BYTES", 200)
     monkeypatch.setattr(sources, "_READ_BYTES", 100)
     pieces = _texts(tmp_path / "00.txt")
     assert len(pieces) > 1
@@ -230,12 +231,18 @@ def test_hugging_face_datasets_saved_on_disk(tmp_path: Path) -> None:
         _read(str(tmp_path / "one"))
 
 
-def test_tfds(tmp_path: Path) -> None:
+def test_tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = _Help(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     directory = str(builder.data_dir)
     assert sorted(_texts(directory)) == sorted(TEXTS)
     assert _texts(directory, split="test") == ["testé"]
+    source, whole = SourceConfig(name="s", path=directory), _texts(directory)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1)
+    shares = units_of(source, directory)
+    lumps = [lump for unit in shares for lump in read_lumps(source, directory, ("text",), Census(False), unit)]
+    assert len(shares) == len(TEXTS)
+    assert [record["text"] for lump in lumps for _, record in lump.parse(Census(False))] == whole
     with pytest.raises(ValueError, match=r"has the splits .*train.*: set split"):
         _read(directory, split="dev")
     info = Path(directory) / "dataset_info.json"

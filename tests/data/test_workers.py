@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_jax.data.prepare.build import process_tokenizer
+from mixtral_jax.data.prepare.tokenise import process_tokenizer
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.train.errors import failure_of
 

@@ -1,13 +1,13 @@
 """Any integer is a seed, and all of its bits count: weights, adapters, noise, drawing, data order, upcycling."""
 
 import itertools
+from fractions import Fraction
 
 import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.data.prepare.spill import document_keys
-from mixtral_jax.data.rows.order import GlobalOrder
+from mixtral_jax.data.rows.order import GlobalOrder, Leg, hash64
 from mixtral_jax.generation.sampling import make_sampler
 from mixtral_jax.seeds import random_key
 
@@ -23,15 +23,18 @@ def of_drawing(seed):
 
 
 def of_rows(seed):
-    return [GlobalOrder([1000], None, seed)[r] for r in range(8)]
+    order = GlobalOrder(seed, {"a": 1000}, [Leg(0, {}, {"a": Fraction(1)})])
+    return [order[r] for r in range(8)]
 
 
 def of_mixture(seed):
-    return [GlobalOrder([1000, 1000], [0.5, 0.5], seed)[r] for r in range(8)]
+    half = Fraction(1, 2)
+    order = GlobalOrder(seed, {"a": 1000, "b": 1000}, [Leg(0, {}, {"a": half, "b": half})])
+    return [order[r][0] for r in range(32)]
 
 
 def of_documents(seed):
-    return document_keys(3, 4, seed).tolist()
+    return hash64(np.arange(4, dtype=np.uint64), seed).tolist()
 
 
 @pytest.mark.parametrize("made", [of_keys, of_drawing, of_rows, of_mixture, of_documents])

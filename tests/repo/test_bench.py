@@ -6,7 +6,7 @@ import pytest
 
 from tests.bench import ours, rounds, step, tuning_ours
 from tests.bench.run import write_section
-from tests.bench.shapes import SHAPES, parse
+from tests.bench.shapes import SHAPES, Options, parse
 
 
 def test_a_shape_with_changes():
@@ -17,14 +17,14 @@ def test_a_shape_with_changes():
 
 
 def test_the_pretraining_step():
-    take, facts = ours.prepare(parse("XS"), capacity=None)
+    take, facts = ours.prepare(parse("XS"), Options())
     assert 5 < take(0) < 7.5  # about log 512
     assert facts()["flops"] > 0 and facts()["compile_seconds"] > 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "lora", "dpo"])
 def test_the_steps_of_fine_tuning(kind):
-    loss = tuning_ours.prepare(parse("XS"), kind=kind, prompt=0.5)(0)
+    loss = tuning_ours.prepare(parse("XS"), kind=kind, prompt=0.5, options=Options())(0)
     # DPO on random pairs starts at log 2, plus the balance loss
     assert (0.5 < loss < 1.2) if kind == "dpo" else (5 < loss < 7.5)
 

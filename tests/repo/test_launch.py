@@ -31,10 +31,10 @@ data:
   train: [{name: en, path: data/en.jsonl.gz}]
 """
 INTERFACE = [
-    "pretrain", "sft", "dpo", "plan", "eval", "generate", "doctor", "routing", "submit", "config:show", "config:schema",
+    "pretrain", "sft", "dpo", "plan", "eval", "generate", "doctor", "routing", "config:show", "config:schema",
     "data:prepare", "data:train-tokenizer", "data:preview", "convert:hf2orbax", "convert:orbax2hf", "convert:verify",
     "convert:upcycle", "convert:resize-vocab", "convert:peft2lora", "convert:lora2peft", "convert:merge-lora",
-    "runs:ls", "runs:diff", "runs:tail",
+    "runs:ls", "runs:diff", "runs:tail", "submit:slurm", "submit:k8s", "submit:sky", "submit:xpk", "submit:local",
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pretrain" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["routing", "submit"])
+@pytest.mark.parametrize("name", ["routing"])
 def test_reserved_commands_say_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main([name, "what", "--ever", "x"]) == 2
     assert capsys.readouterr().err == f"error: {name} is not built yet\n"

@@ -82,7 +82,7 @@ def test_a_full_disk_costs_neither_file_its_line(tmp_path, console, writer, monk
 class Source(list):
     """Two batches of two targets each; 10 bytes of text."""
 
-    text_bytes, targets = 10, 4
+    text_bytes = 10
 
 
 def fake_eval(params, batch):
@@ -108,17 +108,8 @@ def test_evaluate_sums_before_it_divides(tmp_path, console, writer):
     assert line["eval/a/accuracy"] == pytest.approx(0.5)
 
 
-def test_evaluate_of_a_part_takes_its_share_of_the_bytes(tmp_path, console, writer):
-    config = EvalConfig(every=None, batches=1)
-    hook = Evaluate(config, {"a": Source([1.0, 3.0])}, fake_eval, lambda b: b, writer, console, Best(None))
-    assert due_steps(hook) == [12]
-    hook.run(moment(12))
-    (line,) = lines(tmp_path / "metrics.jsonl")
-    assert line["eval/a/bits_per_byte"] == pytest.approx(1 / (math.log(2) * 5))
-
-
 def test_sources_together_are_weighted_by_tokens():
-    sources = {"a": SimpleNamespace(text_bytes=8, targets=10), "b": SimpleNamespace(text_bytes=32, targets=30)}
+    sources = {"a": SimpleNamespace(text_bytes=8), "b": SimpleNamespace(text_bytes=32)}
     metrics = metrics_of({"a": EvalSums(10.0, 10.0, 5.0), "b": EvalSums(90.0, 30.0, 3.0)}, sources)
     assert metrics["eval/loss"] == 100 / 40
     assert metrics["eval/bits_per_byte"] == pytest.approx(100 / (math.log(2) * 40))

@@ -36,7 +36,7 @@ def test_a_part_is_i_of_n(text: str) -> None:
 def test_preview_shows_text_and_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["data", "preview", str(write_run_file(tmp_path)), "--rows", "2"]) == 0
     out = capsys.readouterr().out
-    assert "an epoch is" in out
+    assert "mixture by size: every row once an epoch; rows 0 to" in out
     assert "row 1: row " in out
 
 

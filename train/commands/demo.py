@@ -4,7 +4,6 @@ python -m mixtral_jax.train.commands.demo BASE_RUN SFT_RUN DPO_RUN HF_DIRECTORY
 """
 
 import importlib.util
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,7 @@ def pair_logps(config: RunConfig, run: str) -> dict[str, np.ndarray]:
     sources, put = open_validation(config, None)
     found = {}
     for name, source in sources.items():
-        batches = [put(batch) for batch in itertools.islice(source, config.eval.batches)]
+        batches = [put(batch) for batch in source]
         parts = [np.asarray(sequence_logps(weights, b))[np.asarray(b.mask) > 0] for b in batches]
         found[name] = np.concatenate(parts)
     return found | {"all": np.concatenate(list(found.values()))}

@@ -85,12 +85,12 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
                 started, _ = pin_base(config, noted_base(place, config.init_from))
                 put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
             score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
-            return measure_sources(lambda batch: score(model, None, put(batch)), sources, config.eval.batches)
+            return measure_sources(lambda batch: score(model, None, put(batch)), sources)
 
         def ask(batch: Any) -> Any:
             return _sums(model, put(batch), skip_masked=config.stage == "sft")
 
-        return measure_sources(ask, sources, config.eval.batches)
+        return measure_sources(ask, sources)
 
 
 def open_validation(
@@ -101,7 +101,7 @@ def open_validation(
     share = batch_share(mesh, rows)
     with first_alone(config.data.cache_dir):
         prepared = prepare(config.data, config.seq_len, config.seed, progress=jax.process_index() == 0, train=False)
-    return eval_sources(prepared, batch_size=rows, shard=share), make_put(mesh, share)
+    return eval_sources(prepared, batch_size=rows, shard=share, batches=config.eval.batches), make_put(mesh, share)
 
 
 @functools.partial(jax.jit, static_argnames="skip_masked")

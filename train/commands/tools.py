@@ -52,7 +52,11 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
 def preview(config: RunConfig, *, rows: int = 3) -> int:
     """Show rows as the model will read them, and the arithmetic of the mixture."""
     console = Console(highlight=False, soft_wrap=True)
-    for text in previewing.preview(config.data, seq_len=config.seq_len, seed=config.seed, rows=rows):
+    shown = previewing.preview(
+        config.data, seq_len=config.seq_len, seed=config.seed, steps=config.steps,
+        global_batch_size=config.global_batch_size, rows=rows,
+    )  # fmt: skip
+    for text in shown:
         console.print(text)
     return 0
 

@@ -57,7 +57,7 @@ def _tables(section: str, schema: dict[str, Any], classes: dict[str, Any]) -> It
 
 def _class_of(info: dict[str, Any]) -> str:
     """The class of the section that a setting is, may be, or is a list of; "" where it is a plain value."""
-    choices = [info, info.get("items", {}), *info.get("anyOf", ())]
+    choices = [part for choice in (info, *info.get("anyOf", ())) for part in (choice, choice.get("items", {}))]
     return next((choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice), "")
 
 

@@ -209,6 +209,7 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.warmup_steps ({optimizer.warmup_steps}) and optimizer.decay_steps ({optimizer.decay_steps}) "
             f"are together longer than steps ({config.steps})"
         )
+    yield from config.data.phases_in(config.steps, optimizer.warmup_steps, optimizer.decay_steps)
     if isinstance(config.resume, int) and not 0 <= config.resume <= config.steps:
         yield f"resume ({config.resume}) is no step between 0 and steps ({config.steps})"
 

@@ -1,6 +1,5 @@
 """Evaluation on held-out data: sums over each validation source, then one division, for documents and for pairs."""
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +24,9 @@ class EvalConfig(FrozenConfig):
     """Loss, perplexity and bits per byte of each validation source; also measured after the last step."""
 
     every: int | None = Field(100, gt=0, description="steps between evaluations; null: only after the last")
-    batches: int | None = Field(None, gt=0, description="batches per source; null: its whole text")
+    batches: int | None = Field(
+        None, gt=0, description="batches per source, their rows spread evenly over it; null: its whole text"
+    )
     batch_size: int | None = Field(None, gt=0, description="sequences per batch; null: micro_batch_size")
 
 
@@ -69,27 +70,21 @@ class Evaluate:
             return sums
 
         with self._phases.during(Phase.EVALUATING):
-            return measure_sources(ask, self._sources, self._config.batches)
+            return measure_sources(ask, self._sources)
 
 
-def measure_sources(
-    ask: Callable[[Any], Any], sources: Mapping[str, EvalSource], batches: int | None
-) -> dict[str, float]:
-    """eval/* and eval/<source>/* of the sums that `ask` makes of the first batches of each source (None: of all)."""
+def measure_sources(ask: Callable[[Any], Any], sources: Mapping[str, EvalSource]) -> dict[str, float]:
+    """eval/* and eval/<source>/* of the sums that `ask` makes of the batches of each source."""
     sums = {}
     for name, source in sources.items():
-        found = [jax.device_get(ask(batch)) for batch in itertools.islice(source, batches)]
+        found = [jax.device_get(ask(batch)) for batch in source]
         sums[name] = jax.tree.map(lambda *column: np.sum(column, dtype=np.float64), *found)
     return metrics_of(sums, sources) if sums else {}
 
 
 def metrics_of(sums: Mapping[str, EvalSums | PairSums], sources: Mapping[str, EvalSource]) -> dict[str, float]:
     """Ratios of the sums over documents, answers or pairs: of all sources together, and of each."""
-    measured = {}
-    for name, own in sums.items():
-        # of a part of the text, its bytes in proportion to the targets
-        share = own.weight / max(sources[name].targets, 1) if isinstance(own, EvalSums) else 0.0
-        measured[f"{name}/"] = (own, sources[name].text_bytes * share)
+    measured = {f"{name}/": (own, sources[name].text_bytes) for name, own in sums.items()}
     together = jax.tree.map(lambda *column: sum(column), *measured.values())
     return {
         f"eval/{prefix}{key}": value

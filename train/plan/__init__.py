@@ -1,6 +1,6 @@
 """Know before renting: whether and how fast a run goes on a machine that is not there, and where its bytes lie."""
 
-from mixtral_jax.train.plan.chips import peak_flops
+from mixtral_jax.train.plan.chips import Topology, parse_topology, peak_flops
 from mixtral_jax.train.plan.closed_form import useful_flops, useful_per_token
 from mixtral_jax.train.plan.placement import axis_lines, human_bytes, memory_line, passing_line, placement_warnings
 from mixtral_jax.train.plan.planner import best_plans, plan, run

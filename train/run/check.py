@@ -54,7 +54,7 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     for source in (*config.data.train, *config.data.validation):
         chosen = looked(partial(choose, source))
         if chosen is not None and text is not None:
-            looked(partial(check_first_records, config.data, source, chosen.files, text, config.seq_len))
+            looked(partial(check_first_records, config.data, source, chosen.files, text))
     notes = looked(lambda: check_base(config, resumes)) if stands_on_base(config) or not resumes else None
     if not os.path.isdir(config.data.cache_dir):  # one that is full of rows may be read only
         looked(partial(check_place, "data.cache_dir", config.data.cache_dir))

@@ -67,7 +67,7 @@ class RunDirectory:
 
     def holds_a_run(self) -> bool:
         """Whether there is more than the log of this attempt, and of those that were refused."""
-        return any(not p.name.startswith(("logs", lease.FILE)) for p in self.path.iterdir())
+        return any(not p.name.startswith(("logs", "launch", lease.FILE)) for p in self.path.iterdir())
 
     def hold(self, other: Path | None) -> list[str]:
         """Own it, and the other directory that the run writes to, until `release`; process 0 does so for all.

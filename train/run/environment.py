@@ -31,7 +31,7 @@ def installed() -> dict[str, str | None]:
 
 def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """Versions, git commit, flags, devices and mesh: what one needs to explain a number later."""
-    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
     return {
         "versions": {"python": platform.python_version(), **installed()},
         "git": git_commit(),

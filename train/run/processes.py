@@ -55,15 +55,18 @@ def detect(
     if given:
         return _from_three(given, tuple(explicit), "explicit settings")
     indexed = "JOB_COMPLETION_INDEX" in env
-    if "JAX_PROCESS_ID" in env or (not indexed and any(key in env for key in _JAX_THREE)):
+    tasks = any((env.get(key) or "1") != "1" for key in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+    slurm = tasks or (env.get("SLURM_PROCID") or "0") != "0"
+    # both know count and number by themselves; the address may be given, where names do not resolve
+    known = ("JAX_COORDINATOR_ADDRESS",) if slurm else _JAX_THREE if indexed else ()
+    if "JAX_PROCESS_ID" in env or any(key in env for key in _JAX_THREE if key not in known):
         return _from_three(env, _JAX_THREE, "environment")
     tpu = _tpu_variables(env)
     if tpu:
         return tpu
     if indexed:
         return _kubernetes(env)
-    several = any((env.get(key) or "1") != "1" for key in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
-    if several or (env.get("SLURM_PROCID") or "0") != "0":
+    if slurm:
         return _slurm(env)
     if any(key in env for key in _SKYPILOT_THREE):
         return _skypilot(env)
@@ -206,7 +209,8 @@ def _slurm(env: Mapping[str, str]) -> ProcessSetup | None:
     sees_one = len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     devices = None if per_node == "1" or sees_one else (_number("SLURM_LOCALID", local),)
     count, process_id = _number("SLURM_NTASKS", tasks), _number("SLURM_PROCID", index)
-    return _setup("slurm", first_host(nodes), count, process_id, port=port, local_device_ids=devices)
+    address = env.get("JAX_COORDINATOR_ADDRESS") or first_host(nodes)
+    return _setup("slurm", address, count, process_id, port=port, local_device_ids=devices)
 
 
 def _skypilot(env: Mapping[str, str]) -> ProcessSetup | None:

@@ -62,7 +62,7 @@ def first_screen(config: RunConfig, mesh: jax.sharding.Mesh | None, prepared: Pr
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
         "besides": passing_line(config, sizes),
-        "data": f"{prepared.fingerprint}: {', '.join(s.name for s in prepared.train)}; {prepared.order.total:,} rows",
+        "data": f"{prepared.fingerprint}: {', '.join(prepared.sources)}; {sum(s.rows for s in prepared.train):,} rows",
         "router": router_line(config),
     }
     read = [f"{s.name}: {s.documents:,} documents, {s.rows:,} rows of {s.described}" for s in prepared.train]

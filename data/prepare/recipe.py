@@ -1,0 +1,186 @@
+"""What decides the documents of a source, and what decides its rows: all that changes them and nothing else."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.data.config import DataConfig, SourceConfig
+from mixtral_jax.data.prepare import documents
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION, PreparedSource, content_hash, digest, load_prepared
+from mixtral_jax.data.records import (
+    Census,
+    Unit,
+    choose,
+    compression,
+    file_format,
+    sources,
+    text_size_estimate,
+    units_of,
+    with_text_column,
+)
+from mixtral_jax.data.rows import RowFormat
+from mixtral_jax.data.text import LAYOUT_VERSION, SHORTEST_PAIR, Tokenizer, columns, load_template, token_dtype
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source: all that decides them, and where they are kept."""
+
+    config: DataConfig
+    source: SourceConfig
+    files: tuple[str, ...]
+    described: str
+    buckets: int
+    tokenizer: str  # its fingerprint
+    token_dtype: str
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    @property
+    def place(self) -> Path:
+        """The directory of the documents; what is not finished lies beside it."""
+        return _place(self.config, self.fingerprint)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some of the tokens are not learned."""
+        return self.config.examples != "text"
+
+    @property
+    def together(self) -> int:
+        """How many documents in turn have one number: both sequences of a pair stay neighbours."""
+        return 2 if self.config.examples == "preference" else 1
+
+    def parts(self, count: int) -> list[Path]:
+        """Directories of the documents, as each of `count` machines tokenises them."""
+        return [self.place.with_name(f"{self.place.name}.parts-of-{count}") / f"part-{i + 1}" for i in range(count)]
+
+    def census(self, unit: int = 0) -> Census:
+        """Nothing counted yet."""
+        return Census(self.config.on_error == "skip", unit)
+
+    @functools.cached_property
+    def units(self) -> list[Unit]:
+        """All units of its files, in order."""
+        return [unit for file in self.files for unit in units_of(self.source, file)]
+
+    def load(self) -> Census | None:
+        """What was counted when the documents were made; None where they are not there, or not whole."""
+        try:
+            meta = json.loads((self.place / "meta.json").read_text())
+            if meta["version"] != FORMAT_VERSION or meta["fingerprint"] != self.fingerprint:
+                return None
+            whole = meta["sizes"] == documents.sizes(self.place, self.buckets)
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return read_counts(self.place / "meta.json") if whole else None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rows of one length, seed and packing, of the documents of a source."""
+
+    corpus: Corpus
+    packing: str
+    seed: int
+    format: RowFormat
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.corpus.name
+
+    @property
+    def place(self) -> Path:
+        """The directory of the rows."""
+        return _place(self.corpus.config, self.fingerprint)
+
+    def shard(self, bucket: int) -> str:
+        """Name of the file of the rows of a bucket."""
+        return f"rows-{bucket:05d}-of-{self.corpus.buckets:05d}.array_record"
+
+    def load(self) -> PreparedSource | None:
+        """The prepared source, where it is there."""
+        return load_prepared(self.place.parent, self.name, self.fingerprint)
+
+
+def read_counts(file: Path) -> Census:
+    """What `counts_of` made of a census."""
+    counts = json.loads(file.read_text())["census"]
+    first = [(unit, where, what) for unit, where, what in counts["first"]]
+    found = Census(skip=True, bad=counts["bad"], first=first)
+    found.counts.update(counts["counts"])
+    found.layouts.update(counts["layouts"])
+    return found
+
+
+def counts_of(census: Census) -> dict[str, Any]:
+    """A census as JSON can hold it; here the lines before a bad record are counted."""
+    first = [(unit, str(where), what) for unit, where, what in census.first]
+    return {"census": {"counts": census.counts, "layouts": census.layouts, "bad": census.bad, "first": first}}
+
+
+def recipe_of(
+    config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
+) -> Recipe:
+    """The recipe of a source.
+
+    Raises:
+        ValueError: no files, a template that does not fit, or rows too short for pairs.
+    """
+    corpus = _corpus(config, source, tokenizer)
+    packing = "best_fit" if corpus.weighted else packing
+    pairs = config.pairs_per_row if corpus.together == 2 else 0
+    if pairs and seq_len + 1 < SHORTEST_PAIR:
+        raise ValueError(f"seq_len: a row of {seq_len} is too short for a pair: make it {SHORTEST_PAIR - 1} or more")
+    identity = [FORMAT_VERSION, corpus.fingerprint, seed, seq_len, packing, pairs]
+    format_ = RowFormat(seq_len, corpus.token_dtype, corpus.weighted, pairs)
+    return Recipe(corpus, packing, seed, format_, digest(identity))
+
+
+def _corpus(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> Corpus:
+    files, described = choose(source)
+    kind = config.examples
+    if kind == "text" and (found := with_text_column(source, files)) != source:
+        source, described = found, f"{described}; texts from column {found.text_key!r}"
+    formats = [(file_format(source, file), compression(file)) for file in files]
+    buckets = 1 + text_size_estimate(files) // documents.BUCKET_BYTES
+    identity: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "units": [sources.UNIT_BYTES, sources.TEXT_PIECE_BYTES, buckets],
+        "content": [content_hash(file, Path(config.cache_dir)) for file in files],
+        "formats": formats,
+        "tokenizer": tokenizer.fingerprint(),
+        "examples": kind,
+        "on_error": config.on_error,
+    }
+    if any(format_ in sources.SETS for format_, _ in formats):
+        identity["split"] = source.split
+    if {format_ for format_, _ in formats} != {"text"}:
+        identity["columns"] = columns(source, kind)
+    if kind != "text":
+        identity["template"] = load_template(config.template, tokenizer).format.model_dump()
+        identity["layout"] = [source.layout, LAYOUT_VERSION]
+    if kind == "chat":
+        identity["train_on"] = config.train_on
+    return Corpus(
+        config=config,
+        source=source,
+        files=files,
+        described=described,
+        buckets=buckets,
+        tokenizer=tokenizer.fingerprint(),
+        token_dtype=token_dtype(tokenizer.vocab_size),
+        fingerprint=digest(identity),
+    )
+
+
+def _place(config: DataConfig, fingerprint: str) -> Path:
+    return Path(config.cache_dir) / fingerprint[:24]

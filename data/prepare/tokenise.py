@@ -1,0 +1,183 @@
+"""Pass one: the units of a source into its document store, each machine its share."""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_jax.data.prepare import documents
+from mixtral_jax.data.prepare.cache import FORMAT_VERSION, write_atomically
+from mixtral_jax.data.prepare.recipe import Corpus, counts_of, read_counts
+from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.progress import meter
+from mixtral_jax.data.records import Census, Lump, Unit, read_lumps
+from mixtral_jax.data.text import (
+    Documents,
+    Tokenizer,
+    columns,
+    layouts_of,
+    load_template,
+    load_tokenizer,
+    text_documents,
+    tuning_documents,
+)
+
+_FIRST_ROWS = 100  # of a file, which show its layout
+_HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
+
+
+@functools.lru_cache(maxsize=2)
+def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
+    """A tokenizer of this process, loaded once while its `fingerprint` is the same."""
+    return load_tokenizer(path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    corpus: Corpus  # without its files, which may be many
+    directory: Path
+    unit: Unit
+    number: int
+
+
+def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show: bool) -> None:
+    """Makes part `index` of each corpus that lacks it."""
+    parts: dict[Path, tuple[Corpus, Census]] = {}  # by where they are made
+    jobs: list[_Job] = []
+    for corpus in corpora:
+        final = corpus.parts(count)[index - 1]
+        if final.exists() or corpus.load():
+            continue
+        for dead in final.parent.glob(f"{final.name}.tmp-*"):
+            # we hold the lock: whoever wrote it is gone, or its workers soon are
+            shutil.rmtree(dead, ignore_errors=True)
+        directory = final.with_name(f"{final.name}.tmp-{os.urandom(6).hex()}")
+        parts[directory] = corpus, corpus.census()
+        units, short = enumerate(corpus.units), replace(corpus, files=())
+        jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
+    try:
+        for directory in parts:
+            directory.mkdir(parents=True)
+        with meter("Tokenising", sum(job.unit.size for job in jobs), show=show and bool(parts)) as advance:
+            done = pool.ordered(tokenise_unit, iter(jobs), lambda job, size: advance(size, job.corpus.name))
+            for job, census in done:
+                parts[job.directory][1].add(census)
+        for directory, (_, census) in parts.items():
+            write_atomically(directory / "counts.json", json.dumps(counts_of(census)))
+            os.rename(directory, directory.with_suffix(""))
+    finally:
+        for directory in parts:
+            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: there are parts in it
+                directory.parent.rmdir()
+
+
+def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
+    """Tokenises one unit into the store, yields how many of its bytes are done, and returns what it counted.
+
+    Runs in a worker.
+    """
+    corpus, kind, left = job.corpus, job.corpus.config.examples, job.unit.size
+    census = corpus.census(job.number)
+    held: list[Documents] = []
+    layouts = () if kind == "text" else _layouts(corpus, job.unit.file)
+    for lump in read_lumps(corpus.source, job.unit.file, columns(corpus.source, kind), census, job.unit):
+        held.append(_documents(corpus, lump, census, layouts))
+        if sum(len(each.tokens) for each in held) > _HELD_TOKENS:
+            _write(job, held, census)
+            held = []
+        done = min(lump.size, left)
+        left -= done
+        yield done
+    _write(job, held, census)
+    yield left
+    return census
+
+
+def _layouts(corpus: Corpus, file: str) -> tuple[str, ...]:
+    """The layouts of the first rows of a file."""
+    kind, census = corpus.config.examples, Census(skip=True)
+    with contextlib.closing(read_lumps(corpus.source, file, columns(corpus.source, kind), census)) as lumps:
+        first = [lump.parse(census) for lump in itertools.islice(lumps, 1)]
+    rows = [record for _, record in itertools.islice(itertools.chain(*first), _FIRST_ROWS)]
+    try:
+        return layouts_of(rows, corpus.source, kind)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, ...]) -> Documents:
+    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer, corpus.tokenizer)
+    if config.examples == "text":
+        return text_documents(lump, corpus.source.text_key, tokenizer, census)
+    template = load_template(config.template, tokenizer)
+    return tuning_documents(lump, corpus.source, config.examples, template, config.train_on, census, layouts)
+
+
+def _write(job: _Job, held: list[Documents], census: Census) -> None:
+    if not held:
+        return
+    lengths, tokens, learned, text_bytes, control = zip(*held, strict=True)
+    own = None if learned[0] is None else np.concatenate(learned)
+    rest = map(np.concatenate, (text_bytes, control))
+    found = Documents(np.concatenate(lengths), np.concatenate(tokens), own, *rest)
+    before, together = census.counts["stored"], job.corpus.together
+    census.counts["stored"] += len(found.lengths)
+    first, count = before // together, len(found.lengths) // together
+    numbers = documents.document_numbers(job.number, first, count).repeat(together)
+    documents.append(job.directory, job.corpus.buckets, numbers, found)
+
+
+def finish(corpus: Corpus, count: int) -> list[str]:
+    """Gives the documents of a corpus their final name when all `count` parts are there; returns those that are not.
+
+    Raises:
+        ValueError: there are no documents.
+    """
+    if corpus.load():
+        return []
+    parts = corpus.parts(count)
+    lacking = [f"{corpus.name}: {part.name} of {count}" for part in parts if not part.exists()]
+    if lacking:
+        return lacking
+    census = corpus.census()
+    for part in parts:
+        census.add(read_counts(part / "counts.json"))
+    made = parts[0].parent
+    if not census.counts["stored"]:
+        remove(made)
+        raise ValueError(no_documents(corpus, census))
+    about = {"kind": "documents", "source": corpus.name, "tokenizer": corpus.config.tokenizer}
+    identity = {"version": FORMAT_VERSION, "fingerprint": corpus.fingerprint}
+    meta = {**identity, **about, "sizes": documents.sizes(made, corpus.buckets), **counts_of(census)}
+    write_atomically(made / "meta.json", json.dumps(meta, indent=1))
+    if corpus.place.exists():  # damaged
+        remove(corpus.place)
+    os.rename(made, corpus.place)
+    return []
+
+
+def no_documents(corpus: Corpus, census: Census) -> str:
+    """What to say of a corpus of which nothing can be learned."""
+    counts = census.counts
+    seen = {"empty": counts["empty"], "without an answer to learn": counts["dropped"], "bad": census.bad}
+    found = ", ".join(f"{count} {what}" for what, count in seen.items() if count)
+    files = ", ".join(corpus.files[:3]) + (" ..." if len(corpus.files) > 3 else "")
+    first = "".join(f"; {message}" for message in census.bad_examples[:1])
+    return f"source {corpus.name!r}: no documents to learn from in {files}, " + (
+        f"which has {found} records{first}" if found else "which has no records"
+    )
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory at once for whoever looks: a half-removed one must not pass for a whole one."""
+    doomed = directory.with_name(f"{directory.name}.tmp-{os.urandom(6).hex()}")
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)

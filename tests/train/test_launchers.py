@@ -1,0 +1,405 @@
+"""Files for engines, checked by their own tools; the verdict on an attempt; the script and the supervisor, on fakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from ruamel.yaml import YAML
+
+from mixtral_jax import launch
+from mixtral_jax.train.errors import ExitCode, UserError
+from mixtral_jax.train.launchers.job import engine_name, points
+from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
+from mixtral_jax.train.launchers.verdict import MOST, Verdict, last_attempt, verdict
+from mixtral_jax.train.plan import parse_topology
+
+PRESETS = {"pretrain": "mixtral-8x7b-v5p-64", "sft": "mixtral-8x7b-v5p-64", "dpo": "mixtral-8x7b-v5p-64"}
+PATHS = ("data.tokenizer=/data/tokenizer.model", "data.cache_dir=/runs/cache", "output_dir=/runs/all")
+
+
+def submit(*words):
+    return launch.main(["submit", *map(str, words)])
+
+
+def attempt(run, number, status=None, checkpoints=()):
+    """What a start of a run leaves behind."""
+    (run / "attempts" / str(number)).mkdir(parents=True, exist_ok=True)
+    if status is not None:
+        (run / "STATUS").write_text(json.dumps({"attempt": number, **status}))
+    for step in checkpoints:
+        (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("code", list(ExitCode))
+def test_every_code_has_one_meaning_and_one_consequence(tmp_path, code):
+    again = code in (1, 74, 75, 76, 124, 130)
+    assert verdict(tmp_path, int(code), 0) == Verdict(again, int(code), code.meaning)
+
+
+def test_status_is_believed_before_the_launcher(tmp_path):
+    attempt(tmp_path, 3, {"exit_code": 76, "reason": "a peer is gone"})
+    assert verdict(tmp_path, 137, before=2) == Verdict(True, 76, "a peer is gone")
+    attempt(tmp_path, 4, {"exit_code": 3, "reason": "not finite"})
+    assert verdict(tmp_path, 137, before=3) == Verdict(False, 3, "not finite")
+
+
+@pytest.mark.parametrize("status", [{"exit_code": 3, "attempt": 2}, {"exit_code": None}, {"exit_code": "3"}, {}, None])
+def test_a_status_of_another_start_or_of_none_says_nothing(tmp_path, status):
+    attempt(tmp_path, 2, status)
+    assert verdict(tmp_path, -9, before=2) == Verdict(True, -9, "ended by signal 9")
+    (tmp_path / "STATUS").write_text("{")
+    assert verdict(tmp_path, 137, before=0).reason.startswith("ended by signal 9")
+
+
+def test_three_times_without_a_new_checkpoint_and_no_more(tmp_path):
+    attempt(tmp_path, 1, checkpoints=[10])
+    for _ in range(MOST):
+        assert verdict(tmp_path, 75, 0).again
+    assert not verdict(tmp_path, 75, 0).again
+    attempt(tmp_path, 2, checkpoints=[20])
+    assert verdict(tmp_path, 137, 0).again
+    assert verdict(tmp_path, 0, 0) == Verdict(False, 0, "done")
+
+
+def test_checkpoints_elsewhere_count(tmp_path):
+    (tmp_path / "run" / "launch").mkdir(parents=True)
+    (tmp_path / "run" / "launch" / "run.yaml").write_text(f"checkpoint:\n  every: 5\n  directory: {tmp_path}/steps\n")
+    for step in range(2 * MOST):
+        (tmp_path / "steps" / str(step)).mkdir(parents=True)
+        assert verdict(tmp_path / "run", 76, 0).again
+    assert last_attempt(tmp_path / "run") == 0
+
+
+def test_points_of_a_sweep():
+    assert points([]) == [()]
+    assert points(["a.b=1e-4,3e-4"]) == [("a.b=1e-4",), ("a.b=3e-4",)]
+    assert points(["a=1,2", "b=[1,2],[3]"]) == [
+        ("a=1", "b=[1,2]"),
+        ("a=1", "b=[3]"),
+        ("a=2", "b=[1,2]"),
+        ("a=2", "b=[3]"),
+    ]
+    for bad in (["a"], ["a="], ["=1"], ["a=1,1"], ["a=1", "a=2"]):
+        with pytest.raises(UserError, match="--sweep"):
+            points(bad)
+
+
+def test_names_that_engines_take():
+    assert engine_name("Mixtral_8x7B.v1") == "mixtral-8x7b-v1"
+    assert engine_name("2runs") == "r-2runs" and len(engine_name("a" * 90)) <= 40
+    with pytest.raises(UserError, match="letters"):
+        engine_name("!!")
+
+
+# --- SLURM ---
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A file whose run lies in a directory of its own."""
+    return ["configs/sft/tiny.yaml", f"output_dir={tmp_path / 'runs'}"]
+
+
+def test_the_script_of_a_run(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mixtral_jax.train.launchers.job._OF_ONE_MACHINE", ())
+    words = ["--nodes", "2", "--devices", "4", "--time", "01:00:00", "--partition", "gpu", "--sbatch=--exclusive"]
+    assert submit("slurm", *config, *words) == 0
+    said = capsys.readouterr().out
+    script = tmp_path / "runs" / "sft-tiny" / "launch" / "job.sbatch"
+    text = script.read_text()
+    assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=4", "#SBATCH --signal=B:USR1@180", "#SBATCH --requeue",
+            "#SBATCH --exclusive", "#SBATCH --partition=gpu"} <= set(text.splitlines())  # fmt: skip
+    assert "mesh data 8" in said and "--go" in said and f"sbatch {script}" in said
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_a_sweep_is_an_array_of_runs(config, tmp_path):
+    assert submit("slurm", *config, "--sweep", "optimizer.learning_rate=1e-4,3e-4", "--sweep", "seed=0,1") == 0
+    script = tmp_path / "runs" / "sft-tiny-learning_rate.sweep" / "launch" / "job.sbatch"
+    text = script.read_text()
+    assert "#SBATCH --array=0-3" in text
+    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if (p / "launch" / "run.yaml").exists())
+    assert runs == [f"sft-tiny-learning_rate={rate}-seed={seed}" for rate in ("1e-4", "3e-4") for seed in (0, 1)]
+    assert all(run in text for run in runs)
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--nodes", "3", "--devices", "1", "mesh.data=2"], "3 nodes with 1 device"),
+        (["--nodes", "0"], "nodes is 0"),
+        (["--devices", "3", "--processes", "2"], "cannot be shared evenly"),
+        (["--chain", "2", "--sweep", "seed=0,1"], "a chain is of one run"),
+        (["--sbatch", "exclusive"], "begins with -"),
+        (
+            ["--nodes", "2", "--devices", "1", "output_dir=/tmp/runs"],
+            "output_dir: /tmp/runs is a place of this machine",
+        ),
+        (["data.no_such=1"], "data.no_such"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, capsys, words, sentence):
+    assert submit("slurm", "configs/sft/tiny.yaml", f"output_dir={tmp_path / 'runs'}", *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+FAKES = {
+    "srun": """#!/bin/bash
+trap 'echo told; sleep 0.2; exit $(cat "$FAKE/later")' USR1
+echo started "$@"
+[ -e "$FAKE/waits" ] && while :; do sleep 0.05; done
+exit "$(cat "$FAKE/code")"
+""",
+    "scontrol": '#!/bin/bash\necho scontrol "$@" >>"$FAKE/requeued"\n',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path, config, monkeypatch):
+    """Runs the script of a run with an srun and a scontrol of ours; returns its output and code, and the run."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    for name, text in FAKES.items():
+        (fake / name).write_text(text)
+        (fake / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(fake))
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert submit("slurm", *config, "--devices", "1") == 0
+    run = tmp_path / "runs" / "sft-tiny"
+
+    def go(code=0, told=None):
+        (fake / "code").write_text(str(code))
+        process = subprocess.Popen([run / "launch" / "job.sbatch"], stdout=subprocess.PIPE, text=True)
+        if told is not None:
+            (fake / "later").write_text(str(told))
+            (fake / "waits").write_text("")
+            for line in process.stdout:
+                if line.startswith("started"):
+                    break
+            time.sleep(0.3)
+            process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=120)
+        return out, process.returncode, (fake / "requeued").exists()
+
+    return go, run
+
+
+def test_a_signal_ahead_of_the_limit_is_handed_on_and_the_job_requeued(cluster):
+    go, _ = cluster
+    out, code, requeued = go(told=75)
+    assert "told" in out and "again 75" in out and code == 75 and requeued
+
+
+def test_a_mistake_is_not_requeued_and_ends_a_chain(cluster):
+    go, run = cluster
+    out, code, requeued = go(code=2)
+    assert "final 2 usage" in out and code == 2 and not requeued
+    assert "nothing is started: 2 usage" in go()[0]
+    assert (run / "launch" / "final").exists()
+
+
+# --- Kubernetes ---
+
+_RULE = {
+    "type": "object", "additionalProperties": False, "required": ["name", "action"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+        "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+        "targetReplicatedJobs": {"type": "array"},
+        "onJobFailureReasons": {"type": "array", "items": {"enum": ["BackoffLimitExceeded", "PodFailurePolicy"]}},
+        "onJobFailureMessagePatterns": {"type": "array", "items": {"type": "string"}},
+    },
+}  # fmt: skip
+JOBSET = {  # of jobset.x-k8s.io/v1alpha2: the fields that we use, as its reference has them; others are refused
+    "type": "object", "additionalProperties": False, "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"}, "kind": {"const": "JobSet"},
+        "metadata": {"type": "object"},
+        "spec": {"type": "object", "additionalProperties": False, "required": ["replicatedJobs"], "properties": {
+            "network": {"type": "object", "additionalProperties": False, "properties": {
+                "enableDNSHostnames": {"type": "boolean"}, "subdomain": {"type": "string"},
+                "publishNotReadyAddresses": {"type": "boolean"}}},
+            "failurePolicy": {"type": "object", "additionalProperties": False, "properties": {
+                "maxRestarts": {"type": "integer", "minimum": 0},
+                "rules": {"type": "array", "maxItems": 20, "items": _RULE}}},
+            "replicatedJobs": {"type": "array", "minItems": 1, "items": {
+                "type": "object", "additionalProperties": False, "required": ["name", "template"], "properties": {
+                    "name": {"type": "string"}, "replicas": {"type": "integer", "minimum": 1},
+                    "template": {"type": "object"}}}},
+        }},
+    },
+}  # fmt: skip
+
+
+def objects(path):
+    return list(YAML(typ="safe").load_all(path))
+
+
+def check(found):
+    """Each object by its own definition; the jobs of a JobSet as Jobs."""
+    for one in found:
+        if one["kind"] == "JobSet":
+            jsonschema.validate(one, JOBSET)
+            for job in one["spec"]["replicatedJobs"]:
+                whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": one["metadata"], **job["template"]}
+                kubernetes_validate.validate(whole, "1.34", strict=True)
+        else:
+            kubernetes_validate.validate(one, "1.34", strict=True)
+
+
+@pytest.mark.parametrize("stage", PRESETS)
+@pytest.mark.parametrize(
+    "words", [["--topology", "v5p-64"], ["--nodes", "4"], ["--nodes", "4", "--plain-job"]], ids=str
+)
+def test_objects_are_valid(tmp_path, monkeypatch, stage, words):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs" / stage / f"{PRESETS[stage]}.yaml"
+    changed = [*PATHS, *_sources(file)]
+    assert (
+        submit(
+            "k8s", file, *changed, *words, "--image", "me/mixtral:1", "--volume", "runs:/runs", "--volume", "data:/data"
+        )
+        == 0
+    )
+    (path,) = tmp_path.glob("runs/*/launch/job.yaml")
+    found = objects(path)
+    check(found)
+    kinds = [one["kind"] for one in found]
+    assert kinds == (["ConfigMap", "Service", "Job"] if "--plain-job" in words else ["ConfigMap", "JobSet"])
+    assert found[0]["data"]["run.yaml"].startswith("stage:")
+
+
+def _sources(file):
+    told = YAML(typ="safe").load(file)
+    for kind in ("train", "validation"):
+        for number, _ in enumerate(told["data"].get(kind) or []):
+            yield f"data.{kind}.{number}.path=/data/{number}.jsonl"
+    if told.get("init_from"):
+        yield "init_from=/data/base"
+
+
+def test_several_slices_find_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    words = [*PATHS, *_sources(file), "--topology", "2xv5p-64", "mesh.dcn_data=2", "global_batch_size=1024"]
+    assert (
+        submit("k8s", file, *words, "--image", "i", "--volume", "runs:/runs", "--volume", "d:/data", "--queue", "q")
+        == 0
+    )
+    found = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))
+    check(found)
+    job = found[1]["spec"]["replicatedJobs"][0]
+    names = {e["name"] for e in job["template"]["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert job["replicas"] == 2 and job["template"]["spec"]["completions"] == 8
+    assert names == {"MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"}
+    assert found[1]["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+
+
+def test_rules_of_a_jobset_count_those_of_its_pods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    words = [*PATHS, *_sources(file), "--nodes", "4", "--image", "i", "--volume", "runs:/runs", "--volume", "d:/data"]
+    assert submit("k8s", file, *words) == 0
+    spec = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))[1]["spec"]
+    pod = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    by_name = {rule["name"]: rule for rule in spec["failurePolicy"]["rules"]}
+    final = int(by_name["final"]["onJobFailureMessagePatterns"][0].rpartition("index ")[2].removesuffix(".*"))
+    moved = int(by_name["disrupted"]["onJobFailureMessagePatterns"][0].rpartition("index ")[2].removesuffix(".*"))
+    assert pod[final]["onExitCodes"]["values"] == [2, 3, 4] and by_name["final"]["action"] == "FailJobSet"
+    assert "onPodConditions" in pod[moved]
+    assert pod[2]["onExitCodes"]["values"] == [74, 75, 76, 124]  # no rule of the set: restarts, counted
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "--image"),
+        (["--image", "i"], "is on no volume"),
+        (["--image", "i", "--volume", "runs"], "CLAIM:/PATH"),
+        (["--image", "i", "--volume", "r:/", "output_dir=runs"], "goes with it"),
+        (["--image", "i", "--volume", "r:/", "--topology", "v9-1"], "unknown topology"),
+        (["--image", "i", "--volume", "r:/", "--topology", "v5p-128", "mesh.fsdp=4"], "devices"),
+    ],
+)
+def test_a_cluster_that_could_not_run_it(tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    try:
+        code = submit("k8s", file, "--nodes", "4", *PATHS, *_sources(file), *words)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 2 and sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shapes_of_slices_as_gke_has_them():
+    assert gke_shape("v5p:4x4x2") == "2x4x4" and gke_shape("v5p:2x2x1") == "2x2x1" and gke_shape("v5e:16x16") == "16x16"
+    assert hosts(parse_topology("v5p-64")) == (8, 4) and hosts(parse_topology("v5e-8")) == (1, 8)
+    assert hosts(parse_topology("v6e-256")) == (64, 4) and hosts(parse_topology("v5p-8")) == (1, 4)
+
+
+# --- SkyPilot, xpk ---
+
+
+def test_a_managed_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    words = [*PATHS, *_sources(file), "--nodes", "4", "--accelerators", "H100:8", "--mount", "/runs=s3://mine"]
+    assert submit("sky", file, *words) == 2  # data on no mount
+    assert submit("sky", file, *words, "--mount", "/data=s3://data") == 0
+    task = YAML(typ="safe").load(next(tmp_path.glob("runs/*/launch/task.yaml")))
+    assert task["resources"]["job_recovery"] == {
+        "max_restarts_on_errors": 3,
+        "recover_on_exit_codes": [74, 75, 76, 124],
+    }
+    assert task["num_nodes"] == 4 and task["run"].endswith("pretrain /etc/mixtral-jax/run.yaml")
+    assert Path(task["file_mounts"]["/etc/mixtral-jax/run.yaml"]).exists()
+
+
+XPK = {  # of `xpk workload create --help`
+    "cluster", "workload", "docker-image", "tpu-type", "num-slices", "restart-on-exit-codes", "max-restarts", "project",
+    "zone", "command",
+}  # fmt: skip
+
+
+def test_an_xpk_workload(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    assert submit("xpk", file, "--topology", "v5p-64", "--cluster", "c", "--image", "i", "--zone", "z") == 0
+    script = next(tmp_path.glob("runs/*/launch/xpk.sh"))
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
+    words = script.read_text().splitlines()[1]
+    (tmp_path / "xpk").write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    (tmp_path / "xpk").chmod(0o755)
+    told = subprocess.run(
+        ["sh", "-c", words], env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True, text=True, check=True
+    ).stdout
+    options = dict(line[2:].split("=", 1) for line in told.splitlines() if line.startswith("--"))
+    assert (
+        set(options) <= XPK and options["restart-on-exit-codes"] == "74,75,76,124" and options["tpu-type"] == "v5p-64"
+    )
+    decoding = options["command"].partition(" > ")[0]
+    assert subprocess.run(["sh", "-c", decoding], capture_output=True, text=True, check=True).stdout.startswith(
+        "stage:"
+    )
+
+
+# --- this machine ---
+
+
+def test_go_without_the_engine_is_refused(config, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert submit("slurm", *config, "--devices", "1", "--go") == 2
+    assert "sbatch is not installed here" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""What is to be run where, whatever the engine: points of a sweep, files in the run's directory, and their checks."""
+
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml
+from mixtral_jax.train.errors import UserError
+
+PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens to stand in
+IN_IMAGE = ("python", "-P")
+_OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # RFC 1035, as Kubernetes and clouds want it
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes that one job has, and what is in each."""
+
+    nodes: int
+    devices: int  # in each node
+    processes: int = 1  # on each node
+
+    def __post_init__(self) -> None:
+        for what, count in (("nodes", self.nodes), ("devices", self.devices), ("processes", self.processes)):
+            if count < 1:
+                raise UserError(f"{what} is {count}: a job has at least one")
+        if self.devices % self.processes:
+            raise UserError(f"{self.devices} devices a node cannot be shared evenly by {self.processes} processes")
+
+    def __str__(self) -> str:
+        each = f"{self.devices} device{'s' * (self.devices > 1)}"
+        return f"{self.nodes} node{'s' * (self.nodes > 1)} with {each} and {self.processes} process(es) each"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run on one machine."""
+
+    config: RunConfig
+    machine: Machine
+    away: bool = False  # its directory is not seen from here, where the files are made
+
+    @property
+    def run(self) -> Path:
+        """The run's directory, absolute."""
+        return self.config.run_dir.absolute()
+
+    @property
+    def here(self) -> Path:
+        """Where files for the engine are written: in the run's directory, or in `runs`."""
+        return (Path("runs", self.config.run_name).absolute() if self.away else self.run) / "launch"
+
+    @property
+    def file(self) -> Path:
+        """The run file that the engine gives to the command: resolved, with the overrides in it."""
+        return self.here / "run.yaml"
+
+    @property
+    def name(self) -> str:
+        """The run's name as engines take it."""
+        return engine_name(self.config.run_name)
+
+    def command(self, python: Sequence[str] = PYTHON, file: Path | str | None = None) -> list[str]:
+        """The words that start one process."""
+        return [*python, "-m", "mixtral_jax.launch", self.config.stage, str(file or self.file)]
+
+
+def jobs(
+    path: str, overrides: Sequence[str], sweep: Sequence[str], machine: Machine, *, away: bool = False
+) -> list[Job]:
+    """One job, or one for each point of the sweep: every combination of the values, each with a run name of its own.
+
+    Raises:
+        UserError: the configuration, or the mesh on that machine, is wrong; or a sweep is not `a.b=x,y`.
+    """
+    base = load_config(path, overrides).config
+    found = []
+    for point in points(sweep):
+        named = [f"run_name={base.run_name}-{_point_name(point)}"] if point else []
+        config = load_config(path, [*overrides, *point, *named]).config if point else base
+        try:
+            check_sizes(config, config.mesh.sizes(machine.nodes * machine.devices))
+        except ValueError as error:
+            raise UserError(f"{machine}: {error}") from None
+        found.append(Job(config, machine, away))
+    return found
+
+
+def points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
+    """Overrides of each point, `["lr=1,2", "seed=0,1"]` as four; without a sweep the one that has none."""
+    axes = []
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        several = [value for value in _split(values) if value]
+        if not (equals and key and several) or len(set(several)) < len(several):
+            raise UserError(f"--sweep {text}: KEY=VALUE,VALUE with different values is expected")
+        axes.append([f"{key}={value}" for value in several])
+    named = [axis[0].partition("=")[0] for axis in axes]
+    if len(set(named)) < len(named):
+        raise UserError(f"--sweep names {next(k for k in named if named.count(k) > 1)} twice: give all its values once")
+    return list(itertools.product(*axes))
+
+
+def _split(values: str) -> list[str]:
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", values)]
+
+
+def _point_name(point: Sequence[str]) -> str:
+    """`optimizer.learning_rate=1e-4` as `learning_rate=1e-4`, without marks that no directory should have."""
+    keys, values = zip(*(text.split("=", 1) for text in point), strict=True)
+    short = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values, strict=True))
+    return re.sub(r"[^A-Za-z0-9=._+-]+", "_", short)
+
+
+def engine_name(name: str) -> str:
+    """In small letters, digits and hyphens, at most 40.
+
+    Raises:
+        UserError: nothing is left of it.
+    """
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
+    short = short if short[:1].isalpha() or not short else f"r{'-' * bool(short)}{short}"
+    if not _NAME.fullmatch(short):
+        raise UserError(f"run_name {name!r} gives no name that an engine takes: letters, digits and hyphens")
+    return short
+
+
+def check_shared(job: Job) -> None:
+    """Paths that every node must see.
+
+    Raises:
+        UserError: one that lies on a place which each machine has for itself.
+    """
+    if job.machine.nodes == 1:
+        return
+    for key, place in places(job.config):
+        real = os.path.realpath(place)
+        if real.startswith(tuple(f"{above}/" for above in _OF_ONE_MACHINE)):
+            raise UserError(f"{key}: {real} is a place of this machine alone, and {job.machine.nodes} nodes read it")
+
+
+def places(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Paths of a configuration that are no addresses, by their dotted keys."""
+    data = config.data
+    named: dict[str, str | None] = {"output_dir": config.output_dir, "data.cache_dir": data.cache_dir}
+    named |= {"data.tokenizer": data.tokenizer, "init_from": config.init_from}
+    named["checkpoint.directory"] = config.checkpoint.directory and str(config.checkpoint.directory)
+    for kind in ("train", "validation"):
+        for source in getattr(data, kind):
+            named |= {f"data.{kind}.{source.name}": path for path in source.paths}
+    yield from ((key, place) for key, place in named.items() if place and "://" not in place)
+
+
+def write(files: Mapping[Path, str]) -> None:
+    """All of them, each whole; their directories are made."""
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        if text.startswith("#!"):
+            path.chmod(0o755)
+
+
+def run_file(job: Job) -> dict[Path, str]:
+    """The resolved run file in the run's directory."""
+    return {job.file: resolved_yaml(job.config)}
+
+
+def quoted(words: Sequence[str]) -> str:
+    """For a shell."""
+    return shlex.join(words)

@@ -1,0 +1,133 @@
+"""Processes on this machine under a supervisor that restarts them as an engine would, and kills them where asked to."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixtral_jax.train.launchers.job import Job
+from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
+from mixtral_jax.train.run import add_up, read_attempts
+
+_POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
+
+
+class Local(NamedTuple):
+    """How processes are started, and what is done to them."""
+
+    devices: int = 1  # virtual CPU devices of each
+    on_cpu: bool = True
+    kill_every: float | None = None  # seconds of training, so that every attempt comes to a step
+    kills: int | None = None  # at most; None: until the run is done
+    most: int = MOST
+
+
+class Supervisor:
+    """Starts all processes of a run, again and again, until it is done or ended for good."""
+
+    def __init__(self, job: Job, how: Local, say: Callable[[str], None] = print):
+        self._job, self._how, self._say = job, how, say
+        self._killed, self._before, self._asked = 0, 0, False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._due: float | None = None  # when the next is killed; None: the run does not train yet
+
+    def run(self) -> int:
+        """The exit code of the run: its last word, or 75 where a signal came to the supervisor.
+
+        SIGTERM and Ctrl-C are passed on as SIGTERM, on which the run saves.
+        """
+        began, number = time.monotonic(), 0
+        with self._signals():
+            while True:
+                number += 1
+                self._before = last_attempt(self._job.run)
+                code = self._attempt()
+                end = verdict(self._job.run, code, self._before, self._how.most)
+                self._say(f"attempt {number}: {end.code}, {end.reason}")
+                if self._asked or not end.again:
+                    break
+        self._account(number, time.monotonic() - began)
+        return int(end.code) if end.code >= 0 else 128 - end.code
+
+    def _attempt(self) -> int:
+        """One start of all processes; the code that says most, as a launcher of several would have it."""
+        port = _free_port()
+        self._processes = processes = [self._start(i, port) for i in range(self._job.machine.processes)]
+        ends: float | None = None
+        while any(p.poll() is None for p in processes):
+            time.sleep(_POLL)
+            gone = any(p.returncode is not None for p in processes)
+            if self._asked or gone:
+                ends = ends or time.monotonic() + (_SAVING if self._asked else _PEERS)
+                if time.monotonic() > ends:
+                    for process in processes:
+                        process.kill()
+            elif self._is_due():
+                self._kill(processes)
+        codes = [p.returncode for p in processes]
+        return next((c for c in codes if c < 0), None) or max(codes)
+
+    def _start(self, index: int, port: int) -> subprocess.Popen[bytes]:
+        command, count, how = self._job.command(), self._job.machine.processes, self._how
+        if count > 1:
+            command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(index)]
+        environment = {**os.environ, "PYTHONPATH": search_path()}
+        if how.on_cpu:
+            flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={how.devices}"
+            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        out = None if index == 0 else subprocess.DEVNULL  # each has its own log in the run's directory
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+    def _is_due(self) -> bool:
+        if self._how.kill_every is None or self._killed == self._how.kills:
+            return False
+        if self._due is None:
+            status = read_status(self._job.run)
+            if status.get("state") == "training" and status.get("attempt", 0) > self._before:
+                self._due = time.monotonic() + self._how.kill_every
+        return self._due is not None and time.monotonic() >= self._due
+
+    def _kill(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        """The next one in turn, as a machine that is taken away."""
+        index = self._killed % len(processes)
+        self._killed, self._due = self._killed + 1, None
+        self._say(f"kill {self._killed}: process {index}")
+        processes[index].kill()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def ask(number: int, frame: Any) -> None:
+            self._asked = True
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _account(self, attempts: int, seconds: float) -> None:
+        """What the interruptions cost, by the run's own book."""
+        book = read_attempts(self._job.run / "attempts" / "goodput.jsonl")
+        self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
+        for line in add_up(book).table() if book else ():
+            self._say(line)
+
+
+def search_path() -> str:
+    """PYTHONPATH for a child that is to find this package wherever it stands."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(Path(__file__).parents[2]), *filter(os.path.isabs, inherited)])
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,101 @@
+"""Whether a run whose processes have ended is started again: by its STATUS, then by the code of its processes."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixtral_jax.train.errors import ExitCode
+
+MOST = 3  # starts one after another without a new checkpoint
+
+
+class Verdict(NamedTuple):
+    """What comes of an attempt."""
+
+    again: bool
+    code: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'again' if self.again else 'final'} {self.code} {self.reason}"
+
+
+def last_attempt(run: Path) -> int:
+    """The number of the last start of a run; 0: there is none."""
+    return max((int(p.name) for p in (run / "attempts").glob("*") if p.name.isdecimal()), default=0)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """STATUS of a run; empty where there is none."""
+    return _object(run / "STATUS")
+
+
+def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
+    """Judge the attempt that has just ended, and count it.
+
+    STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
+    several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
+    `most` times without a new checkpoint.
+
+    Args:
+        code: of the processes; negative or above 128: a signal ended them.
+        before: the number of the last start when they were started.
+    """
+    status = read_status(run)
+    said = status.get("exit_code")
+    if isinstance(said, int) and isinstance(status.get("attempt"), int) and status["attempt"] > before:
+        code, reason = said, str(status.get("reason", ""))
+    else:
+        reason = _named(code)
+    if not goes_on(code):
+        return Verdict(False, code, reason)
+    counted, newest = run / "launch" / "restarts.json", _newest_checkpoint(run)
+    earlier = _object(counted)
+    times = earlier.get("times", 0) + 1 if earlier.get("newest") == newest else 1
+    counted.parent.mkdir(parents=True, exist_ok=True)
+    counted.write_text(json.dumps({"newest": newest, "times": times}) + "\n")
+    if times > most:
+        return Verdict(False, code, f"{reason}; started again {most} times without a new checkpoint")
+    return Verdict(True, code, f"{reason} (start {times} of {most} without a new checkpoint)" if times > 1 else reason)
+
+
+def goes_on(code: int) -> bool:
+    """Whether the same command may come further: all but what is final by ExitCode."""
+    return code not in ExitCode.final()
+
+
+def _named(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return ExitCode(code).meaning
+    return f"ended by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"status {code}"
+
+
+def _newest_checkpoint(run: Path) -> int | None:
+    """Of the run's own directory, or of the one that its file names; one of a bucket is asked through epath."""
+    from etils import epath
+
+    known = re.search(
+        r"^checkpoint:.*?^  directory: *(\S+)", _text(run / "launch" / "run.yaml"), re.DOTALL | re.MULTILINE
+    )
+    named = known[1].strip("'\"") if known else "null"
+    directory = epath.Path(run / "checkpoints" if named in ("null", "~") else named)
+    with contextlib.suppress(OSError):
+        return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=None)
+    return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
