@@ -253,7 +253,7 @@ class ComputeConfig(FrozenConfig):
         "those of attention (attention), these in the host's memory (offload), the rows that reach the experts "
         "(experts_input), nothing (full)",
     )
-    attention: Literal["auto", "reference", "chunked", "dot_product", "splash"] = Field(
+    attention: Literal["auto", "reference", "chunked", "dot_product", "splash", "cudnn", "triton"] = Field(
         "auto", description="attention back-end"
     )
     loss_chunk: int = Field(0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape")

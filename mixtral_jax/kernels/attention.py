@@ -5,8 +5,6 @@ of its own segment (segment 0 is padding) at positions p - window + 1 ... p. Mix
 mask is made of positions and segments, never of places in the row. A query that sees no key gives 0.
 """
 
-from typing import Literal, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,19 +22,8 @@ from mixtral_jax.kernels.attention_tiled import (
     tile,
     visible,
 )
-from mixtral_jax.parallel import Part, places, platform
-
-Backend = Literal["auto", "reference", "chunked", "dot_product", "splash"]
-
-
-class AttentionShape(NamedTuple):
-    """What the choice of a back-end depends on: T queries, S keys, head size H, and whether rows are in order."""
-
-    T: int
-    S: int
-    H: int
-    dtype: str = "float32"
-    ordered: bool = True
+from mixtral_jax.kernels.choice import AttentionShape, Backend, choose_attention
+from mixtral_jax.parallel import Part, machine, places, platform
 
 
 def attend(
@@ -59,7 +46,7 @@ def attend(
         queries: position and segment of the T queries, (B, T).
         keys: the same of the S keys, (B, S).
         window: a query at position p sees positions p - window + 1 ... p; None: all up to p.
-        backend: how it is computed; "auto" as `resolve_attention` says.
+        backend: how it is computed; "auto" as `choose_attention` says.
         ordered: the caller's word that queries and keys are the same T tokens and that each segment is a run of
             neighbours with positions that go up by one, so that tiles off the band can be skipped. Not believed
             where T != S.
@@ -72,13 +59,23 @@ def attend(
     _check(q_BTNH, k_BSKH, v_BSKH, window)
     ordered = ordered and T == S
     run = T if part is None else T // 2  # tokens that are neighbours in the row
-    shape = AttentionShape(run, S, H, q_BTNH.dtype.name, ordered or part is not None)
-    chosen = resolve_attention(backend, platform(), shape)
+    dtype, in_order = q_BTNH.dtype.name, ordered or part is not None
+    shape = AttentionShape(run, S, H, dtype, in_order, part is not None, q_BTNH.size)
+    chosen = choose_attention(backend, machine(), shape).kernel
+    # imported here: Pallas takes a second to load, and each is for one kind of machine
     if chosen == "splash":
-        # imported here: Pallas for TPU takes a second to load, and only TPUs need it
         from mixtral_jax.kernels.attention_splash import splash_attention
 
         return splash_attention(q_BTNH, k_BSKH, v_BSKH, queries.segments, keys.segments, window=window, part=part)
+    if chosen == "cudnn":
+        from mixtral_jax.kernels.attention_cudnn import cudnn_attention
+
+        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window)
+    if chosen == "triton":
+        from mixtral_jax.kernels.attention_triton import triton_attention
+
+        stand = jnp.arange(T, dtype=jnp.int32) if part is None else places(part, T)
+        return triton_attention(q_BTNH, k_BSKH, v_BSKH, queries.segments, keys.segments, stand, window=window)
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
@@ -89,25 +86,6 @@ def attend(
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
     return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS), SAVED)
-
-
-def resolve_attention(backend: Backend, platform: str, shape: AttentionShape) -> str:
-    """The back-end that runs: what is asked for, or the fastest known to work on the platform (cpu, gpu, tpu).
-
-    Raises:
-        ValueError: "splash" for a shape that its kernel cannot take.
-    """
-    obstacle = _splash_obstacle(shape)
-    if backend == "splash" and obstacle:
-        raise ValueError(f"compute.attention is splash, which needs {obstacle}: use auto or chunked")
-    if backend != "auto":
-        return backend
-    if platform == "tpu" and obstacle is None:
-        return "splash"
-    if platform == "gpu" and (_cudnn_takes(shape) or shape.T * shape.S <= 2048**2):
-        return "dot_product"
-    # decoding and short rows fit in cache whole: nothing to gain by tiles (measured: equal at 64, 3x slower at 256)
-    return "reference" if shape.T * shape.S <= 64**2 or shape.T == 1 else "chunked"
 
 
 def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:
@@ -126,26 +104,9 @@ def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: A
 
 
 def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:
-    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it takes the shape, else XLA's."""
-    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
-    cudnn = platform() == "gpu" and _cudnn_takes(AttentionShape(T, S, H, q_BTNH.dtype.name))
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=seen_BTS[:, None], implementation="cudnn" if cudnn else "xla"
-    )
+    """`jax.nn.dot_product_attention` as XLA computes it, all scores at once."""
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BTS[:, None], implementation="xla")
     return jnp.where(seen_BTS.any(-1)[:, :, None, None], out_BTNH, 0)
-
-
-def _splash_obstacle(shape: AttentionShape) -> str | None:
-    """What the TPU kernel would need that `shape` does not have."""
-    if not shape.ordered:
-        return "queries and keys that are tokens of one row in order (no cache)"
-    if shape.T % 128 or shape.H % 64:
-        return f"a row length in multiples of 128 and a head_dim in multiples of 64 (they are {shape.T} and {shape.H})"
-    return None
-
-
-def _cudnn_takes(shape: AttentionShape) -> bool:
-    return shape.dtype in ("bfloat16", "float16") and shape.H % 8 == 0 and shape.H <= 128 and shape.T > 1
 
 
 def _check(q: Array, k: Array, v: Array, window: int | None) -> None:

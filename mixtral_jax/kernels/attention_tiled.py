@@ -66,20 +66,20 @@ def part_bounds(tiling: Tiling, places_T: Array, window: int | None) -> tuple[Ar
     return jnp.maximum(oldest_i, 0) // tiling.block_S, jnp.max(places_iT, axis=1) // tiling.block_S + 1
 
 
-def segment_bounds(tiling: Tiling, segments_BT: Array) -> tuple[Array, Array]:
-    """First key block and last + 1 of each query block of ordered rows: no key before a query's own segment is seen.
-
-    Padding (segment 0) sees nothing and ends no segment.
-    """
-    T, blocks = segments_BT.shape[1], len(tiling.first)
-    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), segments_BT.shape)
+def segment_begins(segments_BT: Array) -> Array:
+    """Place of the first token of each token's segment, in ordered rows. Padding (segment 0) ends no segment."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
     real_BT = segments_BT != 0
     before_BT = jnp.pad(lax.cummax(jnp.where(real_BT, index_BT, -1), axis=1), ((0, 0), (1, 0)), constant_values=-1)
     before_BT = before_BT[:, :-1]  # the last token before this one that is no padding
     other_BT = segments_BT != jnp.take_along_axis(segments_BT, jnp.maximum(before_BT, 0), axis=1)
-    begins_BT = real_BT & (other_BT | (before_BT < 0))
-    begin_BT = lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
-    oldest_T = jnp.min(jnp.where(real_BT, begin_BT, index_BT), axis=0)
+    return lax.cummax(jnp.where(real_BT & (other_BT | (before_BT < 0)), index_BT, 0), axis=1)
+
+
+def segment_bounds(tiling: Tiling, segments_BT: Array) -> tuple[Array, Array]:
+    """First key block and last + 1 of each query block of ordered rows: no key before a query's own segment is seen."""
+    T, blocks = segments_BT.shape[1], len(tiling.first)
+    oldest_T = jnp.min(jnp.where(segments_BT != 0, segment_begins(segments_BT), jnp.arange(T)), axis=0)
     oldest_T = jnp.pad(oldest_T, (0, blocks * tiling.block_T - T), mode="edge")
     first_i = jnp.min(oldest_T.reshape(blocks, -1), axis=1) // tiling.block_S
     return jnp.maximum(first_i, jnp.array(tiling.first, jnp.int32)), jnp.array(tiling.stop, jnp.int32)

@@ -6,32 +6,14 @@ Rows behind the last group are undefined in every back-end and must be selected 
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels.choice import choose_matmul
 from mixtral_jax.kernels.grouped_blocked import blocked_rows, blocked_weight_gradient
-from mixtral_jax.parallel import platform, same_variance
-
-Backend = Literal["auto", "megablox", "tokamax", "ragged_dot", "blocked", "dense"]
-
-
-def resolve_matmul(backend: str, platform: str) -> str:
-    """The back-end that `auto` stands for on a platform (cpu, gpu, tpu).
-
-    ragged_dot is never chosen: on GPU it is a dense fallback, on TPU its weight gradient costs E times the useful work.
-    """
-    if backend != "auto":
-        return backend
-    if platform == "tpu":
-        return "megablox"
-    if platform in ("gpu", "cuda", "rocm"):
-        from mixtral_jax.kernels.grouped_accelerator import has_tokamax
-
-        return "tokamax" if has_tokamax() else "blocked"
-    return "blocked"
+from mixtral_jax.parallel import machine, same_variance
 
 
 def grouped_matmul(
@@ -42,8 +24,8 @@ def grouped_matmul(
     Accumulated in fp32, returned in x's dtype. Trailing dimensions of `w` behind the second count as one. Source:
     MegaBlocks (2211.15841).
     """
-    backend = resolve_matmul(backend, platform())
-    return _grouped_matmul(backend, *same_variance(x_RD, w_EDF, group_sizes_E))
+    kernel = choose_matmul(backend, machine()).kernel
+    return _grouped_matmul(kernel, *same_variance(x_RD, w_EDF, group_sizes_E))
 
 
 def _forward(backend: str, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:

@@ -4,8 +4,6 @@ Both visit only the tiles of rows that belong to a group: a buffer that is partl
 here: megablox by its interpreter and by compiling for TPUs, tokamax not at all (docs/sharding.md).
 """
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -63,11 +61,6 @@ def grouped_weight_gradient(
 
     x_RD, dy_RF = (_padded(a, tiling[0]) for a in (x_RD, dy_RF))
     return unchecked(run, x_RD.T, dy_RF, sizes_E)
-
-
-def has_tokamax() -> bool:
-    """Whether tokamax (the extra `cuda`) is installed."""
-    return importlib.util.find_spec("tokamax") is not None
 
 
 def _tiling(x_RD: jax.Array, produced: int) -> tuple[int, int, int]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels import Low, blocked_swiglu, grouped_down, grouped_matmul, resolve_matmul, swiglu
+from mixtral_jax.kernels import Low, blocked_swiglu, choose_matmul, grouped_down, grouped_matmul, swiglu
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
-from mixtral_jax.parallel import platform
+from mixtral_jax.parallel import machine
 
 
 class ExpertWeights(NamedTuple):
@@ -32,7 +32,7 @@ def grouped_swiglu(
 ) -> Float[Array, "R D"]:
     """w2( gate * silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last are undefined."""
     x_RD, gate_R = (checkpoint_name(a, "expert_input") for a in (x_RD, gate_R))
-    kernel = resolve_matmul(backend, platform())
+    kernel = choose_matmul(backend, machine()).kernel
     if kernel == "blocked" and not any(adapter.drops for adapter in weights.adapters.values()):
         low = _factors(weights.adapters)
         return blocked_swiglu(x_RD, gate_R, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *low)

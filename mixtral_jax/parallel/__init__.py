@@ -2,11 +2,13 @@
 
 from mixtral_jax.parallel import compiler_quirks
 from mixtral_jax.parallel.collectives import (
+    Machine,
     assemble,
     axis_index,
     axis_max,
     axis_size,
     devices_along,
+    machine,
     platform,
     psum,
     same_variance,

@@ -7,7 +7,7 @@ never reduced.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,28 @@ from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.mesh import MESH_AXES
 
 
-def platform() -> str:
+class Machine(NamedTuple):
+    """What computes: cpu, gpu or tpu, and the name that jax gives such a device."""
+
+    platform: str
+    kind: str = ""
+
+    @classmethod
+    def of(cls, device: Any) -> "Machine":
+        """That of a device, which may be one that is only compiled for."""
+        return cls("gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind)
+
+
+def machine() -> Machine:
     """Of the mesh in context, which may be one that is only compiled for, or of this process's devices."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return Machine.of(device or jax.devices()[0])
+
+
+def platform() -> str:
+    """cpu, gpu or tpu, of the machine that computes."""
+    return machine().platform
 
 
 def inside() -> bool:

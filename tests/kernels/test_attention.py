@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mixtral_jax.kernels.attention import AttentionShape, attend, resolve_attention
+from mixtral_jax.kernels.attention import attend
 from mixtral_jax.kernels.attention_tiled import Tokens
 from tests.attention_cases import CASES, Case, compare, make, out_and_gradients
 from tests.oracles.attention import attention
@@ -170,27 +170,7 @@ def test_partitioned_by_the_compiler_over_batch_and_heads() -> None:
     compare(got, attention(*inputs.arrays[:3], inputs.mask, inputs.arrays[3]), 1e-5)
 
 
-# ---- the choice, and what is refused --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("backend", "platform", "shape", "chosen"),
-    [
-        ("reference", "tpu", AttentionShape(4096, 4096, 128), "reference"),
-        ("auto", "tpu", AttentionShape(4096, 4096, 128, "bfloat16"), "splash"),
-        ("auto", "tpu", AttentionShape(4096, 4096, 128, "bfloat16", ordered=False), "chunked"),
-        ("auto", "tpu", AttentionShape(4000, 4000, 128), "chunked"),
-        ("auto", "tpu", AttentionShape(1, 4096, 128, "bfloat16", ordered=False), "reference"),
-        ("auto", "gpu", AttentionShape(32768, 32768, 128, "bfloat16"), "dot_product"),
-        ("auto", "gpu", AttentionShape(32768, 32768, 128, "float32"), "chunked"),
-        ("auto", "gpu", AttentionShape(1024, 1024, 128, "float32"), "dot_product"),
-        ("auto", "cpu", AttentionShape(256, 256, 32), "chunked"),
-        ("auto", "cpu", AttentionShape(64, 64, 32), "reference"),
-        ("auto", "cpu", AttentionShape(1, 2048, 32, ordered=False), "reference"),
-    ],
-)
-def test_auto_chooses_by_platform_and_shape(backend, platform: str, shape: AttentionShape, chosen: str) -> None:
-    assert resolve_attention(backend, platform, shape) == chosen
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from mixtral_jax import launch
+from mixtral_jax.kernels import choice
+from mixtral_jax.parallel import Machine
+from mixtral_jax.train.run import check
 from tests.sources import ROOT
 
 TEXT = """\
@@ -212,6 +215,22 @@ def test_dry_run_shows_the_arithmetic_and_writes_nothing(
     assert "micro_batch_size (4) is not a multiple of the 8 batch shards" in capsys.readouterr().err
     assert launch.main(["pretrain", file, "--dry-run", "mesh.data=3", "global_batch_size=15"]) == 2
     assert "3" in capsys.readouterr().err
+
+
+def test_a_gpu_without_tokamax_is_refused_with_the_remedy(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the sequential loop for CPUs, in silence."""
+    monkeypatch.setattr(check, "machine", lambda: Machine("gpu", "NVIDIA A100-SXM4-80GB"))
+    monkeypatch.setattr(choice, "has_tokamax", lambda: False)
+    samples = ROOT / "data" / "samples"
+    there = [f"data.tokenizer={samples / 'tokenizer.model'}", f"data.train.0.path={samples / 'en.val.jsonl.gz'}"]
+    command = ["pretrain", file, "--dry-run", "micro_batch_size=8", *there]
+    assert launch.main(command) == 2
+    assert "pip install 'mixtral-jax[cuda]', or name one of the slow back-ends" in capsys.readouterr().err
+    assert launch.main([*command, "compute.moe.matmul=blocked"]) == 0
+    out = capsys.readouterr().out
+    assert "kernels  attention " in out and "note: experts falls back on blocked: named by compute.moe.matmul" in out
 
 
 @pytest.mark.parametrize("code", [0, 3, 75, 124])

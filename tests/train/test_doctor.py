@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mixtral_jax.kernels import choice
+from mixtral_jax.parallel import Machine
 from mixtral_jax.train.commands import doctor
 from mixtral_jax.train.run import environment
 
@@ -69,6 +71,16 @@ def test_problems_are_named_and_exit_2(
         assert part in out
     assert "tokamax is not installed" not in out.split("problem", 1)[1]
     assert out.splitlines()[-1] == "doctor: 4 problems, named above"
+
+
+def test_a_gpu_without_tokamax_is_a_problem_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "has_tokamax", lambda: False)
+    lines, problems = doctor.kernels(Machine("gpu", "NVIDIA A100-SXM4-80GB"))
+    assert "pip install 'mixtral-jax[cuda]'" in problems[0] and "grouped matmul" not in lines
+    assert lines["attention"].startswith("triton (cudnn needs an NVIDIA GPU of the Hopper generation")
+    assert lines["attention in float32"].startswith("chunked (")
+    lines, problems = doctor.kernels(Machine("cpu", "cpu"))
+    assert not problems and lines["grouped matmul"] == "blocked (the fastest on cpu)"
 
 
 def test_a_broken_backend_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

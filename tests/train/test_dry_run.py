@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.kernels import choice
 from mixtral_jax.lora import is_adapter
+from mixtral_jax.parallel import Machine
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.plan.placement import human_bytes, memory_line, resident
-from mixtral_jax.train.run.screen import batch_line, model_line
+from mixtral_jax.train.run import check
+from mixtral_jax.train.run.screen import batch_line, fallback_lines, model_line
 from mixtral_jax.train.weights import abstract_params, leaves
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
@@ -82,6 +85,22 @@ def test_a_reference_beside_adapters_and_a_trained_router_is_held_as_the_base_is
 def test_model(config: RunConfig) -> None:
     line = model_line(config.model, 32)
     assert line.startswith(f"{config.model.num_params():,} parameters, {config.model.num_active_params():,} used")
+
+
+def test_a_kernel_that_falls_back_is_one_line_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "machine", lambda: Machine("gpu", "NVIDIA A100-SXM4-80GB"))
+    monkeypatch.setattr(choice, "has_tokamax", lambda: True)
+    overrides = {
+        "seq_len": 256,
+        "compute": {"dtype": "float32"},
+        "model": {"max_position_embeddings": 256, "head_dim": 16},
+    }
+    config = load_config(write_run_file(tmp_path, **overrides)).config
+    (line,) = fallback_lines(config, ONE)
+    assert line.startswith("note: attention falls back on chunked: cudnn needs an NVIDIA GPU of the Hopper")
+    assert line.endswith("triton needs bfloat16 (compute.dtype is float32)")
+    half = config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": "bfloat16"})})
+    assert fallback_lines(half, ONE) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
+from mixtral_jax.kernels import AttentionShape, choose_attention, choose_matmul
+from mixtral_jax.parallel import Machine, machine
 from mixtral_jax.train.run import OPTIONAL, installed
 
 SMALLEST_FREE_GIB = 5
@@ -30,13 +33,16 @@ def examine(directory: str | Path = ".") -> int:
     problems += device_problems
     for line in lines:
         console.print(f"[bold]devices[/] {line}")
-    for name, finding in kernels().items():
-        console.print(f"[bold]kernel[/] {name}: {finding}")
+    if lines:
+        found, missing = kernels(machine())
+        problems += missing
+        for name, finding in found.items():
+            console.print(f"[bold]kernel[/] {name}: {escape(finding)}")
     console.print(
         f"[bold]disk[/] {shutil.disk_usage(directory).free / 2**30:.1f} GiB free in {Path(directory).resolve()}"
     )
     for problem in problems:
-        console.print(f"[red]problem[/] {problem}", markup=True)
+        console.print(f"[red]problem[/] {escape(problem)}", markup=True)
     console.print("doctor: a run can start" if not problems else f"doctor: {len(problems)} problems, named above")
     return 2 if problems else 0
 
@@ -96,22 +102,23 @@ def devices() -> tuple[list[str], list[str]]:
     return lines, [] if answer == 64.0 else [f"the sum of 64 ones came out as {answer} on {kinds}"]
 
 
-def kernels() -> dict[str, str]:
-    """Which back-ends can run where jax runs now."""
-    import jax
-
-    backend = jax.default_backend()
-    tokamax = importlib.util.find_spec("tokamax") is not None
-    return {
-        "grouped matmul blocked, ragged_dot, dense": "everywhere",
-        "grouped matmul megablox": "available" if backend == "tpu" else f"TPU only (this is {backend})",
-        "grouped matmul tokamax": "available"
-        if tokamax and backend == "gpu"
-        else f"GPU with the extra `cuda` only (this is {backend}, tokamax {'is' if tokamax else 'is not'} installed)",
-        "attention reference, chunked, dot_product": "everywhere (dot_product uses cuDNN on GPU)",
-        "attention splash": "available" if backend == "tpu" else f"TPU only (this is {backend})",
-        "plan for TPU slices": "available" if importlib.util.find_spec("libtpu") else "needs the extra `aot`",
+def kernels(machine: Machine) -> tuple[dict[str, str], list[str]]:
+    """What `auto` stands for on such a machine, and why; and what keeps a run from starting there."""
+    row = AttentionShape(4096, 4096, 128, "bfloat16")
+    rows = {
+        "attention": row,
+        "attention in float32": row._replace(dtype="float32"),
+        "attention with mesh.context": row._replace(part=True),
     }
+    found = {name: choose_attention("auto", machine, shape) for name, shape in rows.items()}
+    problems = []
+    try:
+        found["grouped matmul"] = choose_matmul("auto", machine)
+    except ValueError as error:
+        problems.append(str(error))
+    lines = {name: f"{choice.kernel} ({choice.why})" for name, choice in found.items()}
+    lines["plan for TPU slices"] = "available" if importlib.util.find_spec("libtpu") else "needs the extra `aot`"
+    return lines, problems
 
 
 def disk_problems(directory: Path) -> list[str]:

@@ -27,7 +27,7 @@ from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
 from mixtral_jax.train.read_model import noted_base, read_model, with_tokenizer
-from mixtral_jax.train.run import failures_reported
+from mixtral_jax.train.run import failures_reported, kernels_of, sizes_of
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
 
@@ -67,6 +67,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
         checkpoint=Path(place).name,
     )
     mesh = make_mesh(config.mesh)
+    kernels_of(config, sizes_of(mesh))  # refused before a weight is read
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         model = read_model(checkpoint, mesh=mesh, compute=config.compute, path=place)
         pieces = load_tokenizer(data.tokenizer).vocab_size

@@ -12,7 +12,9 @@ import jax
 from mixtral_jax.data.prepare import check_first_records
 from mixtral_jax.data.records import choose, file_system, is_remote, stage_in, staging_room
 from mixtral_jax.data.text import Tokenizer, load_template, load_tokenizer
-from mixtral_jax.parallel import MESH_AXES
+from mixtral_jax.kernels import Choice, choose_kernels
+from mixtral_jax.model import compute_dtype
+from mixtral_jax.parallel import MESH_AXES, machine
 from mixtral_jax.train.base import by_tensorflow, check_base, stands_on_base
 from mixtral_jax.train.config import RunConfig, check_sizes, check_vocabulary
 from mixtral_jax.train.errors import ExitCode, UserError, failure_of
@@ -26,8 +28,9 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
         resumes: a checkpoint is there, so that init_from is read again only where the run stands on it.
 
     Raises:
-        UserError: one line for each problem: the mesh, the tokenizer, the template, sources without files or whose
-            first records are of another kind, a base that is not there or does not fit, a cache that cannot be made.
+        UserError: one line for each problem: the mesh, the kernels, the tokenizer, the template, sources without files
+            or whose first records are of another kind, a base that is not there or does not fit, a cache that cannot
+            be made.
         OSError: a file system that does not answer.
     """
     problems: list[str] = []
@@ -43,6 +46,7 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
 
     stage_in(config.data.staging_dir, config.data.staging_bytes)
     looked(partial(check_sizes, config, sizes))
+    looked(partial(kernels_of, config, sizes))
     text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
         looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
@@ -61,6 +65,18 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return tokenizer, notes or []
+
+
+def kernels_of(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, Choice]:
+    """What each product of the step runs on, on this machine's devices.
+
+    Raises:
+        ValueError: a back-end that cannot run here is asked for, or `auto` has none.
+    """
+    dtype = compute_dtype(config.compute.dtype).name
+    return choose_kernels(
+        config.model, config.compute, machine(), seq_len=config.seq_len, dtype=dtype, context=sizes["context"]
+    )
 
 
 def sizes_of(mesh: jax.sharding.Mesh | None) -> dict[str, int]:

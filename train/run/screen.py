@@ -12,7 +12,6 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare import PreparedData
 from mixtral_jax.data.preview import mixture_lines
 from mixtral_jax.data.rows import Position
-from mixtral_jax.kernels import AttentionShape, resolve_attention, resolve_matmul
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
 from mixtral_jax.train.checkpoints import Say
@@ -20,7 +19,7 @@ from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolve
 from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
-from mixtral_jax.train.run.check import sizes_of
+from mixtral_jax.train.run.check import kernels_of, sizes_of
 from mixtral_jax.train.run.resume import changed_since, survey
 
 
@@ -39,6 +38,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
     rows = {
         "model": "; ".join([model_line(config.model, useful_per_token(config)), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
+        "kernels": "; ".join([kernels_line(config, sizes), *fallback_lines(config, sizes)]),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
         "writes": str(config.run_dir),
@@ -74,7 +74,11 @@ def first_screen(
     read = [f"{s.name}: {s.documents:,} documents, {s.rows:,} rows of {s.described}" for s in prepared.train]
     read += [f"validation/{s.name}: {s.documents:,} documents of {s.described}" for s in prepared.validation]
     mixed = mixture_lines(prepared, config.steps, config.global_batch_size, start)
-    below = {"mesh": axis_lines(sizes), "data": [*read, *prepared.readings(), *mixed]}
+    below = {
+        "mesh": axis_lines(sizes),
+        "kernels": fallback_lines(config, sizes),
+        "data": [*read, *prepared.readings(), *mixed],
+    }
     for title, text in rows.items():
         say(f"{title:>8}  {text}")
         for line in below.get(title, ()):
@@ -112,16 +116,19 @@ def batch_line(config: RunConfig, sizes: dict[str, int]) -> str:
 
 
 def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
-    """What `auto` chose on this machine."""
-    compute, length, backend = config.compute, config.seq_len, jax.default_backend()
-    dtype = compute_dtype(compute.dtype)
-    shape = AttentionShape(length // sizes["context"], length, config.model.head_dim, dtype.name, sizes["context"] == 1)
+    """What runs on this machine, and in which precision."""
+    compute = config.compute
+    chosen = ", ".join(f"{name} {choice.kernel}" for name, choice in kernels_of(config, sizes).items())
     return (
-        f"attention {resolve_attention(compute.attention, backend, shape)}, "
-        f"experts {resolve_matmul(compute.moe.matmul, backend)}, "
-        f"transport {resolve_transport(compute.moe.transport, sizes['expert'])}, {dtype}, gradients over devices in "
-        f"{reduce_dtype(compute)}, remat {compute.remat}"
+        f"{chosen}, transport {resolve_transport(compute.moe.transport, sizes['expert'])}, "
+        f"{compute_dtype(compute.dtype)}, gradients over devices in {reduce_dtype(compute)}, remat {compute.remat}"
     )
+
+
+def fallback_lines(config: RunConfig, sizes: dict[str, int]) -> list[str]:
+    """One for each kernel that is not the fastest of this kind of machine: why."""
+    chosen = kernels_of(config, sizes).items()
+    return [f"note: {name} falls back on {choice.kernel}: {choice.why}" for name, choice in chosen if choice.fallback]
 
 
 def router_line(config: RunConfig) -> str:
