@@ -178,7 +178,7 @@ def test_closed_form_for_machines_that_cannot_be_compiled_for(make_config):
 
 
 def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config, monkeypatch):
-    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)
+    monkeypatch.setattr("mixtral_jax.train.plan.compile.has_libtpu", lambda: False)
     config = make_config(model=BIG, seq_len=4096, global_batch_size=32, mesh={"data": 1, "fsdp": 32})
     assert "pip install 'mixtral-jax[aot]'" in plan(config, topology="v5p-64").source
 

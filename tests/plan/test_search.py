@@ -66,7 +66,7 @@ def test_candidates_fit_and_are_in_order_of_speed(make_config):
 
 
 def test_a_search_compiles_the_first_and_ranks_them(make_config, monkeypatch, capsys):
-    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # by closed form
+    monkeypatch.setattr("mixtral_jax.train.plan.compile.has_libtpu", lambda: False)  # by closed form
     config = make_config(global_batch_size=1024)
     assert run(config, topology="v5p-64", search=True) == 0
     reports = best_plans(config, "v5p-64")
