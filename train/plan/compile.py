@@ -54,7 +54,7 @@ def plan_mesh(config: RunConfig, topology: Topology) -> jax.sharding.Mesh | None
 def missing_compiler(topology: Topology) -> str | None:
     """What must be installed to compile for this machine; None where nothing is missing."""
     if topology.is_gpu:
-        return None if gpus.has_cuda_plugin() else "jax's CUDA plugin is not installed (pip install 'mixtral-jax[aot-gpu]')"
+        return None if gpus.has_cuda_plugin() else "jax's CUDA plugin is missing (pip install 'mixtral-jax[aot-gpu]')"
     return None if has_libtpu() else "libtpu is not installed (pip install 'mixtral-jax[aot]')"
 
 

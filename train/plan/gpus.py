@@ -1,8 +1,8 @@
 """NVIDIA GPUs that are not there: what XLA's compiler must be told of each, and what libraries ask of a live one.
 
-Compiled with the CUDA plugin alone (the extra `aot-gpu`), never run. The figures are those of OpenXLA's own descriptions,
+Compiled with the CUDA plugin alone (the extra `aot-gpu`), never run. The figures are OpenXLA's own, read from devices:
 xla/backends/gpu/target_config/specs/{a100_sxm_80,a100_sxm_40,h100_sxm,h200,b200}.txtpb, as jax-cuda13-pjrt 0.12.0.1
-carries them; they were read from devices.
+carries them.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What a compiled program does, read from its text: matrix products, kernels and collectives, times the loops.
 
 The compiler's own cost analysis counts a loop's body once and a Pallas kernel by what it declares. Here every
-computation is weighted by the trip counts of the loops around it. On GPUs most products stand in fused computations, and
-collectives may stand in computations of their own, which an async-start calls.
+computation is weighted by the trip counts of the loops around it. On GPUs most products stand in fused computations,
+and collectives may stand in computations of their own, which an async-start calls.
 """
 
 import math
@@ -19,9 +19,10 @@ PASSES = {
     "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "ragged-all-to-all": 1,
     "collective-permute": 1,
 }  # fmt: skip
+PRODUCTS = ("dot", "convolution")
 # Rows times matrices, and the matrices' gradient: megablox, tokamax.
 GROUPED = ("gmm", "tgmm", "tokamax ragged_dot")
-# Products of queries with keys, or of their size, in one call of a kernel, of which forward needs 2. Backward are 5, and
+# Products of queries with keys, or of their size, in one call of a kernel, of which forward needs 2. Backward are 5, or
 # 7 where dq and dk, dv are made by two kernels that each compute the scores and their gradient.
 ATTENTION = {
     "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "cudnn": 2, "cudnn backward": 5,
@@ -68,7 +69,7 @@ class Program(NamedTuple):
     collectives: tuple[Collective, ...]
     kernels: Counter[str]  # name of a Pallas or cuDNN kernel -> calls
     grouped: Counter[Shape]  # (K, N) of one expert's matrix in a grouped matmul, of either direction -> calls
-    unknown_loops: int  # loops whose trip count is not in the text; what is not a product is counted once
+    unknown_loops: int  # loops of products whose trip count is not in the text; what is no product is counted once
 
 
 def read_program(text: str) -> Program:
@@ -78,6 +79,8 @@ def read_program(text: str) -> Program:
     known, unknown_loops = _times(computations, entry, unknown_trips=0)
     times, _ = _times(computations, entry, unknown_trips=1)
     scattering = _reduce_scatters(computations)
+    lines = (i for instructions in computations.values() for i in instructions)
+    started = {called for i in lines if i.opcode == "async-start" for called in _called(i)}
     flops, kernels, grouped = 0.0, Counter[str](), Counter[Shape]()
     found: dict[tuple, Collective] = {}
     for name, instructions in computations.items():
@@ -86,8 +89,7 @@ def read_program(text: str) -> Program:
             continue
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
-            kernel = _kernel(i)
-            if i.opcode in ("dot", "convolution") or kernel == "cublas":
+            if i.opcode in PRODUCTS or (kernel := _kernel(i)) == "cublas":
                 flops += known[name] * dot_flops(i, shapes)
             elif kernel is not None:
                 kernels[kernel] += trips
@@ -95,6 +97,7 @@ def read_program(text: str) -> Program:
                     grouped[_matrix(i, shapes)] += trips
             elif i.opcode.removesuffix("-start") in PASSES:
                 collective = _collective(i, shapes, trips, scattered=name in scattering)
+                collective = collective._replace(asynchronous=collective.asynchronous or name in started)
                 found.setdefault(_identity(i, name, collective.kind), collective)
     return Program(flops, tuple(found.values()), kernels, grouped, unknown_loops)
 
@@ -191,24 +194,35 @@ def _matrix(kernel: Instruction, shapes: dict[str, str]) -> Shape:
 
 
 def _times(computations: dict[str, list[Instruction]], entry: str, unknown_trips: int) -> tuple[Counter[str], int]:
-    """How often each computation runs, with `unknown_trips` for loops of unknown length, and the number of those."""
+    """How often each computation runs, loops of unknown length `unknown_trips` times, and how many of those multiply."""
     times, unknown = Counter[str](), 0
     pending = [(entry, 1)]
     while pending:
         name, trips = pending.pop()
         times[name] += trips
         for i in computations.get(name, ()):
-            inside = trips
+            inside, called = trips, [c for c in _called(i) if c in computations]
             if i.opcode == "while":
                 length = _trip_count(i, computations)
-                unknown += length is None
+                unknown += length is None and _multiplies(computations, called)
                 inside *= unknown_trips if length is None else length or 1
-            # what was started is named by its end too
-            called = set() if i.opcode.endswith(("-done", "-update")) else set(_CALLED.findall(i.text))
-            for branches in _BRANCHES.findall(i.text):
-                called |= {b.strip().lstrip("%") for b in branches.split(",")}
-            pending += [(c, inside) for c in called if c in computations]
+            pending += [(c, inside) for c in called]
     return times, unknown
+
+
+def _called(i: Instruction) -> set[str]:
+    """Computations that an instruction runs; what was started is named by its end too."""
+    if i.opcode.endswith(("-done", "-update")):
+        return set()
+    branches = [b.strip().lstrip("%") for found in _BRANCHES.findall(i.text) for b in found.split(",")]
+    return {*_CALLED.findall(i.text), *branches}
+
+
+def _multiplies(computations: dict[str, list[Instruction]], names: Sequence[str]) -> bool:
+    """Whether there is a product in these computations, or in what they call."""
+    body = [i for name in names for i in computations.get(name, ())]
+    called = [c for i in body for c in _called(i)]
+    return any(i.opcode in PRODUCTS for i in body) or (bool(called) and _multiplies(computations, called))
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

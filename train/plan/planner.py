@@ -34,14 +34,14 @@ def run(
     """The command line's `plan`: prints the report, and writes it where `json` says (- for stdout).
 
     Raises:
-        UserError: a value that is none, neither or both of topology and devices, an unknown topology, nothing that fits.
+        UserError: a senseless value, neither or both of topology and devices, an unknown topology, nothing that fits.
     """
     if tokens is not None and not 1 <= tokens < math.inf:
         raise UserError(f"--tokens is {tokens:g}: the length of a run is a positive number of tokens")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu:g}: a share of the peak is above 0 and at most 1, such as 0.4")
     if between_nodes is not None and not 0 < between_nodes < math.inf:
-        raise UserError(f"--between-nodes is {between_nodes:g}: the Gb/s of one chip are a positive number, such as 400")
+        raise UserError(f"--between-nodes is {between_nodes:g}: a positive number of Gb/s of each chip, such as 400")
     if search and devices is not None:
         raise UserError("--search ranks by published figures of chips: it needs --topology, not --devices")
     if search and topology is not None:

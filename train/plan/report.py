@@ -78,7 +78,7 @@ class PlanReport(NamedTuple):
             yield f"  {kind:<20} {axes:<14} {gb(amount)}{across}"
         if t.is_gpu:
             yield (
-                f"  NVLink {t.chip.network / 1e9:g} GB/s a GPU one way; between nodes {t.chip.slow_network * 8 / 1e9:g} "
+                f"  NVLink {t.chip.network / 1e9:g} GB/s a GPU one way, between nodes {t.chip.slow_network / 1e9 * 8:g} "
                 "Gb/s (--between-nodes)"
             )
         if self.reduced_weights:
@@ -175,9 +175,8 @@ def estimate(config: RunConfig, topology: Topology) -> PlanReport:
         ValueError: the mesh does not fit the machine, or does not divide a parameter.
     """
     sizes = config.mesh.sizes(topology.chips)
-    held = Memory(
-        **resident(config, sizes), code=0.0, peak=sum(memory(config, sizes).values()), limit=topology.chip.memory
-    )
+    peak = sum(memory(config, sizes, topology.platform).values())
+    held = Memory(**resident(config, sizes), code=0.0, peak=peak, limit=topology.chip.memory)
     expected = closed_form.flops(config, sizes, topology.platform)
     traffic = {("closed form", axes): sent for axes, sent in closed_form.traffic(config, sizes).items()}
     bound = closed_form.roofline(config, topology, flops=expected.total, sent=traffic)
