@@ -316,8 +316,8 @@ COMMANDS = {
         _flag("--dry-run", "say what would be removed"), _JSON),
     "plan": Command(
         _plan, "compile a run for a machine without having it", _CFG,
-        _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256; GPUs such as h100-8 or 8xh100-8 (also a100, "
-              "a100-40gb, h200, b200)"),
+        _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256; GPUs such as h100-8 or 8xh100-8 (a100, "
+              "a100-40gb, h100, h200, b200)"),
         _told("--devices", "plan for N local CPU devices instead", type=int, metavar="N"),
         _flag("--search", "try meshes, micro-batches and rematerialisation"),
         _told("--tokens", "length of the training, such as 1e12 or 10B, for days and chip-hours", type=_count),

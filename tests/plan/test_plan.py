@@ -186,7 +186,8 @@ def test_gradients_of_plain_data_parallelism_are_no_warning(make_config):
     assert [bool(_reduced_weights(config, [c], sizes)) for c in found] == [False, True, True]
 
 
-def test_what_cannot_be_planned(make_config, capsys):
+def test_what_cannot_be_planned(make_config, monkeypatch):
+    monkeypatch.setattr("mixtral_jax.train.plan.gpus.has_cuda_plugin", lambda: False)
     config = make_config(model=BIG, seq_len=4096, global_batch_size=64, mesh={"data": 1, "fsdp": 64})
     with pytest.raises(UserError, match=r"--topology .* or --devices"):
         plan(config)

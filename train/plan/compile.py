@@ -91,7 +91,7 @@ def compile_step(
                 stack.enter_context(jax.set_mesh(mesh))
             if gpu is not None:
                 stack.enter_context(gpus.there(gpu))
-            asked = [(step.train, (step.state, step.frozen, step.batch))]
+            asked: list[tuple[Any, Any]] = [(step.train, (step.state, step.frozen, step.batch))]
             if step.ask is not None:
                 asked.append((step.ask, (step.reference, step.batch)))
             platforms = None if gpu is None else ("cuda",)

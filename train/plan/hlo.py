@@ -194,7 +194,7 @@ def _matrix(kernel: Instruction, shapes: dict[str, str]) -> Shape:
 
 
 def _times(computations: dict[str, list[Instruction]], entry: str, unknown_trips: int) -> tuple[Counter[str], int]:
-    """How often each computation runs, loops of unknown length `unknown_trips` times, and how many of those multiply."""
+    """How often each computation runs (loops of unknown length `unknown_trips` times); how many of those multiply."""
     times, unknown = Counter[str](), 0
     pending = [(entry, 1)]
     while pending:

@@ -78,8 +78,8 @@ class PlanReport(NamedTuple):
             yield f"  {kind:<20} {axes:<14} {gb(amount)}{across}"
         if t.is_gpu:
             yield (
-                f"  NVLink {t.chip.network / 1e9:g} GB/s a GPU one way, between nodes {t.chip.slow_network / 1e9 * 8:g} "
-                "Gb/s (--between-nodes)"
+                f"  a GPU sends {t.chip.network / 1e9:g} GB/s inside its node, {t.chip.slow_network / 1e9 * 8:g} Gb/s "
+                "between nodes (--between-nodes)"
             )
         if self.reduced_weights:
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
