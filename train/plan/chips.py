@@ -12,6 +12,7 @@ import os
 import re
 from typing import NamedTuple
 
+from mixtral_jax.parallel import Machine
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.gpus import GPUS, MEMORY_SHARE
 
@@ -91,9 +92,11 @@ class Topology(NamedTuple):
         return self.chip.name in GPUS
 
     @property
-    def platform(self) -> str:
-        """As jax names it."""
-        return "gpu" if self.is_gpu else "tpu" if self.libtpu else "cpu"
+    def machine(self) -> Machine:
+        """What a choice of kernels asks for."""
+        if self.is_gpu:
+            return Machine("gpu", GPUS[self.chip.name].device_kind)
+        return Machine("tpu", f"TPU {self.chip.name}") if self.libtpu else Machine("cpu")
 
 
 def parse_topology(name: str, between_nodes: float | None = None) -> Topology:

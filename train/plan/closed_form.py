@@ -9,15 +9,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from mixtral_jax.kernels import AttentionShape, resolve_attention
+from mixtral_jax.kernels import Choice, choose_kernels
 from mixtral_jax.moe import resolve_transport
-from mixtral_jax.parallel import NEAREST_FIRST
+from mixtral_jax.parallel import NEAREST_FIRST, Machine
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import placement
 from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
 from mixtral_jax.train.plan.placement import asks_reference, local_tokens
 
-BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
+TPU = Machine("tpu")
 
 
 class Flops(NamedTuple):
@@ -86,7 +86,7 @@ def useful(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
     return useful_flops(config) / chips, useful_flops(config, "full") / chips
 
 
-def flops(config: RunConfig, sizes: Mapping[str, int], platform: str = "tpu") -> Flops:
+def flops(config: RunConfig, sizes: Mapping[str, int], machine: Machine = TPU) -> Flops:
     """Of matrices forward 1 and backward 2; what is computed again for the backward pass is as `recomputes` says.
 
     Of the experts that is the product with w1 and w3 alone: with the gate before w2 nothing needs w2's. LoRA and
@@ -103,35 +103,46 @@ def flops(config: RunConfig, sizes: Mapping[str, int], platform: str = "tpu") ->
     dots += own.head * (once + (config.stage == "dpo")) + head + router * sizes["tensor"]
     up = 2 / 3 * again.experts
     experts = layers * model.num_local_experts * own.expert * (once + up) + expert_adapters * (3 + up)
-    kernel = attention_kernel(config, sizes, platform)
+    kernel = attention_kernel(config, sizes, machine)
+    pairs = attention_pairs(config.seq_len, model.sliding_window, kernel.tile)
     passes = 1 + again.dense + reference + kernel.backward / 2
     return Flops(
         dots=2 * tokens * dots,
         experts=2 * tokens * experts * model.num_experts_per_tok / model.num_local_experts,
-        attention=tokens * model.attention_flops(kernel.pairs) * passes,
+        attention=tokens * model.attention_flops(pairs) * passes,
     )
 
 
 class AttentionKernel(NamedTuple):
-    """What a platform's attention computes."""
+    """What a kernel computes."""
 
-    pairs: float  # keys for each query: those of every tile that the mask does not empty
-    backward: int  # products backward, of which forward has 2
+    tile: int  # queries and keys: those on the diagonal are computed whole
+    backward: int  # products backward; forward has 2
 
 
-def attention_kernel(config: RunConfig, sizes: Mapping[str, int], platform: str) -> AttentionKernel:
-    """Of the kernel that `compute.attention` stands for.
+# cuDNN's backward pass has the 5 products that are needed; the others' two kernels each compute the scores and their
+# gradient once more. Smaller tiles than these change little: half a tile of a row.
+ATTENTION = {"splash": AttentionKernel(512, 7), "triton": AttentionKernel(128, 7), "cudnn": AttentionKernel(128, 5)}
 
-    Splash's two backward kernels each compute the scores and their gradient: 7 products where 5 are needed. cuDNN has
-    one of 5, and with a mask that is an array it computes all pairs.
+
+def attention_kernel(config: RunConfig, sizes: Mapping[str, int], machine: Machine) -> AttentionKernel:
+    """That of the machine; what is no kernel counts as splash."""
+    return ATTENTION.get(kernels(config, sizes, machine)["attention"].kernel, ATTENTION["splash"])
+
+
+def kernels(
+    config: RunConfig, sizes: Mapping[str, int], machine: Machine, tokamax: bool | None = True
+) -> dict[str, Choice]:
+    """What `attention` and `experts` run on there, where the extra `cuda` is installed unless `tokamax` says else.
+
+    Raises:
+        ValueError: a back-end that cannot run there is asked for.
     """
-    length, window = config.seq_len, config.model.sliding_window
     dtype = "float32" if config.compute.dtype == "float32" else "bfloat16"
-    shape = AttentionShape(length // sizes["context"], length, config.model.head_dim, dtype)
-    chosen = resolve_attention(config.compute.attention, platform, shape)
-    if chosen == "dot_product":
-        return AttentionKernel(length, 5)
-    return AttentionKernel(attention_pairs(length, window), 7)
+    context = sizes["context"]
+    return choose_kernels(
+        config.model, config.compute, machine, seq_len=config.seq_len, dtype=dtype, context=context, tokamax=tokamax
+    )
 
 
 class Recomputes(NamedTuple):
@@ -158,9 +169,9 @@ def _tokens(config: RunConfig, sizes: Mapping[str, int]) -> float:
     return local_tokens(config, sizes) * config.accumulation / sizes["tensor"]
 
 
-def attention_pairs(seq_len: int, window: int | None) -> float:
+def attention_pairs(seq_len: int, window: int | None, tile: int = 512) -> float:
     """Keys per query that a tiled kernel computes: those of every tile that the mask does not empty."""
-    block = min(BLOCK, seq_len)
+    block = min(tile, seq_len)
     blocks = math.ceil(seq_len / block)
     reach = blocks if window is None else math.ceil((window - 1) / block) + 1
     return sum(min(i + 1, reach) for i in range(blocks)) * block / blocks

@@ -34,7 +34,7 @@ def plan_mesh(config: RunConfig, topology: Topology) -> jax.sharding.Mesh | None
     Raises:
         ValueError: the mesh does not fit the number of devices.
     """
-    if topology.platform == "cpu":
+    if topology.machine.platform == "cpu":
         return make_mesh(config.mesh)
     if topology.is_gpu:
         nodes = math.ceil(topology.chips / NODE_GPUS)

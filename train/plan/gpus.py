@@ -88,19 +88,14 @@ def devices(kind: str, nodes: int, each: int) -> list[jax.Device]:
 def there(kind: str) -> Iterator[None]:
     """Lowering and compiling as if this process had such a GPU.
 
-    jax asks for its cuDNN and compute capability before it chooses a kernel, tokamax for the default device, and reads
-    flags from the command line, which is ours; that no kernel was tuned for our shapes it says at every call.
+    tokamax asks what the default device is before it chooses a kernel, reads flags from the command line, which is
+    ours, and says at every call that no kernel was tuned for our shapes.
     """
     from jax._src import xla_bridge
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.extend import backend
 
     gpu, named = GPUS[kind], xla_bridge.canonicalize_platform
-    own = _version(gpu.compute_capability)
     answers: list[tuple[Any, str, Any]] = [
-        (cudnn, "check_cudnn_version", lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100),
-        (cudnn, "check_compute_capability", lambda wanted: own >= _version(wanted)),
-        (cudnn, "is_cuda_compute_capability_equal", lambda wanted: own == _version(wanted)),
         (backend, "get_default_device", lambda: gpu),
         (sys, "argv", sys.argv[:1]),
     ]
@@ -119,7 +114,3 @@ def there(kind: str) -> Iterator[None]:
         for where, name, own_answer in saved:
             setattr(where, name, own_answer)
         log.setLevel(level)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")))

@@ -26,7 +26,7 @@ GROUPED = ("gmm", "tgmm", "tokamax ragged_dot")
 # 7 where dq and dk, dv are made by two kernels that each compute the scores and their gradient.
 ATTENTION = {
     "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "cudnn": 2, "cudnn backward": 5,
-    "cudnn, all pairs": 2, "cudnn, all pairs backward": 5, "tokamax attention": 2, "tokamax attention backward": 5,
+    "attention_forward": 2, "attention_dq": 3, "attention_dkv": 4,
 }  # fmt: skip
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -162,7 +162,7 @@ def dot_flops(i: Instruction, shapes: dict[str, str]) -> float:
 
 
 def _kernel(i: Instruction) -> str | None:
-    """The kernel that a custom call is; None for anything else. On GPUs Pallas' are named by the library's own path."""
+    """The kernel that a custom call is; None for anything else."""
     target = _TARGET.search(i.text) if i.opcode == "custom-call" else None
     if target is None:
         return None
@@ -171,15 +171,12 @@ def _kernel(i: Instruction) -> str | None:
     if "cublas" in target[1]:
         return "cublas"
     if "fmha" in target[1]:
-        masked = '"mask_type": "NO_MASK"' not in i.text
-        return f"cudnn{'' if masked else ', all pairs'}{' backward' if target[1].endswith('Backward') else ''}"
-    path = (_OP_NAME.search(i.text) or ("", ""))[1].lower()
-    if "mosaic_gpu" in target[1] or "triton" in target[1]:
-        if "ragged" in path:
-            return "tokamax ragged_dot"
-        backward = any(word in path for word in ("bwd", "backward", "vjp"))
-        return f"tokamax attention{' backward' if backward else ''}" if "attention" in path else "pallas"
-    return None
+        return "cudnn backward" if target[1].endswith("Backward") else "cudnn"
+    if "mosaic_gpu" not in target[1] and "triton" not in target[1]:
+        return None
+    path = (_OP_NAME.search(i.text) or ("", ""))[1]
+    named = re.search(r"attention_(?:forward|dq|dkv)", i.name + i.text)
+    return "tokamax ragged_dot" if "ragged" in path.lower() else named[0] if named else "pallas"
 
 
 def kernel_name(instruction: str) -> str:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mixtral_jax.parallel import Machine
 from mixtral_jax.train.config import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
-from mixtral_jax.train.plan.closed_form import Flops, attention_kernel, roofline
+from mixtral_jax.train.plan.closed_form import Flops, attention_kernel, attention_pairs, kernels, roofline
 from mixtral_jax.train.plan.compile import compile_step, for_accelerator, missing_compiler, plan_mesh
 from mixtral_jax.train.plan.hlo import ATTENTION, Collective, Program, axes_of, read_program, sent_by_axis
 from mixtral_jax.train.plan.placement import local_tokens
@@ -103,8 +104,9 @@ def best_plans(config: RunConfig, topology: str, between_nodes: float | None = N
 def _report(config: RunConfig, topology: Topology) -> PlanReport:
     """By closed form, and of what can be compiled for here what the compiler says."""
     report, chip = estimate(config, topology), topology.chip
-    if topology.platform != "cpu" and missing_compiler(topology):
+    if topology.machine.platform != "cpu" and missing_compiler(topology):
         return report
+    kernels(config, report.sizes, topology.machine, tokamax=None)  # it must be here to be compiled
     start, mesh = time.perf_counter(), plan_mesh(config, topology)
     memory, texts = compile_step(config, mesh, chip.memory, chip.name if topology.is_gpu else None)
     report = report._replace(memory=memory, compile_seconds=time.perf_counter() - start)
@@ -112,14 +114,14 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
         return report._replace(source="compiled, does not fit: traffic by closed form")
     programs = [read_program(text) for text in texts]
     collectives = [c for program in programs for c in program.collectives]
-    kernels = sum((program.kernels for program in programs), start=Counter[str]())
-    counted = _counted(config, report.sizes, programs, topology.platform)
+    calls = sum((program.kernels for program in programs), start=Counter[str]())
+    counted = _counted(config, report.sizes, programs, topology.machine)
     traffic = sent_by_axis(collectives, report.sizes)
     amounts = {done: sum(c.bytes * c.times for c in collectives if c.asynchronous is done) for done in (True, False)}
     return report._replace(
         source="compiled",
         counted=counted,
-        kernels=dict(kernels),
+        calls=dict(calls),
         unknown_loops=sum(program.unknown_loops for program in programs),
         traffic=traffic,
         asynchronous=amounts[True] / max(sum(amounts.values()), 1),
@@ -128,20 +130,17 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
     )
 
 
-def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Program], platform: str) -> Flops:
+def _counted(config: RunConfig, sizes: Mapping[str, int], programs: Sequence[Program], machine: Machine) -> Flops:
     """FLOPs of the programs. Kernels count the rows and tiles that they compute, not the buffers they are given."""
     model, tokens = config.model, local_tokens(config, sizes)
     matrices = sum((program.grouped for program in programs), start=Counter[tuple[int, ...]]())
     rows = min(config.compute.moe.chunk_tokens or tokens, tokens) * model.num_experts_per_tok  # of one call
     experts = 2 * rows * sum(math.prod(matrix) * calls for matrix, calls in matrices.items())
-    pairs = attention_kernel(config, sizes, platform).pairs
-    attention = 0.0
-    for program in programs:
-        for name, calls in program.kernels.items():
-            keys = config.seq_len if "all pairs" in name else pairs
-            # of one product in one layer, of the two that attention_flops counts in each
-            product = tokens * model.attention_flops(keys) / (2 * model.num_hidden_layers) / sizes["tensor"]
-            attention += product * ATTENTION.get(name, 0) * calls
+    pairs = attention_pairs(config.seq_len, model.sliding_window, attention_kernel(config, sizes, machine).tile)
+    # of one product in one layer, of the two that attention_flops counts in each
+    product = tokens * model.attention_flops(pairs) / (2 * model.num_hidden_layers) / sizes["tensor"]
+    calls = sum((program.kernels for program in programs), start=Counter[str]())
+    attention = product * sum(n * calls[name] for name, n in ATTENTION.items())
     return Flops(sum(program.dot_flops for program in programs), experts, attention)
 
 

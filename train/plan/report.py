@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mixtral_jax.kernels import Choice
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import closed_form
 from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
@@ -22,7 +23,7 @@ class PlanReport(NamedTuple):
     traffic: dict[tuple[str, str], float]  # (kind, mesh axes) -> bytes sent
     roofline: Roofline | None  # None: a machine without published figures
     counted: Flops | None = None  # in the compiled program
-    kernels: Mapping[str, int] = {}  # in the compiled program: name -> calls in a step
+    calls: Mapping[str, int] = {}  # of kernels in the compiled program, in a step
     unknown_loops: int = 0  # of the program, whose length depends on the data; their products are in no figure
     asynchronous: float = 0.0  # share of the traffic that the compiler overlaps with other work
     reduced_weights: tuple[str, ...] = ()  # weights that are all-reduced; there should be none
@@ -50,6 +51,11 @@ class PlanReport(NamedTuple):
         share = closed_form.share_across(self.topology, axes, self.sizes, self.config.mesh.slow, kind)
         return share * self.traffic[kind, axes]
 
+    @property
+    def kernels(self) -> dict[str, Choice]:
+        """What attention and the experts run on there, and why."""
+        return closed_form.kernels(self.config, self.sizes, self.topology.machine)
+
     def rate(self, seconds: float) -> float:
         """Tokens a second, of steps of so many seconds."""
         return self.config.tokens_per_step / self.topology.chips / seconds
@@ -71,6 +77,7 @@ class PlanReport(NamedTuple):
         )
         saved = saved_bytes(c, self.sizes).items()
         yield f"  a token saves, in each layer, by remat: {', '.join(f'{remat} {kilo(size)}' for remat, size in saved)}"
+        yield from self._kernel_lines()
         yield from self._flops_lines()
         yield f"traffic per chip  {gb(sum(self.traffic.values()))} sent a step; {self.asynchronous:.0%} asynchronous"
         for (kind, axes), amount in sorted(self.traffic.items(), key=lambda item: -item[1]):
@@ -85,6 +92,14 @@ class PlanReport(NamedTuple):
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
         yield from self._roofline_lines(tokens, mfu)
         yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
+
+    def _kernel_lines(self) -> Iterator[str]:
+        yield f"kernels           {', '.join(f'{part} {choice.kernel}' for part, choice in self.kernels.items())}"
+        for part, choice in self.kernels.items():
+            if choice.fallback:
+                yield f"  WARNING: {part} falls back on {choice.kernel}: {choice.why}"
+        if self.calls:
+            yield f"  calls in the program: {', '.join(f'{n} {name}' for name, n in sorted(self.calls.items()))}"
 
     def _flops_lines(self) -> Iterator[str]:
         e, c = self.expected, self.counted
@@ -155,7 +170,8 @@ class PlanReport(NamedTuple):
                 {"kind": kind, "axes": axes, "bytes": sent, "between_nodes": self.across(kind, axes)}
                 for (kind, axes), sent in self.traffic.items()
             ],
-            "kernels": dict(self.kernels),
+            "kernels": {part: choice._asdict() for part, choice in self.kernels.items()},
+            "kernel_calls": dict(self.calls),
             "asynchronous": self.asynchronous,
             "reduced_weights": list(self.reduced_weights),
             "roofline": r and _numbers(r, "seconds"),
@@ -175,9 +191,9 @@ def estimate(config: RunConfig, topology: Topology) -> PlanReport:
         ValueError: the mesh does not fit the machine, or does not divide a parameter.
     """
     sizes = config.mesh.sizes(topology.chips)
-    peak = sum(memory(config, sizes, topology.platform).values())
+    peak = sum(memory(config, sizes, topology.machine.platform).values())
     held = Memory(**resident(config, sizes), code=0.0, peak=peak, limit=topology.chip.memory)
-    expected = closed_form.flops(config, sizes, topology.platform)
+    expected = closed_form.flops(config, sizes, topology.machine)
     traffic = {("closed form", axes): sent for axes, sent in closed_form.traffic(config, sizes).items()}
     bound = closed_form.roofline(config, topology, flops=expected.total, sent=traffic)
     return PlanReport(config, topology, f"closed form: {missing_compiler(topology)}", held, expected, traffic, bound)
