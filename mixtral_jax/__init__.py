@@ -45,8 +45,9 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):
     )
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
-if "jax" not in sys.modules and importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
-    # libtpu, there for `plan`, would look for a TPU, in vain and aloud
+_compilers = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+if "jax" not in sys.modules and _compilers and not any(map(glob.glob, _ACCELERATORS)):
+    # libtpu and the CUDA plugin, there for `plan`, would look for a TPU and a GPU, in vain and aloud
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
