@@ -194,9 +194,3 @@ def take_chosen(values_ME: Float[Array, "M E"], chosen_MC: Int[Array, "M C"]) ->
         return jnp.take_along_axis(values_ME, chosen_MC, axis=1)
     chosen_MCE = chosen_MC[:, :, None] == jnp.arange(values_ME.shape[1])[None, None, :]
     return jnp.sum(jnp.where(chosen_MCE, values_ME[:, None, :], 0), axis=-1)
-
-
-# ---- compiling for a GPU that is not there ---------------------------------------------------------------------------
-
-# A platform's name is looked up among live devices: there must be a GPU to compile for one (train/plan/gpus.py).
-ASKS_FOR_A_LIVE_GPU = Habit("jaxlib", "0.10.2", gone="0.12.0")

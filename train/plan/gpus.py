@@ -10,11 +10,9 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-
-from mixtral_jax.parallel import compiler_quirks as quirks
 
 MEMORY_SHARE = 0.9  # of a GPU's memory, for XLA (launch.py); CUDA, NCCL and cuDNN have the rest
 CUDNN, CUDA = (9, 10), (13, 0)  # versions that a program is compiled for
@@ -78,10 +76,8 @@ def devices(kind: str, nodes: int, each: int) -> list[jax.Device]:
     """Of `nodes` nodes, one process for each, with `each` GPUs."""
     from jax.experimental import topologies
 
-    with there(kind):
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=GPUS[kind].target, topology=f"1x{nodes}x{each}"
-        ).devices
+    topology = f"1x{nodes}x{each}"
+    return topologies.get_topology_desc(platform="cuda", target_config=GPUS[kind].target, topology=topology).devices
 
 
 @contextlib.contextmanager
@@ -91,26 +87,14 @@ def there(kind: str) -> Iterator[None]:
     tokamax asks what the default device is before it chooses a kernel, reads flags from the command line, which is
     ours, and says at every call that no kernel was tuned for our shapes.
     """
-    from jax._src import xla_bridge
     from jax.extend import backend
 
-    gpu, named = GPUS[kind], xla_bridge.canonicalize_platform
-    answers: list[tuple[Any, str, Any]] = [
-        (backend, "get_default_device", lambda: gpu),
-        (sys, "argv", sys.argv[:1]),
-    ]
-    if quirks.ASKS_FOR_A_LIVE_GPU.here:
-        answers.append(
-            (xla_bridge, "canonicalize_platform", lambda name: "cuda" if name in ("gpu", "cuda") else named(name))
-        )
-    log = logging.getLogger("absl")
-    saved, level = [(where, name, getattr(where, name)) for where, name, _ in answers], log.level
+    log, own, arguments = logging.getLogger("absl"), backend.get_default_device, sys.argv
+    level = log.level
     try:
-        for where, name, answer in answers:
-            setattr(where, name, answer)
+        backend.get_default_device, sys.argv = lambda: GPUS[kind], arguments[:1]
         log.setLevel(logging.ERROR)
         yield
     finally:
-        for where, name, own_answer in saved:
-            setattr(where, name, own_answer)
+        backend.get_default_device, sys.argv = own, arguments
         log.setLevel(level)
