@@ -238,6 +238,8 @@ def test_a_plan_says_which_kernels_run_there_and_warns_where_one_falls_back(make
     assert "WARNING: experts falls back on ragged_dot" in lines(moe={"matmul": "ragged_dot"})
     with pytest.raises(ValueError, match=r"compute\.moe\.matmul is megablox, which needs a TPU"):
         lines(moe={"matmul": "megablox"})
+    with pytest.raises(ValueError, match=r"compute\.attention is splash, which needs a TPU"):
+        run(small(make_config, compute={"attention": "splash"}), topology="h100-8", search=True)
     monkeypatch.setattr(gpus, "has_cuda_plugin", lambda: True)
     with pytest.raises(ValueError, match=r"tokamax, .* is not installed: pip install"):
         lines()

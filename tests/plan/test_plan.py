@@ -13,6 +13,7 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
 from mixtral_jax.train.plan.closed_form import bandwidth
+from mixtral_jax.train.plan.compile import plan_mesh
 from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
 from mixtral_jax.train.plan.planner import _reduced_weights
 from mixtral_jax.train.plan.report import gb, span
@@ -161,6 +162,13 @@ def test_without_jaxs_cuda_plugin_gpus_are_planned_by_closed_form(make_config, m
     assert "above the bound" in "\n".join(report.lines(mfu=1.0))
     content = json.loads(json.dumps(report.to_json()))
     assert content["chips"] == 64 and content["memory"]["peak"] > 0
+
+
+def test_one_chip_that_is_not_there_is_a_mesh_too(make_config):
+    """Or the step would be compiled for this machine's CPU."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (extra: aot)")
+    mesh = plan_mesh(make_config(mesh={"data": 1}), parse_topology("v5e-1"))
+    assert mesh is not None and [device.platform for device in mesh.devices.flat] == ["tpu"]
 
 
 def test_without_libtpu_the_closed_form_says_which_extra_installs_it(make_config, monkeypatch):

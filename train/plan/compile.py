@@ -44,8 +44,10 @@ def plan_mesh(config: RunConfig, topology: Topology) -> jax.sharding.Mesh | None
 
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         with _no_noise():
+            # libtpu takes hosts of 2x2 chips, where it is not told that there is one chip
+            bounds = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips_per_slice == 1 else {}
             found = topologies.get_topology_desc(
-                platform="tpu", topology_name=topology.libtpu or "", num_slices=topology.slices
+                platform="tpu", topology_name=topology.libtpu or "", num_slices=topology.slices, **bounds
             ).devices
     # one device that is not there is a mesh too, or the step would be compiled for this machine
     return make_mesh(config.mesh, found) or jax.sharding.Mesh(device_grid(config.mesh, found), MESH_AXES)

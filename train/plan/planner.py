@@ -95,6 +95,7 @@ def best_plans(config: RunConfig, topology: str, between_nodes: float | None = N
         UserError: an unknown topology, or nothing that fits.
     """
     machine, config = parse_topology(topology, between_nodes), for_accelerator(config)
+    kernels(config, {"context": 1}, machine.machine)  # what cannot run there is no mesh's fault
     found = candidates(config, machine)[:COMPILED_BY_SEARCH]
     if not found:
         raise UserError(what_fits(config, machine))
