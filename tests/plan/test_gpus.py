@@ -245,6 +245,19 @@ def test_a_plan_says_which_kernels_run_there_and_warns_where_one_falls_back(make
         lines()
 
 
+def test_a_program_that_is_not_compiled_is_planned_by_closed_form_and_says_why(make_config, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("WGMMA needs more\nand a page of it")
+
+    monkeypatch.setattr(gpus, "has_cuda_plugin", lambda: True)
+    monkeypatch.setattr("mixtral_jax.kernels.choice.has_tokamax", lambda: True)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.plan_mesh", lambda *_: None)
+    monkeypatch.setattr("mixtral_jax.train.plan.planner.compile_step", refuse)
+    report = plan(small(make_config, global_batch_size=8, mesh={"data": 1, "fsdp": 8}), topology="b200-8")
+    said = f"closed form: jax {jax.__version__} does not compile this for b200-8 (WGMMA needs more)"
+    assert report.source == said and report.fits and report.counted is None
+
+
 def test_the_roofline_of_a_gathered_layer(make_config):
     """By hand: 64 GPUs gather 8x7B in bf16 twice and scatter its gradient in bf16, all in rings over 8 rails."""
     config = make_config(model=BIG, seq_len=4096, global_batch_size=64, mesh={"data": 1, "fsdp": 64})

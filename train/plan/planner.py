@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from mixtral_jax.parallel import Machine
 from mixtral_jax.train.config import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
@@ -109,7 +111,13 @@ def _report(config: RunConfig, topology: Topology) -> PlanReport:
         return report
     kernels(config, report.sizes, topology.machine, tokamax=None)  # it must be here to be compiled
     start, mesh = time.perf_counter(), plan_mesh(config, topology)
-    memory, texts = compile_step(config, mesh, chip.memory, chip.name if topology.is_gpu else None)
+    try:
+        memory, texts = compile_step(config, mesh, chip.memory, chip.name if topology.is_gpu else None)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # what XLA and Pallas raise of kernels
+        if not topology.is_gpu:
+            raise
+        why = f"jax {jax.__version__} does not compile this for {topology.name} ({str(error).splitlines()[0]})"
+        return report._replace(source=f"closed form: {why}")
     report = report._replace(memory=memory, compile_seconds=time.perf_counter() - start)
     if not texts:
         return report._replace(source="compiled, does not fit: traffic by closed form")
