@@ -14,7 +14,7 @@ from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
 from mixtral_jax.train.plan.closed_form import bandwidth
 from mixtral_jax.train.plan.compile import plan_mesh
-from mixtral_jax.train.plan.hlo import Collective, axes_of, read_program, sent_by_axis
+from mixtral_jax.train.plan.hlo import Collective, axes_of, kernel_name, read_program, sent_by_axis
 from mixtral_jax.train.plan.planner import _reduced_weights
 from mixtral_jax.train.plan.report import gb, span
 
@@ -94,6 +94,18 @@ def test_groups_are_read_by_the_names_of_their_axes(named, listed):
         c for c in read_program(PROGRAM.replace("{{0,2,4,6},{1,3,5,7}}", named)).collectives if c.kind == "all-gather"
     )
     assert gathered.groups == listed
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kernel"),
+    [
+        ("gmm.66", "gmm"),
+        ("transpose_jvp_jit_tgmm___", "tgmm"),
+        ("splash_mha_dq_segmented_no_residuals.9", "splash_mha_dq"),
+    ],
+)
+def test_kernels_by_their_names(instruction, kernel):
+    assert kernel_name(instruction) == kernel
 
 
 def test_products_in_loops_of_unknown_length_are_not_guessed():

@@ -180,7 +180,8 @@ def _kernel(i: Instruction) -> str | None:
 
 
 def kernel_name(instruction: str) -> str:
-    """`gmm.66` -> `gmm`, `splash_mha_dq_segmented_no_residuals.9` -> `splash_mha_dq`."""
+    """`gmm.66`, `transpose_jvp_jit_gmm___` -> `gmm`; `splash_mha_dq_segmented_no_residuals.9` -> `splash_mha_dq`."""
+    instruction = re.sub(r"^transpose_jvp_jit_(\w+?)_*$", r"\1", instruction)
     return re.sub(r"(_segmented|_no_residuals|_residuals|[.\d])+$", "", instruction)
 
 
