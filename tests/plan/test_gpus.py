@@ -194,6 +194,9 @@ def compiled(config, topology):
         pytest.skip("compiling for a GPU needs jax's CUDA plugin (extra: aot-gpu)")
     pytest.importorskip("tokamax", reason="compiling for a GPU needs tokamax (extra: aot-gpu)")
     report = plan(config, topology=topology)
+    if not topology.startswith(("h100", "h200", "2xh100")) and "does not compile" in report.source:
+        # seen: jax 0.10.2 for B200 ("Pass pipeline failed"); tokamax 0.0.17 for A100 and B200 without jax-triton
+        pytest.xfail(report.source)
     assert report.fits and report.source == "compiled" and report.reduced_weights == ()
     assert report.unknown_loops == 0
     for part in ("dots", "experts", "attention", "total"):
