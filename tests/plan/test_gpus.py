@@ -1,12 +1,14 @@
 """Plans for GPUs: what leaves a node, the text of a GPU's program, and a real compilation with no GPU there."""
 
 import logging
+import os
 import sys
 from textwrap import dedent
 
 import jax
 import pytest
 
+from mixtral_jax import launch
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import gpus, plan, run
@@ -69,6 +71,14 @@ def test_peaks_and_memory_are_those_of_the_data_sheets():
         assert 0.85 * sold < CHIPS[name].memory / 1e9 < sold
     # what XLA is told of the memory's speed is what is sold, but for a B200's, which is the clock that was read
     assert all(abs(gpus.GPUS[name].memory_bandwidth / CHIPS[name].memory_bandwidth - 1) < 0.05 for name in names)
+
+
+def test_a_run_is_given_the_share_of_memory_that_plans_count_with(monkeypatch):
+    for own in ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}):
+        monkeypatch.setattr(os, "environ", dict(own))
+        launch._environment()
+        given = {name: value for name, value in os.environ.items() if "MEM_FRACTION" in name}
+        assert given == own or (not own and given == {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpus.MEMORY_SHARE)})
 
 
 def test_the_network_between_nodes_is_an_option(make_config, monkeypatch, capsys):
