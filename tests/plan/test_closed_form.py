@@ -101,6 +101,12 @@ def test_closed_form_memory_of_gpus_is_near_what_the_compiler_says(rows, changes
     assert sum(memory(config, config.mesh.sizes(64), "gpu").values()) == pytest.approx(compiled * 1e9, rel=0.07)
 
 
+def test_closed_form_memory_of_adapters_on_gpus_is_near_what_the_compiler_says():
+    file = Path(__file__).parents[2] / "configs" / "sft" / "mixtral-8x7b-lora-h100-8.yaml"
+    config = for_accelerator(load_config(file, []).config)
+    assert sum(memory(config, config.mesh.sizes(8), "gpu").values()) == pytest.approx(65.6e9, rel=0.07)
+
+
 def test_a_search_passes_over_meshes_that_do_not_divide_a_quantised_base(make_tuning_config):
     config = make_tuning_config(
         "sft", model=BIG, seq_len=4096, global_batch_size=256, compute={"dtype": "bfloat16"},

@@ -84,7 +84,8 @@ def test_gpu_presets_fit_and_the_closed_form_is_near(name, topology, changes):
     config = load_config(CONFIGS / f"{name}.yaml", changes).config
     report = plan(config, topology=topology)
     assert report.source == "compiled" and report.fits and report.unknown_loops == 0
+    most = 1.02 if config.adapters is None else 1.03  # ranks are filled up to a tile's columns
     for part in ("dots", "experts", "attention", "total"):
-        assert 0.98 <= getattr(report.counted, part) / getattr(report.expected, part) <= 1.02, part
+        assert 0.98 <= getattr(report.counted, part) / getattr(report.expected, part) <= most, part
     assert report.reduced_weights == () and not any(choice.fallback for choice in report.kernels.values())
     assert sum(memory(config, report.sizes, "gpu").values()) == pytest.approx(report.memory.peak, rel=0.1)

@@ -146,6 +146,8 @@ def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> d
     # layers whose matrices are gathered
     held: float = model.num_hidden_layers if config.compute.remat == "none" else 1 + gpu
     width_of_row = (4 * width + 5 * ffn) if gpu else (2 * width + 3.5 * ffn)
+    if gpu and adapter_params(config)[1]:  # sums with the adapters' parts and their gradients; one program was seen
+        width_of_row += 22 * ffn
     if chunk < tokens and config.adapters is None:
         held += 4 / itemsize  # the sums over chunks, in fp32
     if expert_axis > 1:
