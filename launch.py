@@ -101,8 +101,6 @@ def _environment() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(".cache", "mixtral-jax", "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's info and warning lines
-    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # jax refuses both names; its own share of a GPU's memory is 0.75
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers tokenise in parallel already
 
 
@@ -169,9 +167,7 @@ def _plan(args: Parsed) -> int:
     if args.devices:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
-    # no accelerator of this machine is touched
-    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return _forward("train.plan:run", args)
 
 
@@ -316,14 +312,11 @@ COMMANDS = {
         _flag("--dry-run", "say what would be removed"), _JSON),
     "plan": Command(
         _plan, "compile a run for a machine without having it", _CFG,
-        _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256; GPUs such as h100-8 or 8xh100-8 (a100, "
-              "a100-40gb, h100, h200, b200)"),
+        _told("--topology", "TPU slice or GPUs, such as v5p-64, 2xv5e-256, h100-8, 8xh100-8, a100-4, h200-8, b200-64"),
         _told("--devices", "plan for N local CPU devices instead", type=int, metavar="N"),
-        _flag("--search", "try meshes, micro-batches and rematerialisation"),
+        _flag("--search", "try meshes, micro-batches, remat"), _told("--between-nodes", "Gb/s of one chip", type=float),
         _told("--tokens", "length of the training, such as 1e12 or 10B, for days and chip-hours", type=_count),
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
-        _told("--between-nodes", "network of one chip between nodes or slices (default: as published; 400 for h100)",
-              type=float, metavar="GBPS"),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
         _evaluate, "loss, perplexity and bits per byte of each source", _CHECKPOINT, _CFG, _JSON, *_JOINING),

@@ -2,13 +2,13 @@
 
 import logging
 import os
+import subprocess
 import sys
 from textwrap import dedent
 
 import jax
 import pytest
 
-from mixtral_jax import launch
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import gpus, plan, run
@@ -73,12 +73,16 @@ def test_peaks_and_memory_are_those_of_the_data_sheets():
     assert all(abs(gpus.GPUS[name].memory_bandwidth / CHIPS[name].memory_bandwidth - 1) < 0.05 for name in names)
 
 
-def test_a_run_is_given_the_share_of_memory_that_plans_count_with(monkeypatch):
-    for own in ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}):
-        monkeypatch.setattr(os, "environ", dict(own))
-        launch._environment()
-        given = {name: value for name, value in os.environ.items() if "MEM_FRACTION" in name}
-        assert given == own or (not own and given == {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpus.MEMORY_SHARE)})
+def test_a_run_is_given_the_share_of_memory_that_plans_count_with():
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    for own in ({}, {names[0]: "0.5"}, {names[1]: "0.5"}):
+        environment = {name: value for name, value in os.environ.items() if name not in names} | own
+        script = f"import mixtral_jax, os; print([os.environ.get(name) for name in {names}])"
+        said = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        given = [own.get(name) for name in names] if own else [str(gpus.MEMORY_SHARE), None]
+        assert said.stdout.strip() == str(given)
 
 
 def test_the_network_between_nodes_is_an_option(make_config, monkeypatch, capsys):

@@ -4,7 +4,7 @@ Sources, read November 2026: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (peak 
 interchip bandwidth per chip); NVIDIA's data sheets of A100, H100, H200 and HGX B200 (SXM; dense bf16 is half of the
 figure with sparsity, NVLink one way half of that of both). `memory` is what a program may take: of a TPU the limit that
 libtpu's compiler itself enforces, found by compiling programs that do not fit (sold as 16, 95 and 32 GB); of a GPU the
-share that launch.py leaves to XLA, of the bytes that the driver shows (plan/gpus.py).
+share that is left to XLA, of the bytes that the driver shows (plan/gpus.py).
 """
 
 import math

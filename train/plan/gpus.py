@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-MEMORY_SHARE = 0.9  # of a GPU's memory, for XLA (launch.py); CUDA, NCCL and cuDNN have the rest
+MEMORY_SHARE = 0.9  # of a GPU's memory, for XLA (mixtral_jax/__init__.py); CUDA, NCCL and cuDNN have the rest
 CUDNN, CUDA = (9, 10), (13, 0)  # versions that a program is compiled for
 
 
