@@ -75,6 +75,7 @@ test: $(VENV)/test.stamp $(if $(PARITY),$(VENV)/parity.stamp)
 # What touches jax, flax, orbax and grain most, in six minutes of one core: three on two. The long ones come first.
 TESTS_NEW ?= \
 	tests/plan/test_plan.py::test_a_step_with_every_kernel_compiles_for_a_tpu_slice \
+	tests/plan/test_gpus.py \
 	tests/train/test_step.py \
 	tests/train/test_resume.py::test_killed_in_the_middle_of_a_save_it_resumes_bit_for_bit \
 	tests/kernels tests/moe tests/convert tests/data tests/checkpoint \
@@ -154,7 +155,7 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt | $(RUN)
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(RUN)
 	@echo "installing mixtral-jax with what its tests need into $(VENV)"
-	$(RUN) -m pip install --quiet --editable '.[test,aot]' --constraint constraints.txt
+	$(RUN) -m pip install --quiet --editable '.[test,aot,aot-gpu]' --constraint constraints.txt
 	@touch $(VENV)/core.stamp $@
 
 $(VENV)/parity.stamp: $(VENV)/test.stamp

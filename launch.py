@@ -312,9 +312,9 @@ COMMANDS = {
         _flag("--dry-run", "say what would be removed"), _JSON),
     "plan": Command(
         _plan, "compile a run for a machine without having it", _CFG,
-        _told("--topology", "TPU slice such as v5p-64, v5e-256 or 2xv5e-256"),
+        _told("--topology", "TPU slice or GPUs, such as v5p-64, 2xv5e-256, h100-8, 8xh100-8, a100-4, h200-8, b200-64"),
         _told("--devices", "plan for N local CPU devices instead", type=int, metavar="N"),
-        _flag("--search", "try meshes, micro-batches and rematerialisation"),
+        _flag("--search", "try meshes, micro-batches, remat"), _told("--between-nodes", "Gb/s of one chip", type=float),
         _told("--tokens", "length of the training, such as 1e12 or 10B, for days and chip-hours", type=_count),
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),

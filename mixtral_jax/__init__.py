@@ -45,9 +45,12 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "train")):
     )
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
-if "jax" not in sys.modules and importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
-    # libtpu, there for `plan`, would look for a TPU, in vain and aloud
+_compilers = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+if "jax" not in sys.modules and _compilers and not any(map(glob.glob, _ACCELERATORS)):
+    # libtpu and the CUDA plugin, there for `plan`, would look for a TPU and a GPU, in vain and aloud
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "jax" not in sys.modules and "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # jax refuses both names
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a GPU, as plans count; jax's own share is 0.75
 
 
 def __getattr__(name: str) -> Any:

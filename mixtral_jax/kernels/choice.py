@@ -35,7 +35,14 @@ class Choice(NamedTuple):
 
 
 def choose_kernels(
-    model: MixtralConfig, compute: ComputeConfig, machine: Machine, *, seq_len: int, dtype: str, context: int = 1
+    model: MixtralConfig,
+    compute: ComputeConfig,
+    machine: Machine,
+    *,
+    seq_len: int,
+    dtype: str,
+    context: int = 1,
+    tokamax: bool | None = None,
 ) -> dict[str, Choice]:
     """The kernels of a training step by what they compute: `attention` and `experts`.
 
@@ -43,6 +50,7 @@ def choose_kernels(
         machine: for which is asked; need not be this one.
         dtype: in which is computed.
         context: devices along the axis of that name.
+        tokamax: whether it is installed there; None: as it is here.
 
     Raises:
         ValueError: a back-end is asked for that cannot run there, or `auto` has none that is worth running.
@@ -52,7 +60,7 @@ def choose_kernels(
     dense = Choice("dense", "a dense model has one expert, and no groups")
     return {
         "attention": choose_attention(compute.attention, machine, shape),
-        "experts": dense if model.is_dense else choose_matmul(compute.moe.matmul, machine),
+        "experts": dense if model.is_dense else choose_matmul(compute.moe.matmul, machine, tokamax),
     }
 
 
@@ -78,7 +86,7 @@ def choose_attention(asked: str, machine: Machine, shape: AttentionShape) -> Cho
     return Choice("chunked", missed or "tiles that stay in cache", fallback=bool(missed))
 
 
-def choose_matmul(asked: str, machine: Machine) -> Choice:
+def choose_matmul(asked: str, machine: Machine, tokamax: bool | None = None) -> Choice:
     """What is asked for, or the grouped product that does no more than the useful work there.
 
     `ragged_dot` is never chosen: on GPU it is a dense fallback, on TPU its weight gradient costs E times the useful
@@ -87,7 +95,7 @@ def choose_matmul(asked: str, machine: Machine) -> Choice:
     Raises:
         ValueError: what is asked for cannot run there, or a GPU has no grouped product.
     """
-    platform, tokamax = machine.platform, has_tokamax()
+    platform, tokamax = machine.platform, has_tokamax() if tokamax is None else tokamax
     if asked == "auto":
         if platform == "gpu" and not tokamax:
             raise ValueError(

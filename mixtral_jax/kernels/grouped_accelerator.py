@@ -13,6 +13,7 @@ from mixtral_jax.kernels.pallas import unchecked
 # Rows, contracted and produced columns of a tile: about 12 MB of the 16 MB that a kernel may use, double buffered.
 TILE_ROWS = 512
 TILE_COLUMNS = {2: 1024, 4: 512}  # by bytes of an element
+NARROWEST = 64  # columns of a tile in tokamax's kernels for Hopper: 128 bytes of bf16
 
 
 def grouped_rows(
@@ -85,18 +86,30 @@ def _tokamax(
 ) -> jax.Array:
     """tokamax's kernels by name: its own choice may fall back on XLA's dense product, E times the work.
 
-    0.0.17 has Triton's only beside jax-triton (the extra `cuda`), and refuses a name that it does not have.
+    Columns are filled up with zeros to NARROWEST: its kernels for Hopper refuse fewer, which an adapter's rank may be.
     """
     import tokamax
-    from tokamax._src.ops.ragged_dot.api import IMPLEMENTATIONS
-
-    names = tuple(name for name in ("mosaic", "triton") if name == "mosaic" or name in IMPLEMENTATIONS)
 
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contract, ((), ())), lhs_ragged_dimensions=groups[0], rhs_group_dimensions=groups[1]
     )
 
     def run(x: jax.Array, y: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        names = _implementations()
         return tokamax.ragged_dot_general(x, y, sizes_E, numbers, preferred_element_type=dtype, implementation=names)
 
-    return unchecked(run, x, y, sizes_E)
+    kept = [a.shape[d] for a, dims in ((x, contract[0]), (y, contract[1])) for d in range(1, a.ndim) if d not in dims]
+    out = unchecked(run, _filled(x), _filled(y), sizes_E)
+    return out[(..., *(slice(0, size) for size in kept))]
+
+
+def _filled(a: jax.Array) -> jax.Array:
+    """All dimensions but the first, rows or experts, as multiples of NARROWEST."""
+    return jnp.pad(a, [(0, 0), *((0, -size % NARROWEST) for size in a.shape[1:])])
+
+
+def _implementations() -> tuple[str, ...]:
+    """0.0.17 has Triton's only beside jax-triton (the extra `cuda`), and refuses a name that it does not have."""
+    from tokamax._src.ops.ragged_dot.api import IMPLEMENTATIONS
+
+    return tuple(name for name in ("mosaic", "triton") if name == "mosaic" or name in IMPLEMENTATIONS)

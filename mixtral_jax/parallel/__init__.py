@@ -20,7 +20,15 @@ from mixtral_jax.parallel.collectives import (
 )
 from mixtral_jax.parallel.compiler_quirks import take_chosen, transposed
 from mixtral_jax.parallel.context import Part, gather_row, places, zigzag
-from mixtral_jax.parallel.mesh import BATCH_AXES, MESH_AXES, NEAREST_FIRST, TOKEN_AXES, MeshConfig, make_mesh
+from mixtral_jax.parallel.mesh import (
+    BATCH_AXES,
+    MESH_AXES,
+    NEAREST_FIRST,
+    TOKEN_AXES,
+    MeshConfig,
+    device_grid,
+    make_mesh,
+)
 from mixtral_jax.parallel.sharding import (
     batch_sharding,
     batch_spec,

@@ -58,13 +58,14 @@ class H100(types.SimpleNamespace):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tokamax's own
 @pytest.mark.parametrize("product", ["rows", "rows transposed", "weights"])
-def test_tokamax_lowers_to_its_gpu_kernels(monkeypatch, product):
+@pytest.mark.parametrize(("D", "F"), [(256, 512), (256, 16), (16, 256)], ids=["wide", "up to a rank", "from a rank"])
+def test_tokamax_lowers_to_its_gpu_kernels(monkeypatch, product, D, F):
     pytest.importorskip("tokamax", reason="lowering for NVIDIA GPUs needs tokamax (extra: cuda)")
     from jax.extend import backend
 
     monkeypatch.setattr(backend, "get_default_device", H100)
     monkeypatch.setattr("sys.argv", ["tokamax"])  # it reads flags from the command line, which is pytest's
-    R, D, F, E = 512, 256, 512, 4
+    R, E = 512, 4
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -82,3 +83,22 @@ def test_tokamax_lowers_to_its_gpu_kernels(monkeypatch, product):
     exported = jax.export.export(jax.jit(run), platforms=["cuda"])(*given, jax.ShapeDtypeStruct((E,), jnp.int32))
     assert exported.out_avals[0].shape == result
     assert "mosaic_gpu" in exported.mlir_module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("D, F", [(128, 16), (20, 64), (64, 128)])
+def test_columns_that_are_filled_up_change_nothing(monkeypatch, D, F):
+    """tokamax's own XLA form takes any size, and runs here."""
+    pytest.importorskip("tokamax", reason="needs tokamax (extra: cuda)")
+    monkeypatch.setattr("mixtral_jax.kernels.grouped_accelerator._implementations", lambda: ("xla",))
+    monkeypatch.setattr("sys.argv", ["tokamax"])
+    rng, sizes_E = np.random.default_rng(0), np.array([3, 0, 5], np.int32)
+    x_RD, dy_RF, w_EDF = (rng.standard_normal(s).astype(np.float32) for s in ((8, D), (8, F), (3, D, F)))
+    expert_R = np.repeat(np.arange(3), sizes_E)
+    y_RF = grouped_rows("tokamax", x_RD, w_EDF, sizes_E, transpose=False)
+    dx_RD = grouped_rows("tokamax", dy_RF, w_EDF, sizes_E, transpose=True)
+    dw_EDF = grouped_weight_gradient("tokamax", x_RD, dy_RF, sizes_E, jnp.float32)
+    np.testing.assert_allclose(y_RF, np.einsum("RD,RDF->RF", x_RD, w_EDF[expert_R]), atol=1e-4)
+    np.testing.assert_allclose(dx_RD, np.einsum("RF,RDF->RD", dy_RF, w_EDF[expert_R]), atol=1e-4)
+    one_RE = (expert_R[:, None] == np.arange(3)).astype(np.float32)
+    np.testing.assert_allclose(dw_EDF, np.einsum("RE,RD,RF->EDF", one_RE, x_RD, dy_RF), atol=1e-4)

@@ -1,13 +1,15 @@
-"""The pretraining presets on their slices, compiled whole: minutes each, so slow. Figures: docs/benchmarks.md."""
+"""The presets on their machines, compiled whole: minutes each, so slow. Figures: docs/benchmarks.md."""
 
 from pathlib import Path
 
 import pytest
 
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.plan import plan
+from mixtral_jax.train.plan import has_cuda_plugin, plan
+from mixtral_jax.train.plan.placement import memory
 
-PRESETS = Path(__file__).parents[2] / "configs" / "pretrain"
+CONFIGS = Path(__file__).parents[2] / "configs"
+PRESETS = CONFIGS / "pretrain"
 # MaxText's own ahead-of-time compilation of the same model, slice, precision and sequences a chip: peak HBM in GB.
 MAXTEXT = {
     ("8x7b-v5p-64", 64): 34.4,
@@ -60,3 +62,30 @@ def test_rows_of_32k_fit_over_four_chips():
     long = ["seq_len=32768", "mesh.fsdp=16", "mesh.context=4", "global_batch_size=16", "micro_batch_size=16"]
     report = compiled("8x7b-v5p-128", *long)
     assert ("all-gather", "context") in report.traffic
+
+
+EXPERT_8 = ["mesh.expert=8", "compute.remat=full"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(
+    ("name", "topology", "changes"),
+    [
+        ("pretrain/mixtral-8x7b-h100-64", "h100-64", []),
+        ("pretrain/mixtral-8x7b-h100-64", "h100-64", EXPERT_8),
+        ("sft/mixtral-8x7b-lora-h100-8", "h100-8", []),
+    ],
+)
+def test_gpu_presets_fit_and_the_closed_form_is_near(name, topology, changes):
+    if not has_cuda_plugin():
+        pytest.skip("compiling for a GPU needs jax's CUDA plugin (extra: aot-gpu)")
+    pytest.importorskip("tokamax", reason="compiling for a GPU needs tokamax (extra: aot-gpu)")
+    config = load_config(CONFIGS / f"{name}.yaml", changes).config
+    report = plan(config, topology=topology)
+    assert report.source == "compiled" and report.fits and report.unknown_loops == 0
+    most = 1.02 if config.adapters is None else 1.03  # ranks are filled up to a tile's columns
+    for part in ("dots", "experts", "attention", "total"):
+        assert 0.98 <= getattr(report.counted, part) / getattr(report.expected, part) <= most, part
+    assert report.reduced_weights == () and not any(choice.fallback for choice in report.kernels.values())
+    assert sum(memory(config, report.sizes, "gpu").values()) == pytest.approx(report.memory.peak, rel=0.1)

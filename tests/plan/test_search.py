@@ -16,6 +16,12 @@ BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
 RUN = {"model": BIG, "seq_len": 4096, "compute": {"remat": "full", "dtype": "bfloat16"}}
 
 
+@pytest.fixture(autouse=True)
+def by_closed_form(monkeypatch):
+    monkeypatch.setattr("mixtral_jax.train.plan.compile.has_libtpu", lambda: False)
+    monkeypatch.setattr("mixtral_jax.train.plan.gpus.has_cuda_plugin", lambda: False)
+
+
 @pytest.fixture
 def make_config(tmp_path):
     def make(**changes):
@@ -65,8 +71,7 @@ def test_candidates_fit_and_are_in_order_of_speed(make_config):
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
 
 
-def test_a_search_compiles_the_first_and_ranks_them(make_config, monkeypatch, capsys):
-    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # by closed form
+def test_a_search_compiles_the_first_and_ranks_them(make_config, capsys):
     config = make_config(global_batch_size=1024)
     assert run(config, topology="v5p-64", search=True) == 0
     reports = best_plans(config, "v5p-64")

@@ -8,6 +8,7 @@ from mixtral_jax.train.plan import peak_flops, useful_flops
 from mixtral_jax.train.plan.chips import CHIPS
 from mixtral_jax.train.plan.closed_form import useful
 from mixtral_jax.train.plan.compile import compile_step
+from mixtral_jax.train.plan.gpus import GPUS
 from mixtral_jax.train.plan.hlo import read_program
 from mixtral_jax.train.plan.placement import adapter_params
 from tests.tiny import TINY, metrics_of
@@ -103,5 +104,6 @@ def test_peaks_by_the_names_that_jax_gives(kind, peak):
 
 
 def test_chips_have_the_peaks_of_their_devices():
-    kinds = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "h100": "NVIDIA H100 80GB HBM3"}
+    kinds = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
+    kinds |= {name: gpu.device_kind for name, gpu in GPUS.items()}
     assert {name: peak_flops(kind) for name, kind in kinds.items()} == {c.name: c.flops for c in CHIPS.values()}

@@ -41,7 +41,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("mixtral_jax.train.trainer", "mixtral_jax.train.commands.evaluate"):
         monkeypatch.setattr(f"{module}.make_mesh", lambda config: None)
-    monkeypatch.setattr("mixtral_jax.train.plan.planner.has_libtpu", lambda: False)  # compiling takes minutes
+    monkeypatch.setattr("mixtral_jax.train.plan.compile.has_libtpu", lambda: False)  # compiling takes minutes
     stand_in = Mixtral(MixtralConfig(**MODEL), key=jax.random.key(0))
     save_hf(stand_in, BASE, dtype="bfloat16", tokenizer=ROOT / "data" / "samples" / "tokenizer.model")
     return tmp_path

@@ -1,6 +1,5 @@
 """Is this machine fit to train? Versions, devices, kernels, known-bad pairs, disk."""
 
-import importlib.util
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from rich.markup import escape
 
 from mixtral_jax.kernels import AttentionShape, choose_attention, choose_matmul
 from mixtral_jax.parallel import Machine, machine
+from mixtral_jax.train.plan import has_cuda_plugin, has_libtpu
 from mixtral_jax.train.run import OPTIONAL, installed
 
 SMALLEST_FREE_GIB = 5
@@ -117,7 +117,8 @@ def kernels(machine: Machine) -> tuple[dict[str, str], list[str]]:
     except ValueError as error:
         problems.append(str(error))
     lines = {name: f"{choice.kernel} ({choice.why})" for name, choice in found.items()}
-    lines["plan for TPU slices"] = "available" if importlib.util.find_spec("libtpu") else "needs the extra `aot`"
+    for name, there, extra in (("TPU slices", has_libtpu(), "aot"), ("GPUs", has_cuda_plugin(), "aot-gpu")):
+        lines[f"plan for {name}"] = "available" if there else f"needs the extra `{extra}`"
     return lines, problems
 
 

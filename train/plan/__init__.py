@@ -2,5 +2,7 @@
 
 from mixtral_jax.train.plan.chips import Topology, parse_topology, peak_flops
 from mixtral_jax.train.plan.closed_form import useful_flops, useful_per_token
+from mixtral_jax.train.plan.compile import has_libtpu
+from mixtral_jax.train.plan.gpus import has_cuda_plugin
 from mixtral_jax.train.plan.placement import axis_lines, human_bytes, memory_line, passing_line, placement_warnings
 from mixtral_jax.train.plan.planner import best_plans, plan, run

@@ -1,9 +1,10 @@
 """Chips and slices: published figures, and the names that clouds and libtpu give to the same machine.
 
 Sources, read November 2026: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (peak compute, HBM capacity and bandwidth,
-interchip bandwidth per chip); NVIDIA H100 data sheet (SXM, dense bf16). `memory` is what a program may take: the limit
-that libtpu's compiler itself enforces for the chip, found by compiling programs that do not fit (sold as 16, 95, 32 and
-80 GB).
+interchip bandwidth per chip); NVIDIA's data sheets of A100, H100, H200 and HGX B200 (SXM; dense bf16 is half of the
+figure with sparsity, NVLink one way half of that of both). `memory` is what a program may take: of a TPU the limit that
+libtpu's compiler itself enforces, found by compiling programs that do not fit (sold as 16, 95 and 32 GB); of a GPU the
+share that is left to XLA, of the bytes that the driver shows (plan/gpus.py).
 """
 
 import math
@@ -11,7 +12,9 @@ import os
 import re
 from typing import NamedTuple
 
+from mixtral_jax.parallel import Machine
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.plan.gpus import GPUS, MEMORY_SHARE
 
 
 class Chip(NamedTuple):
@@ -21,7 +24,7 @@ class Chip(NamedTuple):
     flops: float  # dense bf16
     memory: float  # that a program may take
     memory_bandwidth: float
-    network: float  # out of the chip inside its slice or node
+    network: float  # out of the chip inside its slice or node (a GPU's NVLink: one way)
     slow_network: float  # out of the chip between slices or nodes
     torus: int  # dimensions of the fast network; 0: a switch
 
@@ -33,6 +36,8 @@ PEAK_FLOPS = {
     "tpu v5e": 197e12,
     "tpu v5": 459e12,
     "tpu v6": 918e12,
+    "gb200": 2500e12,
+    "b200": 2250e12,
     "h200": 989e12,
     "h100 pcie": 756e12,
     "h100": 989e12,
@@ -49,7 +54,12 @@ CHIPS = {
     "v5e": Chip("v5e", PEAK_FLOPS["tpu v5e"], 15.75 * 2**30, 819e9, 200e9, 3.1e9, 2),
     "v5p": Chip("v5p", PEAK_FLOPS["tpu v5p"], 95.74 * 2**30, 2765e9, 600e9, 6.25e9, 3),
     "v6e": Chip("v6e", PEAK_FLOPS["tpu v6"], 31.25 * 2**30, 1638e9, 448e9, 12.5e9, 2),
-    "h100": Chip("h100", PEAK_FLOPS["h100"], 80e9 * 0.94, 3350e9, 450e9, 50e9, 0),
+    # 400 Gb/s a GPU between nodes (DGX H100 and B200: eight ConnectX-7), on A100 200 Gb/s (DGX A100: eight ConnectX-6)
+    "a100": Chip("a100", PEAK_FLOPS["a100"], GPUS["a100"].memory * MEMORY_SHARE, 2039e9, 300e9, 25e9, 0),
+    "a100-40gb": Chip("a100-40gb", PEAK_FLOPS["a100"], GPUS["a100-40gb"].memory * MEMORY_SHARE, 1555e9, 300e9, 25e9, 0),
+    "h100": Chip("h100", PEAK_FLOPS["h100"], GPUS["h100"].memory * MEMORY_SHARE, 3350e9, 450e9, 50e9, 0),
+    "h200": Chip("h200", PEAK_FLOPS["h200"], GPUS["h200"].memory * MEMORY_SHARE, 4800e9, 450e9, 50e9, 0),
+    "b200": Chip("b200", PEAK_FLOPS["b200"], GPUS["b200"].memory * MEMORY_SHARE, 8000e9, 900e9, 50e9, 0),
 }
 
 # The torus of a slice, as libtpu wants it, by the number in the slice's name: chips, and for v5p cores, two to a chip.
@@ -76,27 +86,45 @@ class Topology(NamedTuple):
         """Chips in all."""
         return self.slices * self.chips_per_slice
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether nodes of GPUs are joined by a slower network."""
+        return self.chip.name in GPUS
 
-def parse_topology(name: str) -> Topology:
-    """`v5p-64`, `v6e-256`, `2xv5e-256`, `v5p:4x4x4`, `h100-64`.
+    @property
+    def machine(self) -> Machine:
+        """What a choice of kernels asks for."""
+        if self.is_gpu:
+            return Machine("gpu", GPUS[self.chip.name].device_kind)
+        return Machine("tpu", f"TPU {self.chip.name}") if self.libtpu else Machine("cpu")
 
-    v5p names count cores, two to a chip; v5e and v6e names count chips, h100 names GPUs.
+
+def parse_topology(name: str, between_nodes: float | None = None) -> Topology:
+    """`v5p-64`, `v6e-256`, `2xv5e-256`, `v5p:4x4x4`, `h100-64`, `2xh100-8`.
+
+    v5p names count cores, two to a chip; v5e and v6e names count chips, the others GPUs. `between_nodes`: Gb/s of one
+    chip between nodes or slices, in place of what CHIPS says.
 
     Raises:
         UserError: unknown name; the known ones are listed.
     """
+    found = None
     if match := re.fullmatch(r"(?:0*([1-9]\d*)x)?(v5e|v5p|v6e)(?:-(\d+)|:(\d+(?:x\d+)+))", name):
         slices, kind, shape = int(match[1] or 1), match[2], match[4] or SLICES[match[2]].get(int(match[3]), "")
         if _is_slice(kind, shape):
-            return Topology(name, CHIPS[kind], slices, math.prod(map(int, shape.split("x"))), f"{kind}:{shape}")
-    elif match := re.fullmatch(r"(?:0*([1-9]\d*)x)?h100-0*([1-9]\d*)", name):
-        machines, each = int(match[1] or 1), int(match[2])
+            found = Topology(name, CHIPS[kind], slices, math.prod(map(int, shape.split("x"))), f"{kind}:{shape}")
+    elif match := re.fullmatch(rf"(?:0*([1-9]\d*)x)?({'|'.join(GPUS)})-0*([1-9]\d*)", name):
+        machines, kind, each = int(match[1] or 1), match[2], int(match[3])
         if each % NODE_GPUS == 0 or (machines == 1 and each < NODE_GPUS):
-            return Topology(name, CHIPS["h100"], 1, machines * each, None)
+            found = Topology(name, CHIPS[kind], 1, machines * each, None)
+    if found is not None:
+        chip = found.chip._replace(slow_network=between_nodes * 1e9 / 8) if between_nodes else found.chip
+        return found._replace(chip=chip)
     known = ", ".join(f"{kind}-{count}" for kind, slices in SLICES.items() for count in slices)
     raise UserError(
-        f"unknown topology {name!r}: known are {known}, h100-N (up to 8, or whole nodes of {NODE_GPUS}), "
-        "the same by their shapes (v5e:4x8), v5p shapes of multiples of 4 (v5p:4x4x12), and several slices (2xv5e-256)"
+        f"unknown topology {name!r}: known are {known}, the same by their shapes (v5e:4x8), v5p shapes of multiples of "
+        f"4 (v5p:4x4x12), several slices (2xv5e-256), and of GPUs {'-N, '.join(GPUS)}-N with N from 1 to {NODE_GPUS} "
+        f"or whole nodes of {NODE_GPUS} (h100-64, 8xh100-8)"
     )
 
 
@@ -119,6 +147,6 @@ def local_machine(devices: int) -> Topology:
 def larger(topology: Topology) -> list[Topology]:
     """Machines of the same chips and as many slices, with more chips in each, the smallest first."""
     kind, slices = topology.chip.name, topology.slices
-    counts = SLICES.get(kind, [2**n for n in range(3, 11)])
+    counts = SLICES.get(kind, [2**n for n in range(11)])
     machines = [parse_topology(f"{f'{slices}x' if slices > 1 else ''}{kind}-{n}") for n in counts]
     return [m for m in machines if m.chips > topology.chips]

@@ -9,13 +9,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from mixtral_jax.parallel import NEAREST_FIRST
+from mixtral_jax.kernels import Choice, choose_kernels
+from mixtral_jax.moe import resolve_transport
+from mixtral_jax.parallel import NEAREST_FIRST, Machine
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import placement
 from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
 from mixtral_jax.train.plan.placement import asks_reference, local_tokens
 
-BLOCK = 512  # queries and keys in a tile of the attention kernel: tiles on the diagonal are computed whole
+TPU = Machine("tpu")
 
 
 class Flops(NamedTuple):
@@ -84,11 +86,10 @@ def useful(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
     return useful_flops(config) / chips, useful_flops(config, "full") / chips
 
 
-def flops(config: RunConfig, sizes: Mapping[str, int]) -> Flops:
+def flops(config: RunConfig, sizes: Mapping[str, int], machine: Machine = TPU) -> Flops:
     """Of matrices forward 1 and backward 2; what is computed again for the backward pass is as `recomputes` says.
 
-    Of the experts that is the product with w1 and w3 alone: with the gate before w2 nothing needs w2's. Attention's
-    backward kernels compute the scores and their gradients twice: 7 products where 4 are needed. LoRA and
+    Of the experts that is the product with w1 and w3 alone: with the gate before w2 nothing needs w2's. LoRA and
     a reference count as in useful_per_token; DPO computes the logits once more in its backward pass.
     """
     model, own, layers = config.model, config.model.matmul_params, config.model.num_hidden_layers
@@ -102,11 +103,45 @@ def flops(config: RunConfig, sizes: Mapping[str, int]) -> Flops:
     dots += own.head * (once + (config.stage == "dpo")) + head + router * sizes["tensor"]
     up = 2 / 3 * again.experts
     experts = layers * model.num_local_experts * own.expert * (once + up) + expert_adapters * (3 + up)
-    pairs = attention_pairs(config.seq_len, model.sliding_window)
+    kernel = attention_kernel(config, sizes, machine)
+    pairs = attention_pairs(config.seq_len, model.sliding_window, kernel.tile)
+    passes = 1 + again.dense + reference + kernel.backward / 2
     return Flops(
         dots=2 * tokens * dots,
         experts=2 * tokens * experts * model.num_experts_per_tok / model.num_local_experts,
-        attention=tokens * model.attention_flops(pairs) * (1 + 3.5 + again.dense + reference),
+        attention=tokens * model.attention_flops(pairs) * passes,
+    )
+
+
+class AttentionKernel(NamedTuple):
+    """What a kernel computes."""
+
+    tile: int  # queries and keys: those on the diagonal are computed whole
+    backward: int  # products backward; forward has 2
+
+
+# cuDNN's backward pass has the 5 products that are needed; the others' two kernels each compute the scores and their
+# gradient once more. Smaller tiles than these change little: half a tile of a row.
+ATTENTION = {"splash": AttentionKernel(512, 7), "triton": AttentionKernel(128, 7), "cudnn": AttentionKernel(128, 5)}
+
+
+def attention_kernel(config: RunConfig, sizes: Mapping[str, int], machine: Machine) -> AttentionKernel:
+    """That of the machine; what is no kernel counts as splash."""
+    return ATTENTION.get(kernels(config, sizes, machine)["attention"].kernel, ATTENTION["splash"])
+
+
+def kernels(
+    config: RunConfig, sizes: Mapping[str, int], machine: Machine, tokamax: bool | None = True
+) -> dict[str, Choice]:
+    """What `attention` and `experts` run on there, where the extra `cuda` is installed unless `tokamax` says else.
+
+    Raises:
+        ValueError: a back-end that cannot run there is asked for.
+    """
+    dtype = "float32" if config.compute.dtype == "float32" else "bfloat16"
+    context = sizes["context"]
+    return choose_kernels(
+        config.model, config.compute, machine, seq_len=config.seq_len, dtype=dtype, context=context, tokamax=tokamax
     )
 
 
@@ -134,9 +169,9 @@ def _tokens(config: RunConfig, sizes: Mapping[str, int]) -> float:
     return local_tokens(config, sizes) * config.accumulation / sizes["tensor"]
 
 
-def attention_pairs(seq_len: int, window: int | None) -> float:
+def attention_pairs(seq_len: int, window: int | None, tile: int = 512) -> float:
     """Keys per query that a tiled kernel computes: those of every tile that the mask does not empty."""
-    block = min(BLOCK, seq_len)
+    block = min(tile, seq_len)
     blocks = math.ceil(seq_len / block)
     reach = blocks if window is None else math.ceil((window - 1) / block) + 1
     return sum(min(i + 1, reach) for i in range(blocks)) * block / blocks
@@ -168,8 +203,10 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     send(shards, passes * dense + back * whole)
     if sizes["data"] > 1:  # once, behind all micro-batches
         sent["data"] = reduce_bytes * 2 * placement.resident(config, sizes)["parameters"] / 4
-    if not model.is_dense:
-        send("expert", trips * layers * tokens * model.num_experts_per_tok * model.hidden_size)
+    if not model.is_dense:  # all tokens of the axis, or of each its choices
+        ring = resolve_transport(config.compute.moe.transport, sizes["expert"]) == "ring"
+        copies = sizes["expert"] if ring else model.num_experts_per_tok
+        send("expert", trips * layers * tokens * copies * model.hidden_size)
     send("tensor", 12 * layers * tokens * model.hidden_size)
     send("context", 6 * layers * model.num_key_value_heads * model.head_dim / tensor * tokens * sizes["context"])
     return dict(sent)
@@ -204,7 +241,7 @@ def roofline(
         "compute": flops / chip.flops,
         "memory": memory_traffic(config, sizes) / chip.memory_bandwidth,
         "network": sum(
-            amount / bandwidth(topology, axes, sizes, config.mesh.slow) for (_, axes), amount in sent.items()
+            amount / bandwidth(topology, axes, sizes, config.mesh.slow, kind) for (kind, axes), amount in sent.items()
         ),
     }
     bound = max(seconds, key=lambda name: seconds[name])
@@ -214,21 +251,43 @@ def roofline(
     return Roofline(**seconds, bound=bound, mfu=causal / longest, mfu_full=full / longest, mfu_serial=causal / serial)
 
 
-def bandwidth(topology: Topology, axes: str, sizes: Mapping[str, int], slow: Mapping[str, int] | None = None) -> float:
-    """Bytes a second out of one chip along mesh axes such as `fsdp+expert`.
+def bandwidth(
+    topology: Topology, axes: str, sizes: Mapping[str, int], slow: Mapping[str, int] | None = None, kind: str = ""
+) -> float:
+    """Bytes a second out of one chip along mesh axes such as `fsdp+expert`, for a `kind` of collective.
 
-    On a torus over those links that they use. GPUs: inside a node where the axes and all that lie inside them fit it.
+    On a torus over those links that they use; of GPUs what the slower of NVLink and network allows.
     `slow`: the part of each axis that is laid across slices or nodes.
     """
-    chip, slow = topology.chip, slow or {}
+    chip = topology.chip
     used = [a for a in axes.split("+") if sizes.get(a, 1) > 1]
-    if chip.torus == 0:
-        inner = NEAREST_FIRST[: 1 + max(map(NEAREST_FIRST.index, used), default=-1)]
-        span = math.prod(sizes.get(a, 1) // slow.get(a, 1) for a in inner)
-        fits = NODE_GPUS % span == 0 and all(slow.get(a, 1) == 1 for a in used)
-        return chip.network if fits or topology.chips <= NODE_GPUS else chip.slow_network
+    if topology.is_gpu:
+        across = share_across(topology, axes, sizes, slow, kind)
+        return 1 / max((1 - across) / chip.network, across / chip.slow_network)
     if topology.slices > 1 and axes == "data":
         return chip.slow_network
     count = math.prod(sizes[a] for a in used)
     dims = math.ceil(chip.torus * math.log(max(count, 2)) / math.log(max(topology.chips_per_slice, 2)) - 1e-9)
     return chip.network * min(dims, chip.torus) / chip.torus
+
+
+def share_across(
+    topology: Topology, axes: str, sizes: Mapping[str, int], slow: Mapping[str, int] | None = None, kind: str = ""
+) -> float:
+    """Of what GPUs send along mesh axes the share that leaves the node.
+
+    A gather, scatter or reduction runs in rings (NCCL's), as many as GPUs of the group share a node: of each ring one
+    link in so many leaves it. An all-to-all sends to every other device alike.
+    """
+    slow = slow or {}
+    stride, together, count = 1, 1, 1  # neighbours in the node so far; of the group: in a node, in all
+    for axis in NEAREST_FIRST:
+        size = sizes.get(axis, 1)
+        fast = size // slow.get(axis, 1)
+        inside = math.gcd(fast, max(1, NODE_GPUS // stride))
+        stride *= fast
+        if axis in axes.split("+"):
+            together, count = together * inside, count * size
+    if count == together or topology.chips <= NODE_GPUS:
+        return 0.0
+    return (count - together) / (count - 1) if "all-to-all" in kind else 1 / together

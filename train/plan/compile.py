@@ -15,11 +15,12 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.lora import is_adapter
-from mixtral_jax.parallel import batch_sharding, make_mesh
+from mixtral_jax.parallel import MESH_AXES, batch_sharding, device_grid, make_mesh
 from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import make_optimizer
-from mixtral_jax.train.plan.chips import Topology
+from mixtral_jax.train.plan import gpus
+from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
 from mixtral_jax.train.plan.placement import Memory, asks_reference, copies_reference
 from mixtral_jax.train.preference import make_sequence_logps
 from mixtral_jax.train.state import TrainState, abstract_state
@@ -27,22 +28,36 @@ from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge
 
 
-def plan_mesh(config: RunConfig, topology: Topology | None) -> jax.sharding.Mesh | None:
-    """The mesh of the run on a TPU slice, or on this machine's devices.
+def plan_mesh(config: RunConfig, topology: Topology) -> jax.sharding.Mesh | None:
+    """The mesh of the run on a machine that is not there, or on this one's devices.
 
     Raises:
         ValueError: the mesh does not fit the number of devices.
     """
-    if topology is None:
+    if topology.machine.platform == "cpu":
         return make_mesh(config.mesh)
-    from jax.experimental import topologies
+    if topology.is_gpu:
+        nodes = math.ceil(topology.chips / NODE_GPUS)
+        found = gpus.devices(topology.chip.name, nodes, topology.chips // nodes)
+    else:
+        from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    with _no_noise():
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.libtpu or "", num_slices=topology.slices
-        )
-    return make_mesh(config.mesh, found.devices)
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        with _no_noise():
+            # libtpu takes hosts of 2x2 chips, where it is not told that there is one chip
+            bounds = {"chips_per_host_bounds": [1, 1, 1]} if topology.chips_per_slice == 1 else {}
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.libtpu or "", num_slices=topology.slices, **bounds
+            ).devices
+    # one device that is not there is a mesh too, or the step would be compiled for this machine
+    return make_mesh(config.mesh, found) or jax.sharding.Mesh(device_grid(config.mesh, found), MESH_AXES)
+
+
+def missing_compiler(topology: Topology) -> str | None:
+    """What must be installed to compile for this machine; None where nothing is missing."""
+    if topology.is_gpu:
+        return None if gpus.has_cuda_plugin() else "jax's CUDA plugin is missing (pip install 'mixtral-jax[aot-gpu]')"
+    return None if has_libtpu() else "libtpu is not installed (pip install 'mixtral-jax[aot]')"
 
 
 def has_libtpu() -> bool:
@@ -57,8 +72,12 @@ def for_accelerator(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": "bfloat16"})})
 
 
-def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float) -> tuple[Memory, list[str]]:
+def compile_step(
+    config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float, gpu: str | None = None
+) -> tuple[Memory, list[str]]:
     """Lower and compile the training step, and what asks a live reference, with shapes in place of arrays.
+
+    `gpu`: which one the mesh has that is not there.
 
     Returns:
         What the compiler says of the memory, and the texts of the programs: none where the step does not fit.
@@ -68,10 +87,17 @@ def compile_step(config: RunConfig, mesh: jax.sharding.Mesh | None, limit: float
     own = {name: local_bytes(tree) for name, tree in resident.items()}
     own["reference"] = 0.0 if step.reference is step.frozen else local_bytes(step.reference)
     try:
-        with _no_noise(), jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            programs = [step.train.lower(step.state, step.frozen, step.batch).compile()]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_noise())
+            if mesh is not None:
+                stack.enter_context(jax.set_mesh(mesh))
+            if gpu is not None:
+                stack.enter_context(gpus.there(gpu))
+            asked: list[tuple[Any, Any]] = [(step.train, (step.state, step.frozen, step.batch))]
             if step.ask is not None:
-                programs.append(step.ask.lower(step.reference, step.batch).compile())
+                asked.append((step.ask, (step.reference, step.batch)))
+            platforms = None if gpu is None else ("cuda",)
+            programs = [f.trace(*given).lower(lowering_platforms=platforms).compile() for f, given in asked]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -152,7 +178,7 @@ def _exceeded(message: str, limit: float) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _no_noise() -> Iterator[None]:
-    """libtpu complains on stderr that this is no TPU machine; shown only where something else goes wrong."""
+    """Compilers complain on stderr that this is no such machine; shown only where something else goes wrong."""
     saved = os.dup(2)
     with tempfile.TemporaryFile() as heard:
         os.dup2(heard.fileno(), 2)

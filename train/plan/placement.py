@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import abstract_model, compute_dtype
-from mixtral_jax.parallel import MESH_AXES, param_shardings
+from mixtral_jax.parallel import MESH_AXES, param_shardings, platform
 from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.weights import is_trained, leaves
 
@@ -127,10 +127,12 @@ def compute_bytes(config: RunConfig) -> int:
     return 4 if config.compute.dtype == "float32" else 2
 
 
-def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> dict[str, float]:
     """Bytes of one chip by closed form: state exactly, the rest as the step at its fullest, in an expert's backward.
 
-    Held against compiled programs in tests and in docs/benchmarks.md.
+    On GPUs the experts' matrices are transposed between gather and kernel, and the next are gathered meanwhile; of the
+    hidden rows h, its gradient and the activation are held at once. Held against compiled programs in tests and in
+    docs/benchmarks.md.
     """
     model, itemsize, tokens = config.model, compute_bytes(config), local_tokens(config, sizes)
     state = resident(config, sizes)
@@ -140,7 +142,12 @@ def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     rows = tokens * model.num_experts_per_tok
     saved = saved_bytes(config, sizes)[config.compute.remat]
     chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
-    held: float = model.num_hidden_layers if config.compute.remat == "none" else 1  # layers whose matrices are gathered
+    gpu = where == "gpu"
+    # layers whose matrices are gathered
+    held: float = model.num_hidden_layers if config.compute.remat == "none" else 1 + gpu
+    width_of_row = (4 * width + 5 * ffn) if gpu else (2 * width + 3.5 * ffn)
+    if gpu and adapter_params(config)[1]:  # sums with the adapters' parts and their gradients; one program was seen
+        width_of_row += 22 * ffn
     if chunk < tokens and config.adapters is None:
         held += 4 / itemsize  # the sums over chunks, in fp32
     if expert_axis > 1:
@@ -149,7 +156,7 @@ def memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
         **state,
         "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved,
-        "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * (2 * width + 3.5 * ffn),
+        "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * width_of_row,
         "weights": held * layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
 
@@ -201,7 +208,8 @@ def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
 def passing_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     """What comes and goes in a step on one device, by the closed form of `plan`, which knows no compiler's tricks."""
     dtype = compute_dtype(config.compute.dtype).name
-    parts = memory(config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})}), sizes)
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})})
+    parts = memory(config, sizes, platform())
     return (
         f"about {human_bytes(parts['saved'] + parts['layer'])} of activations a device "
         f"({human_bytes(parts['saved'])} saved for the backward pass) and {human_bytes(parts['weights'])} of gathered "

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mixtral_jax.kernels import Choice
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.plan import closed_form
-from mixtral_jax.train.plan.chips import Topology
+from mixtral_jax.train.plan.chips import NODE_GPUS, Topology
 from mixtral_jax.train.plan.closed_form import Flops, Roofline
+from mixtral_jax.train.plan.compile import missing_compiler
 from mixtral_jax.train.plan.placement import Memory, local_tokens, memory, resident, saved_bytes
 
 
@@ -21,6 +23,7 @@ class PlanReport(NamedTuple):
     traffic: dict[tuple[str, str], float]  # (kind, mesh axes) -> bytes sent
     roofline: Roofline | None  # None: a machine without published figures
     counted: Flops | None = None  # in the compiled program
+    calls: Mapping[str, int] = {}  # of kernels in the compiled program, in a step
     unknown_loops: int = 0  # of the program, whose length depends on the data; their products are in no figure
     asynchronous: float = 0.0  # share of the traffic that the compiler overlaps with other work
     reduced_weights: tuple[str, ...] = ()  # weights that are all-reduced; there should be none
@@ -40,6 +43,18 @@ class PlanReport(NamedTuple):
     def fits(self) -> bool:
         """Whether the step fits into the chip."""
         return self.memory.too_much <= 0
+
+    def across(self, kind: str, axes: str) -> float:
+        """Of a part of the traffic the bytes that leave a node of GPUs."""
+        if not self.topology.is_gpu:
+            return 0.0
+        share = closed_form.share_across(self.topology, axes, self.sizes, self.config.mesh.slow, kind)
+        return share * self.traffic[kind, axes]
+
+    @property
+    def kernels(self) -> dict[str, Choice]:
+        """What attention and the experts run on there, and why."""
+        return closed_form.kernels(self.config, self.sizes, self.topology.machine)
 
     def rate(self, seconds: float) -> float:
         """Tokens a second, of steps of so many seconds."""
@@ -62,14 +77,29 @@ class PlanReport(NamedTuple):
         )
         saved = saved_bytes(c, self.sizes).items()
         yield f"  a token saves, in each layer, by remat: {', '.join(f'{remat} {kilo(size)}' for remat, size in saved)}"
+        yield from self._kernel_lines()
         yield from self._flops_lines()
         yield f"traffic per chip  {gb(sum(self.traffic.values()))} sent a step; {self.asynchronous:.0%} asynchronous"
         for (kind, axes), amount in sorted(self.traffic.items(), key=lambda item: -item[1]):
-            yield f"  {kind:<20} {axes:<14} {gb(amount)}"
+            across = f", {gb(self.across(kind, axes))} of it between nodes" if t.chips > NODE_GPUS and t.is_gpu else ""
+            yield f"  {kind:<20} {axes:<14} {gb(amount)}{across}"
+        if t.is_gpu:
+            yield (
+                f"  a GPU sends {t.chip.network / 1e9:g} GB/s inside its node, {t.chip.slow_network / 1e9 * 8:g} Gb/s "
+                "between nodes (--between-nodes)"
+            )
         if self.reduced_weights:
             yield f"  WARNING: weights reduced whole to every chip: {', '.join(self.reduced_weights)}"
         yield from self._roofline_lines(tokens, mfu)
         yield f"compiled in       {self.compile_seconds:.0f} s" if self.compile_seconds else "compiled in       not"
+
+    def _kernel_lines(self) -> Iterator[str]:
+        yield f"kernels           {', '.join(f'{part} {choice.kernel}' for part, choice in self.kernels.items())}"
+        for part, choice in self.kernels.items():
+            if choice.fallback:
+                yield f"  WARNING: {part} falls back on {choice.kernel}: {choice.why}"
+        if self.calls:
+            yield f"  calls in the program: {', '.join(f'{n} {name}' for name, n in sorted(self.calls.items()))}"
 
     def _flops_lines(self) -> Iterator[str]:
         e, c = self.expected, self.counted
@@ -136,7 +166,12 @@ class PlanReport(NamedTuple):
                 "expected": {"useful": causal, "useful_full": full} | _numbers(self.expected, "total"),
                 "counted": counted and _numbers(counted, "total") | {"unknown_loops": self.unknown_loops},
             },
-            "traffic": [{"kind": kind, "axes": axes, "bytes": sent} for (kind, axes), sent in self.traffic.items()],
+            "traffic": [
+                {"kind": kind, "axes": axes, "bytes": sent, "between_nodes": self.across(kind, axes)}
+                for (kind, axes), sent in self.traffic.items()
+            ],
+            "kernels": {part: choice._asdict() for part, choice in self.kernels.items()},
+            "kernel_calls": dict(self.calls),
             "asynchronous": self.asynchronous,
             "reduced_weights": list(self.reduced_weights),
             "roofline": r and _numbers(r, "seconds"),
@@ -156,18 +191,12 @@ def estimate(config: RunConfig, topology: Topology) -> PlanReport:
         ValueError: the mesh does not fit the machine, or does not divide a parameter.
     """
     sizes = config.mesh.sizes(topology.chips)
-    held = Memory(
-        **resident(config, sizes), code=0.0, peak=sum(memory(config, sizes).values()), limit=topology.chip.memory
-    )
-    expected = closed_form.flops(config, sizes)
+    peak = sum(memory(config, sizes, topology.machine.platform).values())
+    held = Memory(**resident(config, sizes), code=0.0, peak=peak, limit=topology.chip.memory)
+    expected = closed_form.flops(config, sizes, topology.machine)
     traffic = {("closed form", axes): sent for axes, sent in closed_form.traffic(config, sizes).items()}
-    why = (
-        "a GPU program can only be compiled on a GPU"
-        if topology.libtpu is None
-        else "libtpu is not installed (pip install 'mixtral-jax[aot]')"
-    )
     bound = closed_form.roofline(config, topology, flops=expected.total, sent=traffic)
-    return PlanReport(config, topology, f"closed form: {why}", held, expected, traffic, bound)
+    return PlanReport(config, topology, f"closed form: {missing_compiler(topology)}", held, expected, traffic, bound)
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
