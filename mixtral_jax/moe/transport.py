@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.dispatch import Plan, combine, dispatch, dispatch_gates, plan_rows, window_of, window_sizes
 from mixtral_jax.moe.experts import ExpertWeights
-from mixtral_jax.moe.loops import Pass, more_rounds
+from mixtral_jax.moe.loops import Pass, in_rounds
 from mixtral_jax.parallel import TOKEN_AXES, axis_index, axis_max, axis_size, platform, same_variance, zeros
 
 # weights, rows sorted by local expert (R, D), their gates, rows of each expert (E_local,) -> gate * expert(row), (R, D)
@@ -84,16 +84,15 @@ def exchange_experts(
     return y_MD.astype(x_MD.dtype), jnp.where(rounds > 1, sent, 0)
 
 
-def _in_rounds(one: Pass, weights: ExpertWeights, x, gate, ids, mine: jax.Array, buffer: Buffer):
+def _in_rounds(one: Pass, weights: ExpertWeights, x, gate, ids, mine: jax.Array, buffer: Buffer, **kind: bool):
     """sum over the rounds of `one`, of which this device needs as many as `mine` rows fill buffers, and their number.
 
     All devices make as many as the one that needs most, and both passes the same: the number is saved.
     """
-    y = one(weights, x, gate, ids, jnp.zeros((), jnp.int32))
     if buffer.rows >= buffer.worst:
-        return y, jnp.ones((), jnp.int32)
+        return one(weights, x, gate, ids, jnp.zeros((), jnp.int32)), jnp.ones((), jnp.int32)
     rounds = checkpoint_name(axis_max(-(-mine // buffer.rows), TOKEN_AXES), "route")
-    return more_rounds(one, rounds, weights, x, gate, ids, y), rounds
+    return in_rounds(one, rounds, weights, x, gate, ids, **kind), rounds
 
 
 def _local(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: Buffer):
@@ -105,7 +104,7 @@ def _local(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: 
         y_RD = run(weights, dispatch(x_MD, plan), dispatch_gates(gate_MC, plan), plan.group_sizes_E)
         return combine(y_RD, plan)
 
-    return _in_rounds(one, weights, x_MD, gate_MC, plan, jnp.sum(plan.group_sizes_E), buffer)
+    return _in_rounds(one, weights, x_MD, gate_MC, plan, jnp.sum(plan.group_sizes_E), buffer, disjoint=False)
 
 
 def _ring(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: Buffer):
@@ -119,21 +118,21 @@ def _ring(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: B
 
 def _alltoall(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: Buffer):
     """Each routed row travels to its expert's device and back."""
-    ranks, me = axis_size("expert"), axis_index("expert")
+    ranks = axis_size("expert")
     plan = plan_rows(expert_MC, ranks * local, expert_MC.size)
     sizes_SRE = jax.lax.all_gather(plan.group_sizes_E, "expert").reshape(ranks, ranks, local)  # sender, receiver
     sizes_SRE = checkpoint_name(sizes_SRE, "route")
 
     def one(weights: ExpertWeights, x_RD: jax.Array, gate_R: jax.Array, sizes_SRE: jax.Array, index: jax.Array):
         sizes_SRE, runs = runs_of(sizes_SRE, index, buffer.rows)
-        arrived_SE = jax.lax.dynamic_index_in_dim(sizes_SRE, me, axis=1, keepdims=False)
+        arrived_SE = jax.lax.dynamic_index_in_dim(sizes_SRE, axis_index("expert"), axis=1, keepdims=False)
         rows = ragged_exchange(x_RD, runs, buffer.rows), ragged_exchange(gate_R, runs, buffer.rows)
         y_RD = _by_expert(partial(run, weights), *rows, arrived_SE)
         return ragged_exchange(y_RD, runs.back, x_RD.shape[0])
 
-    mine = jnp.sum(jax.lax.dynamic_index_in_dim(sizes_SRE, me, axis=1))
+    mine = jnp.sum(jax.lax.dynamic_index_in_dim(sizes_SRE, axis_index("expert"), axis=1))
     rows = dispatch(x_MD, plan), dispatch_gates(gate_MC, plan)
-    y_RD, rounds = _in_rounds(one, weights, *rows, sizes_SRE, mine, buffer)
+    y_RD, rounds = _in_rounds(one, weights, *rows, sizes_SRE, mine, buffer, disjoint=True)
     return combine(y_RD, plan), rounds
 
 
