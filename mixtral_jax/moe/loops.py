@@ -201,7 +201,12 @@ _before.defvjp(_before_forward, _before_backward, symbolic_zeros=True)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _behind(one: _Static, leaves, x, gate, ids, rounds, first, ticket):
     """The first round's sum and that of the others."""
-    return _further(rounds, lambda y, index, *given: one.join(y, one(*given, index=index)), first, leaves, x, gate, ids)
+
+    def add(y: jax.Array, index: jax.Array, leaves: list[jax.Array], *rows: Any) -> jax.Array:
+        x, gate, ids = rows
+        return one.join(y, one(leaves, x, gate, ids, index))
+
+    return _further(rounds, add, first, leaves, x, gate, ids)
 
 
 def _behind_forward(one, *args):
