@@ -63,6 +63,8 @@ VARIANTS = {
     "ring": {"moe": MoeConfig(transport="ring")},
     "chunks": {"moe": MoeConfig(chunk_tokens=64)},
     "capacity": {"moe": MoeConfig(capacity_factor=1.0)},
+    "rounds": {"moe": MoeConfig(buffer_factor=0.5)},
+    "rounds of a ring": {"moe": MoeConfig(buffer_factor=0.5, transport="ring", matmul="ragged_dot")},
     "products as on accelerators": {"moe": MoeConfig(matmul="ragged_dot"), "attention": "reference"},
     "all saved": {"remat": "none"},
     "nothing saved": {"remat": "full"},
