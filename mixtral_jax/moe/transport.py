@@ -84,15 +84,15 @@ def exchange_experts(
     return y_MD.astype(x_MD.dtype), jnp.where(rounds > 1, sent, 0)
 
 
-def _in_rounds(one: Pass, weights: ExpertWeights, x, gate, ids, mine: jax.Array, buffer: Buffer, **kind: bool):
-    """sum over the rounds of `one`, of which this device needs as many as `mine` rows fill buffers, and their number.
+def _in_rounds(one: Pass, weights: ExpertWeights, x, gate, ids, mine: jax.Array, buffer: Buffer, *, disjoint: bool):
+    """The sum over the rounds of `one`, and their number: this device needs as many as its `mine` rows fill buffers.
 
     All devices make as many as the one that needs most, and both passes the same: the number is saved.
     """
     if buffer.rows >= buffer.worst:
         return one(weights, x, gate, ids, jnp.zeros((), jnp.int32)), jnp.ones((), jnp.int32)
     rounds = checkpoint_name(axis_max(-(-mine // buffer.rows), TOKEN_AXES), "route")
-    return in_rounds(one, rounds, weights, x, gate, ids, **kind), rounds
+    return in_rounds(one, rounds, weights, x, gate, ids, disjoint=disjoint), rounds
 
 
 def _local(weights, x_MD, expert_MC, gate_MC, run: Experts, local: int, buffer: Buffer):
