@@ -152,13 +152,14 @@ def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> d
         width_of_row += 22 * ffn
     if config.adapters is None:  # the sums over chunks and over rounds, in fp32
         held += ((chunk < tokens) + (buffer.rows < buffer.worst)) * 4 / itemsize
+    sent = 0.0 if buffer.rows == buffer.worst else 3 * width * rows  # over all rounds: rows, both their gradients
     if expert_axis > 1 or buffer.rows < buffer.worst:
         rows = buffer.rows
     return {
         **state,
         "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved,
-        "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * width_of_row,
+        "layer": tokens * itemsize * (4 * width + 3 * heads) + itemsize * (rows * width_of_row + sent),
         "weights": held * layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
 
