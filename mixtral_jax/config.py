@@ -218,6 +218,12 @@ class MoeConfig(FrozenConfig):
     transport: Literal["auto", "ring", "alltoall"] = Field(
         "auto", description="how tokens reach experts on other devices of the expert axis"
     )
+    buffer_factor: float | None = Field(
+        None,
+        gt=0,
+        description="null: the experts' buffer of rows holds the worst case; else factor * tokens * k rows, factor "
+        "times an even load, and what does not fit takes further rounds: nothing is dropped",
+    )
     capacity_factor: float | None = Field(
         None,
         gt=0,

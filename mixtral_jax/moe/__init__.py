@@ -4,4 +4,4 @@ from mixtral_jax.moe.balance import RouterStats, balance_loss, load_metrics, ove
 from mixtral_jax.moe.block import ApplyExperts, MoeOutput, SparseMoe
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu
 from mixtral_jax.moe.router import Routing
-from mixtral_jax.moe.transport import resolve_transport
+from mixtral_jax.moe.transport import Buffer, buffer_of, resolve_transport

@@ -25,6 +25,7 @@ class RouterStats(NamedTuple):
     entropy_L: Float[Array, "*L"]  # sum of the entropy of the router probabilities, nats
     dropped_L: Float[Array, "*L"]  # choices dropped by the capacity limit
     dropped_first_L: Float[Array, "*L"]  # of them first choices
+    overflow_L: Float[Array, "*L"]  # choices of exchanges that took more than one round (MoeConfig.buffer_factor)
     tokens_L: Float[Array, "*L"]  # number of valid tokens, the same in every layer
 
 
@@ -44,12 +45,13 @@ def router_stats(
         entropy_L=jax.lax.stop_gradient(jnp.sum(valid_M * entropy_M)),
         dropped_L=jnp.sum(dropped_C),
         dropped_first_L=dropped_C[0],
+        overflow_L=jnp.zeros(()),
         tokens_L=jnp.sum(valid_M),
     )
 
 
 def over_devices(stats: RouterStats) -> RouterStats:
-    """Of all layers, summed over the devices that share the tokens: one all-reduce of (L, 2 E + 5) numbers."""
+    """Of all layers, summed over the devices that share the tokens: one all-reduce of (L, 2 E + 6) numbers."""
     columns = [field.reshape(field.shape[0], -1) for field in stats]
     ends = list(itertools.accumulate(column.shape[1] for column in columns))
     sums = jnp.split(psum(jnp.concatenate(columns, axis=1), TOKEN_AXES), ends[:-1], axis=1)
@@ -88,6 +90,7 @@ def load_metrics(stats: RouterStats, top_k: int) -> dict[str, Float[Array, ""]]:
         "moe/dead_fraction": jnp.mean((stats.counts_LE == 0).astype(jnp.float32)),
         "moe/entropy": jnp.mean(stats.entropy_L / jnp.maximum(stats.tokens_L, 1.0)),
         "moe/dropped_fraction": jnp.mean(stats.dropped_L / choices_L),
+        "moe/overflow_fraction": jnp.mean(stats.overflow_L / jnp.maximum(choices_L - stats.dropped_L, 1.0)),
         "moe/dropped_first": jnp.mean(stats.dropped_first_L * top_k / choices_L),
     }
 

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import MixtralConfig, MoeConfig
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight
 from mixtral_jax.moe.balance import RouterStats, router_stats
-from mixtral_jax.moe.chunks import by_chunks
 from mixtral_jax.moe.dispatch import limit_capacity
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
+from mixtral_jax.moe.loops import by_chunks
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
 from mixtral_jax.parallel import gather, psum, take_chosen
@@ -116,8 +116,6 @@ class SparseMoe(nnx.Module):
             chosen_MC: the experts to take, in place of the router's own choices.
         """
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
-        if apply_experts is None:
-            apply_experts = self._apply_grouped(x_BTD.dtype, rng, x_MD.shape[0])
         if self.config.is_dense:
             routing, stats = None, _dense_stats(valid_M)
             expert_MC = jnp.where(valid_M, 0, 1)[:, None]
@@ -140,7 +138,12 @@ class SparseMoe(nnx.Module):
                 expert_MC = limit_capacity(wanted_MC, standing_MC, self.config.num_local_experts, capacity, order)
             dropped_MC = None if capacity is None else expert_MC != wanted_MC
             stats = router_stats(routing, valid_M.astype(jnp.float32), dropped_MC)
-        out_MD = psum(apply_experts(x_MD, expert_MC, gate_MC).astype(x_BTD.dtype), ("tensor",))
+        if apply_experts is None:
+            y_MD, again = self._apply_grouped(x_BTD.dtype, rng, x_MD.shape[0])(x_MD, expert_MC, gate_MC)
+            stats = stats._replace(overflow_L=jax.lax.stop_gradient(again))
+        else:
+            y_MD = apply_experts(x_MD, expert_MC, gate_MC)
+        out_MD = psum(y_MD.astype(x_BTD.dtype), ("tensor",))
         return MoeOutput(out_MD.reshape(x_BTD.shape), stats, routing)
 
     def _capacity(self, tokens: int) -> int | None:
@@ -150,28 +153,28 @@ class SparseMoe(nnx.Module):
         choices = self.options.capacity_factor * tokens * self.config.num_experts_per_tok
         return min(tokens, math.ceil(choices / self.config.num_local_experts))
 
-    def _apply_grouped(self, dtype: jnp.dtype, rng: jax.Array | None, tokens: int) -> ApplyExperts:
-        """All of a device's tokens at once, or `chunk_tokens` at a time."""
-        weights, options = self.experts(dtype, rng), self.options
+    def _apply_grouped(self, dtype: jnp.dtype, rng: jax.Array | None, tokens: int) -> Callable[..., Any]:
+        """All of a device's tokens at once, or `chunk_tokens` at a time: as ApplyExperts, and RouterStats.overflow."""
+        weights, options, experts = self.experts(dtype, rng), self.options, self.config.num_local_experts
         if self.config.is_dense:
-            return lambda x_MD, *_: dense_swiglu(x_MD, weights)
+            return lambda x_MD, *_: (dense_swiglu(x_MD, weights), jnp.zeros(()))
 
-        def apply(weights: ExpertWeights, x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
-            def run(x_RD: jax.Array, gate_R: jax.Array, sizes_E: jax.Array) -> jax.Array:
-                return grouped_swiglu(x_RD, gate_R, weights, sizes_E, options.matmul)
+        def run(weights: ExpertWeights, x_RD: jax.Array, gate_R: jax.Array, sizes_E: jax.Array) -> jax.Array:
+            return grouped_swiglu(x_RD, gate_R, weights, sizes_E, options.matmul)
 
+        def apply(weights: ExpertWeights, x_MD: Any, gate_MC: Any, expert_MC: Any, _: jax.Array | None = None) -> Any:
             return exchange_experts(
-                x_MD, expert_MC, gate_MC, run,
-                experts=self.config.num_local_experts, transport=options.transport, capacity=self._capacity(tokens),
+                weights, x_MD, expert_MC, gate_MC, run, experts=experts, transport=options.transport,
+                capacity=self._capacity(tokens), factor=options.buffer_factor,
             )  # fmt: skip
 
         chunk = options.chunk_tokens
         if chunk is None or chunk >= tokens:
-            return partial(apply, weights)
-        return lambda *rows: by_chunks(apply, chunk, self.config.num_local_experts, weights, *rows)
+            return lambda x_MD, expert_MC, gate_MC: apply(weights, x_MD, gate_MC, expert_MC)
+        return partial(by_chunks, apply, chunk, experts, weights)
 
 
 def _dense_stats(valid_M: Bool[Array, " M"]) -> RouterStats:
     tokens = jnp.sum(valid_M, dtype=jnp.float32)
     none = jnp.zeros_like(tokens)
-    return RouterStats(tokens[None], tokens[None], none, none, none, none, tokens)
+    return RouterStats(tokens[None], tokens[None], none, none, none, none, none, tokens)

@@ -36,6 +36,21 @@ def plan_rows(expert_MC: Int[Array, "M C"], experts: int, rows: int) -> Plan:
     return Plan(order_R[:rows], slot_R.reshape(shape), (flat_R < experts).reshape(shape), sizes_E)
 
 
+def window_sizes(sizes_E: Int[Array, "*R E"], start: Int[Array, ""], rows: int) -> Int[Array, "*R E"]:
+    """Of groups one after another: how many of each one's rows are among the `rows` from `start` on."""
+    ends_E = jnp.cumsum(sizes_E, axis=-1)
+    return jnp.maximum(jnp.minimum(ends_E, start + rows) - jnp.maximum(ends_E - sizes_E, start), 0)
+
+
+def window_of(plan: Plan, index: Int[Array, ""], rows: int) -> Plan:
+    """The part of a plan for a larger buffer that is its `index`-th `rows` rows."""
+    start = index * rows
+    order_R = jax.lax.dynamic_slice_in_dim(jnp.pad(plan.order_R, (0, rows)), start, rows)
+    slot_MC = plan.slot_MC - start
+    here_MC = plan.here_MC & (slot_MC >= 0) & (slot_MC < rows)
+    return Plan(order_R, slot_MC, here_MC, window_sizes(plan.group_sizes_E, start, rows))
+
+
 def limit_capacity(
     expert_MC: Int[Array, "M C"], gate_MC: Float[Array, "M C"], experts: int, capacity: int, order: str
 ) -> Int[Array, "M C"]:

@@ -174,6 +174,8 @@ SLOW_ON_TRANSPOSED_LEFT = Habit("jaxlib", "0.10.2")
 REPEATS_COMPARISONS = Habit("jaxlib", "0.10.2")
 # What is read of a buffer that a loop writes over is read again behind the first write, and so from a copy.
 READS_AGAIN = Habit("libtpu", "0.0.42.1")
+# What a loop makes of nothing that changes is made before it, and held as long as it runs, be it for no round at all.
+HOISTS_INVARIANTS = Habit("jaxlib", "0.10.2")
 # The transpose of a gather is a scatter, for which a TPU sorts.
 SORTS_FOR_SCATTERS = Habit("libtpu", "0.0.50.1")
 

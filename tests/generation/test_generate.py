@@ -87,9 +87,9 @@ def test_prompts_keep_to_chunks_of_tokens(chunk: int, monkeypatch: pytest.Monkey
     compute = ComputeConfig(moe=MoeConfig(chunk_tokens=chunk))
     exchange = block.exchange_experts
 
-    def record(x_MD: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    def record(weights: ExpertWeights, x_MD: jax.Array, *args: Any, **options: Any) -> Any:
         handled.append(x_MD.shape[0])
-        return exchange(x_MD, *args, **options)
+        return exchange(weights, x_MD, *args, **options)
 
     monkeypatch.setattr(block, "exchange_experts", record)
     chunked = Mixtral(config, compute, key=jax.random.key(0))
@@ -167,9 +167,9 @@ def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
         if way == "few_rows":
             read = lambda e: ExpertWeights(*(w[e][None] for w in weights[:2]))  # noqa: E731 - shorter
             return np.asarray(few_rows_swiglu(jnp.array(x_MD), jnp.array(expert_MC), jnp.array(gate_MC), 3, read))
-        run = lambda x, gate, sizes: grouped_swiglu(x, gate, weights, sizes, way)  # noqa: E731 - shorter
-        given = map(jnp.array, (x_MD, expert_MC, gate_MC))
-        return np.asarray(exchange_experts(*given, run, experts=3, transport="auto", capacity=None))
+        run = lambda w, x, gate, sizes: grouped_swiglu(x, gate, w, sizes, way)  # noqa: E731 - shorter
+        rows = [weights, *map(jnp.array, (x_MD, expert_MC, gate_MC))]
+        return np.asarray(exchange_experts(*rows, run, experts=3, transport="auto", capacity=None)[0])
 
     def poisoned(a: np.ndarray, *at: int) -> np.ndarray:
         a = a.copy()

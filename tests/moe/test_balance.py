@@ -87,7 +87,7 @@ def made_of(counts_LE, tokens=80.0, top_k=2):
     """Statistics of a router whose probabilities are exactly its loads."""
     counts = jnp.asarray(counts_LE, jnp.float32)
     zero = jnp.zeros(len(counts_LE))
-    return RouterStats(counts, counts / top_k, zero, zero, zero, zero, jnp.full(len(counts_LE), tokens))
+    return RouterStats(counts, counts / top_k, *[zero] * 5, jnp.full(len(counts_LE), tokens))
 
 
 def test_balanced_values():
@@ -118,12 +118,13 @@ def test_conversion_between_the_two_where_layers_route_alike():
 def test_load_metrics():
     counts = np.array([[80.0, 40, 40, 0], [40, 40, 40, 40]])
     drops = dict(dropped_L=jnp.asarray([16.0, 0.0]), dropped_first_L=jnp.asarray([8.0, 0.0]))
-    stats = made_of(counts)._replace(**drops, entropy_L=jnp.asarray([80.0, 40.0]))
+    stats = made_of(counts)._replace(**drops, entropy_L=jnp.asarray([80.0, 40.0]), overflow_L=jnp.asarray([36.0, 40.0]))
     got = {k: float(v) for k, v in load_metrics(stats, 2).items()}
     assert got["moe/load_max"] == pytest.approx(2.0) and got["moe/load_min"] == 0
     assert got["moe/dead_fraction"] == pytest.approx(1 / 8)
     assert got["moe/entropy"] == pytest.approx(0.75)
     assert got["moe/dropped_fraction"] == pytest.approx(0.05) == got["moe/dropped_first"]  # of 160 and of 80
+    assert got["moe/overflow_fraction"] == pytest.approx((36 / 144 + 40 / 160) / 2)  # of what was not dropped
 
 
 def test_no_token_at_all_gives_zero_not_nan():

@@ -42,3 +42,14 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, g_RF):
             dw[e] += np.outer(x[row], g[row])
             row += 1
     return y, dx, dw
+
+
+def rounds(expert_GSR, experts, factor):
+    """Rounds of buffers of factor * R rows, for the R choices of each device S of groups G: as many for all."""
+    _, devices, choices = expert_GSR.shape
+    needed = 1
+    for group in expert_GSR:
+        for device in range(devices):
+            rows = sum(e < experts and e * devices // experts == device for e in group.reshape(-1).tolist())
+            needed = max(needed, -(-rows // int(np.ceil(factor * choices))))
+    return needed

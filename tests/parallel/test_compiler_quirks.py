@@ -94,7 +94,23 @@ def slow_on_a_transposed_left():
     return "ynn" not in run.lower(*arrays).compile().as_text()
 
 
+def hoists_an_invariant():
+    """Whether what no round of a loop changes is made before it, be there a round or not."""
+
+    def run(rounds, x, y):
+        def one(index, y):
+            index, own = quirks.barrier(quirks.HOISTS_INVARIANTS, (index, x))
+            return y + index * jnp.sin(own)
+
+        return jax.lax.fori_loop(0, rounds, one, y)
+
+    x = jax.ShapeDtypeStruct((4096,), fp32)
+    text = jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.int32), x, x).compile().as_text()
+    return "sine" in text[text.index("ENTRY") :]
+
+
 CASES = {
+    "HOISTS_INVARIANTS": hoists_an_invariant,
     "SCATTERS_TORUS_BY_ALL_REDUCE": lambda: all_reduced(scatters("v5e:4x4", 2048, 1024), 2048, 1024),
     "SCATTERS_FORMS_BY_ALL_REDUCE": lambda: all_reduced(scatters("v5e:4x4", 2048, 1024, stacked=True), 1, 2048, 1024),
     "GATHERS_CUBE_BY_ALL_REDUCE": partial(gathers, "v5p:4x4x4", 8192, 1024),

@@ -50,6 +50,11 @@ def cases():
         yield pytest.param(sizes, full, marks=marks)
     yield {"expert": 4, "fsdp": 2}, {"capacity_factor": NOTHING_DROPPED, "transport": "ring"}
     yield {"expert": 4, "fsdp": 2}, {"chunk_tokens": 8}
+    yield {"expert": 4, "fsdp": 2}, {"buffer_factor": 0.5}  # more rounds in all layers, of most kinds
+    for sizes in EXPERT_MESHES:
+        yield pytest.param(sizes, {"buffer_factor": 1.0}, marks=pytest.mark.slow)
+    for more in ({"transport": "ring"}, {"chunk_tokens": 8}, {"matmul": "ragged_dot"}, full):
+        yield pytest.param({"expert": 4, "fsdp": 2}, {"buffer_factor": 0.5, **more}, marks=pytest.mark.slow)
     # not blocked: the way of the accelerators' back-ends, with its own backward pass (kernels/swiglu_grouped.py)
     yield {"expert": 4, "fsdp": 2}, {"matmul": "ragged_dot"}
     for sizes in MORE_MESHES:

@@ -53,6 +53,7 @@ def test_one_step_updates_once_and_reports():
         f"moe/{n}"
         for n in ("balance", "load_max", "load_min", "dead_fraction", "entropy", "dropped_fraction", "dropped_first")
     }
+    assert float(report.scalars["moe/overflow_fraction"]) == 0
     assert float(report.counts_LE.sum()) == 2 * 2 * np.sum(batch.segment_ids > 0)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import abstract_model, compute_dtype
+from mixtral_jax.moe import Buffer, buffer_of
 from mixtral_jax.parallel import MESH_AXES, param_shardings, platform
 from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.weights import is_trained, leaves
@@ -142,21 +143,23 @@ def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> d
     rows = tokens * model.num_experts_per_tok
     saved = saved_bytes(config, sizes)[config.compute.remat]
     chunk = min(config.compute.moe.chunk_tokens or tokens, tokens)
+    buffer = received(config, sizes, chunk)
     gpu = where == "gpu"
     # layers whose matrices are gathered
     held: float = model.num_hidden_layers if config.compute.remat == "none" else 1 + gpu
     width_of_row = (4 * width + 5 * ffn) if gpu else (2 * width + 3.5 * ffn)
     if gpu and adapter_params(config)[1]:  # sums with the adapters' parts and their gradients; one program was seen
         width_of_row += 22 * ffn
-    if chunk < tokens and config.adapters is None:
-        held += 4 / itemsize  # the sums over chunks, in fp32
-    if expert_axis > 1:
-        rows = chunk * expert_axis * min(model.num_experts_per_tok, model.num_local_experts // expert_axis)
+    if config.adapters is None:  # the sums over chunks and over rounds, in fp32
+        held += ((chunk < tokens) + (buffer.rows < buffer.worst)) * 4 / itemsize
+    sent = 0.0 if buffer.rows == buffer.worst else 3 * width * rows  # over all rounds: rows, both their gradients
+    if expert_axis > 1 or buffer.rows < buffer.worst:
+        rows = buffer.rows
     return {
         **state,
         "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
         "saved": model.num_hidden_layers * tokens * saved,
-        "layer": tokens * itemsize * (4 * width + 3 * heads) + rows * itemsize * width_of_row,
+        "layer": tokens * itemsize * (4 * width + 3 * heads) + itemsize * (rows * width_of_row + sent),
         "weights": held * layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
 
@@ -172,9 +175,10 @@ def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim / tensor
     chunk = config.compute.moe.chunk_tokens
     chunked = chunk is not None and chunk < local_tokens(config, sizes)
-    rows = 0 if chunked and not model.is_dense else model.num_experts_per_tok
-    if rows and sizes["expert"] > 1:  # the buffer for the worst case
-        rows = sizes["expert"] * min(rows, model.num_local_experts // sizes["expert"])
+    rows: float = 0 if chunked and not model.is_dense else model.num_experts_per_tok
+    if rows:
+        tokens = local_tokens(config, sizes)
+        rows = received(config, sizes, tokens).rows / tokens
     attention = heads + width
     numbers = {
         "none": 6 * width + 3 * heads + rows * (2 * width + 5 * ffn),
@@ -185,6 +189,12 @@ def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]
         "full": width,
     }
     return {remat: itemsize * count for remat, count in numbers.items()}
+
+
+def received(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> Buffer:
+    """The experts' buffer of rows for `tokens` tokens of a device at a time."""
+    model, factor = config.model, config.compute.moe.buffer_factor
+    return buffer_of(tokens, model.num_experts_per_tok, model.num_local_experts, sizes["expert"], factor=factor)
 
 
 def axis_lines(sizes: Mapping[str, int]) -> list[str]:

@@ -119,8 +119,10 @@ def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
     """What runs on this machine, and in which precision."""
     compute = config.compute
     chosen = ", ".join(f"{name} {choice.kernel}" for name, choice in kernels_of(config, sizes).items())
+    factor = compute.moe.buffer_factor
+    buffer = "" if factor is None else f" in buffers of {factor:g} times an even load"
     return (
-        f"{chosen}, transport {resolve_transport(compute.moe.transport, sizes['expert'])}, "
+        f"{chosen}, transport {resolve_transport(compute.moe.transport, sizes['expert'])}{buffer}, "
         f"{compute_dtype(compute.dtype)}, gradients over devices in {reduce_dtype(compute)}, remat {compute.remat}"
     )
 
