@@ -108,7 +108,7 @@ def test_a_roll_back_over_the_border_of_a_phase_passes_rows_over_and_does_not_se
     """Back from step 6, of the second phase, to 3, of the first: with the rows behind those of step 6."""
     config = config_of(place)
     account, _ = account_of(config)
-    found = saved(account, 3)
+    earlier, found = saved(account, 2), saved(account, 3)
     account.count(5)
     row = account.row(6)
     back = account.back_to(found, row)
@@ -124,6 +124,12 @@ def test_a_roll_back_over_the_border_of_a_phase_passes_rows_over_and_does_not_se
     for name in ("web", "code", "chat"):
         assert metrics[f"data/{name}/rows"] == sum(n == name for n, _ in read + passed)
         assert metrics[f"data/{name}/tokens"] == sum(int(sizes(back, name)[row][0]) for n, row in read if n == name)
+    epoch = config_of(place, phases=None, steps=0, data={"epochs": 1})
+    assert settle_steps(epoch, found=killed).steps == settle_steps(epoch).steps  # 15.4: whether it is killed or not
+    twice = saved(back.back_to(killed, back.row(7)), 6)
+    assert twice.dataset["lost"] == 24 + 16 and settle_steps(epoch, found=twice).steps == settle_steps(epoch).steps
+    older = back.back_to(earlier, back.row(7))  # further back than what it began with
+    assert older.start.lost == back.row(7) - 2 * 8
     again = account_of(config, killed)[0]  # behind the next checkpoint
     assert rows_of(again, range(6, 9)) == rows_of(back, range(6, 9)) and again.metrics(8) == metrics
 

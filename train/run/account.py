@@ -70,6 +70,9 @@ class Account:
     def back_to(self, found: Found, row: int) -> "Account":
         """That of a run that goes back to a checkpoint, and on with another row, up to which all counts as drawn."""
         start = self.start.at(found.step, row, self.order, self._prepared.sources)
+        noted = found.dataset.get("next_row", 0) - found.dataset.get("lost", 0)
+        trained = noted if found.step < self.start.step else self.row(found.step) - self.start.lost
+        start = replace(start, lost=max(0, row - trained))
         return Account(self._prepared, start, self._batch, found.dataset.get("seen", {}), self._say)
 
     def due(self, step: int, last: bool) -> bool:
