@@ -64,6 +64,11 @@ class Position:
         """Sources of which rows were read, and whose rows are others now: they begin at their first."""
         return [n for n, found in sources.items() if self.drawn.get(n) and self.sources.get(n) != found]
 
+    def renamed(self, sources: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Sources that are new, each with one that is gone, of whose rows, the same, some were read."""
+        gone = {self.sources[name]: name for name, n in self.drawn.items() if n and name not in sources}
+        return [(name, gone[found]) for name, found in sources.items() if found in gone and not self.drawn.get(name)]
+
     def goes_on(self, mixture: Mixture, sources: Mapping[str, str]) -> bool:
         """Whether this mixture, that of the step, was read before the row, or begins here with the same rows."""
         if self.leg is None or self.leg.fingerprint == mixture.fingerprint:

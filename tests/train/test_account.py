@@ -175,6 +175,20 @@ def test_a_source_that_is_left_out_comes_back_where_it_stood_and_one_of_other_ro
     assert other.order.drawn(other.start.row)["code"] == 0 < other.order.drawn(other.start.row)["web"]
 
 
+def test_a_source_under_another_name_is_said_to_begin_again(place):
+    """Where only a later phase reads it nothing is refused."""
+    read, only = {"web": 1}, {"from_step": 2, "weights": {"code": 1}}
+    found = saved(account_of(config_of(place, [{"from_step": 0, "weights": read}, only], ["web", "code"]))[0], 4)
+    (place / "www.jsonl").write_text((place / "web.jsonl").read_text())
+    phases = [{"from_step": 0}, only, {"from_step": 6}]
+    account, said = account_of(config_of(place, phases, ["www", "code"]), found)
+    assert account.start.row == 32 and len(said) == 1
+    assert said[0].startswith("source www has the rows of source web, of which 16 were read, and begins at its first")
+    found = saved(account, 5)
+    assert account_of(config_of(place, phases, ["www", "code"]), found)[1] == said
+    assert account_of(config_of(place, phases, ["web", "code"]), found)[1] == []
+
+
 def test_later_phases_may_change_and_the_present_one_may_not(place):
     account, _ = account_of(config_of(place))
     border, found = saved(account, 4), saved(account, 5)

@@ -120,6 +120,11 @@ def begin_at(
         position = replace(position, leg=None)  # a new one begins here
     for name in position.others(prepared.sources):
         say(f"source {name} has other rows than those that were read of it: it begins at its first")
+    for name, old in position.renamed(prepared.sources):
+        say(
+            f"source {name} has the rows of source {old}, of which {position.drawn[old]} were read, and begins at its "
+            f"first: name it {old} to go on behind those"
+        )
     return position
 
 
