@@ -216,6 +216,21 @@ def test_a_dry_run_surveys_it(runs, capsys):
         dry_run(load_config(write_run_file(runs.parent, **{**changes, "resume_from": f"{runs / 'trunk'}@7"})).config)
 
 
+def test_a_checkpoint_of_another_order_is_refused_before_anything_is_prepared(runs, tmp_path, capsys):
+    """One of 0.1.0 has no `order`: a dry run says so, a finished run has nothing left to do."""
+    shutil.copytree(runs / "trunk", tmp_path / "runs" / "trunk", symlinks=True)
+    place = tmp_path / "runs" / "trunk/checkpoints/8/dataset/data.json"
+    text = place.read_text()
+    old = json.dumps({key: json.loads(text)[key] for key in ("next_row", "fingerprint", "tokens")})
+    place.write_text(old.ljust(len(text)))  # whole is what has its size
+    for changes in ({"steps": 9}, {"steps": 9, "resume_from": str(runs / "trunk"), "run_name": "trunk"}):
+        config = load_config(write_run_file(tmp_path, **{**TRUNK, **changes})).config
+        with pytest.raises(UserError, match=r"checkpoint 8 was made by version 0\.1\.0"):
+            dry_run(config)
+    assert dry_run(read_config(config, data={"restart": True})) == 0 == dry_run(read_config(config, steps=8))
+    assert not (tmp_path / "cache").exists() and "changed steps: 8 -> 9" in capsys.readouterr().out
+
+
 def test_the_model_may_be_left_to_the_trunk(runs, tmp_path):
     file = Path(write_run_file(tmp_path, **{**TRUNK, "resume_from": f"{runs / 'trunk'}@6"}))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))

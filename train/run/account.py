@@ -90,6 +90,19 @@ class Account:
         return sum(mixture.from_step <= step for mixture in self._prepared.mixtures)
 
 
+def check_order(found: Found, config: RunConfig) -> None:
+    """Whether the position of a checkpoint means something in the order of today, or is to be left.
+
+    Raises:
+        UserError: neither.
+    """
+    if not config.data.restart and Position.read(found.step, found.dataset) is None:
+        raise UserError(
+            f"{found.name} was made by version 0.1.0, whose rows came in another order: its position means nothing "
+            "in this one. Set data.restart=true to begin at the first row of every source, with its weights"
+        )
+
+
 def begin_at(
     found: Found | None, prepared: PreparedData, config: RunConfig, changed: Sequence[str], say: Say
 ) -> Position:
@@ -100,17 +113,13 @@ def begin_at(
 
     Raises:
         UserError: another mixture than the checkpoint's is to be read, and neither data.restart nor resume_from says
-            so; or rows came in another order when it was made.
+            so; see also `check_order`.
     """
     if found is None:
         return Position()
+    check_order(found, config)
     position, restart = Position.read(found.step, found.dataset), config.data.restart
     if position is None:
-        if not restart:
-            raise UserError(
-                f"{found.name} was made by version 0.1.0, whose rows came in another order: its position means nothing "
-                "in this one. Set data.restart=true to begin at the first row of every source, with its weights"
-            )
         say(f"{found.name} was made by version 0.1.0, whose rows came in another order: every source begins at row 0")
         return Position(found.step)
     if not position.goes_on(at_step(prepared.mixtures, found.step), prepared.sources):
