@@ -235,3 +235,20 @@ def test_the_model_may_be_left_to_the_trunk(runs, tmp_path):
     file = Path(write_run_file(tmp_path, **{**TRUNK, "resume_from": f"{runs / 'trunk'}@6"}))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
     assert load_config(file).config.model == load_config(runs / "trunk" / "config.yaml").config.model
+
+
+def test_a_fork_whose_trunk_is_gone_has_its_model(runs, tmp_path):
+    """One of adapters: its config.yaml names the base in the place of the trunk."""
+    gone, run = str(tmp_path / "gone"), tmp_path / "runs" / "fork"
+    run.mkdir(parents=True)
+    shape = load_config(runs / "trunk" / "config.yaml").config
+    (run / "config.yaml").write_text(json.dumps(shape.model_dump(mode="json") | {"init_from": "base"}))
+    (run / "env.json").write_text(json.dumps({"resumed_from": {"run": gone, "step": 6}}))
+    for named in (gone, f"{gone}@6", f"{gone}/6"):
+        file = write_run_file(tmp_path, **{**TRUNK, "run_name": "fork", "resume_from": named})
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+        assert load_config(file).config.model == shape.model
+    for named, name in ((f"{gone}@4", "fork"), (gone, "another")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"resume_from": named, "run_name": name}))
+        with pytest.raises(UserError, match=r"its shape was to be that of resume_from, but .*gone does not exist"):
+            load_config(file)
