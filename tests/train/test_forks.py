@@ -140,10 +140,13 @@ def test_a_stop_before_the_first_step_saves_under_the_own_name(runs, monkeypatch
     assert damage(trainer.run.checkpoints / "4") is None
 
 
-@pytest.mark.parametrize("named", ["{runs}/trunk", "{runs}/trunk/checkpoints", "{link}", "{runs}/trunk/checkpoints/8"])
+@pytest.mark.parametrize(
+    "named", ["{runs}/trunk", "{runs}/trunk/checkpoints", "{link}", "{runs}/trunk/checkpoints/8", "{best}"]
+)
 def test_what_names_a_run(runs, named, tmp_path):
     (tmp_path / "a@3").symlink_to(runs / "trunk")
-    named = named.format(runs=runs, link=tmp_path / "a@3")
+    (tmp_path / "best").symlink_to(runs / "trunk" / "checkpoints" / "8")
+    named = named.format(runs=runs, link=tmp_path / "a@3", best=tmp_path / "best")
     config = load_config(
         write_run_file(tmp_path, **{**TRUNK, "resume_from": named, "run_name": "new", "steps": 9})
     ).config
