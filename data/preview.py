@@ -32,9 +32,9 @@ def preview(
     steps = steps or math.ceil((data.epochs or 1) * sum(source.rows for source in prepared.train) / global_batch_size)
     told = [prepared.summary(), *prepared.readings(), "", *mixture_lines(prepared, steps, global_batch_size)]
     texts, order = [*map(Text, told)], prepared.order_from(Position(), global_batch_size)
-    firsts = [mixture.from_step * global_batch_size for mixture in prepared.mixtures]
+    borders = [step * global_batch_size for step in (*(mixture.from_step for mixture in prepared.mixtures), steps)]
     with closing(RowReader(prepared.train)) as reader:
-        for r in (first + i for first in firsts for i in range(rows)):
+        for r in (r for first, end in pairwise(borders) for r in range(first, min(first + rows, end))):
             source, number = order[r]
             row, name = reader.read(source, number), prepared.train[source].name
             learned = int(np.count_nonzero(row.weights))

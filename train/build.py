@@ -93,7 +93,8 @@ def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None, fo
     prepared = prepare_data(config)
     start = (found and Position.read(found.step, found.dataset)) or Position(found.step if found else 0)
     read = {name: start.drawn.get(name, 0) for name in prepared.sources.keys() - {*start.others(prepared.sources)}}
-    left = Fraction(str(epochs)) * sum(source.rows for source in prepared.train) - sum(read.values())
+    trained = max(0, sum(read.values()) - start.lost)  # a roll back changes nothing for the length of the run
+    left = Fraction(str(epochs)) * sum(source.rows for source in prepared.train) - trained
     steps = start.step + max(0, math.ceil(left / config.global_batch_size))
     return read_config(config, steps=steps, data={"epochs": None})
 

@@ -55,7 +55,7 @@ def shares(
     """
     named = rows if weights is None else weights
     if temperature is None:
-        scores = {name: Fraction(value) for name, value in named.items()}
+        scores = {name: Fraction(str(value)) for name, value in named.items()}  # 0.3 is three tenths
     else:
         try:
             sizes = {name: rows[name] if weights is None else weights[name] * rows[name] for name in named}
@@ -64,7 +64,8 @@ def shares(
             scores = {}
         if not all(scores.values()) or not scores:
             raise ValueError(
-                f"data.temperature, or a phase's, {temperature:g} is too low: shares leave the range of numbers"
+                f"data.temperature, or a phase's, {temperature:g} is too low for these weights and sizes: shares leave "
+                "the range of numbers"
             )
     total = sum(scores.values())
     return {name: score / total for name, score in scores.items()}

@@ -21,7 +21,8 @@ class Position:
     """`step` updates are done and the next row is `row`, of which `drawn` rows of each source lie before.
 
     The default is a run's beginning. `sources` are the fingerprints of the rows that `drawn` counts, `leg` is where
-    the row before lies (its shares are not kept: the fingerprint tells whether they are the same).
+    the row before lies (its shares are not kept: the fingerprint tells whether they are the same). `lost` of the rows
+    were passed over by roll backs.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class Position:
     drawn: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     leg: Leg | None = None
+    lost: int = 0
 
     @classmethod
     def read(cls, step: int, dataset: Mapping[str, Any]) -> Self | None:
@@ -38,7 +40,7 @@ class Position:
         leg = dataset["leg"]
         return cls(
             step, int(dataset["next_row"]), dataset["drawn"], dataset["sources"],
-            Leg(leg["first_row"], leg["drawn"], {}, leg["fingerprint"]),
+            Leg(leg["first_row"], leg["drawn"], {}, leg["fingerprint"]), dataset.get("lost", 0),
         )  # fmt: skip
 
     def note(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class Position:
         assert self.leg is not None
         drawn = {name: n for name, n in self.leg.drawn.items() if n}  # the same over resumes, which fill in zeros
         leg = {"first_row": self.leg.first_row, "drawn": drawn, "fingerprint": self.leg.fingerprint}
-        noted = {"drawn": dict(self.drawn), "sources": dict(self.sources)}
+        noted = {"drawn": dict(self.drawn), "sources": dict(self.sources), "lost": self.lost}
         return {"order": ORDER, "next_row": self.row, "leg": leg, "fingerprint": self.leg.fingerprint, **noted}
 
     def at(self, step: int, row: int, order: GlobalOrder, sources: Mapping[str, str]) -> "Position":
@@ -56,11 +58,16 @@ class Position:
             sources: fingerprint of the rows of each source of the order.
         """
         leg = order.leg(row - 1) if row > self.row else self.leg or order.leg(row)
-        return Position(step, row, {**self.drawn, **order.drawn(row)}, {**self.sources, **sources}, leg)
+        return Position(step, row, {**self.drawn, **order.drawn(row)}, {**self.sources, **sources}, leg, self.lost)
 
     def others(self, sources: Mapping[str, str]) -> list[str]:
         """Sources of which rows were read, and whose rows are others now: they begin at their first."""
         return [n for n, found in sources.items() if self.drawn.get(n) and self.sources.get(n) != found]
+
+    def renamed(self, sources: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Sources that are new, each with one that is gone, of whose rows, the same, some were read."""
+        gone = {self.sources[name]: name for name, n in self.drawn.items() if n and name not in sources}
+        return [(name, gone[found]) for name, found in sources.items() if found in gone and not self.drawn.get(name)]
 
     def goes_on(self, mixture: Mixture, sources: Mapping[str, str]) -> bool:
         """Whether this mixture, that of the step, was read before the row, or begins here with the same rows."""

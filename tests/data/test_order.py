@@ -154,7 +154,7 @@ def test_shares_follow_their_formulas():
     rows = {"a": 800, "b": 100, "c": 100}
     assert shares(rows, None, None) == {"a": Fraction(4, 5), "b": Fraction(1, 10), "c": Fraction(1, 10)}
     assert shares(rows, {"a": 2.0, "c": 1e-9}, None) == {
-        "a": 1 - (rest := Fraction(1e-9) / (2 + Fraction(1e-9))),
+        "a": 1 - (rest := Fraction("1e-9") / (2 + Fraction("1e-9"))),
         "c": rest,
     }
     assert shares(rows, None, 1.0) == shares(rows, None, None)
@@ -163,6 +163,13 @@ def test_shares_follow_their_formulas():
     np.testing.assert_allclose([float(x) for x in found.values()], roots / roots.sum())
     with pytest.raises(ValueError, match=r"data\.temperature, or a phase.s, 0\.001 is too low"):
         shares(rows, None, 0.001)
+
+
+def test_shares_are_those_of_the_decimal_numbers_in_the_file():
+    """Binary 0.3 is not three tenths: of 10 n rows 3 n are exactly the source's."""
+    order = mixed([0.6, 0.3, 0.1])
+    assert list(order.legs[0].shares.values()) == [Fraction(n, 10) for n in (6, 3, 1)]
+    assert all(list(order.drawn(10 * n).values()) == [6 * n, 3 * n, n] for n in (*range(300), 10**15 + 1))
 
 
 def test_an_empty_source_is_refused():

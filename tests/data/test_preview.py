@@ -59,6 +59,9 @@ def test_preview_shows_the_first_rows_of_each_phase(cache: Path) -> None:
     heads = [text.plain.split(":")[0].strip() for text in texts if text.plain.startswith("\nrow")]
     assert heads == ["row 0", "row 1", "row 40", "row 41"]
     assert [" of code," in text.plain for text in texts if text.plain.startswith("\nrow")] == [False, False, True, True]
+    values["phases"] = [values["phases"][0], {**values["phases"][1], "from_step": 1}]  # no row of the next one
+    texts = preview(DataConfig(**values), seq_len=SEQ_LEN, seed=0, steps=2, global_batch_size=1)
+    assert [text.plain.split(":")[0].strip() for text in texts if text.plain.startswith("\nrow")] == ["row 0", "row 1"]
 
 
 def test_preview_colours_only_what_is_learned(cache: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_roll_back_over_the_border_of_a_phase_passes_rows_over_and_does_not_se
     """Back from step 6, of the second phase, to 3, of the first: with the rows behind those of step 6."""
     config = config_of(place)
     account, _ = account_of(config)
-    found = saved(account, 3)
+    earlier, found = saved(account, 2), saved(account, 3)
     account.count(5)
     row = account.row(6)
     back = account.back_to(found, row)
@@ -124,6 +124,12 @@ def test_a_roll_back_over_the_border_of_a_phase_passes_rows_over_and_does_not_se
     for name in ("web", "code", "chat"):
         assert metrics[f"data/{name}/rows"] == sum(n == name for n, _ in read + passed)
         assert metrics[f"data/{name}/tokens"] == sum(int(sizes(back, name)[row][0]) for n, row in read if n == name)
+    epoch = config_of(place, phases=None, steps=0, data={"epochs": 1})
+    assert settle_steps(epoch, found=killed).steps == settle_steps(epoch).steps  # 15.4: whether it is killed or not
+    twice = saved(back.back_to(killed, back.row(7)), 6)
+    assert twice.dataset["lost"] == 24 + 16 and settle_steps(epoch, found=twice).steps == settle_steps(epoch).steps
+    older = back.back_to(earlier, back.row(7))  # further back than what it began with
+    assert older.start.lost == back.row(7) - 2 * 8
     again = account_of(config, killed)[0]  # behind the next checkpoint
     assert rows_of(again, range(6, 9)) == rows_of(back, range(6, 9)) and again.metrics(8) == metrics
 
@@ -167,6 +173,20 @@ def test_a_source_that_is_left_out_comes_back_where_it_stood_and_one_of_other_ro
     other, said = account_of(config_of(tmp_path, phases=None, **restart), found)
     assert "source code has other rows than those that were read of it: it begins at its first" in said
     assert other.order.drawn(other.start.row)["code"] == 0 < other.order.drawn(other.start.row)["web"]
+
+
+def test_a_source_under_another_name_is_said_to_begin_again(place):
+    """Where only a later phase reads it nothing is refused."""
+    read, only = {"web": 1}, {"from_step": 2, "weights": {"code": 1}}
+    found = saved(account_of(config_of(place, [{"from_step": 0, "weights": read}, only], ["web", "code"]))[0], 4)
+    (place / "www.jsonl").write_text((place / "web.jsonl").read_text())
+    phases = [{"from_step": 0}, only, {"from_step": 6}]
+    account, said = account_of(config_of(place, phases, ["www", "code"]), found)
+    assert account.start.row == 32 and len(said) == 1
+    assert said[0].startswith("source www has the rows of source web, of which 16 were read, and begins at its first")
+    found = saved(account, 5)
+    assert account_of(config_of(place, phases, ["www", "code"]), found)[1] == said
+    assert account_of(config_of(place, phases, ["web", "code"]), found)[1] == []
 
 
 def test_later_phases_may_change_and_the_present_one_may_not(place):

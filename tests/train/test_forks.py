@@ -140,10 +140,13 @@ def test_a_stop_before_the_first_step_saves_under_the_own_name(runs, monkeypatch
     assert damage(trainer.run.checkpoints / "4") is None
 
 
-@pytest.mark.parametrize("named", ["{runs}/trunk", "{runs}/trunk/checkpoints", "{link}", "{runs}/trunk/checkpoints/8"])
+@pytest.mark.parametrize(
+    "named", ["{runs}/trunk", "{runs}/trunk/checkpoints", "{link}", "{runs}/trunk/checkpoints/8", "{best}"]
+)
 def test_what_names_a_run(runs, named, tmp_path):
     (tmp_path / "a@3").symlink_to(runs / "trunk")
-    named = named.format(runs=runs, link=tmp_path / "a@3")
+    (tmp_path / "best").symlink_to(runs / "trunk" / "checkpoints" / "8")
+    named = named.format(runs=runs, link=tmp_path / "a@3", best=tmp_path / "best")
     config = load_config(
         write_run_file(tmp_path, **{**TRUNK, "resume_from": named, "run_name": "new", "steps": 9})
     ).config
@@ -216,7 +219,39 @@ def test_a_dry_run_surveys_it(runs, capsys):
         dry_run(load_config(write_run_file(runs.parent, **{**changes, "resume_from": f"{runs / 'trunk'}@7"})).config)
 
 
+def test_a_checkpoint_of_another_order_is_refused_before_anything_is_prepared(runs, tmp_path, capsys):
+    """One of 0.1.0 has no `order`: a dry run says so, a finished run has nothing left to do."""
+    shutil.copytree(runs / "trunk", tmp_path / "runs" / "trunk", symlinks=True)
+    place = tmp_path / "runs" / "trunk/checkpoints/8/dataset/data.json"
+    text = place.read_text()
+    old = json.dumps({key: json.loads(text)[key] for key in ("next_row", "fingerprint", "tokens")})
+    place.write_text(old.ljust(len(text)))  # whole is what has its size
+    for changes in ({"steps": 9}, {"steps": 9, "resume_from": str(runs / "trunk"), "run_name": "trunk"}):
+        config = load_config(write_run_file(tmp_path, **{**TRUNK, **changes})).config
+        with pytest.raises(UserError, match=r"checkpoint 8 was made by version 0\.1\.0"):
+            dry_run(config)
+    assert dry_run(read_config(config, data={"restart": True})) == 0 == dry_run(read_config(config, steps=8))
+    assert not (tmp_path / "cache").exists() and "changed steps: 8 -> 9" in capsys.readouterr().out
+
+
 def test_the_model_may_be_left_to_the_trunk(runs, tmp_path):
     file = Path(write_run_file(tmp_path, **{**TRUNK, "resume_from": f"{runs / 'trunk'}@6"}))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
     assert load_config(file).config.model == load_config(runs / "trunk" / "config.yaml").config.model
+
+
+def test_a_fork_whose_trunk_is_gone_has_its_model(runs, tmp_path):
+    """One of adapters: its config.yaml names the base in the place of the trunk."""
+    gone, run = str(tmp_path / "gone"), tmp_path / "runs" / "fork"
+    run.mkdir(parents=True)
+    shape = load_config(runs / "trunk" / "config.yaml").config
+    (run / "config.yaml").write_text(json.dumps(shape.model_dump(mode="json") | {"init_from": "base"}))
+    (run / "env.json").write_text(json.dumps({"resumed_from": {"run": gone, "step": 6}}))
+    for named in (gone, f"{gone}@6", f"{gone}/6"):
+        file = write_run_file(tmp_path, **{**TRUNK, "run_name": "fork", "resume_from": named})
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+        assert load_config(file).config.model == shape.model
+    for named, name in ((f"{gone}@4", "fork"), (gone, "another")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"resume_from": named, "run_name": name}))
+        with pytest.raises(UserError, match=r"its shape was to be that of resume_from, but .*gone does not exist"):
+            load_config(file)

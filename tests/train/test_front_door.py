@@ -108,10 +108,12 @@ def test_a_finished_run_can_be_asked_but_has_no_steps_left(make):
     wanted = done.evaluate()
     with done.run.metrics.open("a") as file:
         file.write('{"step": 9}\n')  # of a process that has made more of the run since then
+    seen = json.loads((done.run.path / "STATUS").read_text())["data"]
     again = make()
     assert again.outcome.reason.startswith("nothing left to do: 8 of 8 steps are done")
     assert list(again.steps()) == [] and again.evaluate() == wanted
-    assert json.loads((again.run.path / "STATUS").read_text())["state"] == "done"
+    status = json.loads((again.run.path / "STATUS").read_text())
+    assert status["state"] == "done" and status["data"] == seen != {}
     assert again.history[-1] == {"step": 9}
 
 

@@ -68,9 +68,14 @@ def take_adapter(tree: Tree) -> dict[str, str]:
 
 def _as_it_began(tree: Tree, source: str, section: str) -> tuple[dict[str, Any], str]:
     """A section of the run's own config.yaml, and its place, if it began with the same `source`, which is gone now."""
-    file = Path(str(tree.values.get("output_dir", "runs")), str(tree.values.get("run_name")), "config.yaml")
+    run = Path(str(tree.values.get("output_dir", "runs")), str(tree.values.get("run_name")))
+    file, env = run / "config.yaml", run / "env.json"
     before = read_tree(file) if file.is_file() else Tree()
-    return before.find(section)[1] if before.find(source) == tree.find(source) else {}, str(file)
+    known = {before.find(source)[1]}
+    if source == "resume_from" and env.is_file() and (trunk := read_tree(env).find("resumed_from")[1]):
+        # config.yaml of a fork that stands on a base names that instead
+        known |= {trunk["run"], *(f"{trunk['run']}{sign}{trunk['step']}" for sign in "@/")}
+    return before.find(section)[1] if tree.find(source)[1] in known - {None} else {}, str(file)
 
 
 def shape_of(path: str) -> MixtralConfig:

@@ -70,6 +70,9 @@ class Account:
     def back_to(self, found: Found, row: int) -> "Account":
         """That of a run that goes back to a checkpoint, and on with another row, up to which all counts as drawn."""
         start = self.start.at(found.step, row, self.order, self._prepared.sources)
+        noted = found.dataset.get("next_row", 0) - found.dataset.get("lost", 0)
+        trained = noted if found.step < self.start.step else self.row(found.step) - self.start.lost
+        start = replace(start, lost=max(0, row - trained))
         return Account(self._prepared, start, self._batch, found.dataset.get("seen", {}), self._say)
 
     def due(self, step: int, last: bool) -> bool:
@@ -87,6 +90,19 @@ class Account:
         return sum(mixture.from_step <= step for mixture in self._prepared.mixtures)
 
 
+def check_order(found: Found, config: RunConfig) -> None:
+    """Whether the position of a checkpoint means something in the order of today, or is to be left.
+
+    Raises:
+        UserError: neither.
+    """
+    if not config.data.restart and Position.read(found.step, found.dataset) is None:
+        raise UserError(
+            f"{found.name} was made by version 0.1.0, whose rows came in another order: its position means nothing "
+            "in this one. Set data.restart=true to begin at the first row of every source, with its weights"
+        )
+
+
 def begin_at(
     found: Found | None, prepared: PreparedData, config: RunConfig, changed: Sequence[str], say: Say
 ) -> Position:
@@ -97,17 +113,13 @@ def begin_at(
 
     Raises:
         UserError: another mixture than the checkpoint's is to be read, and neither data.restart nor resume_from says
-            so; or rows came in another order when it was made.
+            so; see also `check_order`.
     """
     if found is None:
         return Position()
+    check_order(found, config)
     position, restart = Position.read(found.step, found.dataset), config.data.restart
     if position is None:
-        if not restart:
-            raise UserError(
-                f"{found.name} was made by version 0.1.0, whose rows came in another order: its position means nothing "
-                "in this one. Set data.restart=true to begin at the first row of every source, with its weights"
-            )
         say(f"{found.name} was made by version 0.1.0, whose rows came in another order: every source begins at row 0")
         return Position(found.step)
     if not position.goes_on(at_step(prepared.mixtures, found.step), prepared.sources):
@@ -117,6 +129,11 @@ def begin_at(
         position = replace(position, leg=None)  # a new one begins here
     for name in position.others(prepared.sources):
         say(f"source {name} has other rows than those that were read of it: it begins at its first")
+    for name, old in position.renamed(prepared.sources):
+        say(
+            f"source {name} has the rows of source {old}, of which {position.drawn[old]} were read, and begins at its "
+            f"first: name it {old} to go on behind those"
+        )
     return position
 
 

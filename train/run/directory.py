@@ -205,7 +205,8 @@ class RunDirectory:
                 "state": state, "step": step, "time": round(time.time(), 3), "host": socket.gethostname(),
                 "attempt": self.attempt, "seconds_since_progress": round(self.phases.read().idle, 3),
                 "goodput": account.goodput, "seconds": account.seconds,
-                "data": {} if self.account is None else self.account.last, "reason": reason, "exit_code": exit_code,
+                "data": self._said("data", {}) if self.account is None else self.account.last,
+                "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
             self._replace_status(json.dumps(status) + "\n")
         return list(account.table())
@@ -223,12 +224,15 @@ class RunDirectory:
     @property
     def _reached(self) -> int:
         """The step of this attempt, and before its first one that of STATUS."""
-        if self.step is not None:
-            return self.step
+        return self._said("step", 0) if self.step is None else self.step
+
+    def _said(self, key: str, default: Any) -> Any:
+        """What STATUS says now, if it is of the same type as the default."""
         try:
-            return int(json.loads((self.path / "STATUS").read_text())["step"])
+            said = json.loads((self.path / "STATUS").read_text())[key]
         except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return default
+        return said if isinstance(said, type(default)) else default
 
     def write_failure(self, reason: str, exit_code: int) -> None:
         """Say in STATUS why this attempt ended, where it can be written, and let go of the run.

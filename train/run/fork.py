@@ -37,8 +37,9 @@ def trunk_of(named: str) -> Trunk:
         return Trunk(path, path, number)
     if not Path(path).is_dir():
         raise UserError(f"resume_from: {path} is no directory: name a run (RUN or RUN@STEP), or its checkpoints")
-    if Path(path).name.isdecimal() and (Path(path) / checkpoint.STATE).exists():  # a step itself
-        return Trunk(str(Path(path).parent), Path(path).parent, int(Path(path).name))
+    place = Path(path).parent / os.readlink(path) if os.path.islink(path) else Path(path)  # such as checkpoints/best
+    if place.name.isdecimal() and (place / checkpoint.STATE).exists():  # a step itself
+        return Trunk(str(place.parent), place.parent, int(place.name))
     return Trunk(path, checkpoints_of(Path(path)), number)
 
 

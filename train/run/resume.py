@@ -22,6 +22,7 @@ from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.meetings import agree, check_shared, meet, told
 from mixtral_jax.train.optimizer import make_optimizer
+from mixtral_jax.train.run.account import check_order
 from mixtral_jax.train.run.check import check, check_place, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory, free_name
 from mixtral_jax.train.run.fork import as_it_stands, check_some_left, find_trunk
@@ -134,7 +135,7 @@ def survey(
     Of a run in which no step is left only the checkpoint, unless `finished` asks for the rest.
 
     Raises:
-        UserError: see `look` and `check`; or the run began with another tokenizer, or cannot be written.
+        UserError: see `look`, `check` and `check_order`; or the run began with another tokenizer, or cannot be written.
     """
     check_place("output_dir", config.run_dir)
     directory = config.checkpoint.directory or config.run_dir / "checkpoints"
@@ -142,6 +143,8 @@ def survey(
     found = look(config, directory, force, say)
     if not finished and found is not None and config.steps and found.step >= config.steps:
         return found, None, []
+    if found is not None and not (config.steps and found.step >= config.steps):
+        check_order(found, config)
     tokenizer, notes = check(as_it_stands(config, found), sizes(), resumes=found is not None)
     if found is not None and not config.data.restart:
         for run in (Path(found.trunk), Path(found.path).parents[1]) if found.trunk else (config.run_dir,):
