@@ -1,6 +1,5 @@
 """`data preview`: rows as the model will see them, and the arithmetic of the mixture."""
 
-import math
 from contextlib import closing
 from itertools import pairwise
 
@@ -10,7 +9,7 @@ from rich.text import Text
 from mixtral_jax.data.config import DataConfig, PhaseConfig
 from mixtral_jax.data.prepare import PreparedData, prepare
 from mixtral_jax.data.reader import RowReader
-from mixtral_jax.data.rows import Batch, PairBatch, Position
+from mixtral_jax.data.rows import Batch, PairBatch, Position, batches
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 
 _LEARNED, _UNLEARNED, _BORDER = "green", "dim", "bold magenta"
@@ -29,7 +28,7 @@ def preview(
     """
     prepared = prepare(data, seq_len, seed)
     tokenizer = load_tokenizer(data.tokenizer)
-    steps = steps or math.ceil((data.epochs or 1) * sum(source.rows for source in prepared.train) / global_batch_size)
+    steps = steps or batches(data.epochs or 1, sum(source.rows for source in prepared.train), global_batch_size)
     told = [prepared.summary(), *prepared.readings(), "", *mixture_lines(prepared, steps, global_batch_size)]
     texts, order = [*map(Text, told)], prepared.order_from(Position(), global_batch_size)
     borders = [step * global_batch_size for step in (*(mixture.from_step for mixture in prepared.mixtures), steps)]

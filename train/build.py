@@ -1,8 +1,6 @@
 """Everything that the steps of a run need, made from its configuration."""
 
-import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
-from mixtral_jax.data.rows import Position
+from mixtral_jax.data.rows import Position, batches
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
@@ -94,9 +92,8 @@ def settle_steps(config: RunConfig, begin: Callable[[], None] = lambda: None, fo
     start = (found and Position.read(found.step, found.dataset)) or Position(found.step if found else 0)
     read = {name: start.drawn.get(name, 0) for name in prepared.sources.keys() - {*start.others(prepared.sources)}}
     trained = max(0, sum(read.values()) - start.lost)  # a roll back changes nothing for the length of the run
-    left = Fraction(str(epochs)) * sum(source.rows for source in prepared.train) - trained
-    steps = start.step + max(0, math.ceil(left / config.global_batch_size))
-    return read_config(config, steps=steps, data={"epochs": None})
+    left = batches(epochs, sum(source.rows for source in prepared.train), config.global_batch_size, trained)
+    return read_config(config, steps=start.step + left, data={"epochs": None})
 
 
 def build(

@@ -16,6 +16,7 @@ from etils import epath
 from jax._src import distributed  # the key-value store that jax's own barriers use; it has no public name
 from jax.experimental import multihost_utils
 
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.errors import UserError
 
 _PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # one process may prepare data for hours
@@ -89,7 +90,7 @@ def sharers(directory: epath.PathLike, *, must: bool = True) -> np.ndarray:
         OSError: it `must`, and cannot.
     """
     count = jax.process_count()
-    if count == 1 or "://" in os.fspath(directory):
+    if count == 1 or is_remote(os.fspath(directory)):
         return np.ones(count, bool)
     place = epath.Path(directory)
     number = np.frombuffer(os.urandom(8), np.uint32)  # a name that no one has looked for, and that no cache denies

@@ -37,7 +37,7 @@ def read_model(
     run, path = run_config(checkpoint), path or newest_step(checkpoint)
     if run is None or run.adapters is None or not holds_adapters(path):
         return load(path, mesh, dtype=dtype, compute=compute)
-    if run.init_from is not None and "://" not in run.init_from and not Path(run.init_from).exists():
+    if run.init_from is not None and not is_remote(run.init_from) and not Path(run.init_from).exists():
         raise UserError(
             f"{checkpoint} holds the adapters of a LoRA run, and their base, init_from {run.init_from}, is not there: "
             "run this from the directory in which it was trained, or bring the base to that place"
@@ -110,7 +110,7 @@ def run_place(checkpoint: str) -> Path | None:
         UserError: there is nothing.
     """
     path = Path(checkpoint).absolute()
-    if "://" not in checkpoint and not path.exists():
+    if not is_remote(checkpoint) and not path.exists():
         raise UserError(f"{checkpoint} does not exist: it should be a checkpoint, a run or a model directory")
     inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
     for place in (path, *(path.parents[:2] if inside else ())):

@@ -195,8 +195,8 @@ def _key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
 
 
-def _mix(key: int, n: int) -> int:
-    """64 bits of draw `n` under `key`: splitmix64."""
+def _mix(key: int, n: Any) -> Any:
+    """64 bits of draw `n` under `key`: splitmix64; of an array (m,) uint64 of each."""
     x = (key + n * _FIRST) & _WORD
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -243,17 +243,6 @@ def _shuffled(n: int, seed: int) -> list[int]:
     return sorted(range(n), key=lambda k: _mix(seed, k))
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
 def hash64(values: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 of `values` (n,) uint64, keyed by `seed`, any integer."""
-    if not 0 <= seed <= _WORD:  # all bits of a longer one count
-        seed = int.from_bytes(hashlib.sha256(hex(seed).encode()).digest()[:8], "little")
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) % (1 << 64)) * _GOLDEN
-        for _ in range(2):
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x = (x ^ (x >> np.uint64(31))) + _GOLDEN
-    return x
+    """64 bits (n,) of each of `values` (n,) uint64, keyed by `seed`, any integer; no two values have the same."""
+    return _mix(_key(seed), values)

@@ -1,5 +1,6 @@
 """Where a run stands in its data: what a checkpoint holds of it, and which rows come next."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -79,6 +80,11 @@ class Position:
 def at_step(mixtures: Sequence[Mixture], step: int) -> Mixture:
     """The phase that the batch behind `step` done updates is read in."""
     return [mixture for mixture in mixtures if mixture.from_step <= step][-1]
+
+
+def batches(epochs: float, rows: int, global_batch_size: int, trained: int = 0) -> int:
+    """Until so many passes over the rows are trained on, `trained` rows of them before; 1.1 is eleven tenths."""
+    return max(0, math.ceil((Fraction(str(epochs)) * rows - trained) / global_batch_size))
 
 
 def order_from(

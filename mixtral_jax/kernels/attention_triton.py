@@ -24,7 +24,6 @@ from mixtral_jax.parallel import same_variance
 
 # Queries and keys of a tile, by pass: what fits in the registers and the shared memory of an A100 at heads of 128.
 FORWARD, BACKWARD_Q, BACKWARD_KV = (128, 64), (64, 32), (32, 64)
-LARGEST_TILE = 128  # T and S must be multiples
 LOG2E = float(np.log2(np.e))
 
 

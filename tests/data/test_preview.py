@@ -38,6 +38,8 @@ def test_preview_shows_the_rows_and_the_arithmetic(cache: Path) -> None:
     texts = preview(config, seq_len=SEQ_LEN, seed=0, steps=10, global_batch_size=2, rows=2)
     plain = "\n".join(text.plain for text in texts)
     prepared = prepare(config, SEQ_LEN, 0)
+    said = preview(config.model_copy(update={"epochs": 2}), seq_len=SEQ_LEN, seed=0, steps=0, global_batch_size=1)
+    assert any(f"; rows 0 to {2 * sum(source.rows for source in prepared.train):,}" in text.plain for text in said)
     assert "mixture by weight: share = weight / sum of weights; rows 0 to 20" in plain
     n = prepared.train[0].rows
     assert f"fr: {n:,} rows, weight 6 -> 60 % of the rows, 12 of them; epochs 0.00 to {12 / n:.2f}" in plain

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.data.prepare.prepared import prepare
+from mixtral_jax.data.rows import batches
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.trainer import settle_steps
@@ -21,6 +22,11 @@ def test_steps_are_epochs_times_rows_over_the_batch(tmp_path: Path, epochs: floa
     assert settled.data.epochs is None
     assert settled == config.model_copy(update={"steps": settled.steps, "data": settled.data})
     assert settle_steps(settled) is settled
+
+
+def test_epochs_are_decimal_numbers() -> None:
+    """In floats 1.1 passes over 100 rows are 110.00000000000001 rows, for which `data preview` took a batch more."""
+    assert [batches(e, 100, 10, trained) for e, trained in ((1.1, 0), (1.1, 1), (1.2, 111), (1, 200))] == [11, 11, 1, 0]
 
 
 def test_a_warm_up_that_turns_out_too_long_is_said(tmp_path: Path) -> None:

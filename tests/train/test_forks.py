@@ -153,6 +153,18 @@ def test_what_names_a_run(runs, named, tmp_path):
     with loop.Trainer(config, quiet=True) as trainer:
         assert trainer.step == 8
     assert not (runs / "trunk" / "LEASE").exists()
+    assert "was not compared" not in trainer.run.log.read_text()
+
+
+def test_a_trunk_without_a_copy_of_its_tokenizer_is_said(runs, tmp_path, capsys):
+    """Checkpoints alone, as all are that lie at an address."""
+    shutil.copytree(runs / "trunk" / "checkpoints", tmp_path / "apart" / "checkpoints", symlinks=True)
+    place = tmp_path / "apart" / "checkpoints"
+    changes = {"resume_from": str(place), "run_name": "new", "steps": 9}
+    assert dry_run(load_config(write_run_file(tmp_path, **{**TRUNK, **changes})).config) == 0
+    assert f"{place} has no copy of its tokenizer here, so data.tokenizer was not" in capsys.readouterr().out
+    said = refused(runs, tmp_path, resume_from=f"file://{place}")  # epath has no such
+    assert "must be a directory of a file system, gs:// or s3://" in said
 
 
 def refused(runs, place, **changes):

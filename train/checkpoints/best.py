@@ -10,6 +10,7 @@ from etils import epath
 from pydantic import Field
 
 from mixtral_jax.config import FrozenConfig
+from mixtral_jax.data.records import is_remote
 
 LINK = "best"  # checkpoints/best stands for the best step
 _NOTE = "evaluated.json"
@@ -156,7 +157,7 @@ def point_to(directory: epath.PathLike, step: int | None) -> None:
     link, temporary = root / LINK, root / f"{LINK}.tmp"
     if step is None:
         link.unlink(missing_ok=True)
-    elif "://" in str(directory):
+    elif is_remote(str(directory)):
         link.write_text(f"{step}\n")
     else:
         temporary.unlink(missing_ok=True)

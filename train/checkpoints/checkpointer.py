@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from mixtral_jax import checkpoint
 from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.config import check_place_name
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.checkpoints.best import LINK, noted_evaluation, point_to
 from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
 from mixtral_jax.train.checkpoints.together import Together
@@ -249,7 +250,7 @@ def stands(directory: epath.PathLike) -> str:
 def best_step(directory: epath.PathLike) -> int | None:
     """The step that <directory>/best stands for, if it is there."""
     link = epath.Path(directory) / LINK
-    if "://" not in str(directory):
+    if not is_remote(str(directory)):
         return int(os.readlink(link)) if os.path.islink(link) else None
     return int(link.read_text()) if link.exists() else None
 

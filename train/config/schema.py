@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mixtral_jax.config import ComputeConfig, FrozenConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig, check_place_name
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.lora import ROUTER, LoraConfig
 from mixtral_jax.parallel import MeshConfig
 from mixtral_jax.train.checkpoints import CheckpointConfig, EarlyStoppingConfig, watching_problems
@@ -124,7 +125,7 @@ class RunConfig(FrozenConfig):
     @field_validator("output_dir")
     @classmethod
     def _is_of_a_file_system(cls, place: str) -> str:
-        if "://" in place:
+        if is_remote(place):
             raise ValueError(
                 "must be a directory of a file system: logs stay local (checkpoint.directory may be a bucket)"
             )

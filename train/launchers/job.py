@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 
@@ -156,7 +157,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str]]:
     for kind in ("train", "validation"):
         for source in getattr(data, kind):
             named |= {f"data.{kind}.{source.name}": path for path in source.paths}
-    yield from ((key, place) for key, place in named.items() if place and "://" not in place)
+    yield from ((key, place) for key, place in named.items() if place and not is_remote(place))
 
 
 def write(files: Mapping[Path, str]) -> None:

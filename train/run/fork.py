@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 
 from mixtral_jax import checkpoint
-from mixtral_jax.convert import is_remote
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.train import checkpoints
 from mixtral_jax.train.base import checkpoints_of, stands_on_base
 from mixtral_jax.train.checkpoints import Found, Say, find_together, whole_steps
@@ -27,13 +27,15 @@ class Trunk(NamedTuple):
 
 
 def trunk_of(named: str) -> Trunk:
-    """A run's directory, or that of its checkpoints, on a file system or at an address, and the step behind an @.
+    """A run's directory, or that of its checkpoints, which alone an address names, and the step behind an @.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or no such address is read.
     """
     path, number = run_and_step(named)
     if is_remote(path):
+        if not path.startswith(("gs://", "s3://")):
+            raise UserError(f"resume_from: {path} must be a directory of a file system, gs:// or s3://")
         return Trunk(path, path, number)
     if not Path(path).is_dir():
         raise UserError(f"resume_from: {path} is no directory: name a run (RUN or RUN@STEP), or its checkpoints")
@@ -64,7 +66,8 @@ def find_trunk(config: RunConfig, own: epath.PathLike, say: Say) -> Found:
         found = find_together(trunk.directory, "auto" if trunk.step is None else trunk.step, say)
     if found is None:
         which, whole = "" if trunk.step is None else f" {trunk.step}", sorted(whole_steps(trunk.directory))
-        has = f"it has {', '.join(map(str, whole))}" if whole else "it has none (weights alone are for init_from)"
+        hint = "name the directory of the checkpoints; " * is_remote(trunk.run) + "weights alone are for init_from"
+        has = f"it has {', '.join(map(str, whole))}" if whole else f"it has none ({hint})"
         raise UserError(f"resume_from: {trunk.directory} holds no whole checkpoint{which}: {has}")
     origin = {"run": trunk.run, "step": found.step}
     # patience, and the best so far, are of that run: its checkpoints are not among ours
@@ -111,4 +114,5 @@ def as_it_stands(config: RunConfig, found: Found | None) -> RunConfig:
 
 
 def _is_one(a: epath.PathLike, b: epath.PathLike) -> bool:
-    return str(a) == str(b) or (not (is_remote(a) or is_remote(b)) and os.path.realpath(a) == os.path.realpath(b))
+    a, b = str(a), str(b)
+    return a == b or (not (is_remote(a) or is_remote(b)) and os.path.realpath(a) == os.path.realpath(b))

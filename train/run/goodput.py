@@ -17,7 +17,7 @@ LOST, DOWN = "lost", "down"  # steps that were done twice, or taken back; betwee
 _SHOWN = 0.05  # seconds below which a kind is left out of the table
 
 
-class Account(NamedTuple):
+class Book(NamedTuple):
     """Seconds by kind of a run so far, and how many attempts it took."""
 
     seconds: dict[str, float]
@@ -53,7 +53,7 @@ class Goodput:
         self._before = "".join(json.dumps(attempt) + "\n" for attempt in self._earlier)
         self._number = number
 
-    def account(self, first: int, last: int, exit_code: int | None, undone: int = 0) -> Account:
+    def account(self, first: int, last: int, exit_code: int | None, undone: int = 0) -> Book:
         """Write down how far this attempt has come, where it can be written, and add up all of them.
 
         Args:
@@ -97,7 +97,7 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
     return [attempt for attempt in map(_parsed, lines) if attempt is not None]
 
 
-def add_up(attempts: Sequence[Mapping[str, Any]]) -> Account:
+def add_up(attempts: Sequence[Mapping[str, Any]]) -> Book:
     """Seconds by kind. What an attempt did beyond the step that a later one began from is lost."""
     seconds = dict.fromkeys((*KINDS, LOST, DOWN), 0.0)
     kept = float("inf")  # the lowest step that a later attempt began from
@@ -113,7 +113,7 @@ def add_up(attempts: Sequence[Mapping[str, Any]]) -> Account:
         kept = min(kept, first)
     for one, other in itertools.pairwise(attempts):
         seconds[DOWN] += max(0.0, other["job_start_time"] - one["job_end_time"])  # clocks may be set
-    return Account({kind: round(value, 3) for kind, value in seconds.items()}, len(attempts))
+    return Book({kind: round(value, 3) for kind, value in seconds.items()}, len(attempts))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

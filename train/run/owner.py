@@ -12,6 +12,7 @@ from etils import epath
 
 from mixtral_jax import checkpoint
 from mixtral_jax.data.prepare import digest, write_atomically
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.checkpoints import patiently, saved_steps, why
 from mixtral_jax.train.config import STAGES
 from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of, is_of_storage
@@ -81,7 +82,7 @@ def note_owner(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         file, text = root / OWNER, json.dumps(now._asdict(), indent=2) + "\n"
-        if "://" in str(directory):
+        if is_remote(str(directory)):
             file.write_text(text)
         elif not _is_inside(directory, now):
             write_atomically(Path(file), text)
@@ -97,7 +98,7 @@ def note_owner(directory: epath.PathLike, config: Mapping[str, Any]) -> None:
 
 
 def _is_inside(directory: epath.PathLike, owner: Owner) -> bool:
-    return "://" not in str(directory) and Path(os.path.realpath(directory)).is_relative_to(owner.run_directory)
+    return not is_remote(str(directory)) and Path(os.path.realpath(directory)).is_relative_to(owner.run_directory)
 
 
 def _noted(root: epath.Path, look: bool) -> Owner | None:

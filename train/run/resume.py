@@ -13,6 +13,7 @@ from etils import epath
 
 from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.data.records import is_remote
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.train import checkpoints
@@ -147,8 +148,9 @@ def survey(
         check_order(found, config)
     tokenizer, notes = check(as_it_stands(config, found), sizes(), resumes=found is not None)
     if found is not None and not config.data.restart:
-        for run in (Path(found.trunk), Path(found.path).parents[1]) if found.trunk else (config.run_dir,):
-            check_tokenizer(run, tokenizer)
+        runs = (Path(found.trunk), Path(found.path).parents[1]) if found.trunk else (config.run_dir,)
+        if not any(check_tokenizer(run, tokenizer) for run in runs) and found.trunk:
+            say(f"resume_from: {found.trunk} has no copy of its tokenizer here, so data.tokenizer was not compared")
     return found, tokenizer, notes
 
 
@@ -165,7 +167,7 @@ def look(config: RunConfig, directory: epath.PathLike, force: bool, say: Say) ->
     existing: list[int] = json.loads(told(lambda: json.dumps(_listed(directory, say))))  # others may see an older list
     agree(force=int(force))
     newer = newer_steps(config, existing)
-    if force and existing and "://" in str(directory):
+    if force and existing and is_remote(str(directory)):
         raise UserError(
             f"--force: checkpoints in {directory} cannot be moved aside by a rename: move them, or name another "
             "checkpoint.directory"
@@ -208,7 +210,7 @@ def newer_steps(config: RunConfig, steps: list[int]) -> list[int]:
 def own_directory(config: RunConfig) -> Path | None:
     """The directory of checkpoints where it is another one than the run's own, and on a file system."""
     named = config.checkpoint.directory
-    return Path(named).resolve() if named is not None and "://" not in named else None
+    return Path(named).resolve() if named is not None and not is_remote(named) else None
 
 
 def _check_movable(config: RunConfig) -> None:

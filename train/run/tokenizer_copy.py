@@ -31,17 +31,19 @@ def keep_tokenizer(run: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
     scratch.rename(about.parent)
 
 
-def check_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
-    """Whether the ids still mean what they meant when the run began.
+def check_tokenizer(run: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the ids are known to mean what they meant when the run began: it has a copy of its tokenizer.
 
     Raises:
-        UserError: they do not.
+        UserError: they mean something else.
     """
-    if _fingerprint(run) not in (None, tokenizer.fingerprint()):
+    began = _fingerprint(run)
+    if began not in (None, tokenizer.fingerprint()):
         raise UserError(
             f"data.tokenizer is another one than the run began with, of which {run / KEPT[0]} is a copy: set it back, "
             "or choose another run_name; or set data.restart=true where that is meant"
         )
+    return began is not None
 
 
 def kept_template(run: Path) -> dict[str, Any] | None:
