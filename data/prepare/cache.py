@@ -29,6 +29,7 @@ from mixtral_jax.data.config import FrozenConfig
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import (
     COPIED,
+    META,
     data_files,
     digest,
     fetched,
@@ -36,7 +37,7 @@ from mixtral_jax.data.records import (
     file_size,
     is_remote,
     join,
-    local_copy,
+    kept,
     locked,
     open_file,
     put,
@@ -44,14 +45,15 @@ from mixtral_jax.data.records import (
     remove_below,
     scratch,
     staging_room,
+    stripe,
     write_atomically,
 )  # fmt: skip
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2
-META, SIZES = "meta.json", "sizes.npy"
+SIZES = "sizes.npy"
 _ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
-_THREADS, _STRIPES, _PIECE_BYTES = 8, 64, 1 << 20
+_THREADS, _PIECE_BYTES = 8, 1 << 20
 _QUIET_SECONDS, _STAMP_SECONDS = 2.0, 3600.0
 _known_hashes: dict[tuple[Path, str], str] = {}  # of a cache and a file; for one that cannot be written
 
@@ -98,7 +100,8 @@ class PreparedSource(FrozenConfig):
 
         Of a document in several rows each has its bytes by its tokens: all rows sum to `text_bytes`. Examples have 0.
         """
-        found: np.ndarray = np.load(fetched(Path(self.directory) / SIZES), mmap_mode="r")
+        with fetched(Path(self.directory) / SIZES) as place:
+            found: np.ndarray = np.load(place, mmap_mode="r")
         return found
 
     def save(self, directory: Path, made_of: Mapping[str, Any]) -> None:
@@ -254,11 +257,10 @@ def forget(cache_dir: Path, name: str) -> None:
 def pull(directory: Path) -> None:
     """Fetches all that is missing of an entry, which from now on is no copy but this machine's own."""
     if (directory / COPIED).exists():
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            files = json.loads((directory / META).read_bytes())["files"]
-            for done in [pool.submit(fetched, directory / file) for file in files]:
-                done.result()
-        (directory / COPIED).unlink()
+        files = json.loads((directory / META).read_bytes())["files"]
+        with kept(directory), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool, contextlib.ExitStack() as all_:
+            list(pool.map(lambda file: all_.enter_context(fetched(directory / file)), files))
+            (directory / COPIED).unlink()
 
 
 def _upload(directory: Path, address: str) -> bytes:
@@ -278,9 +280,9 @@ class Use:
     nobody knows.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, cache_dir: Path, name: str):
         self._file, self._stamped = -1, -math.inf
-        path = use_file(directory.parent, directory.name)
+        path = use_file(cache_dir, name)
         for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,6 +304,8 @@ class Use:
             os.close(self._file)
         self._file = -1
 
+    __del__ = end
+
 
 def use_file(cache_dir: Path, name: str) -> Path:
     """Locked by those who use an entry; its date is that of the last use."""
@@ -314,7 +318,10 @@ def use_file(cache_dir: Path, name: str) -> Path:
 def recall(cache_dir: Path, name: str) -> bytes | None:
     """A small file of the cache, wherever it is; None: there is none."""
     with contextlib.suppress(FileNotFoundError):
-        return (cache_dir / name).read_bytes()
+        here = (cache_dir / name).read_bytes()
+        with contextlib.suppress(OSError):  # one that may only be read
+            os.utime(cache_dir / name)  # used just now
+        return here
     content = read_small(join(address, name)) if (address := address_of(cache_dir)) else None
     if content is not None:
         (cache_dir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +391,7 @@ def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
     with contextlib.ExitStack() as held:
         if not (known := _known_hash(cache_dir, memo)):
             with contextlib.suppress(OSError):  # a cache that may only be read
-                held.enter_context(locked(cache_dir / "locks" / f"hash-{int(key[:8], 16) % _STRIPES:02d}"))
+                held.enter_context(locked(stripe(cache_dir, key)))
             known = _known_hash(cache_dir, memo)
         if not known:
             counted = hashlib.sha256()
@@ -396,7 +403,7 @@ def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
             with contextlib.suppress(OSError, ValueError):  # the next one hashes it again
                 keep(cache_dir, memo, known.encode())
         _known_hashes[cache_dir, memo] = known
-    return os.path.getsize(local_copy(file)) if identity[0] is None else identity[0], known
+    return file_size(file) if identity[0] is None else identity[0], known
 
 
 def _known_hash(cache_dir: Path, memo: str) -> str:

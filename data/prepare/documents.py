@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtral_jax.data.prepare.cache import META
-from mixtral_jax.data.records import fetched, open_copy
+from mixtral_jax.data.records import META, fetched
 from mixtral_jax.data.rows import hash64
 from mixtral_jax.data.text import Documents
 
@@ -70,7 +69,7 @@ def read_bucket(files: Iterable[Path], token_dtype: str, weighted: bool) -> tupl
 
 
 def _blocks(path: Path, token_dtype: str, weighted: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    with open_copy(lambda: fetched(path), path) as stream:
+    with fetched(path) as place, open(place, "rb") as stream:
         while head := stream.read(16):
             documents, tokens = np.frombuffer(head, np.int64).tolist()
             kinds = (np.uint64, np.uint32, np.uint32, np.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import SIZES, PreparedSource, remove, settle
+from mixtral_jax.data.prepare.cache import SIZES, PreparedSource, forget, settle
 from mixtral_jax.data.prepare.recipe import Recipe
 from mixtral_jax.data.prepare.tokenise import no_documents
 from mixtral_jax.data.prepare.workers import Workers
@@ -109,7 +109,7 @@ def _finish(recipe: Recipe, directory: Path, packed: list[Counter[str]]) -> None
     census = corpus.load() or corpus.census()
     stored, expected = total.pop("stored", 0), census.counts.pop("stored", 0)
     if stored != expected:
-        remove(corpus.place)
+        forget(corpus.place.parent, corpus.place.name)
         raise ValueError(
             f"{corpus.place} held {stored} of {expected} documents: it was damaged and is removed now, run again"
         )

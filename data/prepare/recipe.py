@@ -21,7 +21,7 @@ from mixtral_jax.data.prepare.cache import (
 )
 from mixtral_jax.data.records import (
     Census,
-    Choice,
+    Chosen,
     Unit,
     compression,
     file_format,
@@ -32,8 +32,6 @@ from mixtral_jax.data.records import (
 )
 from mixtral_jax.data.rows import RowFormat
 from mixtral_jax.data.text import LAYOUT_VERSION, SHORTEST_PAIR, Tokenizer, columns, load_template, token_dtype
-
-Chosen = tuple[SourceConfig, Choice]
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def counts_of(census: Census) -> dict[str, Any]:
 
 
 def recipe_of(
-    config: DataConfig, chosen: Chosen, tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
+    config: DataConfig, chosen: tuple[SourceConfig, Chosen], tokenizer: Tokenizer, seq_len: int, seed: int, packing: str
 ) -> Recipe:
     """The recipe of a source, of which `chosen` are the files.
 
@@ -177,7 +175,7 @@ def recipe_of(
     return Recipe(corpus, packing, seed, format_, digest(identity))
 
 
-def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
+def _corpus(config: DataConfig, chosen: tuple[SourceConfig, Chosen], tokenizer: Tokenizer) -> Corpus:
     source, (files, described) = chosen
     kind, cache = config.examples, open_cache(config.cache_dir)
     content = tuple(content_hash(file, cache) for file in files)

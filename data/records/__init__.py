@@ -15,7 +15,6 @@ from mixtral_jax.data.records.files import (
     join,
     local_copy,
     local_directory,
-    open_copy,
     open_file,
     own_name,
     put,
@@ -24,7 +23,7 @@ from mixtral_jax.data.records.files import (
     sizes_below,
 )
 from mixtral_jax.data.records.lump import Census, Lump, Unit
-from mixtral_jax.data.records.selection import Choice, choose, source_files
+from mixtral_jax.data.records.selection import Chosen, choose, source_files
 from mixtral_jax.data.records.sources import (
     compression,
     data_files,
@@ -35,12 +34,15 @@ from mixtral_jax.data.records.sources import (
 )
 from mixtral_jax.data.records.staging import (
     COPIED,
+    META,
     clear_scratch,
     digest,
+    kept,
     locked,
     scratch,
     stage_in,
     staging_room,
+    stripe,
     write_atomically,
 )
 from mixtral_jax.data.records.units import units_of

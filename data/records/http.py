@@ -51,14 +51,6 @@ class WebFiles(HTTPFileSystem):
         known = known or {"asked": os.environ.get(START, "")}  # who says nothing is asked anew by each start
         return {"name": url, "type": "file", "size": int(size) if size else None, **known}
 
-    def exists(self, path: str, **options: Any) -> bool:
-        """Whether the server has it."""
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """The bytes of a small file."""
         assert start is None and end is None

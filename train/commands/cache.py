@@ -58,8 +58,11 @@ def rm(
             "name ids of entries (mixtral-jax data cache ls), or say --unused-for 30d, --unfinished or --all"
         )
     place, found = _look(files[0] if files else None, cache_dir)
-    if days is not None and is_remote(place):
-        raise UserError(f"--unused-for: of {place}, behind an address, nobody knows what was used when: name ids")
+    if is_remote(place) and (days is not None or unfinished):
+        raise UserError(
+            f"of {place}, behind an address, nobody knows what was used when, nor what is uploaded at this moment: "
+            "name ids, not --unused-for or --unfinished"
+        )
     named = [_named(name, found, place) for name in names]
     chosen = [
         each
