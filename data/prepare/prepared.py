@@ -17,10 +17,10 @@ from mixtral_jax.data.prepare.cache import (
     Use,
     check_writable,
     digest,
-    hash_files,
     locked,
     open_cache,
 )
+from mixtral_jax.data.prepare.hashes import hash_files
 from mixtral_jax.data.prepare.pack import pack
 from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of
 from mixtral_jax.data.prepare.tokenise import finish, tokenise

@@ -11,7 +11,6 @@ from mixtral_jax.data.prepare import documents
 from mixtral_jax.data.prepare.cache import (
     FORMAT_VERSION,
     PreparedSource,
-    content_hash,
     digest,
     entry_meta,
     load_prepared,
@@ -19,6 +18,7 @@ from mixtral_jax.data.prepare.cache import (
     remember,
     whole,
 )
+from mixtral_jax.data.prepare.hashes import content_hash
 from mixtral_jax.data.records import (
     Census,
     Chosen,

@@ -15,7 +15,9 @@ from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare import Entry, drop, entries
 from mixtral_jax.data.records import is_remote, stage_in
 from mixtral_jax.train.config import load_config
+from mixtral_jax.train.console import age
 from mixtral_jax.train.errors import ExitCode, UserError
+from mixtral_jax.train.plan import human_bytes
 
 _DAYS = {"h": 1 / 24, "d": 1, "w": 7}
 
@@ -32,10 +34,10 @@ def ls(config: str | None, *, cache_dir: str | None = None, as_json: bool = Fals
     table = Table("id", "kind", "made of", "size", "made", "last use", "state", box=None, pad_edge=False)
     for each in found:
         times = _ago(each.made), _ago(each.used)
-        table.add_row(_short(each, found), each.kind, each.made_of, _size(each.bytes), *times, each.state)
+        table.add_row(_short(each, found), each.kind, each.made_of, human_bytes(each.bytes), *times, each.state)
     width = None if sys.stdout.isatty() else 10_000  # for grep, a line each
     Console(width=width, highlight=False, soft_wrap=True, markup=False).print(table)
-    print(f"{place}: {len(found):,} entries, {_size(sum(each.bytes for each in found))}")
+    print(f"{place}: {len(found):,} entries, {human_bytes(sum(each.bytes for each in found))}")
     return ExitCode.DONE
 
 
@@ -90,9 +92,9 @@ def _drop(chosen: list[Entry], place: str, *, yes: bool, dry_run: bool, quiet: b
     say = (lambda line: None) if quiet else print
     free = [each for each in chosen if each.state != "in use"]
     kept = [each.id for each in chosen if each.state == "in use"]
-    total = f"{len(free):,} entries, {_size(sum(each.bytes for each in free))}"
+    total = f"{len(free):,} entries, {human_bytes(sum(each.bytes for each in free))}"
     for each in free:
-        say(f"{each.id}  {each.kind}  {each.made_of}  {_size(each.bytes)}  {each.state}")
+        say(f"{each.id}  {each.kind}  {each.made_of}  {human_bytes(each.bytes)}  {each.state}")
     if dry_run or not free:
         say(f"{place}: {'would free' if dry_run else 'nothing to remove:'} {total}")
         return free, kept
@@ -104,7 +106,7 @@ def _drop(chosen: list[Entry], place: str, *, yes: bool, dry_run: bool, quiet: b
             return [], []
     freed = [each for each in free if drop(each)]
     kept += [each.id for each in free if each not in freed]
-    say(f"{place}: freed {len(freed):,} entries, {_size(sum(each.bytes for each in freed))}")
+    say(f"{place}: freed {len(freed):,} entries, {human_bytes(sum(each.bytes for each in freed))}")
     return freed, kept
 
 
@@ -149,18 +151,5 @@ def _short(entry: Entry, found: list[Entry]) -> str:
     return head + slash + last[:length]
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _ago(when: float | None) -> str:
-    if when is None:
-        return "-"
-    hours = max(0.0, time.time() - when) / 3600
-    units = ((60, "min"), (1, "h"), (1 / 24, "d"))
-    scale, unit = units[(hours >= 2) + (hours >= 48)]
-    return f"{scale * hours:.0f} {unit} ago"
+    return "-" if when is None else f"{age(max(0.0, time.time() - when))} ago"
