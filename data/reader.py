@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mixtral_jax.data.prepare import PreparedSource, Use
+from mixtral_jax.data.prepare import PreparedSource, Use, address_of
 from mixtral_jax.data.records import fetched
 from mixtral_jax.data.rows import Batch, PairBatch
 
@@ -100,19 +100,21 @@ def _bound() -> int:
 
 
 def _open(path: str) -> Any:
-    place = str(fetched(Path(path)))
-    reader = ArrayRecordReader(place, **_OPTIONS)
+    with fetched(Path(path)) as place:
+        reader = ArrayRecordReader(str(place), **_OPTIONS)
     if reader.ok():
         return reader
     try:
         reader.close()  # says what it was
     except RuntimeError as error:
-        raise _damaged(place, error) from None
-    raise _damaged(place, "it cannot be opened")
+        raise _damaged(path, error) from None
+    raise _damaged(path, "it cannot be opened")
 
 
 def _damaged(path: str, why: object) -> OSError:
-    remedy = f"remove its entry (mixtral-jax data cache rm {Path(path).parent.name}) and prepare the data again"
+    entry = Path(path).parent
+    cache = address_of(entry.parent) or entry.parent
+    remedy = f"mixtral-jax data cache rm {entry.name} --cache-dir {cache}, and prepare the data again"
     first = str(why).partition("\n")[0]
     return OSError(errno.EIO, f"is damaged, or there no more ({first}): {remedy}", path)
 
@@ -130,7 +132,7 @@ class RowReader:
         self._sources, self._references = sources, references or {}
         self._paths = [source.paths for source in sources]
         self._ends = [list(itertools.accumulate(rows for _, rows, _ in source.shards)) for source in sources]
-        self._uses = [Use(Path(source.directory)) for source in sources]
+        self._uses = [Use(Path(s.directory).parent, Path(s.directory).name) for s in sources]
         self._reads = 0
         self.close = weakref.finalize(self, _release, self._paths, self._uses)  # closes the files
 

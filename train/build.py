@@ -11,6 +11,7 @@ from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data import progress
 from mixtral_jax.data.loader import EvalSource, Loader, eval_sources
 from mixtral_jax.data.prepare import PreparedData, digest, prepare
+from mixtral_jax.data.records import stage_in
 from mixtral_jax.data.rows import Position, batches
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
@@ -102,6 +103,7 @@ def build(
     """Data, then weights, programs and the state to begin with; what a person should know is said on the way."""
     if mesh is not None:
         check_sizes(config, mesh.shape)
+    stage_in(config.data.staging_dir, config.data.staging_bytes)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)

@@ -123,6 +123,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def age(seconds: float) -> str:
+    """As `clock`, or 1.5 days from a day on."""
+    return f"{seconds / 86400:.1f} days" if seconds >= 86400 else clock(seconds)
+
+
 def _maybe(metrics: Mapping[str, float | None], name: str, form: str) -> str:
     value = metrics.get(name)
     return "" if value is None else form.format(value)

@@ -12,33 +12,27 @@ Of a cache behind an address this machine keeps a part (`open_cache`). Entries a
 import concurrent.futures
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mixtral_jax.data.config import FrozenConfig
-from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import (
     COPIED,
-    data_files,
+    META,
     digest,
     fetched,
-    file_identity,
-    file_size,
     is_remote,
     join,
-    local_copy,
+    kept,
     locked,
-    open_file,
     put,
     read_small,
     remove_below,
@@ -49,11 +43,9 @@ from mixtral_jax.data.records import (
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2
-META, SIZES = "meta.json", "sizes.npy"
+SIZES = "sizes.npy"
 _ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
-_THREADS, _STRIPES, _PIECE_BYTES = 8, 64, 1 << 20
-_QUIET_SECONDS, _STAMP_SECONDS = 2.0, 3600.0
-_known_hashes: dict[tuple[Path, str], str] = {}  # of a cache and a file; for one that cannot be written
+_THREADS, _STAMP_SECONDS = 8, 3600.0
 
 
 class PreparedSource(FrozenConfig):
@@ -98,7 +90,8 @@ class PreparedSource(FrozenConfig):
 
         Of a document in several rows each has its bytes by its tokens: all rows sum to `text_bytes`. Examples have 0.
         """
-        found: np.ndarray = np.load(fetched(Path(self.directory) / SIZES), mmap_mode="r")
+        with fetched(Path(self.directory) / SIZES) as place:
+            found: np.ndarray = np.load(place, mmap_mode="r")
         return found
 
     def save(self, directory: Path, made_of: Mapping[str, Any]) -> None:
@@ -146,7 +139,8 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
+    own = directory / META  # of one that was killed before it gave the directory its name
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != own and ".tmp-" not in p.name]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
     write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
@@ -171,6 +165,8 @@ def remove(directory: Path) -> None:
     doomed = scratch(directory)
     with contextlib.suppress(FileNotFoundError):  # another process was first
         os.rename(directory, doomed)
+        if doomed.is_symlink():  # to another disk
+            doomed.unlink()
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -251,11 +247,10 @@ def forget(cache_dir: Path, name: str) -> None:
 def pull(directory: Path) -> None:
     """Fetches all that is missing of an entry, which from now on is no copy but this machine's own."""
     if (directory / COPIED).exists():
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            files = json.loads((directory / META).read_bytes())["files"]
-            for done in [pool.submit(fetched, directory / file) for file in files]:
-                done.result()
-        (directory / COPIED).unlink()
+        files = json.loads((directory / META).read_bytes())["files"]
+        with kept(directory), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool, contextlib.ExitStack() as all_:
+            list(pool.map(lambda file: all_.enter_context(fetched(directory / file)), files))
+            (directory / COPIED).unlink()
 
 
 def _upload(directory: Path, address: str) -> bytes:
@@ -275,9 +270,9 @@ class Use:
     nobody knows.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, cache_dir: Path, name: str):
         self._file, self._stamped = -1, -math.inf
-        path = use_file(directory.parent, directory.name)
+        path = use_file(cache_dir, name)
         for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,6 +294,8 @@ class Use:
             os.close(self._file)
         self._file = -1
 
+    __del__ = end
+
 
 def use_file(cache_dir: Path, name: str) -> Path:
     """Locked by those who use an entry; its date is that of the last use."""
@@ -311,7 +308,10 @@ def use_file(cache_dir: Path, name: str) -> Path:
 def recall(cache_dir: Path, name: str) -> bytes | None:
     """A small file of the cache, wherever it is; None: there is none."""
     with contextlib.suppress(FileNotFoundError):
-        return (cache_dir / name).read_bytes()
+        here = (cache_dir / name).read_bytes()
+        with contextlib.suppress(OSError):  # one that may only be read
+            os.utime(cache_dir / name)  # used just now
+        return here
     content = read_small(join(address, name)) if (address := address_of(cache_dir)) else None
     if content is not None:
         (cache_dir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -335,67 +335,3 @@ def remember(cache_dir: Path, name: str, make: Callable[[], str]) -> str:
         with contextlib.suppress(OSError, ValueError):  # a cache that may only be read: the next one makes it again
             keep(cache_dir, name, known)
     return known.decode()
-
-
-def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
-    """[relative name, bytes, sha256 of the content] of a file, or of each file of a data set directory.
-
-    A hash is remembered in the cache and taken from there while size, modification and change time and inode of the
-    file stay the same.
-    """
-    result: list[list[Any]] = []
-    for file in data_files(path):
-        size, hashed = _hash(file, cache_dir, [])
-        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), size, hashed])
-    return result
-
-
-def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None:
-    """Sees to it that the cache has the hashes of files: several are read at once, and none by two processes."""
-    files = sorted({file for path in paths for file in data_files(path)})
-    random.shuffle(files)  # machines that hash the same files at the same time each begin with others
-    read: list[int] = []  # bytes
-    pool = concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
-    try:
-        jobs = [pool.submit(_hash, file, cache_dir, read) for file in files]
-        waiting = concurrent.futures.wait(jobs, _QUIET_SECONDS, concurrent.futures.FIRST_EXCEPTION).not_done
-        if waiting and show:
-            total, shown = sum(map(file_size, files)), 0
-            say(f"hashing {len(files):,} files, {total / 1e9:.1f} GB")
-            with meter("Hashing", total) as advance:
-                while waiting and not any(job.done() and job.exception() for job in jobs):
-                    waiting = concurrent.futures.wait(waiting, 0.2).not_done
-                    advance(sum(read) - shown, "")
-                    shown = sum(read)
-        for _, job in sorted(zip(files, jobs, strict=True), key=lambda pair: pair[0]):
-            job.result()  # of several errors the first
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
-    """(bytes, sha256) of a file; each piece that is read now is noted in `read`."""
-    identity = file_identity(file)
-    key = digest(identity)
-    memo = f"hashes/{key}"
-    with contextlib.ExitStack() as held:
-        if not (known := _known_hash(cache_dir, memo)):
-            with contextlib.suppress(OSError):  # a cache that may only be read
-                held.enter_context(locked(cache_dir / "locks" / f"hash-{int(key[:8], 16) % _STRIPES:02d}"))
-            known = _known_hash(cache_dir, memo)
-        if not known:
-            counted = hashlib.sha256()
-            with open_file(file) as stream:
-                while piece := stream.read(_PIECE_BYTES):
-                    counted.update(piece)
-                    read.append(len(piece))
-            known = counted.hexdigest()
-            with contextlib.suppress(OSError, ValueError):  # the next one hashes it again
-                keep(cache_dir, memo, known.encode())
-        _known_hashes[cache_dir, memo] = known
-    return os.path.getsize(local_copy(file)) if identity[0] is None else identity[0], known
-
-
-def _known_hash(cache_dir: Path, memo: str) -> str:
-    found = _known_hashes.get((cache_dir, memo)) or (recall(cache_dir, memo) or b"").decode()
-    return found if len(found) == 64 else ""

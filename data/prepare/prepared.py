@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare.cache import (
@@ -17,10 +17,10 @@ from mixtral_jax.data.prepare.cache import (
     Use,
     check_writable,
     digest,
-    hash_files,
     locked,
     open_cache,
 )
+from mixtral_jax.data.prepare.hashes import hash_files
 from mixtral_jax.data.prepare.pack import pack
 from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of
 from mixtral_jax.data.prepare.tokenise import finish, tokenise
@@ -43,6 +43,7 @@ class PreparedData:
     validation: tuple[PreparedSource, ...]
     missing_parts: tuple[str, ...] = ()  # with `part`: parts that other machines still have to make
     fresh: bool = False  # made just now, at least in part
+    uses: tuple[Use, ...] = field(default=(), repr=False, compare=False)  # nobody removes the rows meanwhile
 
     @functools.cached_property
     def mixtures(self) -> tuple[Mixture, ...]:
@@ -120,6 +121,7 @@ def prepare(
     hash_files([file for _, choice in chosen for file in choice.files], open_cache(config.cache_dir), progress)
     recipes = [recipe_of(config, s, tokenizer, seq_len, seed, config.packing) for s in chosen[: len(learned)]]
     held_out = [recipe_of(config, s, tokenizer, seq_len, 0, "best_fit") for s in chosen[len(learned) :]]
+    uses = tuple(Use(r.place.parent, r.place.name) for r in recipes + held_out)
     todo = {r.fingerprint: r for r in recipes + held_out if not r.load()}
     missing = _make([todo[key] for key in sorted(todo)], (index, count), config.workers, progress)
     if missing:
@@ -130,6 +132,7 @@ def prepare(
         train=tuple(_loaded(r) for r in recipes),
         validation=tuple(_loaded(r) for r in held_out),
         fresh=bool(todo),
+        uses=uses,
     )
 
 
@@ -151,7 +154,7 @@ def _make(recipes: list[Recipe], part: tuple[int, int], workers: int, show: bool
         whole = [r for r in recipes if not missing[r.corpus.fingerprint]]
         with _locks(whole, "", show), ExitStack() as uses:
             for recipe in whole:
-                uses.callback(Use(recipe.corpus.place).end)
+                uses.callback(Use(recipe.corpus.place.parent, recipe.corpus.place.name).end)
             pack(whole, pool, show)
     return [name for names in missing.values() for name in names]
 
@@ -206,5 +209,4 @@ def _readings(source: PreparedSource) -> list[str]:
 def _loaded(recipe: Recipe) -> PreparedSource:
     prepared = recipe.load()
     assert prepared is not None, f"{recipe.name} was just prepared and is gone"
-    Use(recipe.place).end()  # which notes it
     return prepared.model_copy(update={"described": recipe.corpus.described})

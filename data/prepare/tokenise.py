@@ -5,7 +5,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from mixtral_jax.data.prepare.cache import forget, pull, seal, settle
 from mixtral_jax.data.prepare.recipe import Corpus, counts_of
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
-from mixtral_jax.data.records import Census, Lump, Unit, clear_scratch, read_lumps, scratch
+from mixtral_jax.data.records import Census, Lump, Unit, ask_anew, clear_scratch, read_lumps, scratch
 from mixtral_jax.data.text import (
     Documents,
     Tokenizer,
@@ -33,13 +33,20 @@ _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
 
 @functools.lru_cache(maxsize=2)
 def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
-    """A tokenizer of this process, loaded once while its `fingerprint` is the same."""
-    return load_tokenizer(path)
+    """A tokenizer of this process, loaded once while its `fingerprint` is the same.
+
+    Raises:
+        ValueError: it is not the one of the `fingerprint`, if one is given.
+    """
+    tokenizer = load_tokenizer(path)
+    if fingerprint not in ("", tokenizer.fingerprint()):
+        raise ValueError(f"tokenizer {path} was changed while data was prepared with it: prepare the data again")
+    return tokenizer
 
 
 @dataclass(frozen=True)
 class _Job:
-    corpus: Corpus  # without its files, which may be many
+    corpus: Corpus  # the short one
     directory: Path
     unit: Unit
     number: int
@@ -57,7 +64,7 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
         clear_scratch(beside)
         directory = scratch(beside)  # not among the parts: who is the last renames them all
         parts[directory] = corpus, corpus.census()
-        units, short = enumerate(corpus.units), replace(corpus, files=())
+        units, short = enumerate(corpus.units), corpus.short
         jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
     try:
         for directory in parts:
@@ -66,8 +73,10 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
             done = pool.ordered(tokenise_unit, iter(jobs), lambda job, size: advance(size, job.corpus.name))
             for job, census in done:
                 parts[job.directory][1].add(census)
+        ask_anew()  # whether the files are what they were
         for directory, (corpus, census) in parts.items():
             final = corpus.parts(count)[index - 1]
+            corpus.check_unchanged()
             seal(directory, "documents", corpus.made_of, counts_of(census))
             settle(directory, final)
             corpus.load_part(final, count)  # uploads it

@@ -2,6 +2,7 @@
 
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.files import (
+    ask_anew,
     check_file,
     exists,
     fetched,
@@ -22,7 +23,7 @@ from mixtral_jax.data.records.files import (
     sizes_below,
 )
 from mixtral_jax.data.records.lump import Census, Lump, Unit
-from mixtral_jax.data.records.selection import Choice, choose, source_files
+from mixtral_jax.data.records.selection import Chosen, choose, source_files
 from mixtral_jax.data.records.sources import (
     compression,
     data_files,
@@ -33,12 +34,15 @@ from mixtral_jax.data.records.sources import (
 )
 from mixtral_jax.data.records.staging import (
     COPIED,
+    META,
     clear_scratch,
     digest,
+    kept,
     locked,
     scratch,
     stage_in,
     staging_room,
+    stripe,
     write_atomically,
 )
 from mixtral_jax.data.records.units import units_of

@@ -1,5 +1,6 @@
 """Readers of formats that hold records rather than lines: Parquet, ArrayRecord, TFDS, Hugging Face data sets."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -195,7 +196,8 @@ def array_record(source: SourceConfig, unit: Unit, columns: tuple[str, ...], cen
 def _array_reader(file: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(local_copy(file))
+    with local_copy(file) as copy:
+        reader = ArrayRecordReader(copy)
     if not reader.ok():  # a damaged file says that it has 0 records, and raises when it is closed
         raise ValueError(f"{file} cannot be read as ArrayRecord: it is damaged, cut off, or of another kind")
     return reader
@@ -229,29 +231,38 @@ def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
 
 def tfds(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Census) -> Records:
     """Records of one split of a TFDS data set that was prepared as ArrayRecord files."""
-    path, builder, split = unit.file, *_tfds_split(source, unit.file)
-    records = builder.as_data_source(split=split)
-    wanted = _present(path, builder.info.features.keys(), columns)
-    for numbers in _batches(unit, len(records)):
-        for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
-            try:
-                yield {key: _plain(record[key]) for key in wanted}
-            except UnicodeDecodeError:
-                census.report(Place(path, number + 1), "not UTF-8")
-                yield None
+    path = unit.file
+    with _tfds_split(source, path) as (builder, split):
+        records = builder.as_data_source(split=split)
+        wanted = _present(path, builder.info.features.keys(), columns)
+        for numbers in _batches(unit, len(records)):
+            for number, record in zip(numbers, records.__getitems__(numbers), strict=True):
+                try:
+                    yield {key: _plain(record[key]) for key in wanted}
+                except UnicodeDecodeError:
+                    census.report(Place(path, number + 1), "not UTF-8")
+                    yield None
 
 
 def tfds_records(source: SourceConfig, path: str) -> int:
     """Records of a split of a TFDS data set."""
-    builder, split = _tfds_split(source, path)
-    return int(builder.info.splits[split].num_examples)
+    with _tfds_split(source, path) as (builder, split):
+        return int(builder.info.splits[split].num_examples)
 
 
-def _tfds_split(source: SourceConfig, path: str) -> tuple[Any, str]:
+@contextlib.contextmanager
+def _tfds_split(source: SourceConfig, path: str) -> Iterator[tuple[Any, str]]:
+    """Of a data set elsewhere the copies stay until the end of the block: files are opened when they are read."""
+    with local_directory(path) as copy:
+        builder = _tfds_builder(path, copy)
+        yield builder, _split_of(source, path, builder)
+
+
+def _tfds_builder(path: str, copy: str) -> Any:
     import tensorflow_datasets
 
     try:
-        builder = tensorflow_datasets.builder_from_directory(local_directory(path))
+        builder = tensorflow_datasets.builder_from_directory(copy)
     except Exception as error:  # a missing or damaged dataset_info.json raises one of a dozen kinds
         raise ValueError(f"{path} cannot be read as a TFDS data set: {_first_line(error)}") from None
     if str(builder.info.file_format.value) != "array_record":
@@ -259,11 +270,15 @@ def _tfds_split(source: SourceConfig, path: str) -> tuple[Any, str]:
             f"{path} holds {builder.info.file_format.value} files, which need TensorFlow: "
             "prepare the data set with file_format='array_record'"
         )
+    return builder
+
+
+def _split_of(source: SourceConfig, path: str, builder: Any) -> str:
     splits = list(builder.info.splits)
     split = source.split or ("train" if "train" in splits else "")
     if split not in splits:
         raise ValueError(f"{path} has the splits {', '.join(splits)}: set split to one of them")
-    return builder, split
+    return split
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,20 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from mixtral_jax.data.records.staging import COPIED, digest, has_room, patiently, stage, staging_room, write_atomically
+from mixtral_jax.data.records.staging import (
+    COPIED,
+    META,
+    START,
+    digest,
+    has_room,
+    kept,
+    locked,
+    patiently,
+    stage,
+    staging_room,
+    stripe,
+    write_atomically,
+)
 
 _DEPTH = 4  # of folders in an entry of the cache
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -25,6 +38,7 @@ for _scheme in ("http", "https"):
 
 
 T = TypeVar("T")
+_known: dict[tuple[str, str], dict[str, Any]] = {}  # by start and address: each look takes a while
 
 
 def is_remote(path: str) -> bool:
@@ -55,13 +69,10 @@ def open_file(path: str) -> Iterator[Any]:
 def _opened(path: str) -> Any:
     if not is_remote(path):
         return open(path, "rb")
-    if not has_room(file_size(path)):
+    if not has_room(file_identity(path)[0] or 0):
         return fsspec.open(path, "rb")
-    for _ in range(9):  # another process may drop the copy before it is opened
-        copy = local_copy(path)
-        with contextlib.suppress(FileNotFoundError):
-            return open(copy, "rb")
-    raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", path)
+    with local_copy(path) as copy:
+        return open(copy, "rb")
 
 
 def cannot_read(path: str, error: Exception, how: str = "") -> Exception:
@@ -72,52 +83,80 @@ def cannot_read(path: str, error: Exception, how: str = "") -> Exception:
     return ValueError(f"{path} cannot be read{how}: {said.splitlines()[0]}")
 
 
-def local_copy(path: str) -> str:
+@contextlib.contextmanager
+def _copies(made_of: Any, about: dict[str, Any]) -> Iterator[Path]:
+    """The directory of the copies of what `made_of` tells from all else; they stay until the end of the block."""
+    directory = staging_room()[0] / "copies" / digest(made_of)[:24]
+    if not (directory / COPIED).exists():
+        with locked(stripe(staging_room()[0], str(directory))):  # written once: it is what `kept` locks
+            directory.mkdir(parents=True, exist_ok=True)
+            if not (directory / COPIED).exists():
+                write_atomically(directory / COPIED, json.dumps(about))
+    with kept(directory):
+        yield directory
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
     """A file of this machine with the content of `path`: itself, or a copy that is made now, or was made before.
+
+    A copy that is not opened may be dropped behind the block.
 
     Raises:
         OSError: it cannot be fetched.
     """
     if not is_remote(path):
-        return path
-    identity = file_identity(path)
-    directory = staging_room()[0] / "copies" / digest(identity)[:24]
-    if not (directory / COPIED).exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / COPIED, json.dumps({"address": path}))
-    place = directory / os.path.basename(own_name(path))
-    return str(stage(place, identity[0], lambda to: _get(path, to), path))
+        yield path
+        return
+    identity, name = file_identity(path), os.path.basename(own_name(path))[-100:]
+    with _copies(identity, {"address": path}) as directory:
+        place = directory / (name if name.strip(".") else "file")
+        yield str(stage(place, identity[0], lambda to: _get(path, to), path))
 
 
-def local_directory(path: str, names: Iterable[str] | None = None) -> str:
+@contextlib.contextmanager
+def local_directory(path: str, names: Iterable[str] | None = None) -> Iterator[str]:
     """The same of a directory, with all that is below it or, of an address, with those of `names` that are there.
 
     Raises:
         OSError: it cannot be fetched.
     """
     if not is_remote(path):
-        return path
+        yield path
+        return
     known = _below(path) if names is None else {n: it for n in names if (it := _info(join(path, n)))}
-    directory = staging_room()[0] / "copies" / digest([path, str(known)])[:24]
-    directory.mkdir(parents=True, exist_ok=True)
     about = {"address": path, "files": {name: it["size"] for name, it in known.items()}}
-    write_atomically(directory / COPIED, json.dumps(about))
-    for name in known:
-        fetched(directory / name)
-    return str(directory)
+    with _copies([path, str(known)], about) as directory:
+        for name in known:
+            with fetched(directory / name):
+                pass
+        yield str(directory)
 
 
-def fetched(path: Path) -> Path:
-    """`path`, which is fetched where it is missing and can be: a directory above it is a copy of one elsewhere."""
+@contextlib.contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """`path`, which is fetched where it is missing and can be: a directory above it is a copy of one elsewhere.
+
+    It may be dropped again where it is not opened in the block.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
     above = next((directory for directory in path.parents[:_DEPTH] if (directory / COPIED).exists()), None)
     if above is None:
-        return path
+        yield path
+        return
     copied, name = json.loads((above / COPIED).read_text()), path.relative_to(above).as_posix()
     address = join(copied["address"], name)
-    try:
-        return stage(path, copied["files"].get(name), lambda to: _get(address, to), address)
-    except FileNotFoundError:
-        raise OSError(errno.ESTALE, "is there no more, though it was: prepare the data again", address) from None
+    with kept(above):
+        try:
+            place = stage(path, copied["files"].get(name), lambda to: _get(address, to), address)
+        except FileNotFoundError:
+            remedy, cache = "start again", copied["address"].rpartition("/")
+            if (above / META).exists():
+                remedy = f"mixtral-jax data cache rm {cache[2]} --cache-dir {cache[0]}, and prepare the data again"
+            raise OSError(errno.ESTALE, f"is there no more, though it was: {remedy}", address) from None
+        yield place
 
 
 def _get(address: str, to: str) -> None:
@@ -176,16 +215,32 @@ def _ask(address: str, question: Callable[[Any, str], T]) -> T:
 
 
 def _info(address: str) -> dict[str, Any]:
-    """What a file system knows of an address; nothing: there is nothing. `fs.exists` takes a failure for that, too."""
+    """What a file system knows of an address; nothing: there is nothing. `fs.exists` takes a failure for that, too.
+
+    While data is prepared each address is asked once, until `ask_anew`.
+    """
+    key = os.environ.get(START, ""), address
     try:
-        return _ask(address, lambda fs, name: fs.info(name))
+        known = _known.get(key) or _ask(address, lambda fs, name: fs.info(name))
     except FileNotFoundError:
         return {}
+    if key[0]:
+        _known[key] = known
+    return known
+
+
+def ask_anew() -> None:
+    """Forgets what was known of addresses."""
+    _known.clear()
 
 
 def file_size(path: str) -> int:
-    """Bytes of a file as it is stored."""
-    return file_identity(path)[0] or 0 if is_remote(path) else os.path.getsize(path)
+    """Bytes of a file as it is stored; of one elsewhere whose server does not say, those of its copy."""
+    size: int | None = file_identity(path)[0]
+    if size is None:
+        with local_copy(path) as copy:
+            return os.path.getsize(copy)
+    return size
 
 
 def file_identity(path: str) -> list[Any]:

@@ -5,11 +5,14 @@ in memory.
 """
 
 import errno
+import os
 from typing import Any
 
 import fsspec
 import requests
 from fsspec.implementations.http_sync import HTTPFileSystem
+
+from mixtral_jax.data.records.staging import START
 
 _SECONDS = 15, 60  # to connect, and between two pieces of an answer
 _PIECE_BYTES = 1 << 20
@@ -23,34 +26,30 @@ class WebFiles(HTTPFileSystem):
     def _ask(self, method: str, url: str, **options: Any) -> requests.Response:
         # `identity`: the size of a file is that of its own bytes, not of those that a server compresses on the way
         headers = {"Accept-Encoding": "identity", "Connection": "close"}
-        answer = self.session.request(
-            method, self.encode_url(url), timeout=_SECONDS, headers=headers, allow_redirects=True, **options
-        )
+        try:
+            answer = self.session.request(
+                method, self.encode_url(url), timeout=_SECONDS, headers=headers, allow_redirects=True, **options
+            )
+        except (ValueError, requests.TooManyRedirects) as error:  # no address, or one that leads to itself
+            raise ValueError(f"{url} cannot be read: {error}") from None
         if answer.status_code in (404, 410):
             raise FileNotFoundError(errno.ENOENT, f"is not there ({answer.status_code})", url)
-        if answer.status_code in (401, 403):
+        if answer.status_code in (401, 403) and method != "HEAD":
             raise PermissionError(errno.EACCES, f"may not be read ({answer.status_code} {answer.reason})", url)
         return answer
 
     def info(self, url: str, **options: Any) -> dict[str, Any]:
         """Size (None: the server does not say) and what changes when the content does."""
         answer = self._ask("HEAD", url)
-        if answer.status_code in (405, 501):  # some servers know GET alone
+        if answer.status_code in (401, 403, 405, 501):  # some servers know GET alone, or an address allows no more
             answer = self._ask("GET", url, stream=True)
             answer.close()
         answer.raise_for_status()
         names = ("ETag", "Last-Modified", "Content-MD5")
         size = answer.headers.get("Content-Length")
         known = {name: answer.headers[name] for name in names if name in answer.headers}
+        known = known or {"asked": os.environ.get(START, "")}  # who says nothing is asked anew by each start
         return {"name": url, "type": "file", "size": int(size) if size else None, **known}
-
-    def exists(self, path: str, **options: Any) -> bool:
-        """Whether the server has it."""
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """The bytes of a small file."""

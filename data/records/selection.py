@@ -34,14 +34,14 @@ _DOCUMENT = re.compile(r"\.md(\.gz|\.zst)?$", re.IGNORECASE)
 _SHOWN = 4  # names
 
 
-class Choice(NamedTuple):
+class Chosen(NamedTuple):
     """The files and data set directories of a source, and a line that says which they are and what was left out."""
 
     files: tuple[str, ...]
     described: str
 
 
-def choose(source: SourceConfig) -> Choice:
+def choose(source: SourceConfig) -> Chosen:
     """What a source reads, sorted within each of its paths.
 
     A file that is named is data, whatever its name. Of a directory, and of what a glob matches, cards and licences are
@@ -64,7 +64,7 @@ def choose(source: SourceConfig) -> Choice:
             raise ValueError(f"source {source.name!r}: {error}") from None
         chosen += found
         described.append(words)
-    return Choice(tuple(files.distinct(chosen)), "; ".join(described))
+    return Chosen(tuple(files.distinct(chosen)), "; ".join(described))
 
 
 def source_files(source: SourceConfig) -> list[str]:

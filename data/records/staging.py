@@ -23,10 +23,12 @@ from typing import Any, TypeVar
 
 PAUSES = (1.0, 3.0, 9.0)  # seconds before each further attempt
 ROOM = "MIXTRAL_JAX_STAGING"  # this process's staging directory and its bound, for the processes that it starts
+START = "MIXTRAL_JAX_START"  # another one each time that data is prepared; for them too
 _DIRECTORY = ".cache/mixtral-jax-staging"  # beside the usual cache
 _STRIPES = 64  # lock files
 _SILENCE_SECONDS = 3600.0
 COPIED = ".copied"  # in a directory whose files can be fetched again: its address, and their sizes
+META = "meta.json"  # of an entry of the cache: what it is, and its files
 # what no second attempt changes; of any other kind may be whatever a client of an object store raises
 _FINAL = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError, TypeError,
@@ -96,6 +98,19 @@ def locked(path: Path, waiting: str = "", say: Callable[[str], None] = lambda _:
         yield
 
 
+def stripe(root: Path, what: str) -> Path:
+    """The lock file of `what`, which is one of few that all share."""
+    return root / "locks" / f"stripe-{int(digest(what)[:8], 16) % _STRIPES:02d}"
+
+
+@contextlib.contextmanager
+def kept(directory: Path) -> Iterator[Path]:
+    """No copy in `directory` is dropped for others before the end of the block."""
+    with open(directory / COPIED, "rb") as mark:
+        fcntl.flock(mark, fcntl.LOCK_SH)
+        yield directory
+
+
 def patiently(what: str, action: Callable[[], T]) -> T:
     """action(), again after each of PAUSES where a network or a server refuses.
 
@@ -118,6 +133,7 @@ def patiently(what: str, action: Callable[[], T]) -> T:
 
 def stage_in(directory: str | None, limit: int | None) -> None:
     """From now on copies of this process, and of those that it starts, lie in `directory`, at most `limit` bytes."""
+    os.environ[START] = os.urandom(8).hex()
     os.environ[ROOM] = json.dumps([os.path.abspath(directory or _DIRECTORY), limit])
 
 
@@ -139,7 +155,7 @@ def stage(place: Path, size: int | None, fetch: Callable[[str], None], what: str
     with contextlib.suppress(OSError):
         os.utime(place)  # the newest of all now
         return place
-    with locked(staging_room()[0] / "locks" / f"{int(digest(str(place))[:8], 16) % _STRIPES:02d}"):
+    with locked(stripe(staging_room()[0], str(place))):
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             make_room(size or 0)
@@ -170,21 +186,29 @@ def _nearest(place: Path) -> Path:
 
 
 def make_room(size: int) -> None:
-    """Drops the copies that were not read for longest until `size` bytes more are within the bound."""
+    """Drops copies until `size` bytes more are within the bound: the longest unread first, none that is kept."""
     root, limit = staging_room()
     copies = sorted(_copies(root))
     disk = shutil.disk_usage(root)
     excess = size + (sum(copy[1] for copy in copies) - limit if limit else disk.total // 10 - disk.free)
-    for _, of_it, path in copies:
+    for _, of_it, path, above in copies:
         if excess <= 0:
             return
-        with contextlib.suppress(OSError):  # another process drops them too
-            os.unlink(path)
-        excess -= of_it
+        with contextlib.suppress(OSError), open(os.path.join(above, COPIED), "r+b") as mark:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            Path(path).unlink(missing_ok=True)  # another process drops them too
+            excess -= of_it
+    if limit and excess > 0:
+        _say_once(f"data.staging_bytes ({limit:,}) is {excess:,} bytes less than the copies that are read at once")
 
 
-def _copies(root: Path) -> Iterator[tuple[float, int, str]]:
-    """(last read, bytes, path) of everything that can be fetched again."""
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _copies(root: Path) -> Iterator[tuple[float, int, str, str]]:
+    """(last read, bytes, path, the directory that is marked) of everything that can be fetched again."""
     for above, folders, names in os.walk(root):
         if COPIED not in names:
             continue
@@ -192,5 +216,6 @@ def _copies(root: Path) -> Iterator[tuple[float, int, str]]:
         for path in Path(above).rglob("*"):
             with contextlib.suppress(OSError):
                 found = path.stat()
-                if path.name not in (COPIED, "meta.json") and stat.S_ISREG(found.st_mode):
-                    yield found.st_mtime, found.st_size, str(path)
+                is_underway = ".tmp-" in path.name and time.time() - found.st_mtime < _SILENCE_SECONDS
+                if path.name not in (COPIED, META) and stat.S_ISREG(found.st_mode) and not is_underway:
+                    yield found.st_mtime, found.st_size, str(path), above

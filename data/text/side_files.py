@@ -142,10 +142,10 @@ def from_address(address: str, load: Callable[[Path], Any]) -> Any:
     names = {name} if name else {"tokenizer.model", "tokenizer.json"}
     if not name and is_directory(above):
         names |= {file for file in files_below(above) if "/" not in file and ".model" in file}
-    copy = local_directory(above, sorted(names.union(FILES)))
-    try:
-        tokenizer = load(Path(copy, name))
-    except ValueError as error:
-        raise ValueError(str(error).replace(copy, above)) from None
+    with local_directory(above, sorted(names.union(FILES))) as copy:
+        try:
+            tokenizer = load(Path(copy, name))
+        except ValueError as error:
+            raise ValueError(str(error).replace(copy, above)) from None
     tokenizer.notes = tuple(note.replace(copy, above) for note in tokenizer.notes)
     return tokenizer

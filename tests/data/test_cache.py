@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.data.prepare.cache import content_hash, digest, load_prepared, locked, write_atomically
+from mixtral_jax.data.prepare.cache import digest, load_prepared, locked, write_atomically
+from mixtral_jax.data.prepare.hashes import content_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 

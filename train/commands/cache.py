@@ -15,7 +15,9 @@ from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare import Entry, drop, entries
 from mixtral_jax.data.records import is_remote, stage_in
 from mixtral_jax.train.config import load_config
+from mixtral_jax.train.console import age
 from mixtral_jax.train.errors import ExitCode, UserError
+from mixtral_jax.train.plan import human_bytes
 
 _DAYS = {"h": 1 / 24, "d": 1, "w": 7}
 
@@ -31,17 +33,11 @@ def ls(config: str | None, *, cache_dir: str | None = None, as_json: bool = Fals
         return ExitCode.DONE
     table = Table("id", "kind", "made of", "size", "made", "last use", "state", box=None, pad_edge=False)
     for each in found:
-        table.add_row(
-            _short(each, found),
-            each.kind,
-            each.made_of,
-            _size(each.bytes),
-            _ago(each.made),
-            _ago(each.used),
-            each.state,
-        )
-    Console(highlight=False, soft_wrap=True, markup=False).print(table)
-    print(f"{place}: {len(found):,} entries, {_size(sum(each.bytes for each in found))}")
+        times = _ago(each.made), _ago(each.used)
+        table.add_row(_short(each, found), each.kind, each.made_of, human_bytes(each.bytes), *times, each.state)
+    width = None if sys.stdout.isatty() else 10_000  # for grep, a line each
+    Console(width=width, highlight=False, soft_wrap=True, markup=False).print(table)
+    print(f"{place}: {len(found):,} entries, {human_bytes(sum(each.bytes for each in found))}")
     return ExitCode.DONE
 
 
@@ -64,8 +60,11 @@ def rm(
             "name ids of entries (mixtral-jax data cache ls), or say --unused-for 30d, --unfinished or --all"
         )
     place, found = _look(files[0] if files else None, cache_dir)
-    if days is not None and is_remote(place):
-        raise UserError(f"--unused-for: of {place}, behind an address, nobody knows what was used when: name ids")
+    if is_remote(place) and (days is not None or unfinished):
+        raise UserError(
+            f"of {place}, behind an address, nobody knows what was used when, nor what is uploaded at this moment: "
+            "name ids, not --unused-for or --unfinished"
+        )
     named = [_named(name, found, place) for name in names]
     chosen = [
         each
@@ -73,7 +72,7 @@ def rm(
         if each in named
         or everything
         or (unfinished and each.state in ("unfinished", "damaged"))
-        or (days is not None and each.state != "in use" and time.time() - (each.used or 0) > days * 86400)
+        or (days is not None and each.used and each.state != "in use" and time.time() - each.used > days * 86400)
     ]
     if used := [each.id for each in named if each.state == "in use"]:
         raise UserError(
@@ -81,13 +80,8 @@ def rm(
         )
     freed, kept = _drop(chosen, place, yes=yes, dry_run=dry_run, quiet=as_json)
     if as_json:
-        result = {
-            "cache": place,
-            "removed": [e.id for e in freed],
-            "bytes": sum(e.bytes for e in freed),
-            "in_use": kept,
-        }
-        print(json.dumps({**result, "dry_run": dry_run}))
+        result = {"cache": place, "removed": [e.id for e in freed], "bytes": sum(e.bytes for e in freed)}
+        print(json.dumps({**result, "in_use": kept, "dry_run": dry_run}))
     if kept:
         raise UserError(f"{', '.join(kept)} of {place} stays: a process that lives uses it")
     return ExitCode.DONE
@@ -98,9 +92,9 @@ def _drop(chosen: list[Entry], place: str, *, yes: bool, dry_run: bool, quiet: b
     say = (lambda line: None) if quiet else print
     free = [each for each in chosen if each.state != "in use"]
     kept = [each.id for each in chosen if each.state == "in use"]
-    total = f"{len(free):,} entries, {_size(sum(each.bytes for each in free))}"
+    total = f"{len(free):,} entries, {human_bytes(sum(each.bytes for each in free))}"
     for each in free:
-        say(f"{each.id}  {each.kind}  {each.made_of}  {_size(each.bytes)}  {each.state}")
+        say(f"{each.id}  {each.kind}  {each.made_of}  {human_bytes(each.bytes)}  {each.state}")
     if dry_run or not free:
         say(f"{place}: {'would free' if dry_run else 'nothing to remove:'} {total}")
         return free, kept
@@ -112,7 +106,7 @@ def _drop(chosen: list[Entry], place: str, *, yes: bool, dry_run: bool, quiet: b
             return [], []
     freed = [each for each in free if drop(each)]
     kept += [each.id for each in free if each not in freed]
-    say(f"{place}: freed {len(freed):,} entries, {_size(sum(each.bytes for each in freed))}")
+    say(f"{place}: freed {len(freed):,} entries, {human_bytes(sum(each.bytes for each in freed))}")
     return freed, kept
 
 
@@ -157,18 +151,5 @@ def _short(entry: Entry, found: list[Entry]) -> str:
     return head + slash + last[:length]
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _ago(when: float | None) -> str:
-    if when is None:
-        return "-"
-    hours = max(0.0, time.time() - when) / 3600
-    return (
-        f"{60 * hours:.0f} min ago" if hours < 2 else f"{hours:.0f} h ago" if hours < 48 else f"{hours / 24:.0f} d ago"
-    )
+    return "-" if when is None else f"{age(max(0.0, time.time() - when))} ago"

@@ -13,6 +13,7 @@ import jax
 
 from mixtral_jax.data.loader import EvalSource, eval_sources
 from mixtral_jax.data.prepare import digest, prepare
+from mixtral_jax.data.records import stage_in
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
@@ -57,6 +58,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
     Raises:
         UserError: the file has no validation sources, or its tokenizer does not fit the model.
     """
+    stage_in(config.data.staging_dir, config.data.staging_bytes)
     config = with_tokenizer(config, checkpoint)
     data = config.data
     if not data.validation:

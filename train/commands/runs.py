@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from mixtral_jax.train.console import clock, eval_lines, train_line
+from mixtral_jax.train.console import age, eval_lines, train_line
 from mixtral_jax.train.errors import UserError
 
 SILENT_SECONDS = 60  # a run that lives writes STATUS every 10
@@ -367,7 +367,7 @@ def _told(line: Mapping[str, Any], steps: int | None) -> str:
 
 def _standing(row: Row) -> str:
     """The state of a run in a line."""
-    ago = "" if row.age is None else f" ({_ago(row.age)} ago)"
+    ago = "" if row.age is None else f" ({age(row.age)} ago)"
     return f"{row.state}{ago}{f': {row.reason}' if row.reason else f' at step {row.step}'}"
 
 
@@ -376,11 +376,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
     goodput = "-" if row.goodput is None else f"{row.goodput:.1%}"
     loss = "-" if row.loss is None else f"{row.loss:.4f}"
-    return Path(row.run).name, row.state, step, loss, speed, goodput, "-" if row.age is None else _ago(row.age)
-
-
-def _ago(seconds: float) -> str:
-    return f"{seconds / 86400:.1f} days" if seconds >= 86400 else clock(seconds)
+    return Path(row.run).name, row.state, step, loss, speed, goodput, "-" if row.age is None else age(row.age)
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixtral_jax.data.loader import EvalSource
-from mixtral_jax.data.prepare import PreparedSource, digest, keep, open_cache, recall
+from mixtral_jax.data.prepare import PreparedSource, Use, digest, keep, open_cache, recall
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.meetings import gather, hear, meet
 
@@ -59,7 +59,10 @@ def precomputed(
         if source.fingerprint not in result:
             key = {**made_of, "rows": source.fingerprint}  # of content, tokenizer, template, seq_len and packing
             directory = f"references/{digest(key)[:24]}"
-            result[source.fingerprint] = _numbers(open_cache(cache_dir), directory, key, source, ask, rows, share, say)
+            cache = open_cache(cache_dir)
+            use = Use(cache, directory)
+            result[source.fingerprint] = _numbers(cache, directory, key, source, ask, rows, share, say)
+            use.end()
     return result
 
 
