@@ -32,7 +32,8 @@ def cluster(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     environment = {
-        **os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
+        **os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",  # of the tests, which give each process several devices
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "SLURM_TEST_PORT": str(20000 + os.getpid() % 5000 * 3),
     }  # fmt: skip
     subprocess.run([CLUSTER, "start", directory], env=environment, check=True)
