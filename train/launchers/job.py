@@ -168,7 +168,7 @@ def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str)
     What is written must outlive it. `mounted` None: what is there is not known.
 
     Raises:
-        UserError: one that is inside of the container and should not be, or is not in it; or on nothing that is mounted.
+        UserError: one that goes with the container, or is not in it, or is on nothing that is mounted.
     """
     for key, place in places(config):
         if not place.startswith("/"):
