@@ -51,7 +51,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = supervised("undisturbed", folder, steps, n)
-        kills = ("--kill-every", str(args.every), "--kills", str(args.kills))
+        kills = ("--kill-every", f"{args.every:g}s", "--kills", str(args.kills))
         killed = supervised("killed", folder, steps, n, *kills)
         apart = farthest(whole, killed)
         print(f"{steps} steps on {n} processes, {args.kills} kills: the losses differ by {apart:g}")

@@ -1,6 +1,7 @@
 """What a person sees: a progress bar in a terminal, plain lines elsewhere; every line goes to the log file too."""
 
 import math
+import re
 import sys
 import time
 import warnings
@@ -11,6 +12,7 @@ from typing import IO, Any, cast
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.streams import Lasting
 
 
@@ -126,6 +128,18 @@ def clock(seconds: float) -> str:
 def age(seconds: float) -> str:
     """As `clock`, or 1.5 days from a day on."""
     return f"{seconds / 86400:.1f} days" if seconds >= 86400 else clock(seconds)
+
+
+def duration(text: str, option: str, such: str) -> float:
+    """Seconds of `30s`, `2m`, `12h`, `30d` or `4w`.
+
+    Raises:
+        UserError: it is none, which names the option and what it may be.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if not found:
+        raise UserError(f"{option} {text!r} is no time such as {such}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
 
 
 def _maybe(metrics: Mapping[str, float | None], name: str, form: str) -> str:

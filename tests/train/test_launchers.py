@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from ruamel.yaml import YAML
 
 from mixtral_jax import launch
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import engine_name, points
+from mixtral_jax.train.launchers import sky
+from mixtral_jax.train.launchers.job import Machine, engine_name, points
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
 from mixtral_jax.train.launchers.verdict import MOST, Verdict, last_attempt, verdict
 from mixtral_jax.train.plan import parse_topology
@@ -33,6 +35,7 @@ def attempt(run, number, status=None, checkpoints=()):
     (run / "attempts" / str(number)).mkdir(parents=True, exist_ok=True)
     if status is not None:
         (run / "STATUS").write_text(json.dumps({"attempt": number, **status}))
+    (run / "config.yaml").write_text("checkpoint: {directory: null}\n")
     for step in checkpoints:
         (run / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
 
@@ -58,6 +61,12 @@ def test_a_status_of_another_start_or_of_none_says_nothing(tmp_path, status):
     assert verdict(tmp_path, 137, before=0).reason.startswith("ended by signal 9")
 
 
+@pytest.fixture
+def _empty_ones_are_whole(monkeypatch):
+    monkeypatch.setattr("mixtral_jax.checkpoint.damage", lambda path: None)
+
+
+@pytest.mark.usefixtures("_empty_ones_are_whole")
 def test_three_times_without_a_new_checkpoint_and_no_more(tmp_path):
     attempt(tmp_path, 1, checkpoints=[10])
     for _ in range(MOST):
@@ -68,13 +77,27 @@ def test_three_times_without_a_new_checkpoint_and_no_more(tmp_path):
     assert verdict(tmp_path, 0, 0) == Verdict(False, 0, "done")
 
 
+@pytest.mark.usefixtures("_empty_ones_are_whole")
 def test_checkpoints_elsewhere_count(tmp_path):
-    (tmp_path / "run" / "launch").mkdir(parents=True)
-    (tmp_path / "run" / "launch" / "run.yaml").write_text(f"checkpoint:\n  every: 5\n  directory: {tmp_path}/steps\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"checkpoint: {{every: 5, directory: '{tmp_path}/steps'}}\n")
     for step in range(2 * MOST):
         (tmp_path / "steps" / str(step)).mkdir(parents=True)
         assert verdict(tmp_path / "run", 76, 0).again
     assert last_attempt(tmp_path / "run") == 0
+
+
+def test_a_checkpoint_that_is_not_whole_is_none(tmp_path):
+    attempt(tmp_path, 1)
+    for step in range(MOST):
+        attempt(tmp_path, 1, checkpoints=[step])
+        assert verdict(tmp_path, 75, 0).again
+    assert not verdict(tmp_path, 75, 0).again
+
+
+def test_a_verdict_is_found_where_no_bucket_answers(tmp_path):
+    (tmp_path / "config.yaml").write_text("checkpoint: {directory: 'no-such-scheme://bucket/steps'}\n")
+    assert verdict(tmp_path, 75, 0).again
 
 
 def test_points_of_a_sweep():
@@ -94,17 +117,20 @@ def test_points_of_a_sweep():
 def test_names_that_engines_take():
     assert engine_name("Mixtral_8x7B.v1") == "mixtral-8x7b-v1"
     assert engine_name("2runs") == "r-2runs" and len(engine_name("a" * 90)) <= 40
+    assert engine_name("a" * 50) != engine_name("a" * 51) and len(engine_name("2" * 39)) <= 40
     with pytest.raises(UserError, match="letters"):
         engine_name("!!")
 
 
 # --- SLURM ---
 
+RUNS = "a b's 100%"
+
 
 @pytest.fixture
 def config(tmp_path):
     """A file whose run lies in a directory of its own."""
-    return ["configs/sft/tiny.yaml", f"output_dir={tmp_path / 'runs'}"]
+    return ["configs/sft/tiny.yaml", f"output_dir={tmp_path / RUNS}"]
 
 
 def test_the_script_of_a_run(config, tmp_path, capsys, monkeypatch):
@@ -112,29 +138,64 @@ def test_the_script_of_a_run(config, tmp_path, capsys, monkeypatch):
     words = ["--nodes", "2", "--devices", "4", "--time", "01:00:00", "--partition", "gpu", "--sbatch=--exclusive"]
     assert submit("slurm", *config, *words) == 0
     said = capsys.readouterr().out
-    script = tmp_path / "runs" / "sft-tiny" / "launch" / "job.sbatch"
+    script = tmp_path / RUNS / "sft-tiny" / "launch" / "job.sbatch"
     text = script.read_text()
     assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=4", "#SBATCH --signal=B:USR1@180", "#SBATCH --requeue",
             "#SBATCH --exclusive", "#SBATCH --partition=gpu"} <= set(text.splitlines())  # fmt: skip
-    assert "mesh data 8" in said and "--go" in said and f"sbatch {script}" in said
+    assert "mesh data 8" in said and "--go" in said and f"sbatch {shlex.quote(str(script))}" in said
+    assert "MiB a device before activations" in said
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
     subprocess.run(["bash", "-n", script], check=True)
 
 
 def test_a_sweep_is_an_array_of_runs(config, tmp_path):
     assert submit("slurm", *config, "--sweep", "optimizer.learning_rate=1e-4,3e-4", "--sweep", "seed=0,1") == 0
-    script = tmp_path / "runs" / "sft-tiny-learning_rate.sweep" / "launch" / "job.sbatch"
+    script = tmp_path / RUNS / "sft-tiny-learning_rate.sweep" / "launch" / "job.sbatch"
     text = script.read_text()
     assert "#SBATCH --array=0-3" in text
-    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if (p / "launch" / "run.yaml").exists())
+    runs = sorted(p.name for p in (tmp_path / RUNS).iterdir() if (p / "launch" / "run.yaml").exists())
     assert runs == [f"sft-tiny-learning_rate={rate}-seed={seed}" for rate in ("1e-4", "3e-4") for seed in (0, 1)]
     assert all(run in text for run in runs)
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
 
 
+def test_points_of_a_sweep_differ_in_what_was_swept(config, tmp_path, capsys):
+    words = ["--sweep", "optimizer.learning_rate=1e-4,3e-4", f"checkpoint.directory={tmp_path}/steps"]
+    assert submit("slurm", *config, *words) == 0
+    runs = [tmp_path / RUNS / f"sft-tiny-learning_rate={rate}" for rate in ("1e-4", "3e-4")]
+    for run in runs:  # as the run writes it
+        (run / "config.yaml").write_text((run / "launch" / "run.yaml").read_text())
+        (run / "STATUS").write_text("{}")
+    capsys.readouterr()
+    assert launch.main(["runs", "diff", *map(str, runs), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == {
+        "optimizer.learning_rate": [1e-4, 3e-4],
+        "checkpoint.directory": [f"{tmp_path}/steps/learning_rate={rate}" for rate in ("1e-4", "3e-4")],
+    }
+
+
+def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config, tmp_path):
+    assert submit("slurm", *config, "--container", "me/mixtral:1") == 0
+    script = tmp_path / RUNS / "sft-tiny" / "launch" / "job.sbatch"
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
+    text = script.read_text()
+    told = "--container-image=me/mixtral:1 "
+    assert sys.executable not in text and text.count(told) == 2
+    assert f"srun --nodes=1 --ntasks=1 {told}" in text and f"srun --kill-on-bad-exit=0 {told}" in text
+    mounts = next(w for w in shlex.split(text[text.index(told) :]) if w.startswith("--container-mounts="))
+    seen = mounts.partition("=")[2].split(",")
+    assert {f"{place}:{place}" for place in (os.getcwd(), tmp_path / RUNS, Path("data/samples").absolute())} <= set(
+        seen
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["--time", "soon"], "--time soon: minutes"),
+        (["--warn-seconds", "0"], "--warn-seconds 0"),
+        (["--partition", "a\nb"], "one line"),
+        (["--sweep", "seed"], "--sweep seed: KEY=VALUE"),
         (["--nodes", "3", "--devices", "1", "mesh.data=2"], "3 nodes with 1 device"),
         (["--nodes", "0"], "nodes is 0"),
         (["--devices", "3", "--processes", "2"], "cannot be shared evenly"),
@@ -177,7 +238,7 @@ def cluster(tmp_path, config, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert submit("slurm", *config, "--devices", "1") == 0
-    run = tmp_path / "runs" / "sft-tiny"
+    run = tmp_path / RUNS / "sft-tiny"
 
     def go(code=0, told=None):
         (fake / "code").write_text(str(code))
@@ -200,6 +261,22 @@ def test_a_signal_ahead_of_the_limit_is_handed_on_and_the_job_requeued(cluster):
     go, _ = cluster
     out, code, requeued = go(told=75)
     assert "told" in out and "again 75" in out and code == 75 and requeued
+
+
+def test_a_signal_before_anything_has_begun_starts_nothing(cluster):
+    go, run = cluster
+    script = run / "launch" / "job.sbatch"
+    script.write_text(script.read_text().replace("before=$(ask", "kill -USR1 $$\nbefore=$(ask"))
+    out, code, requeued = go()
+    assert "started" not in out and "again 75" in out and code == 75 and requeued
+
+
+def test_without_a_verdict_a_job_ends_and_a_chain_goes_on(cluster):
+    go, run = cluster
+    script = run / "launch" / "job.sbatch"
+    script.write_text(script.read_text().replace('said=$(ask "$code"', "said=$(false"))
+    _, code, requeued = go(code=75)
+    assert code != 0 and not requeued and not (run / "launch" / "final").exists()
 
 
 def test_a_mistake_is_not_requeued_and_ends_a_chain(cluster):
@@ -290,6 +367,19 @@ def _sources(file):
         yield "init_from=/data/base"
 
 
+@pytest.mark.parametrize(
+    ("topology", "count", "each"), [("h100-64", 8, {"nvidia.com/gpu": 8}), ("v5e-8", 1, {"google.com/tpu": 8})]
+)
+def test_a_machine_by_its_name(tmp_path, monkeypatch, topology, count, each):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/sft/tiny.yaml"
+    words = [*PATHS, *_sources(file), "--topology", topology, "global_batch_size=64", "micro_batch_size=64"]
+    assert submit("k8s", file, *words, "--image", "i", "--volume", "runs:/runs", "--volume", "d:/data") == 0
+    work = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))[1]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert work["completions"] == count
+    assert work["template"]["spec"]["containers"][0]["resources"]["limits"] == each
+
+
 def test_several_slices_find_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
@@ -326,7 +416,21 @@ def test_rules_of_a_jobset_count_those_of_its_pods(tmp_path, monkeypatch):
     ("words", "sentence"),
     [
         ([], "--image"),
-        (["--image", "i"], "is on no volume"),
+        (["--image", "i"], "on nothing that is mounted: put it on a volume with --volume CLAIM:/PATH"),
+        (["--image", "", "--volume", "r:/"], "a container image is expected"),
+        (
+            ["--image", "i", "--volume", "r:/", "data.cache_dir=cache"],
+            "data.cache_dir: cache is inside of the container",
+        ),
+        (["--image", "i", "--volume", "r:/", "init_from=runs/x"], "init_from: runs/x is not in the project"),
+        (["--image", "i", "--volume", "r:/", "--volume", "s:/"], "at the same path"),
+        (["--image", "i", "--volume", "r:/", "--namespace", "A_b"], "--namespace 'A_b'"),
+        (["--image", "i", "--volume", "r:/", "--queue", "a b"], "--queue 'a b'"),
+        (["--image", "i", "--volume", "r:/", "--grace-seconds", "-1"], "--grace-seconds is -1"),
+        (
+            ["--image", "i", "--volume", "r:/", "--plain-job", "--topology", "2xv5p-64", "mesh.dcn_data=2"],
+            "has no slices",
+        ),
         (["--image", "i", "--volume", "runs"], "CLAIM:/PATH"),
         (["--image", "i", "--volume", "r:/", "output_dir=runs"], "goes with it"),
         (["--image", "i", "--volume", "r:/", "--topology", "v9-1"], "unknown topology"),
@@ -358,7 +462,10 @@ def test_a_managed_job(tmp_path, monkeypatch):
     file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
     words = [*PATHS, *_sources(file), "--nodes", "4", "--accelerators", "H100:8", "--mount", "/runs=s3://mine"]
     assert submit("sky", file, *words) == 2  # data on no mount
-    assert submit("sky", file, *words, "--mount", "/data=s3://data") == 0
+    words += ["--mount", "/data=s3://data"]
+    assert submit("sky", file, *words) == 2  # nothing here that could be installed
+    (tmp_path / "pyproject.toml").touch()
+    assert submit("sky", file, *words) == 0
     task = YAML(typ="safe").load(next(tmp_path.glob("runs/*/launch/task.yaml")))
     assert task["resources"]["job_recovery"] == {
         "max_restarts_on_errors": 3,
@@ -366,6 +473,56 @@ def test_a_managed_job(tmp_path, monkeypatch):
     }
     assert task["num_nodes"] == 4 and task["run"].endswith("pretrain /etc/mixtral-jax/run.yaml")
     assert Path(task["file_mounts"]["/etc/mixtral-jax/run.yaml"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "nodes", "machine"),
+    [("H100:8", 4, Machine(4, 8)), ("A100-80GB", 1, Machine(1, 1)), ("tpu-v6e-16", 1, Machine(4, 4)),
+     ("tpu-v5p-64", 1, Machine(8, 4)), ("tpu-v5litepod-8:1", 1, Machine(1, 8))],
+)  # fmt: skip
+def test_what_skypilot_calls_a_machine(accelerators, nodes, machine):
+    assert sky.machine(accelerators, nodes) == machine
+
+
+@pytest.mark.parametrize(("accelerators", "nodes"), [("tpu-v6e-16", 2), ("tpu-v9-8", 1), ("H100:x", 1), ("H100:0", 1)])
+def test_what_skypilot_has_no_name_for(accelerators, nodes):
+    with pytest.raises(UserError):
+        sky.machine(accelerators, nodes)
+
+
+SKY_CHECK = """
+import sys, yaml, sky
+from sky.utils import common_utils, schemas
+for name in sys.argv[1:]:
+    told = yaml.safe_load(open(name))
+    common_utils.validate_schema(told, schemas.get_task_schema(), "task: ")
+    common_utils.validate_schema(told["resources"], schemas.get_resources_schema(), "resources: ")
+    print(sky.Resources.from_yaml_config(dict(told["resources"])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "SKY_PYTHON" not in os.environ, reason="SKY_PYTHON names no Python with skypilot 0.14 (94 packages)"
+)
+@pytest.mark.parametrize("accelerators", ["H100:8", "tpu-v6e-16"])
+def test_skypilot_takes_the_task(tmp_path, monkeypatch, accelerators):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    words = [
+        *PATHS,
+        *_sources(file),
+        "--accelerators",
+        accelerators,
+        "--mount",
+        "/runs=s3://mine",
+        "--mount",
+        "/data=s3://d",
+    ]
+    assert submit("sky", file, *words, "--image", "me/mixtral:1", "mesh.fsdp=-1") == 0
+    path = next(tmp_path.glob("runs/*/launch/task.yaml"))
+    subprocess.run([os.environ["SKY_PYTHON"], "-c", SKY_CHECK, path], check=True)
 
 
 XPK = {  # of `xpk workload create --help`
@@ -377,7 +534,9 @@ XPK = {  # of `xpk workload create --help`
 def test_an_xpk_workload(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
-    assert submit("xpk", file, "--topology", "v5p-64", "--cluster", "c", "--image", "i", "--zone", "z") == 0
+    words = ["--topology", "v5p-64", "--cluster", "c", "--image", "i", "--zone", "z"]
+    assert submit("xpk", file, *words) == 2  # its runs would be in the container
+    assert submit("xpk", file, *PATHS, *_sources(file), *words) == 0
     script = next(tmp_path.glob("runs/*/launch/xpk.sh"))
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
     words = script.read_text().splitlines()[1]
@@ -394,6 +553,40 @@ def test_an_xpk_workload(tmp_path, monkeypatch):
     assert subprocess.run(["sh", "-c", decoding], capture_output=True, text=True, check=True).stdout.startswith(
         "stage:"
     )
+
+
+# --- one example of each: GOLDEN=write makes the files anew ---
+
+LAUNCHED = Path(__file__).parent / "launched"
+MOUNTED = ["--volume", "runs:/runs", "--volume", "data:/data"]
+EXAMPLES = {
+    "slurm.sbatch": ["slurm", "--nodes", "4", "--time", "24:00:00", "output_dir=runs", "data.cache_dir=cache"],
+    "jobset.yaml": ["k8s", "--topology", "2xv5p-64", "mesh.dcn_data=2", "global_batch_size=1024", "--image", "i",
+                    *MOUNTED],
+    "job.yaml": ["k8s", "--nodes", "4", "--plain-job", "--image", "i", *MOUNTED],
+    "sky.yaml": ["sky", "--accelerators", "tpu-v5p-64", "--image", "i", "--mount", "/runs=s3://r",
+                 "--mount", "/data=s3://d"],
+    "xpk.sh": ["xpk", "--topology", "v5p-64", "--cluster", "c", "--image", "i"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for module in ("job", "kubernetes"):  # which grows with every setting
+        monkeypatch.setattr(
+            f"mixtral_jax.train.launchers.{module}.resolved_yaml", lambda config: "stage: pretrain\n...\n"
+        )
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    engine, *words = EXAMPLES[name]
+    assert submit(engine, file, *PATHS, *_sources(file), *words) == 0
+    made = next(p for p in tmp_path.glob("runs/*/launch/*") if p.name != "run.yaml").read_text()
+    made = made.replace(str(tmp_path), "/here").replace(sys.executable, "python")
+    if os.environ.get("GOLDEN") == "write":
+        (LAUNCHED / name).write_text(made)
+    assert made == (LAUNCHED / name).read_text()
+    if name.endswith("yaml") and engine == "k8s":
+        check(objects(LAUNCHED / name))
 
 
 # --- this machine ---

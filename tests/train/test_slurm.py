@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,11 +33,20 @@ def cluster(tmp_path_factory):
         port = server.getsockname()[1]
     environment = {
         **os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",  # of the tests, which give each process several devices
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "SLURM_TEST_PORT": str(20000 + os.getpid() % 5000 * 3),
     }  # fmt: skip
     subprocess.run([CLUSTER, "start", directory], env=environment, check=True)
     yield environment
     subprocess.run([CLUSTER, "stop", directory], check=True)
+
+
+@pytest.fixture
+def folder():
+    """Of a place that is shared by the rules of `submit`, as /tmp is not; with marks that a shell would read."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="slurm's 100% ", dir=ROOT / "runs") as name:
+        yield Path(name)
 
 
 def submitted(cluster, folder, name, steps, *words):
@@ -48,6 +58,7 @@ def submitted(cluster, folder, name, steps, *words):
     command = [sys.executable, "launch.py", "submit", "slurm", "configs/pretrain/quickstart.yaml", "--nodes", "2",
                "--devices", "1", "--no-gpus", "--go", *words, *overrides]  # fmt: skip
     said = subprocess.run(command, cwd=ROOT, env=cluster, check=True, capture_output=True, text=True).stdout
+    subprocess.run(["sbatch", "--test-only", folder / name / "launch" / "job.sbatch"], env=cluster, check=True)
     return folder / name, re.search(r"Submitted batch job (\d+)", said)[1]
 
 
@@ -75,9 +86,9 @@ def losses(run):
 
 
 @pytest.mark.parametrize("how", ["limit", "killed"])
-def test_it_is_requeued_and_its_curve_is_that_of_one_start(cluster, tmp_path_factory, tmp_path, how):
-    limit = ["--time", "3", "--warn-seconds", "60"] if how == "limit" else ["--time", "30"]
-    run, job = submitted(cluster, tmp_path, how, 10_000 if how == "limit" else 400, *limit)
+def test_it_is_requeued_and_its_curve_is_that_of_one_start(cluster, folder, how):
+    limit = ["--time", "4", "--warn-seconds", "60"] if how == "limit" else ["--time", "30"]
+    run, job = submitted(cluster, folder, how, 10_000 if how == "limit" else 400, *limit)
     until(lambda: status(run).get("state") == "training" and status(run)["step"] > 25, 240)
     if how == "limit":
         until(lambda: status(run).get("state") == "preempted", 240)
@@ -97,8 +108,8 @@ def test_it_is_requeued_and_its_curve_is_that_of_one_start(cluster, tmp_path_fac
     assert list(found) == list(range(1, len(found) + 1))
 
 
-def test_a_cancelled_job_is_not_started_again(cluster, tmp_path):
-    run, job = submitted(cluster, tmp_path, "cancelled", 10_000, "--time", "30")
+def test_a_cancelled_job_is_not_started_again(cluster, folder):
+    run, job = submitted(cluster, folder, "cancelled", 10_000, "--time", "30")
     until(lambda: status(run).get("state") == "training", 240)
     subprocess.run(["scancel", job], env=cluster, check=True)
     until(lambda: not _queue(cluster, job), 120)
@@ -111,8 +122,8 @@ def _queue(cluster, job):
     return done.stdout.split()
 
 
-def test_a_mistake_is_final(cluster, tmp_path):
-    run, job = submitted(cluster, tmp_path, "mistake", 100, "--time", "5", "data.tokenizer=/no/such.model")
+def test_a_mistake_is_final(cluster, folder):
+    run, job = submitted(cluster, folder, "mistake", 100, "--time", "5", "data.tokenizer=/no/such.model")
     until(lambda: (run / "launch" / "final").exists(), 120)
     assert (run / "launch" / "final").read_text().startswith("2 ")
     until(lambda: not _queue(cluster, job), 60)

@@ -15,11 +15,9 @@ from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare import Entry, drop, entries
 from mixtral_jax.data.records import is_remote, stage_in
 from mixtral_jax.train.config import load_config
-from mixtral_jax.train.console import age
+from mixtral_jax.train.console import age, duration
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.plan import human_bytes
-
-_DAYS = {"h": 1 / 24, "d": 1, "w": 7}
 
 
 def ls(config: str | None, *, cache_dir: str | None = None, as_json: bool = False) -> int:
@@ -51,7 +49,7 @@ def rm(
         UserError: nothing is chosen, an id is of none or of several, one that is named is in use, or nobody said yes.
     """
     files = [word for word in ids if word.endswith((".yaml", ".yml"))]
-    days = None if unused_for is None else _days(unused_for)
+    unused = None if unused_for is None else duration(unused_for, "--unused-for", "30d, 12h or 4w")
     names = [word for word in ids if word not in files]
     if len(files) > 1:
         raise UserError(f"{' and '.join(files)} are two run files: name one, for its data.cache_dir")
@@ -72,7 +70,7 @@ def rm(
         if each in named
         or everything
         or (unfinished and each.state in ("unfinished", "damaged"))
-        or (days is not None and each.used and each.state != "in use" and time.time() - each.used > days * 86400)
+        or (unused is not None and each.used and each.state != "in use" and time.time() - each.used > unused)
     ]
     if used := [each.id for each in named if each.state == "in use"]:
         raise UserError(
@@ -132,13 +130,6 @@ def _named(word: str, found: list[Entry], place: str) -> Entry:
     if not of_it:
         raise UserError(f"{place} has no entry {word!r}: mixtral-jax data cache ls names them")
     raise UserError(f"{word!r} is the beginning of {len(of_it)} ids: {', '.join(each.id for each in of_it[:4])}")
-
-
-def _days(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text)
-    if not found:
-        raise UserError(f"--unused-for {text!r} is no time such as 30d, 12h or 4w")
-    return float(found[1]) * _DAYS[found[2]]
 
 
 def _short(entry: Entry, found: list[Entry]) -> str:

@@ -1,5 +1,7 @@
 """What is to be run where, whatever the engine: points of a sweep, files in the run's directory, and their checks."""
 
+import hashlib
+import io
 import itertools
 import os
 import re
@@ -8,16 +10,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import LiteralScalarString
 
 from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.data.records import is_remote
-from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml
+from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml, run_and_step
 from mixtral_jax.train.errors import UserError
 
 PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens to stand in
 IN_IMAGE = ("python", "-P")
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # RFC 1035, as Kubernetes and clouds want it
+_WRITTEN = ("output_dir", "data.cache_dir", "checkpoint.directory")
+_NOT_IN_IMAGE = ("runs", ".cache")  # .dockerignore, .gitignore
+_GLOB = re.compile(r"[*?\[]")
+_NAME_LETTERS = 40  # of xpk; Kubernetes puts up to 23 more behind it
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,12 @@ def jobs(
     base = load_config(path, overrides).config
     found = []
     for point in points(sweep):
-        named = [f"run_name={base.run_name}-{_point_name(point)}"] if point else []
-        config = load_config(path, [*overrides, *point, *named]).config if point else base
+        config = base
+        if point:
+            own = [f"run_name={base.run_name}-{_point_name(point)}"]
+            if base.checkpoint.directory:  # which belongs to one run
+                own.append(f"checkpoint.directory={base.checkpoint.directory}/{_point_name(point)}")
+            config = load_config(path, [*overrides, *point, *own]).config
         try:
             check_sizes(config, config.mesh.sizes(machine.nodes * machine.devices))
         except ValueError as error:
@@ -122,16 +135,18 @@ def _point_name(point: Sequence[str]) -> str:
 
 
 def engine_name(name: str) -> str:
-    """In small letters, digits and hyphens, at most 40.
+    """By RFC 1035, as Kubernetes and clouds want it, and at most 40 letters: a longer one ends with its hash.
 
     Raises:
         UserError: nothing is left of it.
     """
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
-    short = short if short[:1].isalpha() or not short else f"r{'-' * bool(short)}{short}"
-    if not _NAME.fullmatch(short):
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not short:
         raise UserError(f"run_name {name!r} gives no name that an engine takes: letters, digits and hyphens")
-    return short
+    short = short if short[0].isalpha() else f"r-{short}"
+    if len(short) <= _NAME_LETTERS:
+        return short
+    return f"{short[: _NAME_LETTERS - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def check_shared(job: Job) -> None:
@@ -148,11 +163,39 @@ def check_shared(job: Job) -> None:
             raise UserError(f"{key}: {real} is a place of this machine alone, and {job.machine.nodes} nodes read it")
 
 
+def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str) -> None:
+    """Paths of a run in a container, whose relative ones are those of the project that it was made of.
+
+    What is written must outlive it. `mounted` None: what is there is not known.
+
+    Raises:
+        UserError: one that goes with the container, or is not in it, or is on nothing that is mounted.
+    """
+    for key, place in places(config):
+        if not place.startswith("/"):
+            if key in _WRITTEN:
+                raise UserError(f"{key}: {place} is inside of the container and goes with it: {remedy}")
+            if place.split("/")[0] in _NOT_IN_IMAGE or not os.path.exists(_GLOB.split(place)[0] or "."):
+                raise UserError(f"{key}: {place} is not in the project, of which the container is made: {remedy}")
+        elif mounted is not None and not any(f"{place}/".startswith(f"{path.rstrip('/')}/") for path in mounted):
+            raise UserError(f"{key}: {place} is on nothing that is mounted: {remedy}")
+
+
+def directories(config: RunConfig) -> list[str]:
+    """What a container on this file system must see: directories of all paths, and the one that we stand in."""
+    found = {os.getcwd()}
+    for key, place in places(config):
+        named = _GLOB.split(os.path.abspath(place))[0]
+        found.add(named if key in _WRITTEN or os.path.isdir(named) else os.path.dirname(named))
+    return sorted(found)
+
+
 def places(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Paths of a configuration that are no addresses, by their dotted keys."""
     data = config.data
     named: dict[str, str | None] = {"output_dir": config.output_dir, "data.cache_dir": data.cache_dir}
     named |= {"data.tokenizer": data.tokenizer, "init_from": config.init_from}
+    named["resume_from"] = config.resume_from and run_and_step(config.resume_from)[0]
     named["checkpoint.directory"] = config.checkpoint.directory and str(config.checkpoint.directory)
     for kind in ("train", "validation"):
         for source in getattr(data, kind):
@@ -167,6 +210,22 @@ def write(files: Mapping[Path, str]) -> None:
         write_atomically(path, text)
         if text.startswith("#!"):
             path.chmod(0o755)
+
+
+def yaml_text(*objects: Mapping[str, Any]) -> str:
+    """Objects as documents, without empty sections; long texts as blocks."""
+    yaml, out = YAML(), io.StringIO()
+    yaml.width, yaml.default_flow_style, yaml.explicit_start = 1 << 16, False, len(objects) > 1
+    yaml.dump_all([_plain(o) for o in objects], out)
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items() if v not in ({}, None)}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return LiteralScalarString(value) if isinstance(value, str) and "\n" in value else value
 
 
 def run_file(job: Job) -> dict[Path, str]:

@@ -5,23 +5,23 @@ A Job fails for the first of the rules of its podFailurePolicy that matches, and
 tell a mistake from a preemption. jobset.sigs.k8s.io/docs and kubernetes.io/docs/tasks/job/pod-failure-policy, 2026-11.
 """
 
-import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruamel.yaml import YAML
-
 from mixtral_jax.train.config import resolved_yaml
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, Job, places
-from mixtral_jax.train.plan import Topology
+from mixtral_jax.train.launchers.job import IN_IMAGE, Job, check_mounted, yaml_text
+from mixtral_jax.train.plan import NODE_GPUS, Topology
 
 CONTAINER, PORT = "train", 8476
 RUN_FILE = "/etc/mixtral-jax/run.yaml"
 # GKE's names of TPU machines: cloud.google.com/kubernetes-engine/docs/how-to/tpus
 _TPU_KINDS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 _HOST_CHIPS = 4  # of a slice of several hosts
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
+_CONFIG_MAP_BYTES = 1 << 20
 _FINAL = [int(code) for code in ExitCode.final() if code]
 _AGAIN = [int(code) for code in ExitCode.again()]
 
@@ -39,8 +39,10 @@ class Kubernetes(NamedTuple):
 
 
 def hosts(topology: Topology) -> tuple[int, int]:
-    """Machines of one TPU slice, and the chips of each."""
+    """Machines of one TPU slice, or of all GPUs, and the chips of each."""
     chips = topology.chips_per_slice
+    if topology.libtpu is None:
+        return -(-chips // NODE_GPUS), min(chips, NODE_GPUS)
     alone = 8 if topology.chip.torus == 2 else _HOST_CHIPS
     return (1, chips) if chips <= alone else (chips // _HOST_CHIPS, _HOST_CHIPS)
 
@@ -57,7 +59,8 @@ def manifest(job: Job, how: Kubernetes, topology: Topology | None = None) -> str
     Raises:
         UserError: a volume that is none, a path of the run that no volume holds, a plain Job of several slices.
     """
-    _check(job, how, topology)
+    run = resolved_yaml(job.config)
+    _check(job, how, topology, len(run.encode()))
     pod = _pod(job, how, topology)
     count, slices = (job.machine.nodes, 1) if topology is None else (hosts(topology)[0], topology.slices)
     work = {
@@ -70,12 +73,12 @@ def manifest(job: Job, how: Kubernetes, topology: Topology | None = None) -> str
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": about,
-        "data": {"run.yaml": resolved_yaml(job.config)},
+        "data": {"run.yaml": run},
     }
     if how.plain:
         work["backoffLimit"] = 3 * count  # what ends otherwise than by a known code: each process three times
         alone = {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": work}
-        return _yaml(settings, _service(about, job.name), alone)
+        return yaml_text(settings, _service(about, job.name), alone)
     if topology is not None:  # one child a node pool, which is a slice
         about = about | {
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
@@ -85,7 +88,7 @@ def manifest(job: Job, how: Kubernetes, topology: Topology | None = None) -> str
         "failurePolicy": {"maxRestarts": how.max_restarts, "rules": _set_rules()},
         "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": work}}],
     }
-    return _yaml(
+    return yaml_text(
         settings, {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": about, "spec": spec}
     )
 
@@ -172,38 +175,18 @@ def _volume(text: str) -> tuple[str, str]:
     return claim, path.rstrip("/")
 
 
-def _check(job: Job, how: Kubernetes, topology: Topology | None) -> None:
+def _check(job: Job, how: Kubernetes, topology: Topology | None, size: int) -> None:
     if how.plain and topology is not None and topology.slices > 1:
         raise UserError("--plain-job: a Job alone has no slices: leave it out, and use JobSet")
-    if not how.image or " " in how.image:
-        raise UserError(f"--image {how.image!r}: a container image is expected (see the Dockerfile)")
+    for option, name in (("--namespace", how.namespace), ("--queue", how.queue)):
+        if name is not None and not _LABEL.fullmatch(name):
+            raise UserError(f"{option} {name!r}: small letters, digits and hyphens are expected, at most 63")
+    if size > _CONFIG_MAP_BYTES:
+        raise UserError(f"the run file has {size} bytes, and a ConfigMap holds {_CONFIG_MAP_BYTES}: shorten it")
     mounted = [path for _, path in map(_volume, how.volumes)]
-    for key, place in places(job.config):
-        if key == "output_dir" and not place.startswith("/"):
-            raise UserError(
-                f"output_dir is {place}, which is inside a pod and goes with it: a path on a --volume is needed"
-            )
-        if place.startswith("/") and not any(f"{place}/".startswith(f"{path}/") for path in mounted):
-            raise UserError(f"{key}: {place} is on no volume of the pods: mount one with --volume CLAIM:/PATH")
-
-
-def _yaml(*objects: Mapping[str, Any]) -> str:
-    yaml, out = YAML(), io.StringIO()
-    yaml.width, yaml.default_flow_style = 1 << 16, False
-    yaml.explicit_start = True
-    yaml.dump_all([_plain(o) for o in objects], out)
-    return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """Without empty sections; long texts as blocks."""
-    from ruamel.yaml.scalarstring import LiteralScalarString
-
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items() if v not in ({}, None)}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
-    return LiteralScalarString(value) if isinstance(value, str) and "\n" in value else value
+    if len(set(mounted)) < len(mounted):
+        raise UserError("--volume: two are mounted at the same path")
+    check_mounted(job.config, mounted, "put it on a volume with --volume CLAIM:/PATH")
 
 
 def files(job: Job, how: Kubernetes, topology: Topology | None) -> dict[Path, str]:

@@ -1,15 +1,18 @@
 """Processes on this machine under a supervisor that restarts them as an engine would, and kills them where asked to."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixtral_jax.train.errors import ASKING, ExitCode, UserError
 from mixtral_jax.train.launchers.job import Job
 from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
 from mixtral_jax.train.run import add_up, read_attempts
@@ -26,51 +29,67 @@ class Local(NamedTuple):
     kills: int | None = None  # at most; None: until the run is done
     most: int = MOST
 
+    def check(self) -> "Local":
+        """Itself.
+
+        Raises:
+            UserError: kills that never come.
+        """
+        if self.kill_every == 0 or (self.kills is not None and self.kills < 1):
+            raise UserError(f"--kill-every {self.kill_every:g} s, --kills {self.kills}: both are more than 0")
+        if self.kills is not None and self.kill_every is None:
+            raise UserError(f"--kills {self.kills} without --kill-every, such as 30s")
+        return self
+
 
 class Supervisor:
     """Starts all processes of a run, again and again, until it is done or ended for good."""
 
     def __init__(self, job: Job, how: Local, say: Callable[[str], None] = print):
         self._job, self._how, self._say = job, how, say
-        self._killed, self._before, self._asked = 0, 0, False
+        self._killed, self._before = 0, 0
+        self.asked, self._told = 0, 0  # how often a signal came, and was passed on
         self._processes: list[subprocess.Popen[bytes]] = []
         self._due: float | None = None  # when the next is killed; None: the run does not train yet
 
     def run(self) -> int:
-        """The exit code of the run: its last word, or 75 where a signal came to the supervisor.
+        """The exit code of the run: its last word, which is 75 where a signal asked the supervisor to stop.
 
-        SIGTERM and Ctrl-C are passed on as SIGTERM, on which the run saves.
+        The first signal is passed on as SIGTERM, on which the run saves, the next as Ctrl-C, on which it ends at once.
         """
-        began, number = time.monotonic(), 0
+        began, number, code, again = time.monotonic(), 0, int(ExitCode.STOPPED), True
         with self._signals():
-            while True:
+            while again and not self.asked:
                 number += 1
-                self._before = last_attempt(self._job.run)
-                code = self._attempt()
-                end = verdict(self._job.run, code, self._before, self._how.most)
-                self._say(f"attempt {number}: {end.code}, {end.reason}")
-                if self._asked or not end.again:
-                    break
+                self._before, self._due = last_attempt(self._job.run), None
+                try:
+                    ended = self._attempt()
+                finally:  # of no error of ours an orphan is left
+                    self._end(self._processes)
+                again, code, reason = verdict(self._job.run, ended, self._before, self._how.most)
+                self._say(f"attempt {number}: {code}, {reason}")
         self._account(number, time.monotonic() - began)
-        return int(end.code) if end.code >= 0 else 128 - end.code
+        return code if code >= 0 else 128 - code
 
     def _attempt(self) -> int:
         """One start of all processes; the code that says most, as a launcher of several would have it."""
         port = _free_port()
-        self._processes = processes = [self._start(i, port) for i in range(self._job.machine.processes)]
+        self._processes = processes = []
+        for index in range(self._job.machine.processes):
+            processes.append(self._start(index, port))
         ends: float | None = None
-        while any(p.poll() is None for p in processes):
+        while None in [p.poll() for p in processes]:  # all are looked at
             time.sleep(_POLL)
-            gone = any(p.returncode is not None for p in processes)
-            if self._asked or gone:
-                ends = ends or time.monotonic() + (_SAVING if self._asked else _PEERS)
+            if self._told < self.asked:
+                self._pass_on(processes)
+            if self.asked or any(p.returncode is not None for p in processes):
+                ends = ends or time.monotonic() + (_SAVING if self.asked else _PEERS)
                 if time.monotonic() > ends:
-                    for process in processes:
-                        process.kill()
+                    self._end(processes)
             elif self._is_due():
                 self._kill(processes)
-        codes = [p.returncode for p in processes]
-        return next((c for c in codes if c < 0), None) or max(codes)
+        codes = [p.returncode for p in processes]  # a mistake that one names says more than a signal of ours to others
+        return next((c for c in codes if c in ExitCode.final() and c), None) or min(codes, key=lambda c: (c >= 0, -c))
 
     def _start(self, index: int, port: int) -> subprocess.Popen[bytes]:
         command, count, how = self._job.command(), self._job.machine.processes, self._how
@@ -81,7 +100,10 @@ class Supervisor:
             flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={how.devices}"
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         out = None if index == 0 else subprocess.DEVNULL  # each has its own log in the run's directory
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        with_us = _end_with_parent if sys.platform == "linux" else None
+        return subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, start_new_session=True, preexec_fn=with_us
+        )
 
     def _is_due(self) -> bool:
         if self._how.kill_every is None or self._killed == self._how.kills:
@@ -99,15 +121,23 @@ class Supervisor:
         self._say(f"kill {self._killed}: process {index}")
         processes[index].kill()
 
+    def _pass_on(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
+            process.send_signal(signal.SIGINT if self._told else signal.SIGTERM)
+        self._told += 1
+
+    @staticmethod
+    def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
+            process.kill()
+            process.wait()
+
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def ask(number: int, frame: Any) -> None:
-            self._asked = True
-            for process in self._processes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
+            self.asked += 1
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, ask) for number in ASKING}
         try:
             yield
         finally:
@@ -120,6 +150,11 @@ class Supervisor:
         self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
         for line in add_up(book).table() if book else ():
             self._say(line)
+
+
+def _end_with_parent() -> None:
+    """In a child: where even a supervisor that is killed leaves no processes that hold the run."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def search_path() -> str:

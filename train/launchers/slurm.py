@@ -1,13 +1,16 @@
 """SLURM: an sbatch script that hands on the signal ahead of its time limit, and requeues itself by the run's word."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.launchers.job import PYTHON, Job, check_shared, quoted, run_file
+from mixtral_jax.train.launchers.job import IN_IMAGE, PYTHON, Job, check_shared, directories, quoted, run_file
 
 VERDICT = "mixtral_jax.train.launchers"
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
 class Slurm(NamedTuple):
@@ -31,15 +34,19 @@ def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
     Raises:
         UserError: a number or a line that SLURM does not take.
     """
-    if how.chain < 1 or how.warn_seconds < 1:
-        raise UserError(f"--chain {how.chain} and --warn-seconds {how.warn_seconds} are 1 or more")
+    if how.chain < 1 or not 1 <= how.warn_seconds <= 65535:
+        raise UserError(f"--chain {how.chain} is 1 or more, --warn-seconds {how.warn_seconds} 1 to 65535")
+    if how.time and not _TIME.fullmatch(how.time):
+        raise UserError(f"--time {how.time}: minutes, H:M:S or D-H:M:S is expected, as sbatch has it")
     if how.chain > 1 and len(jobs) > 1:
         raise UserError("--chain and --sweep: a chain is of one run")
-    python = (how.python, "-P") if how.python else PYTHON
+    python = (how.python, "-P") if how.python else IN_IMAGE if how.container else PYTHON
+    seen = sorted({place for job in jobs for place in (*directories(job.config), str(job.here))})
+    inside = _container(how.container, seen) if how.container else ""
     return "\n".join(["#!/bin/bash", *_directives(jobs, how, directory), _BODY.format(
         points="\n".join(_point(i, job, python) for i, job in enumerate(jobs)),
         where=quoted([str(Path.cwd())]), python=quoted(python), verdict=VERDICT,
-        container=f" --container-image={quoted([how.container])}" if how.container else "",
+        inside=inside, alone=f"mkdir -p {quoted(seen)} && srun --nodes=1 --ntasks=1{inside} " if inside else "",
         requeue="false" if how.chain > 1 else "true",
     )])  # fmt: skip
 
@@ -67,14 +74,21 @@ def _directives(jobs: Sequence[Job], how: Slurm, directory: Path) -> list[str]:
         "job-name": name, "nodes": machine.nodes, "ntasks-per-node": machine.processes,
         "gpus-per-node": machine.devices if how.gpus else None, "partition": how.partition, "account": how.account,
         "qos": how.qos, "time": how.time, "signal": f"B:USR1@{how.warn_seconds}", "open-mode": "append",
-        "output": f"{directory}/slurm-%j.log", "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else None,
+        "output": f"{str(directory).replace('%', '%%')}/slurm-%j.log",
+        "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else None,
     }  # fmt: skip
-    words = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+    words = [f"--{key}={quoted([str(value)])}" for key, value in asked.items() if value is not None]
     words.append("--no-requeue" if how.chain > 1 else "--requeue")
     for word in (*words, *how.lines):
         if "\n" in word or (not word.startswith("-")):
             raise UserError(f"#SBATCH {word!r}: a line of it begins with - and is one line")
     return [f"#SBATCH {word}" for word in (*words, *how.lines)]
+
+
+def _container(image: str, seen: Sequence[str]) -> str:
+    """For srun with pyxis: the same paths inside as outside."""
+    told = {"image": image, "mounts": ",".join(f"{place}:{place}" for place in seen), "workdir": os.getcwd()}
+    return f" {quoted([f'--container-{key}={value}' for key, value in told.items()])}"
 
 
 def _point(index: int, job: Job, python: Sequence[str]) -> str:
@@ -88,22 +102,24 @@ case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {points}
 esac
 cd {where} || exit 2
+ask() {{ {alone}{python} -m {verdict} "$run" "$@"; }}
 if [ -e "$run/launch/final" ]; then  # an earlier job of a chain, or somebody, has ended it for good
   echo "nothing is started: $(cat "$run/launch/final")"; exit 0
 fi
-before=$({python} -m {verdict} "$run" attempt) || exit 2
-srun --kill-on-bad-exit=0{container} "$@" &
-steps=$!
-told=1 code=143
-trap 'told=1; kill -USR1 "$steps"' USR1 TERM  # srun hands it to every process: it saves, and ends with 75
-while [ "$told" ]; do  # a trap ends a wait, too
-  told=
-  wait "$steps"; ended=$?
-  [ "$ended" = 127 ] || code=$ended  # 127: it was waited for before
-done
-said=$({python} -m {verdict} "$run" "$code" "$before")
-[ "$said" ] || said="final $code its verdict could not be found"
-echo "$said"
+told='' steps='' code=75
+trap 'told=1; [ -z "$steps" ] || kill -USR1 "$steps"' USR1 TERM  # srun hands it on: all save, and end with 75
+before=$(ask attempt) || exit 2
+if [ -z "$told" ]; then
+  srun --kill-on-bad-exit=0{inside} "$@" &
+  steps=$! told=1 code=143
+  while [ "$told" ]; do  # a trap ends a wait, too
+    told=
+    wait "$steps"; ended=$?
+    [ "$ended" = 127 ] || code=$ended  # 127: it was waited for before
+  done
+fi
+said=$(ask "$code" "$before")
+echo "${{said:?no verdict on code $code: see above}}"
 read -r what code why <<<"$said"
 if [ "$what" = again ]; then
   if {requeue}; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.train.console import duration
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import kubernetes, sky, slurm
 from mixtral_jax.train.launchers.job import Job, Machine, jobs, quoted, run_file, write
 from mixtral_jax.train.launchers.local import Local, Supervisor
-from mixtral_jax.train.plan import Topology, parse_topology
+from mixtral_jax.train.plan import Topology, memory_line, parse_topology, passing_line
 
 Options = Mapping[str, Any]
 AWAY = ("k8s", "sky", "xpk")  # engines whose machines see no directory of this one
@@ -23,6 +24,11 @@ def submit(engine: str, path: str, overrides: Sequence[str], options: Options) -
     Raises:
         UserError: what the engine, the machine or the run cannot be; the engine's client is missing, with --go.
     """
+    for option in ("grace_seconds", "max_restarts"):
+        if options.get(option, 0) < 0:
+            raise UserError(f"--{option.replace('_', '-')} is {options[option]}: 0 or more is expected")
+    if len(str(options.get("image", "i")).split()) != 1:
+        raise UserError(f"--image {options['image']!r}: a container image is expected (see the Dockerfile)")
     topology = _topology(options.get("topology"))
     machine = _machine(engine, options, topology)
     found = jobs(path, overrides, options.get("sweep") or (), machine, away=engine in AWAY)
@@ -34,13 +40,13 @@ def submit(engine: str, path: str, overrides: Sequence[str], options: Options) -
     write(files)
     for job in found:  # what an earlier submission came to
         for name in ("final", "restarts.json"):
-            (job.run / "launch" / name).unlink(missing_ok=True)
+            (job.here / name).unlink(missing_ok=True)
     for line in _told(engine, found, files, commands, go=options["go"]):
         print(line)
     if engine == "local" and options["go"]:
-        return max(Supervisor(job, _local(options)).run() for job in found)
+        return _supervised(found, options)
     for command in commands if options["go"] else ():
-        done = subprocess.run(command, check=False)
+        done = subprocess.run(command, check=False)  # which says by itself what is wrong
         if done.returncode:
             print(f"{command[0]} ended with {done.returncode}: nothing more is handed over")
             return ExitCode.UNEXPECTED
@@ -52,9 +58,11 @@ def _topology(name: str | None) -> Topology | None:
 
 
 def _machine(engine: str, options: Options, topology: Topology | None) -> Machine:
-    if topology is not None and topology.libtpu is not None:
+    if topology is not None:
         each, chips = kubernetes.hosts(topology)
         return Machine(each * topology.slices, chips)
+    if engine == "sky":
+        return sky.machine(options["accelerators"], options["nodes"])
     if engine == "local":
         return Machine(1, options["processes"] * options["devices"], options["processes"])
     if engine == "xpk":
@@ -91,11 +99,25 @@ def _xpk(found: Sequence[Job], options: Options, topology: Topology | None) -> P
 
 
 def _here(found: Sequence[Job], options: Options, topology: Topology | None) -> Plan:
+    _local(options)
     return {path: text for job in found for path, text in run_file(job).items()}, []
 
 
 def _local(options: Options) -> Local:
-    return _taken(Local, options)
+    every = options["kill_every"]
+    seconds = None if every is None else duration(every, "--kill-every", "30s or 2m")
+    return _taken(Local, {**options, "kill_every": seconds}).check()
+
+
+def _supervised(found: Sequence[Job], options: Options) -> int:
+    """One after another; a signal ends them all. The code of the first that did not end well."""
+    codes = []
+    for job in found:
+        supervisor = Supervisor(job, _local(options))
+        codes.append(supervisor.run())
+        if supervisor.asked:
+            break
+    return next(filter(None, codes), ExitCode.DONE)
 
 
 def _taken(kind: Any, options: Options) -> Any:
@@ -116,6 +138,9 @@ def _told(
     again = ", ".join(f"{int(code)} ({code.meaning})" for code in ExitCode.again())
     final = ", ".join(f"{int(code)} ({code.meaning})" for code in ExitCode.final())
     lines = [f"{'run':>8}  {job.config.stage} {job.run} on {job.machine}: {_mesh(job)}" for job in found]
+    sizes = found[0].config.mesh.sizes(found[0].machine.nodes * found[0].machine.devices)
+    lines += [f"{'memory':>8}  {memory_line(found[0].config, sizes)}"]
+    lines += [f"{'besides':>8}  {passing_line(found[0].config, sizes)}"]
     lines += [f"{'written':>8}  {path}" for path in files]
     lines += [f"{'again':>8}  after {again}, a signal or 1", f"{'final':>8}  {final}"]
     lines += [f"{'start' if go else 'to start':>8}  {quoted(command)}" for command in commands]

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixtral_jax.train.base import checkpoints_of
+from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
 
 MOST = 3  # starts one after another without a new checkpoint
@@ -73,16 +74,9 @@ def _named(code: int) -> str:
 
 
 def _newest_checkpoint(run: Path) -> int | None:
-    """Of the run's own directory, or of the one that its file names; one of a bucket is asked through epath."""
-    from etils import epath
-
-    known = re.search(
-        r"^checkpoint:.*?^  directory: *(\S+)", _text(run / "launch" / "run.yaml"), re.DOTALL | re.MULTILINE
-    )
-    named = known[1].strip("'\"") if known else "null"
-    directory = epath.Path(run / "checkpoints" if named in ("null", "~") else named)
-    with contextlib.suppress(OSError):
-        return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=None)
+    """Its step, in the run's own directory or where its config.yaml says."""
+    with contextlib.suppress(Exception):  # of a bucket's client, or of a file that is not whole: a verdict is needed
+        return next(whole_steps(checkpoints_of(run)), None)
     return None
 
 

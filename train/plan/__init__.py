@@ -1,6 +1,6 @@
 """Know before renting: whether and how fast a run goes on a machine that is not there, and where its bytes lie."""
 
-from mixtral_jax.train.plan.chips import Topology, parse_topology, peak_flops
+from mixtral_jax.train.plan.chips import NODE_GPUS, Topology, parse_topology, peak_flops
 from mixtral_jax.train.plan.closed_form import useful_flops, useful_per_token
 from mixtral_jax.train.plan.compile import has_libtpu
 from mixtral_jax.train.plan.gpus import has_cuda_plugin
