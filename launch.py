@@ -144,6 +144,7 @@ def _train(args: Parsed) -> int:
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             _function("train.memory", "keep_freed_memory")()
         config, provenance = _load(args, args.command)
+        _function("train.run", "set_xla_flags")(config.compute.xla_flags)
         if args.dry_run:
             return _function("train.run", "dry_run")(config, provenance, force=args.force)
         _join(args)
@@ -152,6 +153,7 @@ def _train(args: Parsed) -> int:
 
 def _evaluate(args: Parsed) -> int:
     config = _load(args).config
+    _function("train.run", "set_xla_flags")(config.compute.xla_flags)
     _join(args)
     return _function("train.commands.evaluate", "evaluate")(args.checkpoint, config, as_json=args.as_json)
 

@@ -28,7 +28,8 @@ from mixtral_jax.train.run.fork import as_it_stands, check_some_left, find_trunk
 from mixtral_jax.train.run.lease import FILE as LEASE
 from mixtral_jax.train.run.owner import check_owner, note_owner
 from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
-from mixtral_jax.train.state import abstract_state
+from mixtral_jax.train.run.xla_flags import set_xla_flags
+from mixtral_jax.train.state import abstract_state, as_stored
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
 
 
@@ -75,6 +76,7 @@ def where_to_start(
     Raises:
         UserError: see `survey`; another process writes this run.
     """
+    set_xla_flags(config.compute.xla_flags)  # the last place before devices are asked for
     directory, own = config.checkpoint.directory or place.checkpoints, own_directory(config)
     whose, notes = config.model_dump(mode="json"), list[str]()
     found, tokenizer, _ = survey(config, force, lambda: sizes_of(make_mesh()), notes.append)
@@ -270,7 +272,8 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
         return
     weights = keep(abstract_params(config, None), is_trained(config))
     optimizer = make_optimizer(config.optimizer, 1 << 30, config.router_factor)  # its tree is that of any steps
-    state = abstract_state(weights, optimizer)
+    then = found.meta["config"].get("optimizer", {}).get("state_dtype", "float32")
+    state = as_stored(abstract_state(weights, optimizer), then)
     try:
         checkpoint.check_fits(found.path, state)
     except ValueError as error:
