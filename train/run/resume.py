@@ -76,7 +76,6 @@ def where_to_start(
     Raises:
         UserError: see `survey`; another process writes this run.
     """
-    set_xla_flags(config.compute.xla_flags)  # the last place before devices are asked for
     directory, own = config.checkpoint.directory or place.checkpoints, own_directory(config)
     whose, notes = config.model_dump(mode="json"), list[str]()
     found, tokenizer, _ = survey(config, force, lambda: sizes_of(make_mesh()), notes.append)
@@ -138,6 +137,7 @@ def survey(
     Raises:
         UserError: see `look` and `check`; or the run began with another tokenizer, or cannot be written.
     """
+    set_xla_flags(config.compute.xla_flags)  # in a library's use the last place before devices are asked for
     check_place("output_dir", config.run_dir)
     directory = config.checkpoint.directory or config.run_dir / "checkpoints"
     check_place("checkpoint.directory", directory)

@@ -22,6 +22,7 @@ from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing
 from mixtral_jax.train.run.check import kernels_of, sizes_of
 from mixtral_jax.train.run.resume import changed_since, survey
 from mixtral_jax.train.run.xla_flags import line as flags_line
+from mixtral_jax.train.run.xla_flags import set_xla_flags
 
 
 def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -31,6 +32,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
         ValueError: the mesh does not fit the devices of this machine; see also `survey`.
     """
     print(resolved_yaml(config, provenance), end="")
+    set_xla_flags(config.compute.xla_flags)
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
     found, _, notes = survey(config, force, lambda: sizes, print, finished=True)
