@@ -146,27 +146,27 @@ def _train(args: Parsed) -> int:
         config, provenance = _load(args, args.command)
         if args.dry_run:
             return _function("train.run", "dry_run")(config, provenance, force=args.force)
-        _join(args)
+        _join(args, config)
         return _function("train.trainer", "run")(config, provenance, force=args.force)
 
 
 def _evaluate(args: Parsed) -> int:
     config = _load(args).config
-    _join(args)
+    _join(args, config)
     return _function("train.commands.evaluate", "evaluate")(args.checkpoint, config, as_json=args.as_json)
 
 
-def _join(args: Parsed) -> None:
-    _function("train.run", "initialize")(
-        coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id, timeout=args.timeout
-    )
+def _join(args: Parsed, config: Any) -> None:
+    _function("train.run", "set_xla_flags")(config.compute.xla_flags)
+    how = {key: getattr(args, key) for key in ("coordinator", "num_processes", "process_id", "timeout")}
+    _function("train.run", "initialize")(**how)
 
 
 def _plan(args: Parsed) -> int:
     """Compiling for a slice that is not there: on the CPU, with as many of its devices as asked for."""
     if args.devices:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
+        count = f"--xla_force_host_platform_device_count={args.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return _forward("train.plan:run", args)
 

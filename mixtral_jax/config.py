@@ -7,7 +7,7 @@ R = M * C routed rows, F expert feed-forward size, V vocabulary, L layers.
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -261,6 +261,11 @@ class ComputeConfig(FrozenConfig):
     )
     attention: Literal["auto", "reference", "chunked", "dot_product", "splash", "cudnn", "triton"] = Field(
         "auto", description="attention back-end"
+    )
+    xla_flags: Literal["auto"] | tuple[Annotated[str, Field(pattern=r"^--\w+(=\S*)?$")], ...] = Field(
+        "auto",
+        description="compiler flags: those that overlap communication with compute, by platform (auto), or a list as "
+        "it is; [] sets none; the environment's own XLA_FLAGS and LIBTPU_INIT_ARGS stand",
     )
     loss_chunk: int = Field(0, ge=0, description="tokens per chunk of the cross-entropy; 0: chosen from the shape")
     moe: MoeConfig = MoeConfig()

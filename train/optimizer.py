@@ -1,7 +1,8 @@
 """AdamW by optax: schedules, decay mask, clipping, spike detection, and the guard around the update.
 
 The guard is a `lax.cond` around the whole update, not a `where` on its results: XLA on the CPU then updates parameters
-and moments in place, in about one pass over memory (62 M parameters, 2 cores: 0.08 s; 0.21 s with `where`).
+and moments in place, in about one pass over memory (62 M parameters, 2 cores: 0.08 s; 0.21 s with `where`). On a GPU a
+cond copies the whole state (seen in compiled programs): there, and on TPU, it is a loop of one turn or none.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, model_validator
 
 from mixtral_jax.config import FrozenConfig
+from mixtral_jax.seeds import random_key
+from mixtral_jax.train import moments as held
 
 
 class OptimizerConfig(FrozenConfig):
@@ -34,6 +37,11 @@ class OptimizerConfig(FrozenConfig):
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the square root of the second moment")
+    state_dtype: held.StateDtype = Field(
+        "float32",
+        description="how both moments are held: bfloat16 halves them, int8 (blocks with scales) quarters them; "
+        "docs/precision.md",
+    )
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of all matrices; norms have none")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global norm; null: never")
     skip_spikes: float | None = Field(
@@ -51,6 +59,9 @@ class OptimizerConfig(FrozenConfig):
 Params = Any  # nested dict of fp32 arrays
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
+Move = Callable[..., tuple[Params, Any, Any]]  # (key, grads, params, mu, nu) -> (params, mu, nu)
+
+LAYERS = "layers"  # the branch of stacked layers
 SPIKE_MEMORY = 0.98  # the running mean of gradient norms looks back over about 50 updates
 SPIKE_WARMUP = 20  # updates before a spike can be told from a beginning
 SPIKE_WEIGHT = 3.0  # a norm counts as at most so many times the mean, so that one spike moves it by 4 %
@@ -67,10 +78,11 @@ class Optimizer(NamedTuple):
     max_grad_norm: float | None
     skip_spikes: float | None
     router_factor: float
+    state_dtype: held.StateDtype
 
 
 class OptimizerState(NamedTuple):
-    """Moments in fp32, the sum that the running mean of gradient norms is made of, and whether all was finite."""
+    """Moments as they are held, the sum that the running mean of gradient norms is made of, whether all was finite."""
 
     moments: optax.OptState
     norm_mean: Float[Array, ""]
@@ -105,14 +117,17 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, decay_mask),
     )
     schedule = make_schedule(config, steps, parts)
-    return Optimizer(transformation, schedule, config.max_grad_norm, config.skip_spikes, router_factor)
+    return Optimizer(
+        transformation, schedule, config.max_grad_norm, config.skip_spikes, router_factor, config.state_dtype
+    )
 
 
 def init_optimizer(optimizer: Optimizer, params: Params) -> OptimizerState:
     """Zero moments, one of each for every parameter."""
-    return OptimizerState(
-        optimizer.transformation.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(True)
-    )
+    adam, *others = optimizer.transformation.init(params)
+    mu, nu = held.zeros(params, optimizer.state_dtype)
+    moments = (adam._replace(mu=mu, nu=nu), *others)
+    return OptimizerState(moments, jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(True))
 
 
 def decay_mask(params: Params) -> Any:
@@ -196,23 +211,59 @@ def apply_gradients(
         scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
     learning_rate = optimizer.schedule(n)
 
-    def update(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
+    adam, *others = state.moments
+    applies = (healthy & ~spike).astype(jnp.int32)
+    key = jax.random.fold_in(random_key(0), adam.count)
+
+    def move(key: jax.Array, grads: Params, params: Params, mu: Any, nu: Any) -> tuple[Params, Any, Any]:
         clipped = jax.tree.map(lambda g: g * scale, grads)
-        direction, moments = optimizer.transformation.update(clipped, moments, params)
-        if optimizer.router_factor != 1:
-            factors = jax.tree.map(lambda is_router: optimizer.router_factor if is_router else 1.0, router_mask(params))
-            direction = jax.tree.map(lambda d, factor: factor * d, direction, factors)
-        return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), moments
+        before = (adam._replace(mu=held.read(mu), nu=held.read(nu)), *others)
+        direction, (after, *_) = optimizer.transformation.update(clipped, before, params)
+        factors = jax.tree.map(lambda is_router: optimizer.router_factor if is_router else 1.0, router_mask(params))
+        direction = jax.tree.map(lambda d, factor: d if factor == 1 else factor * d, direction, factors)
+        params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
+        return params, *held.write(after.mu, after.nu, (mu, nu), key)
 
-    def leave(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
-        return params, moments
-
-    params, moments = jax.lax.cond(healthy & ~spike, update, leave, params, state.moments)
+    in_layers = optimizer.state_dtype != "float32" and LAYERS in params
+    change = _by_layer if in_layers else _at_once
+    params, mu, nu = change(move, applies, key, grads, params, adam.mu, adam.nu)
+    moments = (adam._replace(count=adam.count + applies, mu=mu, nu=nu), *others)
     mean, counts = _norm_mean(state), healthy & (grad_norm > 0)  # a batch without targets tells nothing
     counted = jnp.where(state.norm_count > 0, jnp.minimum(grad_norm, SPIKE_WEIGHT * mean), grad_norm)
     norm_mean = jnp.where(counts, SPIKE_MEMORY * state.norm_mean + (1 - SPIKE_MEMORY) * counted, state.norm_mean)
     state = OptimizerState(moments, norm_mean, state.norm_count + counts, healthy)
     return Applied(params, state, grad_norm, learning_rate, healthy & spike)
+
+
+def _at_once(move: Move, times: Int[Array, ""], key: jax.Array, grads: Params, *trees: Any) -> Any:
+    """`move` of the trees, or where `times` is 0 as they are; in place."""
+
+    def branch(*trees: Any) -> Any:
+        return jax.lax.cond(times > 0, lambda *trees: move(key, grads, *trees), lambda *trees: trees, *trees)
+
+    def loop(*trees: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, trees: move(key, grads, *trees), trees)
+
+    return jax.lax.platform_dependent(*trees, cpu=branch, default=loop)
+
+
+def _by_layer(move: Move, times: Int[Array, ""], key: jax.Array, grads: Params, *trees: Any) -> Any:
+    """The same, layer by layer, and then what is no layer: no whole stack of moments is ever in fp32."""
+    key, rest_key = jax.random.split(key)
+
+    def body(i: Int[Array, ""], layers: Any) -> Any:
+        slices = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (grads[LAYERS], *layers))
+        moved = move(jax.random.fold_in(key, i), *({LAYERS: tree} for tree in slices))
+        return tuple(
+            jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), old, new[LAYERS])
+            for old, new in zip(layers, moved, strict=True)
+        )
+
+    layers = tuple(tree[LAYERS] for tree in trees)
+    layers = jax.lax.fori_loop(0, times * jax.tree.leaves(layers)[0].shape[0], body, layers)
+    rest = [{name: leaf for name, leaf in tree.items() if name != LAYERS} for tree in (grads, *trees)]
+    moved = _at_once(move, times, rest_key, *rest)
+    return tuple(new | {LAYERS: layer} for new, layer in zip(moved, layers, strict=True))
 
 
 def _norm_mean(state: OptimizerState) -> Float[Array, ""]:

@@ -166,6 +166,21 @@ def as_stored(w: jax.Array) -> jax.Array:
     return with_layout_constraint(w, Layout((0, 1, 2) if w.shape[2] % LANES == 0 else (0, 2, 1)))
 
 
+# On a GPU gathers and scatters have the cut dimension outermost. The stack of all layers takes that layout from its
+# slices, weights before the loop over layers, gradients behind it: a copy of all parameters in fp32, and one of their
+# gradients.
+STACKS_AS_GATHERED = Habit("jaxlib", "0.10.2")
+
+
+@jax.custom_vjp
+def row_major(w: jax.Array) -> jax.Array:
+    """`w`, a layer's slice on a GPU, and its gradient, pinned to the layout of the parameters."""
+    return with_layout_constraint(w, Layout(tuple(range(w.ndim)))) if STACKS_AS_GATHERED.here else w
+
+
+row_major.defvjp(lambda w: (row_major(w), None), lambda _, g: (row_major(g),))
+
+
 # ---- what is made when -----------------------------------------------------------------------------------------------
 
 # A product with a transposed left side goes to Eigen and not to YNNPACK: a third slower on a CPU.

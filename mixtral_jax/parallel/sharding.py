@@ -169,6 +169,8 @@ def gather(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     w = param[...]
     if inside() and platform() == "tpu":
         w = quirks.as_stored(w)
+    elif inside() and platform() == "gpu" and jnp.issubdtype(w.dtype, jnp.floating):
+        w = quirks.row_major(w)
     if not inside():
         return checkpoint_name(quirks.cast(w, dtype), "weights")
     if param.get_metadata().get("reduce_dtype") != "float32":  # else cast behind the gathers, whose transposes add up

@@ -1,7 +1,7 @@
 """Each habit of a compiler is still there, and gone with its work-around: where not, `gone` wants a version.
 
 The habits that show as memory only, COPIES_STACKS and READS_AGAIN, need a whole layer at full size:
-they are held by the plans of the presets (docs/sharding.md).
+they are held by the plans of the presets (docs/sharding.md); STACKS_AS_GATHERED, a GPU's, by tests/plan/test_gpus.py.
 """
 
 import os

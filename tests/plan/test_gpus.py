@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from mixtral_jax.config import MixtralConfig
+from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import gpus, plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology, peak_flops
@@ -237,6 +238,23 @@ def test_a_step_with_every_kernel_compiles_for_gpus(make_config):
 def test_the_same_on_every_gpu(make_config, topology):
     chips = parse_topology(topology).chips
     compiled(small(make_config, global_batch_size=chips, mesh={"data": 1, "fsdp": chips}), topology)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("habit", [True, False])
+def test_a_layer_more_costs_its_gradient_and_no_copy_of_a_stack(make_config, monkeypatch, habit):
+    """Without the work-around (`habit`) a second stack in fp32, in another layout: gone where it costs no more."""
+    if habit:
+        monkeypatch.setattr(quirks, "row_major", lambda w: w)
+    temporaries, changes = [], {"global_batch_size": 8, "mesh": {"data": 1, "fsdp": 8}}
+    for layers in (4, 12):
+        config = small(make_config, optimizer={"state_dtype": "int8"}, **changes)
+        model = config.model.model_copy(update={"num_hidden_layers": layers, "hidden_size": 2048})
+        report = compiled(config.model_copy(update={"model": model}), "h100-8")
+        temporaries.append((report.memory.temporaries, report.memory.parameters))
+    (few, small_stack), (many, large_stack) = temporaries
+    cost = (many - few) / (large_stack - small_stack)
+    assert (cost > 1.8) if habit else (cost < 1.4)
 
 
 def test_a_plan_says_which_kernels_run_there_and_warns_where_one_falls_back(make_config, monkeypatch):

@@ -23,7 +23,7 @@ from mixtral_jax.train.checkpoints.patience import PAUSES, patiently, why
 from mixtral_jax.train.checkpoints.together import Together
 from mixtral_jax.train.errors import UserError, is_of_storage, is_of_the_system
 from mixtral_jax.train.meetings import told
-from mixtral_jax.train.state import TrainState
+from mixtral_jax.train.state import TrainState, as_stored, hold_as
 
 Say = Callable[[str], None]
 
@@ -324,7 +324,7 @@ def find_together(
 
 
 def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = ()) -> TrainState:
-    """The state, placed as `abstract` says, on any mesh.
+    """The state, placed as `abstract` says, on any mesh; its moments are held so too, however they were.
 
     Args:
         changed: `a.b: old -> new` of the settings that may be to blame where it does not fit.
@@ -332,17 +332,19 @@ def restore_state(found: Found, abstract: TrainState, changed: Sequence[str] = (
     Raises:
         UserError: a leaf has another shape than the model; it is named, and so is what changed.
     """
+    stored = as_stored(abstract, found.meta.get("config", {}).get("optimizer", {}).get("state_dtype", "float32"))
     try:
-        return checkpoint.restore(found.path, abstract)
+        state = checkpoint.restore(found.path, stored)
     except (ValueError, KeyError, TypeError) as error:
         if is_of_the_system(error):
             raise
-        if (state := _restore_with_factor(found, abstract)) is not None:
-            return state
-        detail = str(error).partition("\n")[0][:300]  # Orbax shows whole trees
-        if changed:
-            detail += f"; changed since then: {', '.join(changed)}: set it back, or choose another run_name"
-        raise UserError(f"checkpoint {found.step} does not fit: {detail}") from error
+        if (older := _restore_with_factor(found, stored)) is None:
+            detail = str(error).partition("\n")[0][:300]  # Orbax shows whole trees
+            if changed:
+                detail += f"; changed since then: {', '.join(changed)}: set it back, or choose another run_name"
+            raise UserError(f"checkpoint {found.step} does not fit: {detail}") from error
+        state = older
+    return state if stored is abstract else hold_as(abstract, state)
 
 
 def _restore_with_factor(found: Found, abstract: TrainState) -> TrainState | None:

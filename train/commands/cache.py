@@ -53,12 +53,12 @@ def rm(
     names = [word for word in ids if word not in files]
     if len(files) > 1:
         raise UserError(f"{' and '.join(files)} are two run files: name one, for its data.cache_dir")
-    if not (names or unfinished or everything or days is not None):
+    if not (names or unfinished or everything or unused is not None):
         raise UserError(
             "name ids of entries (mixtral-jax data cache ls), or say --unused-for 30d, --unfinished or --all"
         )
     place, found = _look(files[0] if files else None, cache_dir)
-    if is_remote(place) and (days is not None or unfinished):
+    if is_remote(place) and (unused is not None or unfinished):
         raise UserError(
             f"of {place}, behind an address, nobody knows what was used when, nor what is uploaded at this moment: "
             "name ids, not --unused-for or --unfinished"

@@ -215,7 +215,7 @@ def traffic(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
 def memory_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Bytes that one chip's HBM moves in a step, at the least.
 
-    The optimizer reads and writes parameters, gradients and moments once (32 bytes a parameter of its own); every
+    The optimizer reads and writes parameters, gradients and moments once; every
     gathered matrix is written and read, in forward, recomputation and twice in the backward pass; activations cross
     between the products of a layer.
     """
@@ -226,7 +226,8 @@ def memory_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
     each = model.hidden_size * (14 + 4 * rows) + rows * 6 * model.intermediate_size / sizes["tensor"]
     activations = (3 + again + reference) * local_tokens(config, sizes) * each * placement.compute_bytes(config)
     layer = uses * placement.layer_bytes(config, sizes) + activations
-    optimizer = 8 * placement.resident(config, sizes)["parameters"]
+    held = placement.resident(config, sizes)
+    optimizer = 4 * held["parameters"] + 2 * held["optimizer"]
     return optimizer + model.num_hidden_layers * layer * config.accumulation
 
 

@@ -15,6 +15,7 @@ from mixtral_jax.model import abstract_model, compute_dtype
 from mixtral_jax.moe import Buffer, buffer_of
 from mixtral_jax.parallel import MESH_AXES, param_shardings, platform
 from mixtral_jax.train.config import DpoStageConfig, RunConfig
+from mixtral_jax.train.moments import BLOCK, SMALLEST_BLOCK, StateDtype, moment_bytes
 from mixtral_jax.train.weights import is_trained, leaves
 
 # What each axis of the mesh shares out.
@@ -75,9 +76,10 @@ def resident(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     held, trains = _held(config.model, config.adapters, tuple(sizes.items())), is_trained(config)
     trained = sum(size for path, size in held.items() if trains(path))
     base = sum(size for path, size in held.items() if not is_adapter(path))
+    moments = _moments(config.model, config.adapters, config.optimizer.state_dtype)
     return {
-        "parameters": trained,  # fp32, as are AdamW's two moments
-        "optimizer": 2 * trained,
+        "parameters": trained,  # fp32
+        "optimizer": round(sum(moments[path] * size / 4 for path, size in held.items() if trains(path))),
         "frozen": sum(held.values()) - trained,
         "reference": base if copies_reference(config) else 0,
     }
@@ -114,6 +116,13 @@ def _held(model: MixtralConfig, lora: LoraConfig | None, sizes: tuple[tuple[str,
         path: math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for path, leaf in leaves(nnx.to_pure_dict(nnx.state(abstract)))
     }
+
+
+@functools.cache
+def _moments(model: MixtralConfig, lora: LoraConfig | None, dtype: StateDtype) -> dict[str, float]:
+    """Path of each parameter -> bytes of both moments of one number."""
+    shapes = leaves(nnx.to_pure_dict(nnx.state(abstract_model(model, lora=lora))))
+    return {path: 2 * moment_bytes(path.split("."), leaf.shape, dtype) for path, leaf in shapes}
 
 
 def layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -205,7 +214,9 @@ def axis_lines(sizes: Mapping[str, int]) -> list[str]:
 def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     """Bytes per device of what lives through the step; activations come on top."""
     held = resident(config, sizes)
-    each = {"parameters": held["parameters"], "optimizer": held["optimizer"], "gradients": held["parameters"]}
+    dtype = config.optimizer.state_dtype
+    optimizer = "optimizer" if dtype == "float32" else f"optimizer ({dtype})"
+    each = {"parameters": held["parameters"], optimizer: held["optimizer"], "gradients": held["parameters"]}
     if config.adapters is not None:
         each = {f"frozen base ({config.adapters.base_dtype})": held["frozen"]} | each
     if copies_reference(config):
@@ -262,6 +273,12 @@ def placement_warnings(
         warnings.append(
             f"mesh.tensor ({tensor}) does not divide model.vocab_size ({vocabulary}): embedding and head are stored "
             f"whole along tensor, and padded to {-(-vocabulary // tensor) * tensor} rows where they are used"
+        )
+    held = resident(config, dict.fromkeys(MESH_AXES, 1))
+    if config.optimizer.state_dtype == "int8" and held["optimizer"] == 2 * held["parameters"]:
+        warnings.append(
+            "optimizer.state_dtype is int8, but no trained matrix has a dimension for blocks of "
+            f"{SMALLEST_BLOCK} to {BLOCK}: all moments stay float32"
         )
     if config.adapters is not None and config.init_from is None:
         warnings.append(

@@ -20,3 +20,4 @@ from mixtral_jax.train.run.screen import compiled, dry_run, first_screen
 from mixtral_jax.train.run.signals import Interrupts
 from mixtral_jax.train.run.tokenizer_copy import kept_template
 from mixtral_jax.train.run.underway import extra_hooks, open_files
+from mixtral_jax.train.run.xla_flags import set_xla_flags

@@ -30,7 +30,8 @@ from mixtral_jax.train.run.fork import as_it_stands, check_some_left, find_trunk
 from mixtral_jax.train.run.lease import FILE as LEASE
 from mixtral_jax.train.run.owner import check_owner, note_owner
 from mixtral_jax.train.run.tokenizer_copy import check_tokenizer, keep_tokenizer
-from mixtral_jax.train.state import abstract_state
+from mixtral_jax.train.run.xla_flags import set_xla_flags
+from mixtral_jax.train.state import abstract_state, as_stored
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
 
 
@@ -138,6 +139,7 @@ def survey(
     Raises:
         UserError: see `look`, `check` and `check_order`; or the run began with another tokenizer, or cannot be written.
     """
+    set_xla_flags(config.compute.xla_flags)  # in a library's use the last place before devices are asked for
     check_place("output_dir", config.run_dir)
     directory = config.checkpoint.directory or config.run_dir / "checkpoints"
     check_place("checkpoint.directory", directory)
@@ -275,7 +277,8 @@ def check_same_tree(found: Found, config: RunConfig) -> None:
         return
     weights = keep(abstract_params(config, None), is_trained(config))
     optimizer = make_optimizer(config.optimizer, 1 << 30, config.router_factor)  # its tree is that of any steps
-    state = abstract_state(weights, optimizer)
+    then = found.meta["config"].get("optimizer", {}).get("state_dtype", "float32")
+    state = as_stored(abstract_state(weights, optimizer), then)
     try:
         checkpoint.check_fits(found.path, state)
     except ValueError as error:

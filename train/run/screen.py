@@ -21,6 +21,8 @@ from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
 from mixtral_jax.train.run.check import kernels_of, sizes_of
 from mixtral_jax.train.run.resume import changed_since, survey
+from mixtral_jax.train.run.xla_flags import line as flags_line
+from mixtral_jax.train.run.xla_flags import set_xla_flags
 
 
 def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: bool = False) -> int:
@@ -30,6 +32,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
         ValueError: the mesh does not fit the devices of this machine; see also `survey`.
     """
     print(resolved_yaml(config, provenance), end="")
+    set_xla_flags(config.compute.xla_flags)
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
     found, _, notes = survey(config, force, lambda: sizes, print, finished=True)
@@ -39,6 +42,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
         "model": "; ".join([model_line(config.model, useful_per_token(config)), *notes]),
         "mesh": f"{mesh_line(sizes)} on {len(devices)} {devices[0].device_kind}",
         "kernels": "; ".join([kernels_line(config, sizes), *fallback_lines(config, sizes)]),
+        "flags": flags_line(config.compute.xla_flags),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
         "writes": str(config.run_dir),
@@ -64,6 +68,7 @@ def first_screen(
         + (f", {peak / 1e12:.0f} TFLOP/s each" if peak else ", no peak known: mfu is null"),
         "mesh": "one device" if mesh is None else mesh_line(sizes),
         "kernels": kernels_line(config, sizes),
+        "flags": flags_line(config.compute.xla_flags),
         "model": model_line(config.model, useful_per_token(config)),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
