@@ -100,15 +100,19 @@ def _bound() -> int:
 
 
 def _open(path: str) -> Any:
-    place = str(fetched(Path(path)))
-    reader = ArrayRecordReader(place, **_OPTIONS)
-    if reader.ok():
-        return reader
-    try:
-        reader.close()  # says what it was
-    except RuntimeError as error:
-        raise _damaged(place, error) from None
-    raise _damaged(place, "it cannot be opened")
+    why: object = "it cannot be opened"
+    for _ in range(9):  # a copy may be dropped before it is opened
+        place = fetched(Path(path))
+        reader = ArrayRecordReader(str(place), **_OPTIONS)
+        if reader.ok():
+            return reader
+        try:
+            reader.close()  # says what it was
+        except RuntimeError as error:
+            why = error
+        if place.exists():
+            break
+    raise _damaged(path, why)
 
 
 def _damaged(path: str, why: object) -> OSError:

@@ -146,7 +146,8 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
+    own = directory / META  # of one that was killed before it gave the directory its name
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != own and ".tmp-" not in p.name]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
     write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))

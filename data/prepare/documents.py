@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.data.prepare.cache import META
-from mixtral_jax.data.records import fetched
+from mixtral_jax.data.records import fetched, open_copy
 from mixtral_jax.data.rows import hash64
 from mixtral_jax.data.text import Documents
 
@@ -53,9 +53,9 @@ def append(directory: Path, buckets: int, numbers: np.ndarray, documents: Docume
 
 
 def bucket_files(directory: Path, bucket: int) -> list[Path]:
-    """The files of a bucket of a store that is whole; what is elsewhere is fetched."""
+    """The files of a bucket of a store that is whole, which may have to be fetched."""
     listed = json.loads((directory / META).read_bytes())["files"]
-    return [fetched(directory / name) for name in listed if f"/{bucket:06d}/" in name]
+    return [directory / name for name in listed if f"/{bucket:06d}/" in name]
 
 
 def read_bucket(files: Iterable[Path], token_dtype: str, weighted: bool) -> tuple[np.ndarray, Documents]:
@@ -70,7 +70,7 @@ def read_bucket(files: Iterable[Path], token_dtype: str, weighted: bool) -> tupl
 
 
 def _blocks(path: Path, token_dtype: str, weighted: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    with open(path, "rb") as stream:
+    with open_copy(lambda: fetched(path), path) as stream:
         while head := stream.read(16):
             documents, tokens = np.frombuffer(head, np.int64).tolist()
             kinds = (np.uint64, np.uint32, np.uint32, np.uint8)

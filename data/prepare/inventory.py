@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -47,25 +48,23 @@ def drop(entry: Entry) -> bool:
         remove_below(entry.place, first=META)
         return True
     place = Path(entry.place)
+    with _unused(place) as free:
+        if free:
+            remove(place)
+    return free
+
+
+@contextlib.contextmanager
+def _unused(place: Path) -> Iterator[bool]:
+    """Whether no process reads an entry or makes it; none begins to before the end of the block."""
     with contextlib.ExitStack() as held:
+        free = True
         try:
             for lock in _locks(place):
                 fcntl.flock(held.enter_context(open(lock, "rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        remove(place)
-    return True
-
-
-def _is_used(place: Path) -> bool:
-    """Whether a process reads an entry, or makes it."""
-    for lock in _locks(place):
-        with open(lock, "rb") as stream:
-            try:  # as those who read it would, or as those who would make it
-                fcntl.flock(stream, (fcntl.LOCK_EX if lock.suffix == ".use" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+        except (BlockingIOError, PermissionError):  # of what nobody lets us ask, nobody knows
+            free = False
+        yield free
 
 
 def _locks(place: Path) -> list[Path]:
@@ -82,26 +81,42 @@ def _below(root: Path) -> Iterator[Entry]:
         unfinished = _UNFINISHED.match(place.name)
         if not place.is_dir() or not (unfinished or _NAME.fullmatch(place.name) or place == root / "hashes"):
             continue
-        files = [file.stat() for file in place.rglob("*") if file.is_file()]
-        newest = max((file.st_mtime for file in files), default=place.stat().st_mtime)
-        name = place.relative_to(root).as_posix()
-        entry = Entry(name, "?", "", sum(file.st_size for file in files), newest, newest, "unfinished", str(place))
-        if place.name == "hashes":
-            yield replace(entry, kind="hashes", made_of=f"{len(files):,} files", made=None, state="whole")
-            continue
-        if not unfinished and (place / META).exists():
-            entry = _described(entry, (place / META).read_bytes(), len(files))
-            with contextlib.suppress(OSError):
-                entry = replace(entry, used=use_file(root, name).stat().st_mtime)
-            if entry.state == "whole" and entry.kind != "references" and whole(place) is None:
-                entry = replace(entry, state="damaged")
-            elif (place / COPIED).exists():
-                entry = replace(entry, state="a copy")
-        elif unfinished and unfinished["parts"]:
-            there = sorted(part.name.removeprefix("part-") for part in place.glob("part-*") if "tmp" not in part.name)
-            about = f"parts {', '.join(there) or 'none'} of {name.rpartition('-')[2]}"
-            entry = replace(entry, kind="documents", made_of=about)
-        yield replace(entry, state="in use") if _is_used(place) else entry
+        with contextlib.suppress(FileNotFoundError):  # another process removes it, or gives it its name
+            yield _entry(root, place, (unfinished["parts"] or "") if unfinished else None)
+
+
+def _entry(root: Path, place: Path, parts: str | None) -> Entry:
+    """One entry of a cache; `parts` is None of what has its name."""
+    files = _files_below(place)
+    newest = max((file.st_mtime for file in files), default=place.stat().st_mtime)
+    name = place.relative_to(root).as_posix()
+    entry = Entry(name, "?", "", sum(file.st_size for file in files), newest, newest, "unfinished", str(place))
+    if place.name == "hashes":
+        return replace(entry, kind="hashes", made_of=f"{len(files):,} files", made=None, state="whole")
+    if parts is None and (place / META).exists():
+        entry = _described(entry, (place / META).read_bytes(), len(files))
+        with contextlib.suppress(OSError):
+            entry = replace(entry, used=use_file(root, name).stat().st_mtime)
+        if entry.state == "whole" and entry.kind != "references" and whole(place) is None:
+            entry = replace(entry, state="damaged")
+        elif (place / COPIED).exists():
+            entry = replace(entry, state="a copy")
+    elif parts:
+        there = sorted(part.name.removeprefix("part-") for part in place.glob("part-*") if "tmp" not in part.name)
+        about = f"parts {', '.join(there) or 'none'} of {name.rpartition('-')[2]}"
+        entry = replace(entry, kind="documents", made_of=about)
+    with _unused(place) as free:
+        return entry if free else replace(entry, state="in use")
+
+
+def _files_below(place: Path) -> list[os.stat_result]:
+    """What is known of each file, also while other processes remove some."""
+    found = []
+    for above, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.stat(os.path.join(above, name)))
+    return found
 
 
 def _described(entry: Entry, content: bytes, files: int) -> Entry:
@@ -140,10 +155,7 @@ def _behind(address: str) -> Iterator[Entry]:
 def _copies(root: Path) -> Iterator[Entry]:
     """What this machine has copied of sources and tokenizers."""
     for mark in sorted(root.glob(f"*/{COPIED}")):
-        files = [file.stat() for file in mark.parent.iterdir() if file.is_file()]
-        newest = max(file.st_mtime for file in files)
-        what = json.loads(mark.read_bytes())["address"]
-        size = sum(file.st_size for file in files)
-        yield Entry(
-            f"copies/{mark.parent.name}", "copies", what, size, mark.stat().st_mtime, newest, "a copy", str(mark.parent)
-        )
+        with contextlib.suppress(FileNotFoundError):  # as above
+            what, made, files = json.loads(mark.read_bytes())["address"], mark.stat().st_mtime, _files_below(mark.parent)
+            size, newest = sum(file.st_size for file in files), max(file.st_mtime for file in files)
+            yield Entry(f"copies/{mark.parent.name}", "copies", what, size, made, newest, "a copy", str(mark.parent))

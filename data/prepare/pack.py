@@ -20,7 +20,7 @@ from mixtral_jax.data.text import Documents, cut_examples, join
 
 @dataclass(frozen=True)
 class _Job:
-    recipe: Recipe  # without the names of its files, which may be many
+    recipe: Recipe  # of the short corpus
     bucket: int
     directory: Path
 
@@ -36,7 +36,7 @@ def pack(recipes: list[Recipe], pool: Workers, show: bool) -> None:
         directory = scratch(recipe.place)
         directory.mkdir()
         todo[directory] = recipe, []
-        short = replace(recipe, corpus=replace(recipe.corpus, files=()))
+        short = replace(recipe, corpus=recipe.corpus.short)
         jobs += [_Job(short, bucket, directory) for bucket in range(recipe.corpus.buckets)]
     try:
         with meter("Packing", len(jobs), show=show and bool(jobs)) as advance:

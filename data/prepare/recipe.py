@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Corpus:
     config: DataConfig
     source: SourceConfig
     files: tuple[str, ...]
+    content: tuple[Any, ...]  # of each file
     described: str
     buckets: int
     tokenizer: str  # its fingerprint
@@ -72,6 +73,21 @@ class Corpus:
     def parts(self, count: int) -> list[Path]:
         """Directories of the documents, as each of `count` machines tokenises them."""
         return [self.place.with_name(f"{self.place.name}.parts-of-{count}") / f"part-{i + 1}" for i in range(count)]
+
+    @property
+    def short(self) -> "Corpus":
+        """Itself without its files, which may be many."""
+        return replace(self, files=(), content=())
+
+    def check_unchanged(self) -> None:
+        """Whether the files still hold what the fingerprint says.
+
+        Raises:
+            ValueError: one does not.
+        """
+        for file, content in zip(self.files, self.content, strict=True):
+            if content_hash(file, self.place.parent) != content:
+                raise ValueError(f"{file} was changed while it was read: prepare the data when nothing writes to it")
 
     def census(self, unit: int = 0) -> Census:
         """Nothing counted yet."""
@@ -164,7 +180,7 @@ def recipe_of(
 def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
     source, (files, described) = chosen
     kind, cache = config.examples, open_cache(config.cache_dir)
-    content = [content_hash(file, cache) for file in files]
+    content = tuple(content_hash(file, cache) for file in files)
     formats = [(file_format(source, file), compression(file)) for file in files]
     if kind == "text" and source.text_key == "text":  # its first rows say it, which may be far away: so once for all
         memo = f"hashes/{digest(['text_key', content, formats, source.split])}"
@@ -195,6 +211,7 @@ def _corpus(config: DataConfig, chosen: Chosen, tokenizer: Tokenizer) -> Corpus:
         config=config,
         source=source,
         files=files,
+        content=content,
         described=described,
         buckets=buckets,
         tokenizer=tokenizer.fingerprint(),

@@ -5,7 +5,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
 
 @dataclass(frozen=True)
 class _Job:
-    corpus: Corpus  # without its files, which may be many
+    corpus: Corpus  # the short one
     directory: Path
     unit: Unit
     number: int
@@ -57,7 +57,7 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
         clear_scratch(beside)
         directory = scratch(beside)  # not among the parts: who is the last renames them all
         parts[directory] = corpus, corpus.census()
-        units, short = enumerate(corpus.units), replace(corpus, files=())
+        units, short = enumerate(corpus.units), corpus.short
         jobs += [_Job(short, directory, unit, number) for number, unit in units if number % count == index - 1]
     try:
         for directory in parts:
@@ -68,6 +68,7 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
                 parts[job.directory][1].add(census)
         for directory, (corpus, census) in parts.items():
             final = corpus.parts(count)[index - 1]
+            corpus.check_unchanged()
             seal(directory, "documents", corpus.made_of, counts_of(census))
             settle(directory, final)
             corpus.load_part(final, count)  # uploads it

@@ -14,6 +14,7 @@ from mixtral_jax.data.records.files import (
     join,
     local_copy,
     local_directory,
+    open_copy,
     open_file,
     own_name,
     put,

@@ -57,11 +57,20 @@ def _opened(path: str) -> Any:
         return open(path, "rb")
     if not has_room(file_size(path)):
         return fsspec.open(path, "rb")
-    for _ in range(9):  # another process may drop the copy before it is opened
-        copy = local_copy(path)
+    return open_copy(lambda: local_copy(path), path)
+
+
+def open_copy(make: Callable[[], Any], path: object) -> Any:
+    """The file that `make` names, which it makes again where another process drops it before it is opened.
+
+    Raises:
+        OSError: it cannot be made, or is dropped each time.
+    """
+    for _ in range(9):
+        copy = make()
         with contextlib.suppress(FileNotFoundError):
             return open(copy, "rb")
-    raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", path)
+    raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", str(path))
 
 
 def cannot_read(path: str, error: Exception, how: str = "") -> Exception:
@@ -85,7 +94,8 @@ def local_copy(path: str) -> str:
     if not (directory / COPIED).exists():
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / COPIED, json.dumps({"address": path}))
-    place = directory / os.path.basename(own_name(path))
+    name = os.path.basename(own_name(path))[-100:]
+    place = directory / (name if name.strip(".") else "file")
     return str(stage(place, identity[0], lambda to: _get(path, to), path))
 
 

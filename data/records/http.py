@@ -23,9 +23,12 @@ class WebFiles(HTTPFileSystem):
     def _ask(self, method: str, url: str, **options: Any) -> requests.Response:
         # `identity`: the size of a file is that of its own bytes, not of those that a server compresses on the way
         headers = {"Accept-Encoding": "identity", "Connection": "close"}
-        answer = self.session.request(
-            method, self.encode_url(url), timeout=_SECONDS, headers=headers, allow_redirects=True, **options
-        )
+        try:
+            answer = self.session.request(
+                method, self.encode_url(url), timeout=_SECONDS, headers=headers, allow_redirects=True, **options
+            )
+        except (ValueError, requests.TooManyRedirects) as error:  # no address, or one that leads to itself
+            raise ValueError(f"{url} cannot be read: {error}") from None
         if answer.status_code in (404, 410):
             raise FileNotFoundError(errno.ENOENT, f"is not there ({answer.status_code})", url)
         if answer.status_code in (401, 403):

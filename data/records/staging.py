@@ -192,5 +192,6 @@ def _copies(root: Path) -> Iterator[tuple[float, int, str]]:
         for path in Path(above).rglob("*"):
             with contextlib.suppress(OSError):
                 found = path.stat()
-                if path.name not in (COPIED, "meta.json") and stat.S_ISREG(found.st_mode):
+                is_underway = ".tmp-" in path.name and time.time() - found.st_mtime < _SILENCE_SECONDS
+                if path.name not in (COPIED, "meta.json") and stat.S_ISREG(found.st_mode) and not is_underway:
                     yield found.st_mtime, found.st_size, str(path)
