@@ -172,6 +172,8 @@ def remove(directory: Path) -> None:
     doomed = scratch(directory)
     with contextlib.suppress(FileNotFoundError):  # another process was first
         os.rename(directory, doomed)
+        if doomed.is_symlink():  # to another disk
+            doomed.unlink()
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.data.prepare import documents
-from mixtral_jax.data.prepare.cache import PreparedSource, remove, settle
+from mixtral_jax.data.prepare.cache import SIZES, PreparedSource, remove, settle
 from mixtral_jax.data.prepare.recipe import Recipe
 from mixtral_jax.data.prepare.tokenise import no_documents
 from mixtral_jax.data.prepare.workers import Workers
@@ -78,7 +78,7 @@ def pack_bucket(job: _Job) -> Counter[str]:
             learned = None if found.learned is None else join(found.learned, *places)
             writer.write(row_format.encode(places[1], join(found.tokens, *places), learned))
         writer.close()
-        np.save(path.with_suffix(".npy"), _sizes(pieces, found))
+        path.with_suffix(".sizes").write_bytes(_sizes(pieces, found).tobytes())
         counts.update(rows=pieces.rows, bytes=path.stat().st_size, tokens=int(pieces.length.sum()))
     return counts
 
@@ -136,13 +136,11 @@ def _finish(recipe: Recipe, directory: Path, packed: list[Counter[str]]) -> None
 
 
 def _join_sizes(directory: Path, shards: list[str], rows: int) -> None:
-    """The sizes of all shards as one file."""
-    sizes = np.lib.format.open_memmap(directory / "sizes.npy", "w+", np.uint32, (rows, 2))
-    row = 0
-    for shard in shards:
-        file = (directory / shard).with_suffix(".npy")
-        own = np.load(file)
-        sizes[row : row + len(own)] = own
-        row += len(own)
-        file.unlink()
-    sizes.flush()
+    """The sizes of all shards as one file; by plain writes, as to a map a full disk is a signal that kills."""
+    about = {"descr": "<u4", "fortran_order": False, "shape": (rows, 2)}
+    with open(directory / SIZES, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, about)
+        for shard in shards:
+            own = (directory / shard).with_suffix(".sizes")
+            out.write(own.read_bytes())
+            own.unlink()

@@ -5,11 +5,14 @@ in memory.
 """
 
 import errno
+import os
 from typing import Any
 
 import fsspec
 import requests
 from fsspec.implementations.http_sync import HTTPFileSystem
+
+from mixtral_jax.data.records.staging import START
 
 _SECONDS = 15, 60  # to connect, and between two pieces of an answer
 _PIECE_BYTES = 1 << 20
@@ -31,20 +34,21 @@ class WebFiles(HTTPFileSystem):
             raise ValueError(f"{url} cannot be read: {error}") from None
         if answer.status_code in (404, 410):
             raise FileNotFoundError(errno.ENOENT, f"is not there ({answer.status_code})", url)
-        if answer.status_code in (401, 403):
+        if answer.status_code in (401, 403) and method != "HEAD":
             raise PermissionError(errno.EACCES, f"may not be read ({answer.status_code} {answer.reason})", url)
         return answer
 
     def info(self, url: str, **options: Any) -> dict[str, Any]:
         """Size (None: the server does not say) and what changes when the content does."""
         answer = self._ask("HEAD", url)
-        if answer.status_code in (405, 501):  # some servers know GET alone
+        if answer.status_code in (401, 403, 405, 501):  # some servers know GET alone, or an address allows no more
             answer = self._ask("GET", url, stream=True)
             answer.close()
         answer.raise_for_status()
         names = ("ETag", "Last-Modified", "Content-MD5")
         size = answer.headers.get("Content-Length")
         known = {name: answer.headers[name] for name in names if name in answer.headers}
+        known = known or {"asked": os.environ.get(START, "")}  # who says nothing is asked anew by each start
         return {"name": url, "type": "file", "size": int(size) if size else None, **known}
 
     def exists(self, path: str, **options: Any) -> bool:

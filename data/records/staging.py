@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 PAUSES = (1.0, 3.0, 9.0)  # seconds before each further attempt
 ROOM = "MIXTRAL_JAX_STAGING"  # this process's staging directory and its bound, for the processes that it starts
+START = "MIXTRAL_JAX_START"  # another one each time that data is prepared; for them too
 _DIRECTORY = ".cache/mixtral-jax-staging"  # beside the usual cache
 _STRIPES = 64  # lock files
 _SILENCE_SECONDS = 3600.0
@@ -118,6 +119,7 @@ def patiently(what: str, action: Callable[[], T]) -> T:
 
 def stage_in(directory: str | None, limit: int | None) -> None:
     """From now on copies of this process, and of those that it starts, lie in `directory`, at most `limit` bytes."""
+    os.environ[START] = os.urandom(8).hex()
     os.environ[ROOM] = json.dumps([os.path.abspath(directory or _DIRECTORY), limit])
 
 

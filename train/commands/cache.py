@@ -40,7 +40,8 @@ def ls(config: str | None, *, cache_dir: str | None = None, as_json: bool = Fals
             _ago(each.used),
             each.state,
         )
-    Console(highlight=False, soft_wrap=True, markup=False).print(table)
+    width = None if sys.stdout.isatty() else 10_000  # for grep, a line each
+    Console(width=width, highlight=False, soft_wrap=True, markup=False).print(table)
     print(f"{place}: {len(found):,} entries, {_size(sum(each.bytes for each in found))}")
     return ExitCode.DONE
 
