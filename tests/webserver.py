@@ -15,6 +15,8 @@ class Web:
     def __init__(self, address: str):
         self.address = address
         self.asked: Counter[str] = Counter()  # "GET /name"
+        self.hidden = False  # says of a file only how long it is
+        self.signed = False  # allows GET alone
         self.faults: list[str] = []  # of the answers with a body to come: busy, drop (in the middle), short (so said)
 
     def __truediv__(self, name: str) -> str:
@@ -34,13 +36,26 @@ def serve(directory: Path) -> Iterator[Web]:
 
         def do_HEAD(self) -> None:
             web.asked[f"HEAD {self.path}"] += 1
+            if web.signed or self.path.startswith("/loop"):
+                return self.send_error(403) if web.signed else self.turn()
             super().do_HEAD()
+
+        def turn(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+
+        def send_header(self, keyword: str, value: str) -> None:
+            if not (web.hidden and keyword == "Last-Modified"):
+                super().send_header(keyword, value)
 
         def do_GET(self) -> None:
             web.asked[f"GET {self.path}"] += 1
             fault = web.faults.pop(0) if web.faults else ""
             file = directory / self.path.partition("?")[0].strip("/")
-            if fault == "busy":
+            if self.path.startswith("/loop"):
+                self.turn()
+            elif fault == "busy":
                 self.send_error(503)
             elif fault and file.is_file():
                 content = file.read_bytes()

@@ -116,6 +116,7 @@ TABLE: dict[int, tuple[ExitCode, str]] = {
     **dict.fromkeys((*_NAMES, errno.EPERM, errno.EACCES), _NAMED),
     **dict.fromkeys(FULL, _FULL),
     **dict.fromkeys((errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT), _BROKEN),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), (ExitCode.USAGE, "allow more of them (ulimit -n)")),
     errno.ENOMEM: _MEMORY,
     errno.ECHILD: _CHILD,
 }

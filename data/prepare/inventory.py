@@ -28,7 +28,7 @@ class Entry:
     bytes: int
     made: float | None  # seconds since 1970; None: not known
     used: float | None  # the same
-    state: str  # whole, in use, unfinished, damaged, of format N, a copy
+    state: str  # whole, in use, unfinished, damaged, not readable, of format N, a copy
     place: str  # directory or address
 
 
@@ -81,8 +81,12 @@ def _below(root: Path) -> Iterator[Entry]:
         unfinished = _UNFINISHED.match(place.name)
         if not place.is_dir() or not (unfinished or _NAME.fullmatch(place.name) or place == root / "hashes"):
             continue
-        with contextlib.suppress(FileNotFoundError):  # another process removes it, or gives it its name
+        try:
             yield _entry(root, place, (unfinished["parts"] or "") if unfinished else None)
+        except FileNotFoundError:
+            continue  # another process removes it, or gives it its name
+        except PermissionError:
+            yield Entry(place.relative_to(root).as_posix(), "?", "", 0, None, None, "not readable", str(place))
 
 
 def _entry(root: Path, place: Path, parts: str | None) -> Entry:
@@ -156,6 +160,10 @@ def _copies(root: Path) -> Iterator[Entry]:
     """What this machine has copied of sources and tokenizers."""
     for mark in sorted(root.glob(f"*/{COPIED}")):
         with contextlib.suppress(FileNotFoundError):  # as above
-            what, made, files = json.loads(mark.read_bytes())["address"], mark.stat().st_mtime, _files_below(mark.parent)
+            what, made, files = (
+                json.loads(mark.read_bytes())["address"],
+                mark.stat().st_mtime,
+                _files_below(mark.parent),
+            )
             size, newest = sum(file.st_size for file in files), max(file.st_mtime for file in files)
             yield Entry(f"copies/{mark.parent.name}", "copies", what, size, made, newest, "a copy", str(mark.parent))

@@ -70,7 +70,9 @@ def open_copy(make: Callable[[], Any], path: object) -> Any:
         copy = make()
         with contextlib.suppress(FileNotFoundError):
             return open(copy, "rb")
-    raise OSError(errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", str(path))
+    raise OSError(
+        errno.ESTALE, "copies of it are dropped as soon as they are made: raise data.staging_bytes", str(path)
+    )
 
 
 def cannot_read(path: str, error: Exception, how: str = "") -> Exception:

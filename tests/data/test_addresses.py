@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +331,69 @@ def test_entries_of_a_cache_behind_an_address_are_listed(tmp_path: Path) -> None
     assert (rows.kind, rows.state, rows.used) == ("rows", "whole", None)
     assert {entry.kind for entry in found.values()} == {"rows", "documents", "hashes"}
     assert records_of(data.train[0])
+
+
+@pytest.mark.parametrize("name", ["", "folder/", "?file=a", "x" * 230, ".."])
+def test_an_address_of_any_name_has_a_copy(tmp_path: Path, name: str) -> None:
+    class Anything(MemoryFileSystem):
+        protocol = "anything"
+
+        def info(self, path: str, **options: Any) -> Any:
+            return {"name": path, "size": 5, "type": "file"}
+
+        def get_file(self, rpath: str, lpath: str, **options: Any) -> Any:
+            Path(lpath).write_bytes(b"12345")
+
+    fsspec.register_implementation("anything", Anything, clobber=True)
+    with files.open_file(f"anything://host/{name}") as stream:
+        assert stream.read() == b"12345"
+
+
+def test_downloads_that_are_underway_are_not_dropped_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {f"{i}.txt": bytes([65 + i]) * 1000 for i in range(8)}
+    for name, content in contents.items():
+        fsspec.filesystem("memory").pipe_file(f"/many/{name}", content)
+    stage_in(str(tmp_path / "bounded"), 1500)
+
+    def slowly(address: str, to: str) -> None:
+        with open(to, "wb") as out:
+            for start in range(0, 1000, 250):
+                out.write(contents[address.rpartition("/")[2]][start : start + 250])
+                out.flush()
+                time.sleep(0.003)
+
+    def read(name: str) -> bool:
+        with files.open_file(f"memory://many/{name}") as stream:
+            return bool(stream.read() == contents[name])
+
+    monkeypatch.setattr(files, "_get", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, [*contents] * 6))
+
+
+def test_a_server_that_says_nothing_of_a_file_but_its_size_is_asked_by_each_start(tmp_path: Path, web: Web) -> None:
+    web.hidden = True
+    prints = []
+    for content in (LINES, LINES.replace(b"document 7", b"document X"), LINES):
+        (tmp_path / "web" / "a.jsonl").write_bytes(content)
+        prints.append(prepared(config_of(web / "a.jsonl", tmp_path)).train[0].fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+    assert web.asked["GET /a.jsonl"] == 3
+
+
+def test_an_address_that_allows_no_look_but_a_read_is_read(tmp_path: Path, web: Web) -> None:
+    (tmp_path / "web" / "a.jsonl").write_bytes(LINES)
+    web.signed = True
+    assert rows_of(prepared(config_of(web / "a.jsonl", tmp_path))) == expected(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["http:///a.jsonl", "loop"])
+def test_what_is_no_address_is_a_mistake(tmp_path: Path, web: Web, address: str) -> None:
+    address = web / "loop" if address == "loop" else address
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    for options in ({"path": address}, {"cache_dir": address}, {"tokenizer": address}):
+        with pytest.raises(ValueError, match=address) as raised:
+            prepared(config_of(**{"path": str(tmp_path / "a.jsonl"), "tmp_path": tmp_path, **options}))
+        assert failure_of(raised.value).exit_code == ExitCode.USAGE

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixtral_jax.data.prepare import pack
 from mixtral_jax.data.prepare import prepared as prepare_module
 from mixtral_jax.data.prepare.cache import FORMAT_VERSION
 from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.records import sources
+from mixtral_jax.train.errors import ExitCode, failure_of
 from tests.prepared import (
     MODEL,
     SAMPLES,
@@ -357,3 +359,18 @@ def test_chats_without_anything_to_learn_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_text(json.dumps({"prompt": "a " * 100, "completion": "b"}))
     with pytest.raises(ValueError, match="which has 1 without an answer to learn records"):
         prepare_one(config_of(tmp_path / "cache", tmp_path / "f.jsonl", examples="chat"))
+
+
+@pytest.mark.parametrize("name", ["rows-00000-of-00001.sizes", "sizes.npy"])
+def test_a_full_disk_is_one_where_sizes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """numpy's own writers make of it an error without its number, and a map of the file a signal that kills."""
+    original = pack.pack_bucket
+
+    def fill(job: Any) -> Any:
+        (job.directory / name).symlink_to("/dev/full")
+        return original(job)
+
+    monkeypatch.setattr(pack, "pack_bucket", fill)
+    with pytest.raises(OSError) as raised:
+        prepare_one(config_of(tmp_path))
+    assert failure_of(raised.value).exit_code == ExitCode.STORAGE

@@ -1,16 +1,21 @@
 """Preparation that is interrupted, and several processes that prepare the same data."""
 
+import contextlib
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixtral_jax.data.config import DataConfig
+from mixtral_jax.data.prepare import prepared
 from tests.prepared import (
     ROOT,
     SAMPLES,
@@ -110,3 +115,52 @@ def test_the_workers_of_a_killed_process_end(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(children, timeout=30)
     assert len(children) == 2
     assert not alive
+
+
+@pytest.mark.usefixtures("small_lumps")
+def test_killed_before_any_change_of_names_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies at its n-th rename or removal, for all n."""
+
+    class Killed(BaseException):
+        pass
+
+    path = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    whole = records_of(prepare_one(config_of(tmp_path / "whole", path)))
+    changes = [(os, "rename"), (os, "replace"), (shutil, "rmtree")]
+    for n in itertools.count(1):
+        left = n
+
+        def mortal(original: Callable[..., Any]) -> Callable[..., Any]:
+            def change(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left <= 0:
+                    raise Killed
+                return original(*arguments, **options)
+
+            return change
+
+        config = config_of(tmp_path / f"killed-{n}", path)
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            for module, name in changes:
+                patched.setattr(module, name, mortal(getattr(module, name)))
+            prepare_one(config)
+        assert records_of(prepare_one(config)) == whole
+        assert len(leftovers(tmp_path / f"killed-{n}")) == 1
+        if left > 0:
+            break
+    assert n > 5
+
+
+@pytest.mark.parametrize("change", [lambda p: p.write_bytes(p.read_bytes() + b'{"text": "more"}\n'), Path.unlink])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
+) -> None:
+    path = lines_of(tmp_path, SAMPLES / "fr.val.jsonl.gz")
+    content, original = path.read_bytes(), prepared.tokenise
+    whole = records_of(prepare_one(config_of(tmp_path / "whole", path)))
+    with monkeypatch.context() as patched, pytest.raises((ValueError, FileNotFoundError), match=path.name):
+        patched.setattr(prepared, "tokenise", lambda *a: [change(path), original(*a)])
+        prepare_one(config_of(tmp_path / "cache", path))
+    path.write_bytes(content)
+    assert records_of(prepare_one(config_of(tmp_path / "cache", path))) == whole

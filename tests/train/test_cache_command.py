@@ -1,8 +1,10 @@
 """`data cache ls` and `rm`: what is shown, what goes, and what stays because somebody uses it."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from mixtral_jax import launch
-from mixtral_jax.data.prepare import PreparedSource
+from mixtral_jax.data.prepare import PreparedSource, entries
 from mixtral_jax.data.prepare.cache import locked, use_file
 from mixtral_jax.data.prepare.prepared import prepare
 from mixtral_jax.data.reader import RowReader
@@ -192,3 +194,52 @@ def test_what_is_no_entry_is_left_alone_and_other_formats_are_named(cache: Path,
     assert "compiled" not in found
     assert call("rm", "--all", "--yes")[0] == 0
     assert sorted(p.name for p in cache.iterdir()) == ["compiled", "locks", "notes"]
+
+
+def test_entries_that_others_remove_meanwhile_are_passed_over(
+    cache: Path, source: PreparedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each look at an entry: another process removes it just before."""
+    shutil.copytree(cache, cache.with_name("all"))
+    whole, looks = len(entries(str(cache))), [(Path, "stat"), (Path, "read_bytes"), (os, "walk"), (os, "stat")]
+    for owner, name in looks:
+        original, done = getattr(owner, name), []
+
+        def look(at: Any, *a: Any, _original: Any = original, _done: list[Any] = done, **k: Any) -> Any:
+            if source.directory in str(at) and not _done:
+                _done.append(at)
+                shutil.rmtree(source.directory)
+            return _original(at, *a, **k)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, look)
+            assert whole - 1 <= len(entries(str(cache))) <= whole
+        assert done
+        shutil.rmtree(cache)
+        shutil.copytree(cache.with_name("all"), cache)
+
+
+def test_an_entry_that_is_a_link_to_another_disk_goes(tmp_path: Path, source: PreparedSource, call: Call) -> None:
+    place = Path(source.directory)
+    place.rename(tmp_path / "disk")
+    place.symlink_to(tmp_path / "disk")
+    assert call("rm", place.name, "--yes")[0] == 0
+    assert not [other for other in place.parent.iterdir() if other.name.startswith(place.name)]
+    assert (tmp_path / "disk" / "meta.json").exists()
+
+
+def test_one_entry_that_may_not_be_read_hides_no_other(
+    cache: Path, source: PreparedSource, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(at: Path) -> bytes:
+        if source.directory in str(at):
+            raise PermissionError(errno.EACCES, "Permission denied", str(at))
+        return original(at)
+
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    states = {entry.id: entry.state for entry in entries(str(cache))}
+    assert states.pop(Path(source.directory).name) == "not readable"
+    assert set(states.values()) == {"whole"}
+    code, out, _ = call("rm", "--unused-for", "0d", "--dry-run")
+    assert (code, source.directory[-24:] in out) == (0, False)

@@ -74,7 +74,7 @@ def rm(
         if each in named
         or everything
         or (unfinished and each.state in ("unfinished", "damaged"))
-        or (days is not None and each.state != "in use" and time.time() - (each.used or 0) > days * 86400)
+        or (days is not None and each.used and each.state != "in use" and time.time() - each.used > days * 86400)
     ]
     if used := [each.id for each in named if each.state == "in use"]:
         raise UserError(
