@@ -207,3 +207,9 @@ def test_the_table_has_a_code_for_every_kind():
     assert failure_of(gloo).sentence == ""  # no disk: peers.py knows
     device = type("JaxRuntimeError", (RuntimeError,), {})("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
     assert failure_of(device).exit_code == 1 and "9 bytes" in failure_of(device).sentence
+
+
+def test_too_few_descriptors_is_a_sentence_and_no_traceback():
+    failure = failure_of(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "cache/locks/a"))
+    assert failure.exit_code == ExitCode.USAGE
+    assert failure.sentence == "cache/locks/a: Too many open files; allow more of them (ulimit -n)"

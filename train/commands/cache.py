@@ -31,15 +31,8 @@ def ls(config: str | None, *, cache_dir: str | None = None, as_json: bool = Fals
         return ExitCode.DONE
     table = Table("id", "kind", "made of", "size", "made", "last use", "state", box=None, pad_edge=False)
     for each in found:
-        table.add_row(
-            _short(each, found),
-            each.kind,
-            each.made_of,
-            _size(each.bytes),
-            _ago(each.made),
-            _ago(each.used),
-            each.state,
-        )
+        times = _ago(each.made), _ago(each.used)
+        table.add_row(_short(each, found), each.kind, each.made_of, _size(each.bytes), *times, each.state)
     width = None if sys.stdout.isatty() else 10_000  # for grep, a line each
     Console(width=width, highlight=False, soft_wrap=True, markup=False).print(table)
     print(f"{place}: {len(found):,} entries, {_size(sum(each.bytes for each in found))}")
@@ -82,13 +75,8 @@ def rm(
         )
     freed, kept = _drop(chosen, place, yes=yes, dry_run=dry_run, quiet=as_json)
     if as_json:
-        result = {
-            "cache": place,
-            "removed": [e.id for e in freed],
-            "bytes": sum(e.bytes for e in freed),
-            "in_use": kept,
-        }
-        print(json.dumps({**result, "dry_run": dry_run}))
+        result = {"cache": place, "removed": [e.id for e in freed], "bytes": sum(e.bytes for e in freed)}
+        print(json.dumps({**result, "in_use": kept, "dry_run": dry_run}))
     if kept:
         raise UserError(f"{', '.join(kept)} of {place} stays: a process that lives uses it")
     return ExitCode.DONE
@@ -170,6 +158,6 @@ def _ago(when: float | None) -> str:
     if when is None:
         return "-"
     hours = max(0.0, time.time() - when) / 3600
-    return (
-        f"{60 * hours:.0f} min ago" if hours < 2 else f"{hours:.0f} h ago" if hours < 48 else f"{hours / 24:.0f} d ago"
-    )
+    units = ((60, "min"), (1, "h"), (1 / 24, "d"))
+    scale, unit = units[(hours >= 2) + (hours >= 48)]
+    return f"{scale * hours:.0f} {unit} ago"
