@@ -15,7 +15,7 @@ from mixtral_jax.data.prepare.cache import forget, pull, seal, settle
 from mixtral_jax.data.prepare.recipe import Corpus, counts_of
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
-from mixtral_jax.data.records import Census, Lump, Unit, clear_scratch, read_lumps, scratch
+from mixtral_jax.data.records import Census, Lump, Unit, ask_anew, clear_scratch, read_lumps, scratch
 from mixtral_jax.data.text import (
     Documents,
     Tokenizer,
@@ -66,6 +66,7 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
             done = pool.ordered(tokenise_unit, iter(jobs), lambda job, size: advance(size, job.corpus.name))
             for job, census in done:
                 parts[job.directory][1].add(census)
+        ask_anew()  # whether the files are what they were
         for directory, (corpus, census) in parts.items():
             final = corpus.parts(count)[index - 1]
             corpus.check_unchanged()

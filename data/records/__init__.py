@@ -2,6 +2,7 @@
 
 from mixtral_jax.data.records import sources
 from mixtral_jax.data.records.files import (
+    ask_anew,
     check_file,
     exists,
     fetched,

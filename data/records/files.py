@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from mixtral_jax.data.records.staging import COPIED, digest, has_room, patiently, stage, staging_room, write_atomically
+from mixtral_jax.data.records.staging import (
+    COPIED,
+    START,
+    digest,
+    has_room,
+    patiently,
+    stage,
+    staging_room,
+    write_atomically,
+)
 
 _DEPTH = 4  # of folders in an entry of the cache
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -25,6 +34,7 @@ for _scheme in ("http", "https"):
 
 
 T = TypeVar("T")
+_known: dict[tuple[str, str], dict[str, Any]] = {}  # by start and address: each look takes a while
 
 
 def is_remote(path: str) -> bool:
@@ -188,11 +198,23 @@ def _ask(address: str, question: Callable[[Any, str], T]) -> T:
 
 
 def _info(address: str) -> dict[str, Any]:
-    """What a file system knows of an address; nothing: there is nothing. `fs.exists` takes a failure for that, too."""
+    """What a file system knows of an address; nothing: there is nothing. `fs.exists` takes a failure for that, too.
+
+    While data is prepared each address is asked once, until `ask_anew`.
+    """
+    key = os.environ.get(START, ""), address
     try:
-        return _ask(address, lambda fs, name: fs.info(name))
+        known = _known.get(key) or _ask(address, lambda fs, name: fs.info(name))
     except FileNotFoundError:
         return {}
+    if key[0]:
+        _known[key] = known
+    return known
+
+
+def ask_anew() -> None:
+    """Forgets what was known of addresses."""
+    _known.clear()
 
 
 def file_size(path: str) -> int:

@@ -62,6 +62,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXTRAL_JAX_STAGING", json.dumps([str(tmp_path / "staging"), None]))
     monkeypatch.setattr("mixtral_jax.data.records.staging.PAUSES", (0.0, 0.0, 0.0))
     fsspec.register_implementation("flaky", Flaky, clobber=True)
+    files.ask_anew()
     Flaky.failures = 0
     Flaky.store.clear()
     MemoryFileSystem.store.clear()
@@ -142,6 +143,14 @@ def test_a_server_that_fails_for_a_while_is_asked_again(tmp_path: Path, web: Web
     web.faults += faults
     assert rows_of(prepared(config_of(web / "a.jsonl", tmp_path))) == expected(tmp_path)
     assert web.faults == []
+
+
+def test_a_server_is_asked_little(tmp_path: Path, web: Web) -> None:
+    (tmp_path / "web" / "a.jsonl").write_bytes(LINES)
+    for looks in (2, 1):  # before and after it is read; and of one that is prepared already
+        prepared(config_of(web / "a.jsonl", tmp_path))
+        assert web.asked.pop("HEAD /a.jsonl") == looks
+    assert web.asked == {"GET /a.jsonl": 1}
 
 
 def test_a_server_that_fails_for_good_is_a_failure_of_storage(tmp_path: Path, web: Web) -> None:
