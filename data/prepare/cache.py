@@ -146,8 +146,8 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    own = directory / META  # of one that was killed before it gave the directory its name
-    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != own and ".tmp-" not in p.name]
+    (directory / META).unlink(missing_ok=True)  # of one that was killed before it gave the directory its name
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
     write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
@@ -172,9 +172,7 @@ def remove(directory: Path) -> None:
     doomed = scratch(directory)
     with contextlib.suppress(FileNotFoundError):  # another process was first
         os.rename(directory, doomed)
-        if doomed.is_symlink():  # to another disk
-            doomed.unlink()
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_meta(content: str | bytes) -> dict[str, Any] | None:
@@ -348,8 +346,7 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     """
     result: list[list[Any]] = []
     for file in data_files(path):
-        size, hashed = _hash(file, cache_dir, [])
-        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), size, hashed])
+        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), *_hash(file, cache_dir, [])])
     return result
 
 
@@ -378,8 +375,7 @@ def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None
 
 def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
     """(bytes, sha256) of a file; each piece that is read now is noted in `read`."""
-    identity = file_identity(file)
-    key = digest(identity)
+    key = digest(identity := file_identity(file))
     memo = f"hashes/{key}"
     with contextlib.ExitStack() as held:
         if not (known := _known_hash(cache_dir, memo)):
