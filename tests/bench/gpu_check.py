@@ -135,7 +135,7 @@ def step(size: Size) -> tuple[str, bool]:
 def _back_ends(size: Size) -> tuple[str, ...]:
     if size is TOY:
         return ("attention=reference", "experts=ragged_dot")
-    return ("attention=dot_product", "attention=chunked", "experts=ragged_dot")
+    return ("attention=triton", "attention=dot_product", "experts=ragged_dot")
 
 
 def tuning(size: Size) -> tuple[str, bool]:

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import ComputeConfig, MoeConfig
-from mixtral_jax.kernels.attention import AttentionShape, attend, resolve_attention
-from mixtral_jax.kernels.grouped import grouped_matmul, resolve_matmul
-from mixtral_jax.parallel import platform
+from mixtral_jax.kernels.attention import attend
+from mixtral_jax.kernels.choice import AttentionShape, choose_attention, choose_matmul
+from mixtral_jax.kernels.grouped import grouped_matmul
+from mixtral_jax.parallel import machine, platform
 from tests.attention_cases import Case, make
 from tests.oracles.attention import attention
 from tests.oracles.moe import grouped_matmul as grouped_oracle
 
 FARTHEST = {"float32": 3e-3, "bfloat16": 3e-2}  # of the norm; products of fp32 are TF32 on GPUs
-ELSEWHERE = {"splash": "tpu", "megablox": "tpu", "tokamax": "gpu"}  # kernels of one platform alone
+# kernels of one platform alone
+ELSEWHERE = {"splash": "tpu", "megablox": "tpu", "tokamax": "gpu", "cudnn": "gpu", "triton": "gpu"}
 
 
 def backends(config: type[Any], field: str, auto: str) -> Iterator[str]:
@@ -51,7 +53,7 @@ def compared(kernel: str, dtype: str, run: Callable[..., Any], arrays: Sequence[
 
 def attention_lines(T: int) -> Iterator[dict[str, Any]]:
     """Rows of two documents and padding, 8 query heads on 2, with and without a window."""
-    auto = resolve_attention("auto", platform(), AttentionShape(T, T, 64, "bfloat16"))
+    auto = choose_attention("auto", machine(), AttentionShape(T, T, 64, "bfloat16")).kernel
     for window in (None, T // 3):
         case = Case(B=2, T=T, N=8, K=2, H=64, lengths=(T // 2, T // 3), window=window)
         inputs = make(case)
@@ -77,7 +79,7 @@ def grouped_lines(rows: int) -> Iterator[dict[str, Any]]:
     sizes = np.diff([0, *ends, ends[-1]]).astype(np.int32)
     used = (np.arange(rows) < sizes.sum())[:, None]
     x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((rows, D), (E, D, F), (rows, F)))
-    auto = resolve_matmul("auto", platform())
+    auto = choose_matmul("auto", machine()).kernel
     for backend in backends(MoeConfig, "matmul", auto):
 
         def run(x: Any, w: Any, g: Any, backend: str = backend) -> tuple[Any, ...]:

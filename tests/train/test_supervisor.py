@@ -25,7 +25,7 @@ from pathlib import Path
 run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
 index = int(sys.argv[sys.argv.index("--process-id") + 1]) if "--process-id" in sys.argv else 0
 attempts = run / "attempts"
-number = max([int(p.name) for p in attempts.glob("*")], default=0) + (index == 0)
+number = max([int(p.name) for p in attempts.glob("*")], default=0) + (index == 0) or 1
 if index == 0:
     (attempts / str(number)).mkdir(parents=True)
     (run / "STATUS").write_text(json.dumps({"state": "training", "attempt": number, "exit_code": None}))

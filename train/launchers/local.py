@@ -1,7 +1,6 @@
 """Processes on this machine under a supervisor that restarts them as an engine would, and kills them where asked to."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -18,6 +17,9 @@ from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status,
 from mixtral_jax.train.run import add_up, read_attempts
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
+# PR_SET_PDEATHSIG: even a supervisor that is killed leaves no processes that hold the run; jax forbids a preexec_fn
+_TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+_WITH_US = (sys.executable, "-Sc", _TIED)
 
 
 class Local(NamedTuple):
@@ -100,10 +102,8 @@ class Supervisor:
             flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={how.devices}"
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         out = None if index == 0 else subprocess.DEVNULL  # each has its own log in the run's directory
-        with_us = _end_with_parent if sys.platform == "linux" else None
-        return subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True, preexec_fn=with_us
-        )
+        command = [*_WITH_US, *command] if sys.platform == "linux" else command
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
     def _is_due(self) -> bool:
         if self._how.kill_every is None or self._killed == self._how.kills:
@@ -150,11 +150,6 @@ class Supervisor:
         self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
         for line in add_up(book).table() if book else ():
             self._say(line)
-
-
-def _end_with_parent() -> None:
-    """In a child: where even a supervisor that is killed leaves no processes that hold the run."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def search_path() -> str:
