@@ -139,8 +139,8 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    own = directory / META  # of one that was killed before it gave the directory its name
-    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != own and ".tmp-" not in p.name]
+    (directory / META).unlink(missing_ok=True)  # of one that was killed before it gave the directory its name
+    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
     write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
@@ -165,9 +165,7 @@ def remove(directory: Path) -> None:
     doomed = scratch(directory)
     with contextlib.suppress(FileNotFoundError):  # another process was first
         os.rename(directory, doomed)
-        if doomed.is_symlink():  # to another disk
-            doomed.unlink()
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_meta(content: str | bytes) -> dict[str, Any] | None:

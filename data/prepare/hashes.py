@@ -25,8 +25,7 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     """
     result: list[list[Any]] = []
     for file in data_files(path):
-        size, hashed = _hash(file, cache_dir, [])
-        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), size, hashed])
+        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), *_hash(file, cache_dir, [])])
     return result
 
 
