@@ -13,3 +13,4 @@ from mixtral_jax.data.prepare.cache import (
 from mixtral_jax.data.prepare.glance import check_first_records
 from mixtral_jax.data.prepare.inventory import Entry, drop, entries
 from mixtral_jax.data.prepare.prepared import PreparedData, prepare
+from mixtral_jax.data.prepare.workers import search_path

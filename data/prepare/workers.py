@@ -106,15 +106,18 @@ class Workers:
         return result
 
 
-def _start() -> subprocess.Popen[bytes]:
-    """A process that finds this package wherever the caller stands, and imports nothing that lies beside the caller."""
+def search_path() -> str:
+    """PYTHONPATH for a child that is to find this package wherever it stands, and nothing beside the caller."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(os.path.isabs, inherited)])  # "" is where we stand
+    return os.pathsep.join([str(Path(__file__).parents[3]), *filter(os.path.isabs, inherited)])  # "" is where we stand
+
+
+def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": search_path()},
     )
 
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixtral_jax.data.prepare import search_path
 from mixtral_jax.train.errors import ASKING, ExitCode, UserError
 from mixtral_jax.train.launchers.job import Job
 from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
@@ -19,7 +19,7 @@ from mixtral_jax.train.run import add_up, read_attempts
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
 # PR_SET_PDEATHSIG: even a supervisor that is killed leaves no processes that hold the run; jax forbids a preexec_fn
 _TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-_WITH_US = (sys.executable, "-Sc", _TIED)
+_WITH_US = (sys.executable, "-P", "-Sc", _TIED)
 
 
 class Local(NamedTuple):
@@ -150,12 +150,6 @@ class Supervisor:
         self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
         for line in add_up(book).table() if book else ():
             self._say(line)
-
-
-def search_path() -> str:
-    """PYTHONPATH for a child that is to find this package wherever it stands."""
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([str(Path(__file__).parents[2]), *filter(os.path.isabs, inherited)])
 
 
 def _free_port() -> int:
