@@ -7,7 +7,7 @@ WORKDIR /mixtral-jax
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 # the dependencies alone, as they are bound in pyproject.toml, so that a change of the code installs nothing again
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*p['dependencies'], *p['optional-dependencies'].get('${EXTRA}', []), sep='\n')" > /tmp/needed \
+    print(*p['dependencies'], *p['optional-dependencies']['${EXTRA}'] if '${EXTRA}' != 'cpu' else '', sep='\n')" > /tmp/needed \
     && pip install --requirement /tmp/needed --constraint constraints.txt
 COPY . .
 RUN pip install --no-deps .

@@ -168,6 +168,9 @@ def _plan(args: Parsed) -> int:
         count = f"--xla_force_host_platform_device_count={args.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if args.topology and args.is_process:  # as a run there would have them; what is not our process keeps its own
+        platform = "cuda" if _function("train.plan", "parse_topology")(args.topology).is_gpu else "tpu"
+        _function("train.run", "set_xla_flags")(_load(args).config.compute.xla_flags, platform=platform)
     return _forward("train.plan:run", args)
 
 
@@ -232,10 +235,8 @@ _SUBMITTING = (
     _told("--sweep", "values of a setting, each a run of its own; may be repeated: all combinations",
           action="append", metavar="A.B=X,Y"),
 )  # fmt: skip
-_NODES = (
-    _told("--nodes", "machines", default=1, metavar="N"),
-    _told("--devices", "GPUs of each", default=8, metavar="N"),
-)
+_NODES = (_told("--nodes", "machines", default=1, metavar="N"),
+          _told("--devices", "GPUs of each", default=8, metavar="N"))  # fmt: skip
 _ON_CLUSTER = (
     _told("--topology", "TPU slices such as v5p-64 or 2xv5e-256, in place of nodes of GPUs"),
     _told("--image", "container that has this project (see the Dockerfile)", required=True),

@@ -120,7 +120,7 @@ def has_tokamax() -> bool:
 _GROUPED_KERNELS = ("megablox", "tokamax")
 _FASTEST_FIRST = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
 # by the names that jax gives devices; cuDNN's ragged layout is for the data centre's Hopper and Blackwell
-_HOPPER_OR_NEWER = re.compile(r"NVIDIA G?[HB][1-9]\d\d?\b")
+_HOPPER_OR_NEWER = re.compile(r"NVIDIA G?([HB][1-9]\d\d|H20)\b")
 _BEFORE_AMPERE = re.compile(r"\b([KMPV]\d+|T4|RTX 20\d\d|GTX|TITAN)\b")
 
 

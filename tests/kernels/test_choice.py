@@ -29,6 +29,7 @@ ROW = AttentionShape(4096, 4096, 128, "bfloat16")
         (Machine("gpu", "NVIDIA H20"), ROW, "cudnn"),
         (Machine("gpu", "NVIDIA GH200 480GB"), ROW, "cudnn"),
         (Machine("gpu", "NVIDIA B200"), ROW, "cudnn"),
+        (Machine("gpu", "NVIDIA GB10"), ROW, "triton"),  # a desktop's
         (Machine("gpu", "NVIDIA RTX PRO 6000 Blackwell"), ROW, "triton"),
         (A100, ROW, "triton"),
         (A100, ROW._replace(T=1024, S=1024), "triton"),

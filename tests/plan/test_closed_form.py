@@ -102,9 +102,10 @@ def test_closed_form_memory_of_gpus_is_near_what_the_compiler_says(rows, changes
 
 
 def test_closed_form_memory_of_adapters_on_gpus_is_near_what_the_compiler_says():
+    """With the flags of compute.xla_flags: auto; without them it was 65.6 GB."""
     file = Path(__file__).parents[2] / "configs" / "sft" / "mixtral-8x7b-lora-h100-8.yaml"
     config = for_accelerator(load_config(file, []).config)
-    assert sum(memory(config, config.mesh.sizes(8), "gpu").values()) == pytest.approx(65.6e9, rel=0.07)
+    assert sum(memory(config, config.mesh.sizes(8), "gpu").values()) == pytest.approx(53.33e9, rel=0.07)
 
 
 def test_a_search_passes_over_meshes_that_do_not_divide_a_quantised_base(make_tuning_config):

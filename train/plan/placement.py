@@ -158,7 +158,7 @@ def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> d
     held: float = model.num_hidden_layers if config.compute.remat == "none" else 1 + gpu
     width_of_row = (4 * width + 5 * ffn) if gpu else (2 * width + 3.5 * ffn)
     if gpu and adapter_params(config)[1]:  # sums with the adapters' parts and their gradients; one program was seen
-        width_of_row += 22 * ffn
+        width_of_row += 9 * ffn
     if config.adapters is None:  # the sums over chunks and over rounds, in fp32
         held += ((chunk < tokens) + (buffer.rows < buffer.worst)) * 4 / itemsize
     sent = 0.0 if buffer.rows == buffer.worst else 3 * width * rows  # over all rounds: rows, both their gradients

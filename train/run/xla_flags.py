@@ -57,13 +57,16 @@ def platform_ahead(env: MutableMapping[str, str]) -> str:
     return next((name for name, places in _DEVICES.items() if any(map(glob.glob, places))), "cpu")
 
 
-def set_xla_flags(choice: Choice, env: MutableMapping[str, str] = os.environ) -> None:
+def set_xla_flags(choice: Choice, env: MutableMapping[str, str] = os.environ, platform: str | None = None) -> None:
     """Add the flags that the environment does not name yet; nothing where jax has started, which `line` then says.
+
+    Args:
+        platform: that is compiled for, cuda or tpu, where it is not the one that jax will start.
 
     Raises:
         UserError: XLA does not know one of a list.
     """
-    variable, missing = _missing(choice, env)
+    variable, missing = _missing(choice, env, platform)
     if not missing or started():
         return
     flags = f"{env.get(variable, '')} {' '.join(missing)}".strip()
@@ -96,7 +99,7 @@ def started() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def _missing(choice: Choice, env: MutableMapping[str, str]) -> tuple[str, list[str]]:
-    variable, auto = FLAGS.get(platform_ahead(env), NONE)
+def _missing(choice: Choice, env: MutableMapping[str, str], platform: str | None = None) -> tuple[str, list[str]]:
+    variable, auto = FLAGS.get(platform or platform_ahead(env), NONE)
     there = {flag.partition("=")[0] for flag in env.get(variable, "").split()}
     return variable, [flag for flag in (auto if choice == "auto" else choice) if flag.partition("=")[0] not in there]
