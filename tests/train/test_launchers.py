@@ -23,6 +23,7 @@ from mixtral_jax.train.launchers.job import Job, Machine, check_mounted, check_s
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
 from mixtral_jax.train.launchers.verdict import MOST, Verdict, last_attempt, verdict
 from mixtral_jax.train.plan import parse_topology
+from mixtral_jax.train.run.processes import detect
 
 PRESETS = {"pretrain": "mixtral-8x7b-v5p-64", "sft": "mixtral-8x7b-v5p-64", "dpo": "mixtral-8x7b-v5p-64"}
 PATHS = ("data.tokenizer=/data/tokenizer.model", "data.cache_dir=/runs/cache", "output_dir=/runs/all")
@@ -411,7 +412,7 @@ def _sources(file):
 
 def test_an_adapter_to_begin_with_is_a_place_and_copies_are_of_each_machine():
     changed = [
-        "lora={rank: 4, alpha: 8, rslora: false, targets: [attention], modules_to_save: []}",
+        "lora={rank: 4, alpha: 8, rslora: false, targets: [all-linear], modules_to_save: []}",
         "lora.init_from=/data/adapter",
         "data.staging_dir=/tmp/copies",
     ]
@@ -424,6 +425,9 @@ def test_an_adapter_to_begin_with_is_a_place_and_copies_are_of_each_machine():
     check_mounted(config, ["/runs", "/data"], "do")
 
 
+GKE_TELLS = {"v5e-8": {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}}  # of a slice of one host
+
+
 @pytest.mark.parametrize(
     ("topology", "count", "each"), [("h100-64", 8, {"nvidia.com/gpu": 8}), ("v5e-8", 1, {"google.com/tpu": 8})]
 )
@@ -434,7 +438,12 @@ def test_a_machine_by_its_name(tmp_path, monkeypatch, topology, count, each):
     assert submit("k8s", file, *words, "--image", "i", "--volume", "runs:/runs", "--volume", "d:/data") == 0
     work = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))[1]["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert work["completions"] == count
-    assert work["template"]["spec"]["containers"][0]["resources"]["limits"] == each
+    container = work["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == each
+    told = {one["name"]: one["value"] for one in container["env"]} if "env" in container else {}
+    told |= {"JOB_COMPLETION_INDEX": "0"} | GKE_TELLS.get(topology, {})
+    found = detect(told, tpu_chips=each.get("google.com/tpu", 0))
+    assert found is None if count == 1 else found is not None and found.num_processes == count
 
 
 def test_several_slices_find_each_other(tmp_path, monkeypatch):
