@@ -411,18 +411,15 @@ def _sources(file):
 
 
 def test_an_adapter_to_begin_with_is_a_place_and_copies_are_of_each_machine():
-    changed = [
-        "lora={rank: 4, alpha: 8, rslora: false, targets: [all-linear], modules_to_save: []}",
-        "lora.init_from=/data/adapter",
-        "data.staging_dir=/tmp/copies",
-    ]
-    config = load_config("configs/sft/tiny.yaml", [*changed, "output_dir=/runs", "data.cache_dir=/runs/cache"]).config
+    file = Path("configs/sft/tiny.yaml")
+    lora = "lora={rank: 4, alpha: 8, rslora: false, targets: [all-linear], modules_to_save: [], init_from: /adapter}"
+    config = load_config(file, [*PATHS, *_sources(file), lora, "data.staging_dir=/tmp/copies"]).config
     found = dict(places(config))
-    assert found["lora.init_from"] == "/data/adapter" and found["data.staging_dir"] == "/tmp/copies"
+    assert found["lora.init_from"] == "/adapter" and found["data.staging_dir"] == "/tmp/copies"
     check_shared(Job(config, Machine(2, 1)))
-    with pytest.raises(UserError, match=r"lora\.init_from: /data/adapter is on nothing that is mounted"):
-        check_mounted(config, ["/runs"], "do")
-    check_mounted(config, ["/runs", "/data"], "do")
+    with pytest.raises(UserError, match=r"lora\.init_from: /adapter is on nothing that is mounted"):
+        check_mounted(config, ["/runs", "/data"], "do")
+    check_mounted(config, ["/runs", "/data", "/adapter"], "do")
 
 
 GKE_TELLS = {"v5e-8": {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}}  # of a slice of one host

@@ -204,7 +204,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str]]:
     data = config.data
     named: dict[str, str | None] = {"output_dir": config.output_dir, "data.cache_dir": data.cache_dir}
     named |= {"data.tokenizer": data.tokenizer, "init_from": config.init_from}
-    named |= {"lora.init_from": config.adapters and config.adapters.init_from, _COPIES: data.staging_dir}
+    named |= {"lora.init_from": config.adapters.init_from if config.adapters else None, _COPIES: data.staging_dir}
     named["resume_from"] = config.resume_from and run_and_step(config.resume_from)[0]
     named["checkpoint.directory"] = config.checkpoint.directory and str(config.checkpoint.directory)
     for kind in ("train", "validation"):
