@@ -387,10 +387,11 @@ COMMANDS = {
     "submit local": Command(
         _submit, "processes on this machine under a supervisor, that kills them where asked to", *_SUBMITTING,
         _told("--processes", "processes of the run", default=1, metavar="N"),
-        _told("--devices", "virtual CPU devices of each", default=1, metavar="N"),
+        _told("--devices", "virtual CPU devices of each; with --accelerators what the machine has", default=1,
+              metavar="N"),
         _told("--kill-every", "kill one of them after so much training, again and again: 30s, 2m", metavar="TIME"),
         _told("--kills", "at most so many", type=int, metavar="N"),
-        _flag("--accelerators", "on what the machine has instead of CPU devices", dest="on_cpu",
+        _flag("--accelerators", "one process on what the machine has, no CPU devices", dest="on_cpu",
               action="store_false")),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Files for engines, checked by their own tools; the verdict on an attempt; the script and the supervisor, on fakes."""
 
+import errno
 import json
 import os
 import shlex
@@ -15,12 +16,14 @@ import pytest
 from ruamel.yaml import YAML
 
 from mixtral_jax import launch
+from mixtral_jax.train.config import load_config
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import sky
-from mixtral_jax.train.launchers.job import Machine, engine_name, points
+from mixtral_jax.train.launchers.job import Job, Machine, check_mounted, check_shared, engine_name, places, points
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
 from mixtral_jax.train.launchers.verdict import MOST, Verdict, last_attempt, verdict
 from mixtral_jax.train.plan import parse_topology
+from mixtral_jax.train.run.processes import detect
 
 PRESETS = {"pretrain": "mixtral-8x7b-v5p-64", "sft": "mixtral-8x7b-v5p-64", "dpo": "mixtral-8x7b-v5p-64"}
 PATHS = ("data.tokenizer=/data/tokenizer.model", "data.cache_dir=/runs/cache", "output_dir=/runs/all")
@@ -97,7 +100,34 @@ def test_a_checkpoint_that_is_not_whole_is_none(tmp_path):
 
 def test_a_verdict_is_found_where_no_bucket_answers(tmp_path):
     (tmp_path / "config.yaml").write_text("checkpoint: {directory: 'no-such-scheme://bucket/steps'}\n")
-    assert verdict(tmp_path, 75, 0).again
+    for _ in range(MOST + 1):  # which says nothing of new checkpoints
+        found = verdict(tmp_path, 75, 0)
+        assert found.again and "not counted" in found.reason
+    assert not verdict(tmp_path, 2, 0).again
+
+
+@pytest.mark.usefixtures("_empty_ones_are_whole")
+def test_while_no_checkpoints_can_be_listed_the_count_stands(tmp_path, monkeypatch):
+    attempt(tmp_path, 1, checkpoints=[10])
+    assert [verdict(tmp_path, 75, 0).again for _ in range(MOST)] == [True] * MOST
+    with monkeypatch.context() as broken:
+        broken.setattr("mixtral_jax.train.launchers.verdict.whole_steps", _refused)
+        assert verdict(tmp_path, 75, 0).again
+    assert not verdict(tmp_path, 75, 0).again
+
+
+def _refused(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["pathlib.Path.mkdir", "os.fsync", "os.replace"])
+def test_a_verdict_is_found_on_a_full_disk(tmp_path, monkeypatch, where):
+    attempt(tmp_path, 1)
+    assert verdict(tmp_path, 74, 0).again
+    counted = (tmp_path / "launch" / "restarts.json").read_text()
+    monkeypatch.setattr(where, _refused)
+    assert verdict(tmp_path, 74, 0).again
+    assert (tmp_path / "launch" / "restarts.json").read_text() == counted
 
 
 def test_points_of_a_sweep():
@@ -175,6 +205,7 @@ def test_points_of_a_sweep_differ_in_what_was_swept(config, tmp_path, capsys):
 
 
 def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config, tmp_path):
+    config += [f"data.staging_dir={tmp_path}/copies"]
     assert submit("slurm", *config, "--container", "me/mixtral:1") == 0
     script = tmp_path / RUNS / "sft-tiny" / "launch" / "job.sbatch"
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
@@ -184,9 +215,8 @@ def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config,
     assert f"srun --nodes=1 --ntasks=1 {told}" in text and f"srun --kill-on-bad-exit=0 {told}" in text
     mounts = next(w for w in shlex.split(text[text.index(told) :]) if w.startswith("--container-mounts="))
     seen = mounts.partition("=")[2].split(",")
-    assert {f"{place}:{place}" for place in (os.getcwd(), tmp_path / RUNS, Path("data/samples").absolute())} <= set(
-        seen
-    )
+    mounted = (os.getcwd(), tmp_path / "copies", tmp_path / RUNS, Path("data/samples").absolute())
+    assert {f"{place}:{place}" for place in mounted} <= set(seen)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +229,7 @@ def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config,
         (["--nodes", "3", "--devices", "1", "mesh.data=2"], "3 nodes with 1 device"),
         (["--nodes", "0"], "nodes is 0"),
         (["--devices", "3", "--processes", "2"], "cannot be shared evenly"),
+        (["--devices", "4", "--processes", "2"], "--processes 2: 1 is expected, or one a device: 4"),
         (["--chain", "2", "--sweep", "seed=0,1"], "a chain is of one run"),
         (["--sbatch", "exclusive"], "begins with -"),
         (
@@ -287,6 +318,18 @@ def test_a_mistake_is_not_requeued_and_ends_a_chain(cluster):
     assert (run / "launch" / "final").exists()
 
 
+def test_what_has_ended_for_good_stands_until_it_is_handed_over_anew(cluster, config, tmp_path, capsys):
+    go, run = cluster
+    go(code=2)
+    (run / "launch" / "restarts.json").write_text("{}")
+    capsys.readouterr()
+    assert submit("slurm", *config, "--devices", "1") == 0
+    assert f"stands  {run}/launch/final" in capsys.readouterr().out and "nothing is started" in go()[0]
+    (tmp_path / "fake" / "sbatch").symlink_to("/bin/true")
+    assert submit("slurm", *config, "--devices", "1", "--go") == 0
+    assert not {"final", "restarts.json"} & {path.name for path in (run / "launch").iterdir()}
+
+
 # --- Kubernetes ---
 
 _RULE = {
@@ -367,6 +410,21 @@ def _sources(file):
         yield "init_from=/data/base"
 
 
+def test_an_adapter_to_begin_with_is_a_place_and_copies_are_of_each_machine():
+    file = Path("configs/sft/tiny.yaml")
+    lora = "lora={rank: 4, alpha: 8, rslora: false, targets: [all-linear], modules_to_save: [], init_from: /adapter}"
+    config = load_config(file, [*PATHS, *_sources(file), lora, "data.staging_dir=/tmp/copies"]).config
+    found = dict(places(config))
+    assert found["lora.init_from"] == "/adapter" and found["data.staging_dir"] == "/tmp/copies"
+    check_shared(Job(config, Machine(2, 1)))
+    with pytest.raises(UserError, match=r"lora\.init_from: /adapter is on nothing that is mounted"):
+        check_mounted(config, ["/runs", "/data"], "do")
+    check_mounted(config, ["/runs", "/data", "/adapter"], "do")
+
+
+GKE_TELLS = {"v5e-8": {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}}  # of a slice of one host
+
+
 @pytest.mark.parametrize(
     ("topology", "count", "each"), [("h100-64", 8, {"nvidia.com/gpu": 8}), ("v5e-8", 1, {"google.com/tpu": 8})]
 )
@@ -377,7 +435,12 @@ def test_a_machine_by_its_name(tmp_path, monkeypatch, topology, count, each):
     assert submit("k8s", file, *words, "--image", "i", "--volume", "runs:/runs", "--volume", "d:/data") == 0
     work = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))[1]["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert work["completions"] == count
-    assert work["template"]["spec"]["containers"][0]["resources"]["limits"] == each
+    container = work["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == each
+    told = {one["name"]: one["value"] for one in container["env"]} if "env" in container else {}
+    told |= {"JOB_COMPLETION_INDEX": "0"} | GKE_TELLS.get(topology, {})
+    found = detect(told, tpu_chips=each.get("google.com/tpu", 0))
+    assert found is None if count == 1 else found is not None and found.num_processes == count
 
 
 def test_several_slices_find_each_other(tmp_path, monkeypatch):
@@ -432,6 +495,10 @@ def test_rules_of_a_jobset_count_those_of_its_pods(tmp_path, monkeypatch):
             "has no slices",
         ),
         (["--image", "i", "--volume", "runs"], "CLAIM:/PATH"),
+        (
+            ["--image", "i", "--volume", "runs:/runs", "--volume", "d:/data", "data.staging_dir=/nvme/copies"],
+            "data.staging_dir: /nvme/copies is on nothing that is mounted",
+        ),
         (["--image", "i", "--volume", "r:/", "output_dir=runs"], "goes with it"),
         (["--image", "i", "--volume", "r:/", "--topology", "v9-1"], "unknown topology"),
         (["--image", "i", "--volume", "r:/", "--topology", "v5p-128", "mesh.fsdp=4"], "devices"),

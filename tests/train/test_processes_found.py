@@ -21,6 +21,7 @@ SLURM = {
 KUBERNETES = {"JOB_COMPLETION_INDEX": "2", "JAX_COORDINATOR_ADDRESS": "job-0.svc", "JAX_NUM_PROCESSES": "4"}
 JOBSET = {**KUBERNETES, "JAX_NUM_PROCESSES": "8", "JOB_INDEX": "1", "PROCESSES_IN_JOB": "4"}
 SKYPILOT = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8\n"}
+LONE = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 GKE = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
 SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "a"}
 
@@ -51,7 +52,10 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COO
         (GKE | {"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"} | SLICES, ProcessSetup("tpu")),
         (GKE | {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}, ProcessSetup("tpu")),
         (GKE | {"JAX_PLATFORMS": "cpu"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        (LONE, None),
+        (LONE | {"JOB_COMPLETION_INDEX": "0"}, None),
+        (LONE | {"JOB_COMPLETION_INDEX": "0"} | SLICES, ProcessSetup("tpu")),
+        (LONE | JOBSET, ProcessSetup("kubernetes", "job-0.svc:8476", 8, 6)),
         (GKE | {"JOB_COMPLETION_INDEX": "1"}, ProcessSetup("tpu")),
         (SLURM | JAX, ProcessSetup("environment", "10.0.0.1:1234", 4, 3)),
     ],
@@ -66,6 +70,7 @@ def test_a_whole_environment(env: dict[str, str], setup: ProcessSetup | None) ->
     + [(SLURM, key) for key in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")]
     + [(KUBERNETES, key) for key in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")]
     + [(JOBSET, key) for key in ("JOB_INDEX", "PROCESSES_IN_JOB")]
+    + [(LONE | KUBERNETES, key) for key in KUBERNETES if key.startswith("JAX")]
     + [(SKYPILOT, key) for key in SKYPILOT]
     + [(GKE, key) for key in GKE]
     + [(GKE | SLICES, key) for key in SLICES]

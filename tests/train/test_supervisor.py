@@ -162,6 +162,8 @@ def test_an_error_of_the_supervisor_leaves_no_orphans(tmp_path, monkeypatch):
         (["--kill-every", "0s"], "more than 0"),
         (["--kill-every", "30s", "--kills", "0"], "more than 0"),
         (["--kills", "3"], "without --kill-every"),
+        (["--kills", "0"], "--kills is 0"),
+        (["--accelerators", "--processes", "2"], "--accelerators: one process has them all"),
         (["--processes", "0"], "is 0"),
         (["--devices", "-1"], "is -1"),
     ],

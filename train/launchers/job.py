@@ -24,6 +24,7 @@ PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens
 IN_IMAGE = ("python", "-P")
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _WRITTEN = ("output_dir", "data.cache_dir", "checkpoint.directory")
+_COPIES = "data.staging_dir"  # which each machine may have for itself
 _NOT_IN_IMAGE = ("runs", ".cache")  # .dockerignore, .gitignore
 _GLOB = re.compile(r"[*?\[]")
 _NAME_LETTERS = 40  # of xpk; Kubernetes puts up to 23 more behind it
@@ -158,9 +159,13 @@ def check_shared(job: Job) -> None:
     if job.machine.nodes == 1:
         return
     for key, place in places(job.config):
-        real = os.path.realpath(place)
-        if real.startswith(tuple(f"{above}/" for above in _OF_ONE_MACHINE)):
+        if key != _COPIES and _is_of_one_machine(place):
+            real = os.path.realpath(place)
             raise UserError(f"{key}: {real} is a place of this machine alone, and {job.machine.nodes} nodes read it")
+
+
+def _is_of_one_machine(place: str) -> bool:
+    return os.path.realpath(place).startswith(tuple(f"{above}/" for above in _OF_ONE_MACHINE))
 
 
 def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str) -> None:
@@ -172,6 +177,8 @@ def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str)
         UserError: one that goes with the container, or is not in it, or is on nothing that is mounted.
     """
     for key, place in places(config):
+        if key == _COPIES and (not place.startswith("/") or _is_of_one_machine(place)):
+            continue  # they may go with the container
         if not place.startswith("/"):
             if key in _WRITTEN:
                 raise UserError(f"{key}: {place} is inside of the container and goes with it: {remedy}")
@@ -181,12 +188,14 @@ def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str)
             raise UserError(f"{key}: {place} is on nothing that is mounted: {remedy}")
 
 
-def directories(config: RunConfig) -> list[str]:
+def directories(job: Job) -> list[str]:
     """What a container on this file system must see: directories of all paths, and the one that we stand in."""
     found = {os.getcwd()}
-    for key, place in places(config):
+    for key, place in places(job.config):
+        if key == _COPIES and job.machine.nodes > 1 and _is_of_one_machine(place):
+            continue  # on the other nodes nobody has made it
         named = _GLOB.split(os.path.abspath(place))[0]
-        found.add(named if key in _WRITTEN or os.path.isdir(named) else os.path.dirname(named))
+        found.add(named if key in (*_WRITTEN, _COPIES) or os.path.isdir(named) else os.path.dirname(named))
     return sorted(found)
 
 
@@ -195,6 +204,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str]]:
     data = config.data
     named: dict[str, str | None] = {"output_dir": config.output_dir, "data.cache_dir": data.cache_dir}
     named |= {"data.tokenizer": data.tokenizer, "init_from": config.init_from}
+    named |= {"lora.init_from": config.adapters.init_from if config.adapters else None, _COPIES: data.staging_dir}
     named["resume_from"] = config.resume_from and run_and_step(config.resume_from)[0]
     named["checkpoint.directory"] = config.checkpoint.directory and str(config.checkpoint.directory)
     for kind in ("train", "validation"):

@@ -23,7 +23,7 @@ _HOST_CHIPS = 4  # of a slice of several hosts
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
 _CONFIG_MAP_BYTES = 1 << 20
 _FINAL = [int(code) for code in ExitCode.final() if code]
-_AGAIN = [int(code) for code in ExitCode.again()]
+AGAIN = [int(code) for code in ExitCode.again()]
 
 
 class Kubernetes(NamedTuple):
@@ -101,7 +101,7 @@ def _pod_rules(plain: bool) -> list[dict[str, Any]]:
 
     moved = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     again = "Ignore" if plain else "FailJob"
-    return [codes("FailJob", _FINAL), {"action": again, **moved}, codes(again, _AGAIN)]
+    return [codes("FailJob", _FINAL), {"action": again, **moved}, codes(again, AGAIN)]
 
 
 def _set_rules() -> list[dict[str, Any]]:

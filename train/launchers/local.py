@@ -37,8 +37,9 @@ class Local(NamedTuple):
         Raises:
             UserError: kills that never come.
         """
-        if self.kill_every == 0 or (self.kills is not None and self.kills < 1):
-            raise UserError(f"--kill-every {self.kill_every:g} s, --kills {self.kills}: both are more than 0")
+        for option, value in (("--kill-every", self.kill_every), ("--kills", self.kills)):
+            if value is not None and value <= 0:
+                raise UserError(f"{option} is {value:g}: more than 0 is expected")
         if self.kills is not None and self.kill_every is None:
             raise UserError(f"--kills {self.kills} without --kill-every, such as 30s")
         return self

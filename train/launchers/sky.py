@@ -1,16 +1,16 @@
 """SkyPilot: a managed job on any cloud's GPUs or TPUs; and xpk: the command line of a workload on GKE's TPUs."""
 
+import base64
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixtral_jax.train.errors import ExitCode, UserError
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.launchers.job import IN_IMAGE, Job, Machine, check_mounted, quoted, run_file, yaml_text
-from mixtral_jax.train.launchers.kubernetes import hosts
+from mixtral_jax.train.launchers.kubernetes import AGAIN, hosts
 from mixtral_jax.train.plan import Topology, parse_topology
 
-AGAIN = [int(code) for code in ExitCode.again()]
 _SETUP = "python -m pip install --quiet '.[{extra}]' --constraint constraints.txt"
 
 
@@ -116,6 +116,4 @@ def workload(job: Job, how: Xpk, topology: Topology) -> list[str]:
 
 def _encoded(job: Job) -> str:
     """The run file in letters that no shell on the way touches."""
-    import base64
-
     return base64.b64encode(next(iter(run_file(job).values())).encode()).decode()

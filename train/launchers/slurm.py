@@ -41,7 +41,7 @@ def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
     if how.chain > 1 and len(jobs) > 1:
         raise UserError("--chain and --sweep: a chain is of one run")
     python = (how.python, "-P") if how.python else IN_IMAGE if how.container else PYTHON
-    seen = sorted({place for job in jobs for place in (*directories(job.config), str(job.here))})
+    seen = sorted({place for job in jobs for place in (*directories(job), str(job.here))})
     inside = _container(how.container, seen) if how.container else ""
     return "\n".join(["#!/bin/bash", *_directives(jobs, how, directory), _BODY.format(
         points="\n".join(_point(i, job, python) for i, job in enumerate(jobs)),
@@ -55,8 +55,11 @@ def files(jobs: Sequence[Job], how: Slurm, directory: Path) -> dict[Path, str]:
     """The script in `directory`, and the run file of each job.
 
     Raises:
-        UserError: see `script`; a path that the nodes do not share.
+        UserError: see `script`; a path that the nodes do not share; tasks that leave devices idle.
     """
+    machine = jobs[0].machine
+    if machine.processes not in (1, machine.devices):  # of several on a node each takes the device of its number
+        raise UserError(f"--processes {machine.processes}: 1 is expected, or one a device: {machine.devices}")
     for job in jobs:
         check_shared(job)
     made = {path: text for job in jobs for path, text in run_file(job).items()}

@@ -38,7 +38,7 @@ def submit(engine: str, path: str, overrides: Sequence[str], options: Options) -
     if options["go"] and (missing := [c[0] for c in commands if shutil.which(c[0]) is None]):
         raise UserError(f"--go: {missing[0]} is not installed here: hand the files over where it is")
     write(files)
-    for job in found:  # what an earlier submission came to
+    for job in found if options["go"] else ():  # what an earlier submission came to
         for name in ("final", "restarts.json"):
             (job.here / name).unlink(missing_ok=True)
     for line in _told(engine, found, files, commands, go=options["go"]):
@@ -104,6 +104,8 @@ def _here(found: Sequence[Job], options: Options, topology: Topology | None) -> 
 
 
 def _local(options: Options) -> Local:
+    if not options["on_cpu"] and options["processes"] > 1:
+        raise UserError(f"--accelerators: one process has them all, --processes is {options['processes']}")
     every = options["kill_every"]
     seconds = None if every is None else duration(every, "--kill-every", "30s or 2m")
     return _taken(Local, {**options, "kill_every": seconds}).check()
@@ -144,6 +146,10 @@ def _told(
     lines += [f"{'written':>8}  {path}" for path in files]
     lines += [f"{'again':>8}  after {again}, a signal or 1", f"{'final':>8}  {final}"]
     lines += [f"{'start' if go else 'to start':>8}  {quoted(command)}" for command in commands]
+    ended = [job.here / "final" for job in found if (job.here / "final").exists()]
+    lines += [
+        f"{'stands':>8}  {path}: nothing starts until it and restarts.json are removed, as --go does" for path in ended
+    ]
     return lines if go else [*lines, f"{'':>8}  nothing was started: --go does"]
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.base import checkpoints_of
 from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
@@ -38,7 +39,7 @@ def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
 
     STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
     several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
-    `most` times without a new checkpoint.
+    `most` times without a new checkpoint; a start is not counted where that cannot be seen, or not be written down.
 
     Args:
         code: of the processes; negative or above 128: a signal ended them.
@@ -52,11 +53,16 @@ def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
         reason = _named(code)
     if not goes_on(code):
         return Verdict(False, code, reason)
-    counted, newest = run / "launch" / "restarts.json", _newest_checkpoint(run)
+    try:
+        newest = next(whole_steps(checkpoints_of(run)), None)  # in the run's directory, or where its config.yaml says
+    except Exception as error:  # of a bucket's client, or of a file that is not whole: a verdict is needed
+        return Verdict(True, code, f"{reason} (not counted: its checkpoints cannot be listed, {type(error).__name__})")
+    counted = run / "launch" / "restarts.json"
     earlier = _object(counted)
     times = earlier.get("times", 0) + 1 if earlier.get("newest") == newest else 1
-    counted.parent.mkdir(parents=True, exist_ok=True)
-    counted.write_text(json.dumps({"newest": newest, "times": times}) + "\n")
+    with contextlib.suppress(OSError):  # a full disk: what was counted before stands
+        counted.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(counted, json.dumps({"newest": newest, "times": times}) + "\n")
     if times > most:
         return Verdict(False, code, f"{reason}; started again {most} times without a new checkpoint")
     return Verdict(True, code, f"{reason} (start {times} of {most} without a new checkpoint)" if times > 1 else reason)
@@ -71,13 +77,6 @@ def _named(code: int) -> str:
     with contextlib.suppress(ValueError):
         return ExitCode(code).meaning
     return f"ended by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"status {code}"
-
-
-def _newest_checkpoint(run: Path) -> int | None:
-    """Its step, in the run's own directory or where its config.yaml says."""
-    with contextlib.suppress(Exception):  # of a bucket's client, or of a file that is not whole: a verdict is needed
-        return next(whole_steps(checkpoints_of(run)), None)
-    return None
 
 
 def _object(path: Path) -> dict[str, Any]:

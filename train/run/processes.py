@@ -65,7 +65,7 @@ def detect(
     if tpu:
         return tpu
     if indexed:
-        return _kubernetes(env)
+        return None if _is_lone_tpu_host(env) else _kubernetes(env)
     if slurm:
         return _slurm(env)
     if any(key in env for key in _SKYPILOT_THREE):
@@ -177,6 +177,14 @@ def _tpu_variables(env: Mapping[str, str]) -> ProcessSetup | None:
     if sliced:
         _require(env, _MEGASCALE_THREE, "TPU with several slices")
     return ProcessSetup("tpu")
+
+
+def _is_lone_tpu_host(env: Mapping[str, str]) -> bool:
+    """The one pod of a slice of one host, as GKE tells it, where nobody speaks of other processes."""
+    told = any(env.get(key) for key in (*_JAX_THREE, "JAX_PROCESS_COUNT", "JOB_INDEX", "PROCESSES_IN_JOB"))
+    sliced = env.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    named = (env.get("TPU_WORKER_HOSTNAMES", ""), env.get("TPU_WORKER_ID"), env["JOB_COMPLETION_INDEX"])
+    return not (told or sliced) and named[0] != "" and "," not in named[0] and named[1:] == ("0", "0")
 
 
 def _kubernetes(env: Mapping[str, str]) -> ProcessSetup | None:
