@@ -165,12 +165,12 @@ def _join(args: Parsed, config: Any) -> None:
 def _plan(args: Parsed) -> int:
     """Compiling for a slice that is not there: on the CPU, with as many of its devices as asked for."""
     if args.devices:
-        count = f"--xla_force_host_platform_device_count={args.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    if args.topology and args.is_process:  # as a run there would have them; what is not our process keeps its own
-        platform = "cuda" if _function("train.plan", "parse_topology")(args.topology).is_gpu else "tpu"
-        _function("train.run", "set_xla_flags")(_load(args).config.compute.xla_flags, platform=platform)
+    if args.topology and args.is_process:  # as a run there would have them
+        where = "cuda" if _function("train.plan", "parse_topology")(args.topology).is_gpu else "tpu"
+        _function("train.run", "set_xla_flags")(_load(args).config.compute.xla_flags, platform=where)
     return _forward("train.plan:run", args)
 
 
@@ -237,10 +237,8 @@ _SUBMITTING = (
 )  # fmt: skip
 _NODES = (_told("--nodes", "machines", default=1, metavar="N"),
           _told("--devices", "GPUs of each", default=8, metavar="N"))  # fmt: skip
-_ON_CLUSTER = (
-    _told("--topology", "TPU slices such as v5p-64 or 2xv5e-256, in place of nodes of GPUs"),
-    _told("--image", "container that has this project (see the Dockerfile)", required=True),
-)
+_ON_CLUSTER = (_told("--topology", "TPU slices such as v5p-64 or 2xv5e-256, in place of nodes of GPUs"),
+               _told("--image", "container that has this project (see the Dockerfile)", required=True))  # fmt: skip
 _CACHE = _told("--cache-dir", "the cache; default: data.cache_dir of CFG, else its default", metavar="DIR")
 _SRC_DST = (
     _told("src", "directory to read", metavar="SRC"),
