@@ -37,8 +37,11 @@ def equations(jaxpr, loops: tuple[int, ...] = ()) -> Iterator[Equation]:
         inner = loops
         if eqn.primitive.name == "scan":
             inner = (*loops, eqn.params["length"])
-            first = eqn.params["num_consts"]
-            yield from _carried(eqn.params["jaxpr"].jaxpr, first, eqn.params["num_carry"], inner)
+            if "ft_in" in eqn.params:  # jax 0.12: constants, carries, rows
+                first, carries, _ = map(len, eqn.params["ft_in"].unpack())
+            else:
+                first, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+            yield from _carried(eqn.params["jaxpr"].jaxpr, first, carries, inner)
         elif eqn.primitive.name == "while":
             inner = (*loops, 0)
             body = eqn.params["body_jaxpr"].jaxpr

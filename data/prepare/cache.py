@@ -139,11 +139,11 @@ def seal(directory: Path, kind: str, made_of: Mapping[str, Any], meta: Mapping[s
         kind: `rows`, `documents`.
         made_of: source, tokenizer, length, seed and so on, for people who look at the cache.
     """
-    (directory / META).unlink(missing_ok=True)  # of one that was killed before it gave the directory its name
-    found = [p for p in sorted(directory.rglob("*")) if p.is_file() and ".tmp-" not in p.name]
+    own = directory / META  # may be there: of one that was killed before, or on another machine seals it at this moment
+    found = [p for p in sorted(directory.rglob("*")) if p != own and p.is_file() and ".tmp-" not in p.name]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in found}
     about = {"version": FORMAT_VERSION, "kind": kind, "made_of": dict(made_of), "made": int(time.time())}
-    write_atomically(directory / META, json.dumps({**about, "files": files, **meta}, indent=1))
+    write_atomically(own, json.dumps({**about, "files": files, **meta}, indent=1))
 
 
 def settle(made: Path, place: Path) -> None:

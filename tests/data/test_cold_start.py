@@ -15,7 +15,7 @@ _PROGRAM = """
 import fcntl, glob, hashlib, json, os, socket, sys, time
 from pathlib import Path
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare import cache, prepared
+from mixtral_jax.data.prepare import hashes, prepared
 from mixtral_jax.data.records import staging
 
 place, own, count, starts, how = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
@@ -32,8 +32,8 @@ class Counted:
         hashed.append(len(piece))
         self.it.update(piece)
     def hexdigest(self): return self.it.hexdigest()
-cache.hashlib = type(sys)("hashlib")
-cache.hashlib.sha256 = Counted
+hashes.hashlib = type(sys)("hashlib")
+hashes.hashlib.sha256 = Counted
 rows, failed = set(), []
 for start in range(starts):
     (place / f"ready-{start}-{own}").touch()
