@@ -92,7 +92,9 @@ def test_blocked_transpose(shape):
 
 MEASURE = """
 import json, sys
+import jax
 from mixtral_jax.convert import hf2orbax, orbax2hf
+jax.devices()  # a plug-in for accelerators may be loaded
 def peak():
     return next(int(l.split()[1]) / 1e3 for l in open("/proc/self/status") if l.startswith("VmHWM"))
 peaks = [peak()]

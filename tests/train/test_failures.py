@@ -181,7 +181,7 @@ def test_a_disk_that_does_not_answer_while_arrays_are_read(trainer, monkeypatch)
     found = checkpointer.find(trainer._checkpoints, "auto", print)
     monkeypatch.setattr(checkpointer.checkpoint, "restore", reported_by_a_library)
     with pytest.raises(ValueError) as caught:
-        checkpointer.restore_state(found, None)
+        checkpointer.restore_state(found, trainer._state)
     assert failure_of(caught.value).exit_code == ExitCode.STORAGE
 
 

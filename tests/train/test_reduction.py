@@ -63,7 +63,7 @@ def test_the_sum_over_data_comes_once_behind_the_micro_batches(lora):
     over_data = [e for e in found if "data" in e.axes and e.size >= CONFIG.hidden_size]
     assert len([e for e in over_data if e.axes == ("data",) and not e.loops]) == len(jax.tree.leaves(want))
     inside = [e for e in over_data if e.loops]  # the statistics of a micro-batch's router, which its losses need
-    assert {e.shape for e in inside} <= {(CONFIG.num_hidden_layers, 2 * CONFIG.num_local_experts + 5)}
+    assert {e.shape for e in inside} <= {(CONFIG.num_hidden_layers, 2 * CONFIG.num_local_experts + 6)}
 
 
 def test_one_micro_batch_reduces_within_its_backward_pass():
