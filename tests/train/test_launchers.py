@@ -650,7 +650,7 @@ SKY_CHECK = """
 import sys, sky
 for name in sys.argv[1:]:
     task = sky.Task.from_yaml(name)
-    print(task.name, task.num_nodes, task.resources, task.resources[0].job_recovery)
+    print(task.name, task.num_nodes, [one.job_recovery for one in task.resources])
 """
 
 
