@@ -107,7 +107,7 @@ def jobs(path: str, overrides: Sequence[str], sweep: Sequence[str], nodes: Nodes
             own = [*point, f"run_name={base.run_name}-{_point_name(point)}"]
             if base.checkpoint.directory:  # which belongs to one run
                 own.append(f"checkpoint.directory={base.checkpoint.directory}/{_point_name(point)}")
-        job = Job(load_config(path, [*overrides, *own]).config, nodes, away)
+        job = Job(load_config(path, [*overrides, *own]).config if own else base, nodes, away)
         try:
             check_sizes(job.config, job.sizes)
         except ValueError as error:

@@ -6,11 +6,10 @@ tell a mistake from a preemption. jobset.sigs.k8s.io/docs and kubernetes.io/docs
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, Plan, check_mounted, mounts, yaml_text
+from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, check_mounted, mounts, yaml_text
 from mixtral_jax.train.plan import NODE_GPUS, Topology
 
 CONTAINER, PORT = "train", 8476
@@ -48,17 +47,7 @@ def gke_shape(libtpu: str) -> str:
     return "x".join(sides if "1" in sides else sorted(sides, key=int))
 
 
-def plan(jobs: Sequence[Job], how: Kubernetes, topology: Topology | None) -> Plan:
-    """A file of objects for each run.
-
-    Raises:
-        UserError: see `manifest`.
-    """
-    files = {job.here / "job.yaml": manifest(job, how, topology) for job in jobs}
-    return files, [["kubectl", "apply", "--filename", str(path)] for path in files]
-
-
-def manifest(job: Job, how: Kubernetes, topology: Topology | None = None) -> str:
+def manifest(job: Job, how: Kubernetes, topology: Topology | None) -> str:
     """All objects of one run as YAML, for the slices of a `topology` of TPUs, or for nodes of GPUs.
 
     Raises:
@@ -113,13 +102,11 @@ def _pod_rules(plain: bool) -> list[dict[str, Any]]:
 
 def _set_rules() -> list[dict[str, Any]]:
     """By the number of the pod's rule: mistakes end the set, disruptions do not count. Everything else restarts it."""
-
-    def rule(name: str, action: str, index: str) -> dict[str, Any]:
-        pattern = f".*matching FailJob rule at index {index}.*"
-        failed = {"onJobFailureReasons": ["PodFailurePolicy"], "onJobFailureMessagePatterns": [pattern]}
-        return {"name": name, "action": action, **failed}
-
-    return [rule("final", "FailJobSet", "0"), rule("disrupted", "RestartJobSetAndIgnoreMaxRestarts", "[12]")]
+    told = (("final", "FailJobSet", "0"), ("disrupted", "RestartJobSetAndIgnoreMaxRestarts", "[12]"))
+    return [{
+        "name": name, "action": action, "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": [f".*matching FailJob rule at index {index}.*"],
+    } for name, action, index in told]  # fmt: skip
 
 
 def _pod(job: Job, how: Kubernetes, tpu: Topology | None) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 import base64
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, Nodes, Plan, check_mounted, mounts, yaml_text
+from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, Nodes, check_mounted, mounts, yaml_text
 from mixtral_jax.train.launchers.kubernetes import hosts
 from mixtral_jax.train.plan import Topology, parse_topology
 
@@ -25,17 +24,7 @@ class Sky(NamedTuple):
     max_restarts: int = 3  # after errors of other codes
 
 
-def plan(jobs: Sequence[Job], how: Sky, topology: Topology | None) -> Plan:
-    """A task for each run.
-
-    Raises:
-        UserError: see `task`.
-    """
-    files = {job.here / "task.yaml": task(job, how) for job in jobs}
-    return files, [["sky", "jobs", "launch", "--yes", "--detach-run", str(path)] for path in files]
-
-
-def task(job: Job, how: Sky) -> str:
+def task(job: Job, how: Sky, topology: Topology | None) -> str:
     """The YAML of `sky jobs launch`.
 
     Raises:
@@ -87,19 +76,8 @@ class Xpk(NamedTuple):
     max_restarts: int = 10
 
 
-def workloads(jobs: Sequence[Job], how: Xpk, topology: Topology | None) -> Plan:
-    """A script for each run.
-
-    Raises:
-        UserError: see `workload`.
-    """
-    commands = [workload(job, how, topology) for job in jobs]
-    made = zip(jobs, commands, strict=True)
-    return {job.here / "xpk.sh": f"#!/bin/sh\n{shlex.join(command)}\n" for job, command in made}, commands
-
-
-def workload(job: Job, how: Xpk, topology: Topology | None) -> list[str]:
-    """The words of `xpk workload create`; without --restart-on-exit-codes it takes 75 and 124 for final.
+def workload(job: Job, how: Xpk, topology: Topology | None) -> str:
+    """A script of `xpk workload create`; without --restart-on-exit-codes it takes 75 and 124 for final.
 
     Raises:
         UserError: there is no TPU slice; what the run writes would go with it.
@@ -119,4 +97,5 @@ def workload(job: Job, how: Xpk, topology: Topology | None) -> list[str]:
         "max-restarts": how.max_restarts, "project": how.project, "zone": how.zone,
         "command": f"printf %s {run} | base64 -d > /tmp/run.yaml && exec {start}",
     }  # fmt: skip
-    return ["xpk", "workload", "create", *(f"--{key}={value}" for key, value in told.items() if value is not None)]
+    words = ["xpk", "workload", "create", *(f"--{key}={value}" for key, value in told.items() if value is not None)]
+    return f"#!/bin/sh\n{shlex.join(words)}\n"

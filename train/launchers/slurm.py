@@ -63,9 +63,11 @@ def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
     """
     python = (how.python, "-P") if how.python else IN_IMAGE if how.container else PYTHON
     seen = sorted({place for job in jobs for place in (*directories(job), str(job.here))})
-    inside = _container(how.container, seen) if how.container else ""
+    told = {"image": how.container, "mounts": ",".join(f"{p}:{p}" for p in seen), "workdir": os.getcwd()}  # for pyxis
+    inside = f" {shlex.join(f'--container-{key}={value}' for key, value in told.items())}" if how.container else ""
+    points = [f"run={shlex.quote(str(job.run))}; set -- {shlex.join(job.command(python))}" for job in jobs]
     return "\n".join(["#!/bin/bash", *_directives(jobs, how, directory), _BODY.format(
-        points="\n".join(_point(i, job, python) for i, job in enumerate(jobs)),
+        points="\n".join(f"  {index}) {point} ;;" for index, point in enumerate(points)),
         where=shlex.quote(os.getcwd()), python=shlex.join(python), inside=inside,
         alone=f"mkdir -p {shlex.join(seen)} && srun --nodes=1 --ntasks=1{inside} " if inside else "",
         requeue="false" if how.chain > 1 else "true",
@@ -87,16 +89,6 @@ def _directives(jobs: Sequence[Job], how: Slurm, directory: Path) -> list[str]:
         if "\n" in word or (not word.startswith("-")):
             raise UserError(f"#SBATCH {word!r}: a line of it begins with - and is one line")
     return [f"#SBATCH {word}" for word in (*words, *how.lines)]
-
-
-def _container(image: str, seen: Sequence[str]) -> str:
-    """For srun with pyxis: the same paths inside as outside."""
-    told = {"image": image, "mounts": ",".join(f"{place}:{place}" for place in seen), "workdir": os.getcwd()}
-    return f" {shlex.join([f'--container-{key}={value}' for key, value in told.items()])}"
-
-
-def _point(index: int, job: Job, python: Sequence[str]) -> str:
-    return f"  {index}) run={shlex.quote(str(job.run))}; set -- {shlex.join(job.command(python))} ;;"
 
 
 _BODY = """

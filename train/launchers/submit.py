@@ -17,19 +17,32 @@ Options = Mapping[str, Any]
 
 
 class Engine(NamedTuple):
-    """What takes a run: its own settings among all options, and what makes its files of them."""
+    """What takes a run: its client, its own settings among all options, and what makes its files of them."""
 
+    client: str | None
     settings: Callable[..., Any]
     plan: Callable[[Sequence[Job], Any, Topology | None], Plan]
     away: bool = False  # its machines see no directory of this one
 
 
+def _each(name: str, text: Callable[[Job, Any, Topology | None], str], *words: str) -> Callable[..., Plan]:
+    """A file of each run, which the words hand over."""
+
+    def plan(jobs: Sequence[Job], how: Any, topology: Topology | None) -> Plan:
+        files = {job.here / name: text(job, how, topology) for job in jobs}
+        return files, [[*words, str(path)] for path in files]
+
+    return plan
+
+
+_APPLIED = _each("job.yaml", kubernetes.manifest, "kubectl", "apply", "--filename")
+_LAUNCHED = _each("task.yaml", sky.task, "sky", "jobs", "launch", "--yes", "--detach-run")
 ENGINES = {
-    "slurm": Engine(slurm.Slurm, slurm.plan),
-    "k8s": Engine(kubernetes.Kubernetes, kubernetes.plan, away=True),
-    "sky": Engine(sky.Sky, sky.plan, away=True),
-    "xpk": Engine(sky.Xpk, sky.workloads, away=True),
-    "local": Engine(local.Local, local.plan),
+    "slurm": Engine("sbatch", slurm.Slurm, slurm.plan),
+    "k8s": Engine("kubectl", kubernetes.Kubernetes, _APPLIED, away=True),
+    "sky": Engine("sky", sky.Sky, _LAUNCHED, away=True),
+    "xpk": Engine("xpk", sky.Xpk, _each("xpk.sh", sky.workload, "sh"), away=True),
+    "local": Engine(None, local.Local, local.plan),
 }
 
 
@@ -50,8 +63,8 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
     how = engine.settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
                              if key in engine.settings._fields and value is not None})  # fmt: skip
     files, commands = engine.plan(found, how, topology)
-    if options["go"] and (missing := [c[0] for c in commands if shutil.which(c[0]) is None]):
-        raise UserError(f"--go: {missing[0]} is not installed here: hand the files over where it is")
+    if options["go"] and engine.client and shutil.which(engine.client) is None:
+        raise UserError(f"--go: {engine.client} is not installed here: hand the files over where it is")
     files = {job.file: job.text for job in found} | files
     _write(files)
     for job in found if options["go"] else ():  # what an earlier submission came to
@@ -66,7 +79,7 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
     for command in commands:
         done = subprocess.run(command, check=False)  # which says by itself what is wrong
         if done.returncode:
-            print(f"{command[0]} ended with {done.returncode}: nothing more is handed over")
+            print(f"{engine.client} ended with {done.returncode}: nothing more is handed over")
             return ExitCode.UNEXPECTED
     return ExitCode.DONE
 
