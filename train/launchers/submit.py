@@ -20,7 +20,7 @@ class Engine(NamedTuple):
     """What takes a run: its client, its own settings among all options, and what makes its files of them."""
 
     client: str | None
-    settings: Callable[..., Any]
+    settings: Any  # a class of named fields
     plan: Callable[[Sequence[Job], Any, Topology | None], Plan]
     away: bool = False  # its machines see no directory of this one
 
