@@ -103,7 +103,7 @@ def test_where_no_bucket_answers_it_goes_on_a_while(tmp_path):
     assert not verdict(tmp_path, 2, 0).again
     found = [verdict(tmp_path, 75, 0) for _ in range(MOST_UNSEEN + 1)]
     assert [one.again for one in found] == [True] * MOST_UNSEEN + [False]
-    assert all("checkpoints cannot be listed (" in one.reason for one in found)
+    assert all("checkpoints cannot be listed (" in one.note for one in found)
 
 
 @pytest.mark.usefixtures("_empty_ones_are_whole")

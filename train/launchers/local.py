@@ -14,7 +14,7 @@ from mixtral_jax.data.prepare import search_path
 from mixtral_jax.train.console import duration
 from mixtral_jax.train.errors import ASKING, ExitCode, UserError
 from mixtral_jax.train.launchers.job import Job, Plan
-from mixtral_jax.train.launchers.verdict import last_attempt, read_status, verdict
+from mixtral_jax.train.launchers.verdict import Verdict, last_attempt, read_status, verdict
 from mixtral_jax.train.plan import Topology
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
@@ -79,19 +79,19 @@ class Supervisor:
 
         The first signal is passed on as SIGTERM, on which the run saves, the next as Ctrl-C, on which it ends at once.
         """
-        began, number, code, again = time.monotonic(), 0, int(ExitCode.STOPPED), True
+        began, number, found = time.monotonic(), 0, Verdict(True, ExitCode.STOPPED, "")
         with self._signals():
-            while again and not self.asked:
+            while found.again and not self.asked:
                 number += 1
                 self._before, self._due = last_attempt(self._job.run), None
                 try:
                     ended = self._attempt()
                 finally:  # of no error of ours an orphan is left
                     self._end(self._processes)
-                again, code, reason = verdict(self._job.run, ended, self._before)
-                self._say(f"attempt {number}: {code}, {reason}")
+                found = verdict(self._job.run, ended, self._before)
+                self._say(f"attempt {number}: {found.short}")
         self._say(f"{number} attempts, {self._killed} kills, {time.monotonic() - began:.0f} s")  # the run has a table
-        return code if code >= 0 else 128 - code
+        return found.code if found.code >= 0 else 128 - found.code
 
     def _attempt(self) -> int:
         """One start of all processes; the code that says most, as a launcher of several would have it."""

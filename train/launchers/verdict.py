@@ -19,9 +19,15 @@ class Verdict(NamedTuple):
     again: bool
     code: int
     reason: str
+    note: str = ""  # of how many starts it was one
 
     def __str__(self) -> str:
-        return f"{'again' if self.again else 'final'} {self.code} {self.reason}"
+        return f"{'again' if self.again else 'final'} {self.code} {self.reason}{self.note}"
+
+    @property
+    def short(self) -> str:
+        """Beside what the run has said by itself."""
+        return f"{self.code}, {_named(self.code)}{self.note}"
 
 
 def last_attempt(run: Path) -> int:
@@ -66,9 +72,9 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
         counted.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(counted, json.dumps(count) + "\n")
     if count[kind] > most:
-        return Verdict(False, code, f"{reason}; started again {most} times {what}")
+        return Verdict(False, code, reason, f"; started again {most} times {what}")
     note = f" (start {count[kind]} of {most} {what})" if count[kind] > 1 or kind == "unseen" else ""
-    return Verdict(True, code, f"{reason}{note}")
+    return Verdict(True, code, reason, note)
 
 
 def _named(code: int) -> str:
