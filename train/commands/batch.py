@@ -62,10 +62,13 @@ def _asked(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]], chat:
         if not chat:
             return asked
         asked = [{"role": "user", "content": asked}]
-    if not isinstance(asked, list) or not asked:
+    if not isinstance(asked, list):
         raise ValueError(f"{column!r} is neither text nor messages")
-    answered = isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant"
-    return [*before, *asked[: len(asked) - answered]]
+    if asked and isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
+        asked = asked[:-1]
+    if not asked:
+        raise ValueError(f"{column!r} asks nothing")
+    return [*before, *asked]
 
 
 def complete(

@@ -72,8 +72,8 @@ class Conversation:
 
         text = write(self._codec.grow(asked, ids, tokens()))
         finish = "interrupted" if pressed else self._codec.finish(new)
-        if finish == "length":
-            say(f"(cut at {len(new)} tokens: --max-new-tokens)")
+        if finish != "stop":
+            say("(stopped)" if pressed else f"(cut at {len(new)} tokens: --max-new-tokens)")
         if text.strip():
             mark = {} if finish == "stop" else {"finish": finish}
             self.messages = [*asked, {"role": "assistant", "content": text, **mark}]

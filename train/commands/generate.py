@@ -11,6 +11,7 @@ from typing import Any
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.data.progress import say
+from mixtral_jax.data.text import ends_of
 from mixtral_jax.model import compute_dtype
 from mixtral_jax.train.commands.batch import complete, read_prompts
 from mixtral_jax.train.commands.chat import Conversation, converse, write
@@ -59,6 +60,7 @@ def generate(
     _check_files(prompt, prompts, out, samples, batch_size)
     own = run_template(checkpoint)  # a checkpoint that is not there is said before a tokenizer that is not
     found = read_tokenizer(tokenizer or checkpoint)
+    found.ends += ends_of(Path(checkpoint))  # the model's, whosever tokenizer it is
     for note in found.notes:
         say(f"note: {note}")
     file = [] if prompts is None else read_prompts(prompts, before, chat=chat)
