@@ -94,7 +94,7 @@ def complete(
     work = sorted(range(count * samples), key=lambda number: -len(ids[number % count]))
     rows = min(batch_size, len(work))  # few programs: every batch has as many
     made_of = {
-        "weights": arrays_identity(nnx.to_pure_dict(nnx.state(model))), 
+        "weights": arrays_identity(nnx.to_pure_dict(nnx.state(model))), "dtype": model.compute.dtype,
         "prompts": digest([ids, json.dumps([prompt.record for prompt in prompts], default=str)]),
         "samples": samples, "batch_size": batch_size, **options,
     }  # fmt: skip
@@ -143,11 +143,10 @@ def _begun(stream: BinaryIO, name: Path, made_of: dict[str, Any]) -> list[bytes]
         stream.write(json.dumps(made_of).encode() + b"\n")
         return []
     former = json.loads(lines[0])
-    other = [
-        f"{key} {former.get(key)} there, {value} here" for key, value in made_of.items() if former.get(key) != value
-    ]
+    changed = [key for key, value in made_of.items() if former.get(key) != value]
+    other = "; ".join(f"{key} {former.get(key)} there, {made_of[key]} here" for key in changed)
     if other:
-        raise UserError(f"{name} was begun with other options ({'; '.join(other)}): give those, or remove it")
+        raise UserError(f"{name} was begun with other options ({other}): give those, or remove it")
     stream.truncate(sum(map(len, lines)))
     say(f"going on behind the {len(lines) - 1} continuations in {name}")
     return lines[1:]

@@ -12,7 +12,7 @@ from typing import Any
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.data.progress import say
 from mixtral_jax.data.text import ends_of
-from mixtral_jax.model import compute_dtype
+from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.commands.batch import complete, read_prompts
 from mixtral_jax.train.commands.chat import Conversation, converse, write
 from mixtral_jax.train.errors import UserError
@@ -21,21 +21,10 @@ from mixtral_jax.train.text import Codec
 
 
 def generate(
-    checkpoint: str,
-    *,
-    prompt: Sequence[str] | None = None,
-    prompts: str | None = None,
-    out: str | None = None,
-    samples: int = 1,
-    batch_size: int = 16,
-    chat: bool = False,
-    system: str | None = None,
-    turns: str | None = None,
-    template: str | None = None,
-    tokenizer: str | None = None,
-    dtype: Any = None,
-    **options: Any,
-) -> int:
+    checkpoint: str, *, prompt: Sequence[str] | None = None, prompts: str | None = None, out: str | None = None,
+    samples: int = 1, batch_size: int = 16, chat: bool = False, system: str | None = None, turns: str | None = None,
+    template: str | None = None, tokenizer: str | None = None, dtype: Any = None, **options: Any,
+) -> int:  # fmt: skip
     """Print continuations of prompts, or answers to them as a user's messages. One prompt appears as it is written.
 
     Args:
@@ -64,31 +53,43 @@ def generate(
     for note in found.notes:
         say(f"note: {note}")
     file = [] if prompts is None else read_prompts(prompts, before, chat=chat)
-    answers_turns = prompt is None and bool(before) and before[-1]["role"] in ("user", "tool")
-    by_hand = chat and prompt is None and not file and not answers_turns and sys.stdin.isatty()
-    texts = list(prompt or ([""] if file or by_hand or answers_turns else [sys.stdin.read().rstrip("\n")]))
-    asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in texts]
-    asked = [each.asked for each in file] or ([before] if answers_turns else asked)
-    compute = ComputeConfig(dtype=dtype or "auto")
-    whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
-    model = read_model(checkpoint, dtype="float32" if whole else None, compute=compute)
+    texts = [] if file else _texts(prompt, before, chat)
+    typed = [""] if texts is None else texts
+    asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in typed]
+    asked = [each.asked for each in file] or asked or [before]
+    model = _model(checkpoint, dtype)
     with _notes():
         codec = Codec(model, found, template or own, asked)
         if out is not None:
             complete(model, codec, file, Path(out), samples=samples, batch_size=batch_size, **options)
             print(f"{len(file) * samples} continuations in {out}")
-        elif by_hand:
+        elif texts is None:
             drawn = ", ".join(f"{name} {value}" for name, value in options.items())
             say(f"chat with {checkpoint}: {drawn}; /help names the commands")
             converse(Conversation(model, codec, before, options))
-        elif len(texts) == 1:
+        elif len(asked) == 1:
             print("" if chat else texts[0], end="", flush=True)
             write(codec.stream(model, asked[0], **options))
         else:
-            answers = codec.generate(model, asked, **options)
-            for number, (shown, answer) in enumerate(zip(texts, answers, strict=True), 1):
-                print(f"--- {number} ---", shown + "\n" * chat + answer, sep="\n")
+            answers, joint = codec.generate(model, asked, **options), "\n" if chat else ""
+            for number, pair in enumerate(zip(texts, answers, strict=True), 1):
+                print(f"--- {number} ---", joint.join(pair), sep="\n")
     return 0
+
+
+def _model(checkpoint: str, dtype: Any) -> Mixtral:
+    compute = ComputeConfig(dtype=dtype or "auto")
+    whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as it is on disk
+    return read_model(checkpoint, dtype="float32" if whole else None, compute=compute)
+
+
+def _texts(prompt: Sequence[str] | None, before: Sequence[Any], chat: bool) -> list[str] | None:
+    """What is asked behind the turns so far; nothing where these ask already; None: it will be typed."""
+    if prompt is not None:
+        return list(prompt)
+    if before and before[-1]["role"] in ("user", "tool"):
+        return []
+    return None if chat and sys.stdin.isatty() else [sys.stdin.read().rstrip("\n")]
 
 
 def _check_files(prompt: Any, prompts: str | None, out: str | None, samples: int, batch_size: int) -> None:
