@@ -116,12 +116,16 @@ def stream(
     max_new_tokens: int = 64,
     eos_id: int | Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
+    width: int = 0,
     **drawing: Unpack[Drawing],
 ) -> Iterator[list[int | None]]:
-    """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended."""
+    """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended.
+
+    The prompts are padded to `width` tokens at least: calls that have the same share a program.
+    """
     rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
-    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
+    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
     ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
     for number in range(1, max_new_tokens + 1):
         state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
@@ -288,11 +292,11 @@ def _refuse_nan(model: Mixtral, new_BN: np.ndarray, numbers: Sequence[int], firs
         )
 
 
-def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
+def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
-    width = _round_up(max(map(len, request.prompts)))
+    width = max(width, _round_up(max(map(len, request.prompts))))
     rows = -(-len(request.prompts) // shards) * shards
     tokens_BT: Any = np.zeros((rows, width), np.int32)
     pad_B: Any = np.full(rows, width, np.int32)

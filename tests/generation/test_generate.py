@@ -128,6 +128,8 @@ def test_stream_gives_the_same_tokens_step_by_step() -> None:
     steps = list(stream(model, PROMPTS, **options))
     rows = [[token for token in column if token is not None] for column in zip(*steps, strict=True)]
     assert rows == generate(model, PROMPTS, **options)
+    wide = list(stream(model, PROMPTS, width=24, **{**options, "max_new_tokens": 3}))
+    assert wide == steps[:3]
 
 
 def test_what_a_row_draws_does_not_depend_on_the_others() -> None:

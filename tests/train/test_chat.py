@@ -112,7 +112,7 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_turns_follow_each_other_and_draw_differently(talk: Any) -> None:
     conversation, asked = talk("One", "", "Two \\", "lines", "/quit", "Three")
     assert [m["content"].strip() for m in conversation.messages] == ["One", "Good.", "Two \nlines", "Good."]
-    assert [each["numbers"] for each in asked] == [[0], [1]]
+    assert [each["numbers"] for each in asked] == [[0], [1]] and {each["width"] for each in asked} == {256}
     assert "One" in asked[1]["text"] and "Good." in asked[1]["text"] and asked[1]["text"].count("lines") == 1
 
 
@@ -157,3 +157,8 @@ def test_what_is_saved_replaces_only_its_own(
 @pytest.mark.parametrize(("lines", "left"), [(["^C", "^C", "One"], 0), (["^C", "One", "^C", "Two"], 4)])
 def test_a_second_ctrl_c_with_nothing_between_ends(talk: Any, lines: list[str], left: int) -> None:
     assert len(talk(*lines)[0].messages) == left
+
+
+def test_conversations_of_like_lengths_share_a_program() -> None:
+    widths = [chat._width(tokens) for tokens in (1, 256, 257, 1024, 1025, 4097)]
+    assert widths == [256, 256, 1024, 1024, 4096, 16384]

@@ -60,10 +60,10 @@ class Conversation:
         self._warn_of_length(len(ids))
         new: list[int] = []
 
+        how = {"eos_id": self._codec.ends, "numbers": [next(self._answers)], "width": _width(len(ids))}
+
         def tokens() -> Iterator[int]:
-            for (token,) in stream(
-                self._model, [ids], eos_id=self._codec.ends, numbers=[next(self._answers)], **self._options
-            ):
+            for (token,) in stream(self._model, [ids], **how, **self._options):
                 assert token is not None, "the only row has not ended"
                 new.append(token)
                 yield token
@@ -149,6 +149,12 @@ def write(pieces: Iterator[str]) -> str:
         written += piece
     print(flush=True)
     return written
+
+
+def _width(tokens: int) -> int:
+    """The next of 256, 1024, 4096, ...: compiling for every turn would take longer than such a prompt."""
+    bits = (tokens - 1).bit_length()
+    return 1 << max(8, bits + bits % 2)
 
 
 def _quit(_: str) -> None:
