@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def test_each_line_is_what_its_prompt_alone_gives(tmp_path: Path) -> None:
 def say_by_number(calls: list[list[int]]) -> Any:
     """A model that says three tokens of its prompt's number, and notes it."""
 
-    def said(model: Any, ids: Any, *, numbers: list[int], **options: Any) -> list[list[int]]:
-        calls.append(numbers)
+    def said(model: Any, ids: Any, *, numbers: Sequence[int] = (), **options: Any) -> list[list[int]]:
+        calls.extend([[*numbers]] * bool(ids))
         return [[10 + number, 20, 30] for number in numbers]
 
     return said
@@ -136,7 +137,7 @@ from tests.train import test_batch
 generate, calls = batch.generate, []
 def killing(*args, **options):
     calls.append(1)
-    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 3 else generate(*args, **options)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 4 else generate(*args, **options)
 batch.generate = killing
 test_batch.run(Path(sys.argv[1]))
 """
@@ -168,6 +169,13 @@ def test_a_bad_line_is_named_before_anything_is_made(tmp_path: Path, line: str, 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"prompts\.jsonl, " + message):
         run(tmp_path)
+    assert not list(tmp_path.glob("*out.jsonl*"))
+
+
+def test_an_option_out_of_range_leaves_nothing(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        run(tmp_path, temperature=-1)
     assert not list(tmp_path.glob("*out.jsonl*"))
 
 

@@ -84,6 +84,7 @@ def complete(
         UserError: a prompt breaks a rule of its template, another process writes `out`, or what lies there was begun
             with other weights, prompts or options.
     """
+    generate(model, [], **options)  # an option out of range is refused
     ids = []
     for prompt in prompts:
         try:
