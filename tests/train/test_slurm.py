@@ -41,7 +41,7 @@ def cluster(tmp_path_factory):
     subprocess.run([CLUSTER, "stop", directory], check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder():
     """Of a place that is shared by the rules of `submit`, as /tmp is not; with marks that a shell would read."""
     (ROOT / "runs").mkdir(exist_ok=True)
