@@ -1,6 +1,6 @@
 """A headless Chromium, spoken to by its DevTools protocol over two pipes: for tests of pages, and to look at them.
 
-    python -m tests.browser PAGE.html OUT.png [width] [dark]
+python -m tests.browser PAGE.html OUT.png [width] [dark]
 """
 
 import base64
@@ -138,7 +138,9 @@ class Browser:
         """A key pressed and released, where the focus is."""
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r"} if name == "Enter" and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=KEYS[name], **text)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=KEYS[name], **text
+            )
 
     def screenshot(self, file: Path) -> None:
         """The whole page as a PNG."""
