@@ -25,7 +25,7 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One tab. `errors` has what the page's script threw or said to the console as an error, `requests` its addresses."""
+    """One tab. `errors` has what a page's script threw or said to the console as an error, `requests` its addresses."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []

@@ -78,8 +78,9 @@ def heat_map(
 ) -> str:
     """Values [row, column] as colours, with the numbers where they have room and on hover.
 
-    With `center` two colours that grow with the distance from it, else viridis. Missing values are NaN. `also` has
-    more numbers of each cell for the hover; cells of `marked` (bool) have a dot. No wider than `width` pixels, and names.
+    With `center`, from which `limits` are equally far, two colours that grow with the distance from it, else viridis.
+    Missing values are NaN. `also` has more numbers of each cell for the hover; cells of `marked` (bool) have a dot. No
+    wider than `width` pixels, and the names.
     """
     grid = np.asarray(values, float)
     low, high = limits or _limits(grid, center)
@@ -92,7 +93,7 @@ def heat_map(
     right, bottom = left + wide * len(columns), 4 + box[3] * len(rows)
     picture = _picture(_levels(grid, low, high), center is not None)
     drawn = f'<image href="{picture}" x="{left}" y="4" width="{right - left:g}" height="{bottom - 4}" '
-    drawn += f'preserveAspectRatio="none"/>{_labels(row_names, column_names, names[1], box)}'
+    drawn += f'preserveAspectRatio="none"/>{_labels(row_names, column_names, f"{names[0]} ↓  {names[1]} →", box)}'
     if wide >= _TEXT_FROM:
         drawn += _cell_texts(grid, (low, high), center is not None, box)
     for r, c in np.argwhere(marked) if marked is not None else ():
@@ -123,7 +124,8 @@ def stacked(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str = 
         pieces = ""
         for part, value in row.items():
             said = escape(f"{part}: {number(value)}{unit} ({value / total:.1%})")
-            pieces += f'<i style="flex-grow:{value:.4g}" class="c{parts.index(part) % 8}" tabindex="0" data-tip="{said}">{escape(part)}</i>'
+            look = f'style="flex-grow:{value:.4g}" class="c{parts.index(part) % 8}"'
+            pieces += f'<i {look} tabindex="0" data-tip="{said}">{escape(part)}</i>'
         html += f'<div class="stack"><b>{escape(name)}</b><span>{pieces}</span></div>'
     legend = "".join(f'<li><i class="c{i % 8}"></i>{escape(part)}</li>' for i, part in enumerate(parts))
     return figure("stacked", title, f'{html}<ul class="legend">{legend}</ul>')

@@ -39,8 +39,8 @@ function draw(chart) {
   let [low, high] = [Math.min(...all), Math.max(...all)], [first, last] = [Math.min(...xs), Math.max(...xs)];
   if (!all.length) [low, high] = [chart.log ? 0.1 : 0, 1];
   if (!xs.length) [first, last] = [0, 1];
-  if (low === high) [low, high] = chart.log ? [low / 2, high * 2] : [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
-  else if (!chart.log) [low, high] = [low - (high - low) / 40, high + (high - low) / 40];
+  if (low === high) [low, high] = chart.log ? [low / 2, high * 2] : low ? [low - Math.abs(low) / 10, high + Math.abs(high) / 10] : [0, 1];
+  else if (!chart.log) { const room = (high - low) / 40; [low, high] = [low < 0 ? low - room : Math.max(0, low - room), high + room]; }
   if (first === last) [first, last] = [first - 1, last + 1];
   const scale = chart.log ? Math.log : v => v;
   const px = x => left + (x - first) / (last - first) * (right - left);

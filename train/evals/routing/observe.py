@@ -89,7 +89,9 @@ def _observe(model: Mixtral, batch: Rows, options: Options) -> Observed:
     rows: Rows = jax.tree.map(operator.itemgetter(0), batch)
     routing = model.routing(rows.tokens, rows.positions, rows.segment_ids)
     of_layers = jnp.array(options.layers)
-    whole = jax.tree.map(lambda x: _everywhere(x[:, :, of_layers].reshape(-1, len(options.layers), x.shape[-1])), routing)
+    whole = jax.tree.map(
+        lambda x: _everywhere(x[:, :, of_layers].reshape(-1, len(options.layers), x.shape[-1])), routing
+    )
     valid_M = _everywhere(rows.segment_ids.reshape(-1)) > 0
     experts, top_k = whole.probs_ME.shape[-1], whole.expert_MC.shape[-1]
     capacity = jnp.ceil(options.capacity_factor * jnp.sum(valid_M) * top_k / experts).astype(jnp.int32)
