@@ -12,8 +12,11 @@ import numpy as np
 
 from mixtral_jax.train.pages.document import embed, escape, figure, number, short
 
-# viridis at six places; between them linear (van der Walt and Smith, 2015)
-_VIRIDIS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
+# viridis (van der Walt and Smith, 2015) at nine places; between them linear
+_VIRIDIS = (
+    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98),
+    (173, 220, 48), (253, 231, 37),
+)  # fmt: skip
 _BELOW, _ABOVE = (0, 114, 178), (230, 97, 0)
 _WIDEST_CELL, _TEXT_FROM = 38, 30  # pixels
 _SHARP = 8  # dots of a picture to a cell: programs that show PDF blur the borders of dots
@@ -100,8 +103,7 @@ def heat_map(
         drawn += f'<circle cx="{left + (c + 1) * wide - 4:g}" cy="{8 + r * box[3]:g}" r="2"/>'
     more = {name: _flat(np.asarray(each, float)) for name, each in (also or {}).items()}
     data = {"title": title, "rows": row_names, "columns": column_names, "names": names, "unit": unit, "box": box}
-    said = [number(low) if np.nanmin(grid, initial=low) >= low else f"≤ {number(low)}"]
-    said += [number(high) if np.nanmax(grid, initial=high) <= high else f"≥ {number(high)}"]
+    said = [f"{'≤ ' * bool(np.any(grid < low))}{low:.3g}", f"{'≥ ' * bool(np.any(grid > high))}{high:.3g}"]
     label = f"{title}: {names[0]} by {names[1]}, {said[0]} to {said[1]}{unit}; arrow keys read it"
     size = f"{right + 4 * len(column_names[-1]) if column_names else right:g}", f"{bottom + 34:g}"
     ramp = _picture(np.arange(255, dtype=np.uint8)[None], center is not None)

@@ -14,8 +14,13 @@ function make(tag, attributes = {}, parent = null, text = null) {
 
 const dataOf = element => JSON.parse(element.querySelector("script[type='application/json']").textContent);
 const AXES = JSON.parse(document.getElementById("axes").textContent);
-const kept = (() => { try { return JSON.parse(sessionStorage.pages || "{}"); } catch { return {}; } })();
-const keep = (name, value) => { kept[name] = value; try { sessionStorage.pages = JSON.stringify(kept); } catch { /* a page of its own origin */ } };
+// What the reader chose outlives a reload of the page.
+const PLACE = `pages ${location.pathname}`;
+const kept = (() => { try { return JSON.parse(sessionStorage[PLACE]); } catch { return {}; } })();
+function keep(name, value) {
+  kept[name] = value;
+  try { sessionStorage[PLACE] = JSON.stringify(kept); } catch { /* a browser that stores nothing */ }
+}
 
 function number(value) {
   if (value === null || value === undefined) return "–";

@@ -2,66 +2,71 @@
 for (const figure of $$("figure.texts")) {
   const { layers, experts, k, texts } = dataOf(figure);
   const decode = code => new Uint16Array(Uint8Array.from(atob(code), c => c.charCodeAt(0)).buffer);
-  for (const text of texts) { text.expert = decode(text.expert); text.gate = decode(text.gate); text.control = new Set(text.control); }
-  const domains = [...new Set(texts.map(text => text.domain))], bar = make("div", { class: "bar" }, figure);
-  let domain = domains[0], layer = layers.length - 1, alone = null;
-  const underline = expert => ["none", "underline", "underline dotted", "underline wavy"][Math.floor(expert / 8) % 4];
-  const look = expert => ({ style: `text-decoration: ${underline(expert)}`, class: `c${expert % 8}` });
-  const chooseDomain = chooser("domain", domains, domain, bar, name => { domain = name; render(); });
-  const chooseLayer = chooser("layer", layers.map(String), String(layers[layer]), bar, name => { layer = layers.map(String).indexOf(name); render(); });
+  for (const text of texts) { text.expert = decode(text.expert); text.gate = decode(text.gate); }
+  const domains = [...new Set(texts.map(text => text.domain))], names = layers.map(String);
+  let layer = layers.length - 1, alone = null, shown = [];
+  const bar = make("div", { class: "bar" }, figure);
+  chooser("domain", domains, domains[0], bar, open);
+  const chooseLayer = chooser("layer", names, names[layer], bar, name => { layer = names.indexOf(name); paint(); });
   const legend = make("div", { class: "experts", role: "group", "aria-label": "experts" }, bar);
   const buttons = Array.from({ length: experts }, (_, expert) => {
-    const button = make("button", { type: "button", ...look(expert) }, legend, expert);
-    button.addEventListener("click", () => { alone = alone === expert ? null : expert; render(); });
+    const button = make("button", { type: "button" }, legend, expert);
+    button.addEventListener("click", () => { alone = alone === expert ? null : expert; paint(); });
     return button;
   });
   const body = make("div", {}, figure);
 
-  function tell(text, i, element) {
-    const at = (layer * text.pieces.length + i) * k, box = element.getBoundingClientRect();
-    const rows = Array.from({ length: k }, (_, c) => [`c${text.expert[at + c] % 8}`, `expert ${text.expert[at + c]}`, (text.gate[at + c] / 1000).toFixed(3)]);
-    show(`${JSON.stringify(text.pieces[i])}, layer ${layers[layer]}`, rows, box.left, box.bottom);
+  // Hue by number, and from the ninth expert on a line under the token too.
+  function colour(element, expert) {
+    element.className = `c${expert % 8}`;
+    element.style.textDecoration = ["none", "underline", "underline dotted", "underline wavy"][Math.floor(expert / 8) % 4];
   }
 
-  function render() {
-    hide();
-    body.replaceChildren();
-    buttons.forEach((button, expert) => button.setAttribute("aria-pressed", alone === expert));
-    for (const text of texts.filter(one => one.domain === domain)) {
-      const block = make("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": `${domain}, layer ${layers[layer]}` }, body);
-      const pieces = text.pieces.map((piece, i) => {
-        const expert = text.expert[(layer * text.pieces.length + i) * k];
-        const element = make("b", look(expert), block, piece.replaceAll("\n", "↵\n") || "·");
-        element.classList.toggle("control", !piece || text.control.has(i));
+  function paint() {
+    for (const { block, text, pieces } of shown) {
+      block.setAttribute("aria-label", `${text.domain}, experts of layer ${names[layer]}`);
+      pieces.forEach((element, i) => {
+        const expert = text.expert[(layer * pieces.length + i) * k];
+        colour(element, expert);
+        element.classList.toggle("control", !text.pieces[i] || text.control.includes(i));
         element.classList.toggle("dim", alone !== null && alone !== expert);
-        element.addEventListener("pointerenter", () => tell(text, i, element));
-        element.addEventListener("pointerleave", hide);
-        return element;
-      });
-      block.addEventListener("blur", () => { hide(); block.querySelector(".here")?.classList.remove("here"); });
-      block.addEventListener("keydown", event => {
-        const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key], up = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-        if (!move && !up) return;
-        event.preventDefault();
-        const blocks = $$(".tokens", body), number = blocks.indexOf(block);
-        let here = pieces.findIndex(piece => piece.classList.contains("here"));
-        if (up) {
-          layer = Math.max(0, Math.min(layers.length - 1, layer + up));
-          chooseLayer(String(layers[layer]));
-          render();
-          focusOn(number, here);
-        } else focusOn(number, Math.max(0, Math.min(pieces.length - 1, here + move)));
       });
     }
+    buttons.forEach((button, expert) => { colour(button, expert); button.setAttribute("aria-pressed", alone === expert); });
   }
 
-  function focusOn(number, i) {
-    const block = $$(".tokens", body)[number], text = texts.filter(one => one.domain === domain)[number];
-    block.focus({ preventScroll: true });
-    block.querySelector(".here")?.classList.remove("here");
-    if (i < 0) return;
-    block.querySelectorAll("b")[i].classList.add("here");
-    tell(text, i, block.querySelectorAll("b")[i]);
+  function tell({ text, pieces }, i) {
+    const at = (layer * pieces.length + i) * k, box = pieces[i].getBoundingClientRect();
+    const rows = Array.from(text.expert.slice(at, at + k), (expert, c) => [`c${expert % 8}`, `expert ${expert}`, (text.gate[at + c] / 1000).toFixed(3)]);
+    show(`${JSON.stringify(text.pieces[i])}, layer ${names[layer]}`, rows, box.left, box.bottom);
   }
-  render();
+
+  function open(domain) {
+    body.replaceChildren();
+    shown = texts.filter(text => text.domain === domain).map(text => {
+      const block = make("div", { class: "tokens", tabindex: 0, role: "group" }, body);
+      const pieces = text.pieces.map(piece => make("b", {}, block, piece.replaceAll("\n", "↵\n") || "·"));
+      const one = { block, text, pieces };
+      let here = -1;
+      const mark = i => { pieces[here]?.removeAttribute("data-here"); here = i; pieces[here]?.setAttribute("data-here", ""); };
+      pieces.forEach((element, i) => {
+        element.addEventListener("pointerenter", () => tell(one, i));
+        element.addEventListener("pointerleave", hide);
+      });
+      block.addEventListener("blur", () => { hide(); mark(-1); });
+      block.addEventListener("keydown", event => {
+        const along = { ArrowLeft: -1, ArrowRight: 1 }[event.key] ?? 0, up = { ArrowUp: -1, ArrowDown: 1 }[event.key] ?? 0;
+        if (!along && !up) return;
+        event.preventDefault();
+        mark(Math.max(0, Math.min(pieces.length - 1, here + along)));
+        layer = Math.max(0, Math.min(layers.length - 1, layer + up));
+        chooseLayer(names[layer]);
+        paint();
+        tell(one, here);
+      });
+      return one;
+    });
+    paint();
+  }
+  open(domains[0]);
 }
