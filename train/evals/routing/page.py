@@ -4,6 +4,7 @@ import base64
 import math
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
@@ -35,10 +36,11 @@ def render(result: Result) -> str:
     parts = [_overview, _shares, _repetition, _texts, _likings, _together, _health]
     if result.all.changed is not None:
         parts.insert(1, _changed)
+    place = [name for name in Path(result.checkpoint).parts if name != "checkpoints"]
     return page(
-        f"Routing of {result.checkpoint}",
+        f"Routing of {'/'.join(place[-2:])}",
         [part(result) for part in parts],
-        subtitle=f"{result.experts} experts, {result.top_k} a token",
+        subtitle=f"{result.experts} experts, {result.top_k} a token · {result.checkpoint}",
         axes={"layers": {"layer": result.layers}},
         script=files("mixtral_jax.train.evals.routing").joinpath("texts.js").read_text("utf-8"),
     )
@@ -209,7 +211,8 @@ def _relation(title: str, ratio_EE: np.ndarray, tokens_EE: np.ndarray, names: tu
 
 def _flow(result: Result) -> str:
     """The paths that are taken most above expectation, as curves from layer to layer."""
-    across, down = 76, 22 if result.experts <= 16 else 12
+    across = min(220, max(76, 900 // max(1, len(result.layers) - 1)))
+    down = 22 if result.experts <= 16 else 12
     links = []
     for i, (paths_EE, ratio_EE) in enumerate(zip(result.paths_LEE, result.paths_ratio_LEE, strict=True)):
         share_EE, ratio_EE = paths_EE / max(paths_EE.sum(), 1), np.nan_to_num(ratio_EE)
