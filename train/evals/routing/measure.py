@@ -79,8 +79,8 @@ def _notes(model: Mixtral, sums: Mapping[str, Tally], asked: int) -> Iterator[st
     equal = int(np.sum(_copies(model)))
     if equal:
         yield (
-            f"The experts of {equal} of {model.config.num_hidden_layers} layers are copies of one another (upcycled, and "
-            "not trained since): whom the router chooses changes nothing there, and what is seen below is how a router "
+            f"The experts of {equal} of {model.config.num_hidden_layers} layers are copies of one another (upcycled, "
+            "and not trained since): whom the router chooses changes nothing there, and what is below is how a router "
             "that has learned nothing splits the tokens."
         )
     for name, own in sums.items():
