@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -132,12 +131,14 @@ def test_pairs_are_compared_with_what_loads_alone_give():
 
 def test_copies_of_one_expert_are_noted(tokenizer):
     model = model_of("2 of 4")
-    assert measured([model], tokenizer).notes == ()
+    short = measured([model], tokenizer).notes
+    assert len(short) == 1  # that a domain has fewer tokens than asked for
     for name in ("w13", "w2"):
         leaf = getattr(model.layers.moe, name)
         leaf[...] = leaf[...] * 0 + leaf[...][:, :1]
-    (note,) = measured([model], tokenizer).notes
-    assert note.startswith("The experts of every layer are copies of one another")
+    note, *rest = measured([model], tokenizer).notes
+    assert (*rest,) == short
+    assert note.startswith("The experts of 2 of 2 layers are copies of one another")
 
 
 def test_pieces_join_to_the_text(root, tokenizer):
@@ -153,3 +154,64 @@ def test_pieces_join_to_the_text(root, tokenizer):
 
 def test_sets_of_many_experts_are_not_counted():
     assert np.isnan(meeting(np.zeros((2, 0), int))).all()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory of Hugging Face directories, with tokenizers, and of text."""
+    place = tmp_path_factory.mktemp("saved")
+    dense = tiny_model(tiny_config(num_local_experts=1, num_experts_per_tok=1))
+    for name, model in {"model": model_of("2 of 4"), "other": model_of("1 of 3"), "dense": dense}.items():
+        save_hf(model, place / name)
+        write_byte_tokenizer(place / name / "tokenizer.json")
+    shutil.copytree(place / "model", place / "bare")
+    (place / "bare" / "tokenizer.json").unlink()
+    shutil.copytree(place / "model", place / "renamed")
+    content = json.loads((place / "renamed" / "tokenizer.json").read_text())
+    pieces = content["model"]["vocab"]
+    pieces["a"], pieces["e"] = pieces["e"], pieces["a"]
+    (place / "renamed" / "tokenizer.json").write_text(json.dumps(content))
+    lines = [json.dumps({"text": f"the router sends {i} tokens to its experts"}) for i in range(9)]
+    (place / "lines.jsonl").write_text("\n".join(lines))
+    (place / "short.txt").write_text("a short one")
+    (place / "empty.jsonl").write_text("")
+    return place
+
+
+def test_the_command_writes_a_page_and_its_numbers(saved, capsys):
+    data = [f"--data=many={saved / 'lines.jsonl'}", f"--data=few={saved / 'short.txt'}"]
+    options = ["--tokens", "100", "--seq-len", str(SEQ_LEN), "--against", str(saved / "model")]
+    assert launch.main(["routing", str(saved / "model"), *data, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((saved / "model-routing" / "routing.json").read_text())
+    assert [(d["name"], d["tokens"]) for d in result["domains"]] == [("many", 100), ("few", 13)]
+    assert result["notes"] == ["few has 13 tokens, fewer than the 100 that were asked for."]
+    assert result["all"]["changed"] == {"first": [0, 0], "any": [0, 0], "gate": [0, 0]}
+    assert (saved / "model-routing" / "routing.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dense"], "dense is a dense model: it has no routers"),
+        (["nothere"], "nothere does not exist"),
+        (["bare"], "bare holds no tokenizer: name one with --tokenizer"),
+        (["model", "--layers", "0,2"], "--layers 0,2: the model has layers 0 to 1"),
+        (["model", "--layers", "all"], "--layers all must be numbers, such as 0,1"),
+        (["model", "--seq-len", "65"], "--seq-len 65 must be from 2 to 64, which the model knows"),
+        (["model", "--tokens", "1"], "--tokens 1 must be 2 or more"),
+        (["model", "--data", "x=nothere.jsonl"], "source 'x': no file matches nothere.jsonl"),
+        (["model", "--data", "x=empty.jsonl"], "source 'x': no documents to learn from in empty.jsonl"),
+        (["model", "--data", "x=short.txt", "--data", "short.txt"], "--data short.txt is no NAME=PATH"),
+        (["model", "--data", "x=short.txt", "--data", "x=lines.jsonl"], "two sources are named 'x'"),
+        (["model", "--data", "a b=short.txt"], "--data: String should match pattern"),
+        (["model", "--against", "other"], "it has num_local_experts 3, not 4 and num_experts_per_tok 1, not 2"),
+        (["model", "--against", "renamed"], "renamed has another tokenizer, so that tokens cannot be compared"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(arguments, said, saved, capsys, monkeypatch):
+    monkeypatch.chdir(saved)
+    assert launch.main(["routing", "--out", "no", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1, error
+    assert not (saved / "no").exists()

@@ -1,4 +1,4 @@
-"""`routing`: what the routers of a checkpoint do with text: a file of numbers, and the table that the paper has."""
+"""`routing`: what the routers of a checkpoint do with text, as a page, as numbers, and as the table of the paper."""
 
 import contextlib
 import json
@@ -18,14 +18,13 @@ from mixtral_jax import data as data_room
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import first_documents, write_atomically
-from mixtral_jax.data.progress import say
 from mixtral_jax.data.records import is_remote, stage_in
 from mixtral_jax.data.text import Tokenizer, load_template
 from mixtral_jax.parallel import BATCH_AXES, MeshConfig, make_mesh
 from mixtral_jax.train.base import newest_step
 from mixtral_jax.train.config import RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.evals.routing import Options, Result, measure
+from mixtral_jax.train.evals.routing import Options, Result, measure, render
 from mixtral_jax.train.meetings import agree
 from mixtral_jax.train.read_model import (
     read_model,
@@ -48,7 +47,7 @@ def routing(
     layers: str | None = None, seq_len: int | None = None, tokenizer: str | None = None, out: str | None = None,
     as_json: bool = False, **joining: Any,
 ) -> int:  # fmt: skip
-    """Measure, write routing.json, and print how often neighbouring tokens go the same way.
+    """Measure, write routing.html and routing.json, and print how often neighbouring tokens go the same way.
 
     Args:
         checkpoint: an Orbax or Hugging Face directory, a run, or one of its steps.
@@ -104,11 +103,12 @@ def routing(
 def _write(result: Result, directory: Path, as_json: bool) -> None:
     text = json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False)
     write_atomically(directory / "routing.json", text.encode())
+    write_atomically(directory / "routing.html", render(result).encode())
     if as_json:
         print(text)
         return
     _print(result)
-    print(f"all numbers: {directory / 'routing.json'}")
+    print(f"the page: {directory / 'routing.html'}; its numbers: routing.json beside it")
 
 
 def _checksum(documents: Documents) -> int:
@@ -164,18 +164,14 @@ def _domains(data: Sequence[str] | None, named: RunConfig | None, config: RunCon
 
 
 def _documents(domains: DataConfig, codec: Tokenizer, tokens: int, shape: MixtralConfig, template: Any) -> Documents:
-    """Token ids of each domain; what is short is said."""
+    """Token ids of each domain."""
     if codec.vocab_size > shape.vocab_size:
         raise UserError(f"the tokenizer has {codec.vocab_size} pieces, the model knows {shape.vocab_size}")
     if tokens < 2:
         raise UserError(f"--tokens {tokens} must be 2 or more")
     stage_in(domains.staging_dir, domains.staging_bytes)
     text = codec if domains.examples == "text" else load_template(template or domains.template, codec)
-    found = {source.name: first_documents(domains, source, text, tokens) for source in domains.validation}
-    for name, documents in found.items():
-        if (size := sum(map(len, documents))) < tokens and jax.process_index() == 0:
-            say(f"note: {name} has {size:,} tokens, not {tokens:,}")
-    return found
+    return {source.name: first_documents(domains, source, text, tokens) for source in domains.validation}
 
 
 def _check_same_tokens(theirs: Tokenizer, codec: Tokenizer, documents: Documents, against: str) -> None:
