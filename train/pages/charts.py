@@ -51,10 +51,7 @@ class Mark:
 def lines(
     title: str, series: Sequence[Series], *, unit: str = "", log: bool | None = None, marks: Sequence[Mark] = ()
 ) -> str:
-    """Lines with a cross-hair that reads all of them; `log`: how y begins where it can be switched, None: linear.
-
-    A series of a single finite value in a chart is a dot.
-    """
+    """Lines with a cross-hair that reads all of them; `log`: how y begins where it can be switched, None: linear."""
     data: dict[str, Any] = {"title": title, "unit": unit, "log": log, "series": [], "marks": []}
     for one in series:
         values = {"y": one.y, "low": one.low, "high": one.high}

@@ -35,9 +35,11 @@ Value = Callable[[Domain], np.ndarray]
 
 def render(result: Result) -> str:
     """One file of HTML with everything in the result, for a browser without network."""
-    parts = [_overview, _shares, _repetition, _texts, _likings, _together, _health]
-    if result.all.changed is not None:
-        parts.insert(1, _changed)
+    parts = [_overview, _changed, _shares, _repetition, _texts, _likings, _together, _health]
+    if result.all.changed is None:
+        parts.remove(_changed)
+    if result.top_k == len(result.layers) == 1:
+        parts.remove(_together)
     place = [name for name in Path(result.checkpoint).parts if name != "checkpoints"]
     return page(
         f"Routing of {'/'.join(place[-2:])}",
@@ -203,12 +205,14 @@ def _together(result: Result) -> Section:
             after, paths = result.layers[i + 1], (result.paths_ratio_LEE[i], result.paths_LEE[i])
             names = (f"expert of layer {layer}", f"of layer {after}")
             maps.append(_relation(f"Paths from layer {layer} to {after}", *paths, names))
-        options[str(layer)] = grid(maps)
+        if maps:
+            options[str(layer)] = grid(maps)
     lead = (
         "How often two experts are chosen for one token, and how often a first choice is followed by another in the "
         "next layer, divided by what is expected of their loads alone: 1 is no relation, 2 is twice as often."
     )
-    return Section("Who works with whom", lead, [_flow(result), choose("layer", options)])
+    flow = [_flow(result)] if len(result.layers) > 1 else []
+    return Section("Who works with whom", lead, [*flow, choose("layer", options)])
 
 
 def _relation(title: str, ratio_EE: np.ndarray, tokens_EE: np.ndarray, names: tuple[str, str]) -> str:
