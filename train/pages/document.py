@@ -105,9 +105,9 @@ def figure(kind: str, caption: str, html: str) -> str:
     return f'<figure class="{kind}">{heading}{html}</figure>\n'
 
 
-def grid(html: Sequence[str]) -> str:
-    """Side by side as many as fit."""
-    return f'<div class="grid">{"".join(html)}</div>'
+def grid(html: Sequence[str], least: int = 340) -> str:
+    """Side by side as many as fit with `least` pixels each."""
+    return f'<div class="grid" style="--least:{least}px">{"".join(html)}</div>'
 
 
 def choose(label: str, options: Mapping[str, str]) -> str:

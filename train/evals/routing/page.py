@@ -101,20 +101,26 @@ def _shares(result: Result) -> Section:
         values = [(each, *values_of(each)) for each in (*result.domains, result.all)]
         values = [(each, 100 * share, 100 * band) for each, share, band in values]
         far = min(even, max(np.abs(share - even).max() for _, share, _ in values))
-        options[view] = grid([
+        maps = [
             heat_map(
                 f"{each.name}: {each.tokens:,} tokens of {each.documents:,} documents",
                 share, rows=result.layers, columns=range(result.experts), unit=" %", center=even,
                 limits=(even - far, even + far), also={"95 % band ±": band}, marked=np.abs(share - even) > band,
             )
             for each, share, band in values
-        ])  # fmt: skip
+        ]  # fmt: skip
+        options[view] = grid(maps, _room(result))
     lead = (
         f"Percent of a domain's tokens that go to each expert: an even share is {even:.3g} %, orange is more, blue is "
         "less, and a dot says that an even share lies outside the 95 % band. Figure 7 of the paper (2401.04088) "
         "shows three layers."
     )
     return Section("Who gets the tokens", lead, [choose("choice", options)])
+
+
+def _room(result: Result) -> int:
+    """Pixels for a map whose columns are experts."""
+    return 340 if result.experts <= 8 else 660
 
 
 def _choice(c: int, each: Domain) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +212,7 @@ def _together(result: Result) -> Section:
             names = (f"expert of layer {layer}", f"of layer {after}")
             maps.append(_relation(f"Paths from layer {layer} to {after}", *paths, names))
         if maps:
-            options[str(layer)] = grid(maps)
+            options[str(layer)] = grid(maps, _room(result))
     lead = (
         "How often two experts are chosen for one token, and how often a first choice is followed by another in the "
         "next layer, divided by what is expected of their loads alone: 1 is no relation, 2 is twice as often."
