@@ -105,9 +105,10 @@ def figure(kind: str, caption: str, html: str) -> str:
     return f'<figure class="{kind}">{heading}{html}</figure>\n'
 
 
-def grid(html: Sequence[str], least: int = 340) -> str:
-    """Side by side as many as fit with `least` pixels each."""
-    return f'<div class="grid" style="--least:{least}px">{"".join(html)}</div>'
+def grid(html: Sequence[str], least: int | None = None) -> str:
+    """Side by side as many as fit with `least` pixels each; None: what is around it says, or 340."""
+    style = f' style="--least:{least}px"' if least else ""
+    return f'<div class="grid"{style}>{"".join(html)}</div>'
 
 
 def choose(label: str, options: Mapping[str, str]) -> str:

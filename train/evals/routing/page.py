@@ -118,9 +118,9 @@ def _shares(result: Result) -> Section:
     return Section("Who gets the tokens", lead, [choose("choice", options)])
 
 
-def _room(result: Result) -> int:
+def _room(result: Result) -> int | None:
     """Pixels for a map whose columns are experts."""
-    return 340 if result.experts <= 8 else 660
+    return 660 if result.experts > 8 else None
 
 
 def _choice(c: int, each: Domain) -> tuple[np.ndarray, np.ndarray]:
