@@ -56,8 +56,14 @@ def result(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"top_k": 1, "against": False}, {"experts": 16, "top_k": 4, "documents": 1}, {"layers": 1, "experts": 64}],
-    ids=["eight", "one choice", "four choices", "one layer"],
+    [
+        {},
+        {"top_k": 1, "against": False},
+        {"experts": 16, "top_k": 4, "documents": 1},
+        {"layers": 1, "experts": 64},
+        {"layers": 1, "top_k": 1},
+    ],
+    ids=["eight", "one choice", "four choices", "one layer", "one of both"],
 )
 def test_the_numbers_are_the_results(changes: dict[str, Any]) -> None:
     given = result(**changes)
