@@ -87,7 +87,8 @@ def routing(
             directory.mkdir(parents=True, exist_ok=True)
         mesh = make_mesh(config.mesh if config else MeshConfig())
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
-        options = options._replace(rows=-(-max(1, _BATCH_TOKENS // options.seq_len) // shards) * shards)
+        largest = min(_BATCH_TOKENS, max(sum(map(len, own)) for own in documents.values()))
+        options = options._replace(rows=math.ceil(largest / options.seq_len / shards) * shards)
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             paths = zip((checkpoint, against), places, strict=False)
             models = [read_model(str(name), mesh=mesh, compute=compute, path=place) for name, place in paths]
@@ -112,7 +113,7 @@ def _write(result: Result, directory: Path, as_json: bool) -> None:
 
 
 def _checksum(documents: Documents) -> int:
-    return zlib.crc32(np.concatenate([ids for own in documents.values() for ids in own]))
+    return zlib.crc32(np.concatenate([ids for own in documents.values() for ids in own]).tobytes())
 
 
 def _common_shape(places: Sequence[str]) -> MixtralConfig:

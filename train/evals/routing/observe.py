@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ def tokens_of(documents: Sequence[np.ndarray], seq_len: int) -> Tokens:
 class Rows(NamedTuple):
     """A batch of a model's inputs, (1, B, T) as `make_put` takes them."""
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
+    tokens: Any
+    segment_ids: Any
+    positions: Any
 
 
 class Options(NamedTuple):
@@ -56,13 +56,13 @@ class Options(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """Of one domain and one model. Sums are over its tokens."""
+    """Of one model and one domain, in numpy; of a batch, on the devices. Sums are over the tokens."""
 
-    expert_NLC: np.ndarray  # best first
-    gate_NLC: np.ndarray
-    entropy_L: np.ndarray
-    gap_L: np.ndarray  # of the largest logit and the second largest
-    dropped_L: np.ndarray  # choices, if every batch had a capacity
+    expert_NLC: Any  # best first
+    gate_NLC: Any
+    entropy_L: Any
+    gap_L: Any  # of the largest logit and the second largest
+    dropped_L: Any  # choices, if every batch had a capacity
 
 
 def observe(
@@ -94,7 +94,7 @@ def _observe(model: Mixtral, batch: Rows, capacity_factor: float, order: str) ->
     whole = jax.tree.map(lambda x: _everywhere(x.reshape(-1, *x.shape[2:])), routing)
     valid_M = _everywhere(rows.segment_ids.reshape(-1)) > 0
     experts, top_k = whole.probs_ME.shape[-1], whole.expert_MC.shape[-1]
-    capacity = jnp.ceil(capacity_factor * jnp.sum(valid_M) * top_k / experts).astype(jnp.int32)
+    capacity: Any = jnp.ceil(capacity_factor * jnp.sum(valid_M) * top_k / experts).astype(jnp.int32)
 
     def of_layer(own: Routing) -> tuple[jax.Array, ...]:
         wanted_MC = jnp.where(valid_M[:, None], own.expert_MC, experts)

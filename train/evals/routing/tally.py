@@ -22,7 +22,7 @@ def count(*columns: tuple[np.ndarray, int]) -> np.ndarray:
 class Spread(NamedTuple):
     """Counts c of documents of sizes n: what a share sum c / sum n, and its spread between documents, are made of."""
 
-    count: np.ndarray  # sum c
+    counts: np.ndarray  # sum c
     squares: np.ndarray  # sum c^2
     products: np.ndarray  # sum c n
     size: int  # sum n
@@ -33,12 +33,12 @@ class Spread(NamedTuple):
     def of(cls, count_D: np.ndarray, size_D: np.ndarray) -> Self:
         """Of counts (D, ...) in documents of sizes (D,)."""
         size = size_D.reshape(-1, *(1,) * (count_D.ndim - 1))
-        sums = ((count_D * x).sum(0) for x in (1, count_D, size))
-        return cls(*sums, int(size_D.sum()), int((size_D**2).sum()), len(size_D))
+        squares, products = (count_D**2).sum(0), (count_D * size).sum(0)
+        return cls(count_D.sum(0), squares, products, int(size_D.sum()), int((size_D**2).sum()), len(size_D))
 
     def share(self) -> np.ndarray:
         """sum c / sum n."""
-        return self.count / max(self.size, 1)
+        return self.counts / max(self.size, 1)
 
     def band(self) -> np.ndarray:
         """Half of the 95 % interval of the share, of documents that were drawn at random; NaN for a single one.
@@ -99,7 +99,7 @@ def add(a: Any, b: Any) -> Any:
 
 def domain(name: str, sums: Tally) -> Domain:
     """The numbers of a domain."""
-    tokens, top_k = sums.choice.size, sums.choice.count.shape[1] - 1
+    tokens, top_k = sums.choice.size, sums.choice.counts.shape[1] - 1
     choice, band, repeat = sums.choice.share(), sums.choice.band(), sums.repeat.share().T
     repeat_band, load_LE = sums.repeat.band().T, choice[:, -1] / top_k
     changed = Changed(*sums.changed_3L / tokens) if sums.changed_3L.size else None
