@@ -113,7 +113,7 @@ def inherit(
 ) -> Cache:
     """The cache of new rows before `column`, of which each begins as row `parent` of one that holds all its columns.
 
-    Column c of row b is column c + shift_b of its parent's, if that has it; what else stands there is of no position.
+    Column c of row b is column c + shift_b of its parent's; what that has not is of no position that a query sees.
     """
     newest = column - 1
     held_S = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
