@@ -47,7 +47,7 @@ def write_model(directory: Path, **changes):
     """A model and its tokenizer, which are also in `directory` as transformers reads them."""
     write_byte_tokenizer(directory.parent / "tokenizer.json")
     tokenizer = load_tokenizer(directory.parent / "tokenizer.json")
-    model = tiny_model(tiny_config(max_position_embeddings=128, **changes))
+    model = tiny_model(tiny_config(vocab_size=258, max_position_embeddings=128, **changes))
     save_hf(model, directory)
     for name, content in tokenizer_files(tokenizer, "v1").items():
         (directory / name).write_bytes(content)

@@ -58,6 +58,7 @@ def score(
 
     Raises:
         ValueError: a request without a context, of no tokens, of more than `longest`, or with ids of no tokens.
+        FloatingPointError: a log-probability is NaN.
     """
     rows, ends = _rows(requests, longest or model.config.max_position_embeddings, model.config.vocab_size)
     logps, best = np.zeros(ends[-1], np.float32), np.zeros(ends[-1], bool)
@@ -82,6 +83,10 @@ def score(
         waiting.append((batch.slot_Q, found))
     while waiting:
         fetch()
+    if np.isnan(logps).any():
+        raise FloatingPointError(
+            f"log-probabilities are NaN: weights are not finite, or too large for {compute_dtype(model.compute.dtype)}"
+        )
     return [Score(logps[a:b], best[a:b]) for a, b in pairwise(ends)]
 
 
