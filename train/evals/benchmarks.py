@@ -46,12 +46,15 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
     """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data.
 
     Raises:
-        UserError: lm-eval is not installed, a name is of no task, data are not there, or code would be run.
+        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a number is too small.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks are run by lm-eval, which is not installed: pip install 'mixtral-jax[eval]'")
     if missing := [directory for directory in options.include if not Path(directory).is_dir()]:
         raise UserError(f"--include {missing[0]} is no directory of task files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UserError(f"{name} is {number}: it must be at least {least}")
     with _manners(options.network):
         from lm_eval.tasks import TaskManager
 
