@@ -46,7 +46,8 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
     """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data.
 
     Raises:
-        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a number is too small.
+        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a
+            number is too small.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks are run by lm-eval, which is not installed: pip install 'mixtral-jax[eval]'")
