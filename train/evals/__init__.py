@@ -1,0 +1,1 @@
+"""What a checkpoint knows: long contexts."""
