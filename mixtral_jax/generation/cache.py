@@ -34,6 +34,14 @@ def prefill(
     model: Mixtral, tokens_BT: Int[Array, "B T"], pad_B: Int[Array, " B"], slots: int
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the last column, fp32, and the cache after all columns of the prompts."""
+    x_BTD, cache = prompt_states(model, tokens_BT, pad_B, slots)
+    return _logits(model, x_BTD[:, -1]), cache
+
+
+def prompt_states(
+    model: Mixtral, tokens_BT: Int[Array, "B T"], pad_B: Int[Array, " B"], slots: int
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """The last hidden states of prompts, after the final norm, and the cache after all their columns."""
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :] - pad_B[:, None]
     tokens = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
     angles_BTh, window = model.angles(tokens.positions), model.config.sliding_window
@@ -47,7 +55,7 @@ def prefill(
         return out.y_BTD, None, kept
 
     x_BTD, _, cache = model.dropless().run(model.embedded(tokens_BT), layer)
-    return _logits(model, model.norm(x_BTD[:, -1])), cache
+    return model.norm(x_BTD), cache
 
 
 def extend(
@@ -100,6 +108,24 @@ def extend(
     return model.norm(x_BTD), cache
 
 
+def inherit(
+    cache: Cache, parent_B: Int[Array, " B"], shift_B: Int[Array, " B"], column: int, slots: int
+) -> Cache:
+    """The cache of new rows before `column`, of which each begins as row `parent` of one that holds all its columns.
+
+    Column c of row b is column c + shift_b of its parent's; what that has not is of no position that a query sees.
+    """
+    newest = column - 1
+    held_S = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+    from_BS = held_S[None, :] + shift_B[:, None]
+
+    def rows(held: jax.Array) -> jax.Array:
+        take = jax.vmap(lambda parent, from_S: held[:, parent].at[:, :, from_S].get(mode="clip"), out_axes=1)
+        return take(parent_B, from_BS)
+
+    return Cache(*map(rows, cache))
+
+
 def decode(
     model: Mixtral,
     cache: Cache,
@@ -118,7 +144,7 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
     columns = k_BTKH.shape[1]
     if columns <= slots:
         return jnp.pad(k_BTKH, ((0, 0), (0, slots - columns), (0, 0), (0, 0)))
-    return jnp.roll(k_BTKH[:, columns - slots :], columns % slots, axis=1)
+    return jnp.roll(k_BTKH[:, columns - slots :], columns % max(slots, 1), axis=1)
 
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:
