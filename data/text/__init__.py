@@ -7,6 +7,7 @@ from mixtral_jax.data.text.examples import (
     cut_examples,
     join,
     text_documents,
+    texts_of,
     token_dtype,
     tuning_documents,
 )
