@@ -1,7 +1,7 @@
 """Passkey retrieval: a number said once in much text that says nothing, asked for at the end.
 
-The prompt is that of Landmark Attention (Mohtashami & Jaggi 2305.16300, section 4.2), which Mixtral's figure 4 is
-measured with (2401.04088).
+The prompt is that of Landmark Attention (Mohtashami & Jaggi 2305.16300), with which the left of figure 4 of Mixtral
+(2401.04088, section 3.2) is measured.
 
 python -m mixtral_jax.data.text.passkey data/samples/sft      # writes passkey.{train,val}.jsonl.gz again
 """

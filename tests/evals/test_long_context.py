@@ -44,7 +44,7 @@ def test_a_prompt_has_its_length_and_the_key_its_depth(tokenizer, depth) -> None
 
 def test_what_is_learned_is_what_is_asked(tokenizer) -> None:
     """The ids of a prompt that is made of whole words are those of its text."""
-    text = passkey_text(54321, 18, 36)
+    text = passkey_text(54321, 19, 38)
     whole = [tokenizer.bos_id, *tokenizer.encode(text["prompt"] + text["completion"])]
     sizes = [len(tokenizer.encode(f"\n{' '.join([FILLER] * n)}", "text")) for n in (1, 2)]
     prompt, answer = passkey_ids(tokenizer, 54321, len(whole), sizes[0] / sum(sizes))

@@ -1,4 +1,7 @@
-"""`eval --by-length`: what a longer context is worth on long documents, and how well each place is predicted."""
+"""`eval --by-length`: what a longer context is worth on long documents, and how well each place is predicted.
+
+The first is the right of figure 4 of Mixtral 2401.04088, section 3.2.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
