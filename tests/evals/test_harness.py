@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks  # noqa: E402 - needs lm_eval
-from tests.evals.cases import TASKS, write_model, write_tasks  # noqa: E402 - as above
+from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks
+from tests.evals.cases import TASKS, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")

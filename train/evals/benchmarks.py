@@ -114,7 +114,8 @@ class Results:
         for task, samples in self.samples.items():
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
-        write_atomically(directory / "results.json", json.dumps({**about, "tasks": tasks}, indent=2, default=str) + "\n")
+        text = json.dumps({**about, "tasks": tasks}, indent=2, default=str)
+        write_atomically(directory / "results.json", text + "\n")
 
 
 def run_tasks(
