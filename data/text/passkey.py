@@ -2,13 +2,10 @@
 
 The prompt is that of Landmark Attention (Mohtashami & Jaggi 2305.16300), with which the left of figure 4 of Mixtral
 (2401.04088, section 3.2) is measured.
-
-python -m mixtral_jax.data.text.passkey data/samples/sft      # writes passkey.{train,val}.jsonl.gz again
 """
 
 import gzip
 import json
-import sys
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -66,15 +63,21 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
 
 
 def write_samples(directory: Path) -> None:
-    """passkey.{short,train,val}.jsonl.gz: up to 16 and 210 words of filler, 130 and 512 tokens; no key is twice."""
+    """passkey.{near,short,train,val}.jsonl.gz: no filler, up to 16 and up to 210 words; no key is in two of them.
+
+    Without filler there is no task either, and all that follows the first mention is learned, so that almost every token
+    teaches to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
+    """
     rng = np.random.default_rng(0)
-    keys = rng.permutation(np.arange(*KEYS))
-    for name, count, most in (("short", 3000, 16), ("train", 3000, 210), ("val", 100, 210)):
+    keys = rng.permutation(np.arange(*KEYS)).tolist()
+    for name, count, most in (("near", 4000, 0), ("short", 2000, 16), ("train", 3000, 210), ("val", 100, 210)):
         own, keys, words = keys[:count], keys[count:], rng.integers(0, most, count, endpoint=True)
-        numbers = zip(own.tolist(), words.tolist(), rng.integers(0, words, endpoint=True).tolist(), strict=True)
-        lines = "".join(json.dumps(passkey_text(key, before, n - before)) + "\n" for key, n, before in numbers)
+        numbers = zip(own, words.tolist(), rng.integers(0, words, endpoint=True).tolist(), strict=True)
+        records = [passkey_text(key, before, n - before) if most else _near(key) for key, n, before in numbers]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         (directory / f"passkey.{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-if __name__ == "__main__":
-    write_samples(Path(sys.argv[1]))
+def _near(key: int) -> dict[str, str]:
+    said, again = f"{NEEDLE.format(key=key)}\n{QUESTION} {key}".split(f" {key} is", 1)
+    return {"prompt": said, "completion": f" {key} is{again}"}

@@ -14,8 +14,7 @@ from mixtral_jax.data.text.passkey import FILLER, NEEDLE, Passkey, passkey_ids, 
 from mixtral_jax.generation import generate
 from mixtral_jax.launch import main
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.evals import by_length, long_documents
-from mixtral_jax.train.evals import passkey as found_keys
+from mixtral_jax.train.evals import long_documents, loss_by_length, passkey_accuracy
 from tests.conftest import ROOT
 from tests.evals.cases import write_model
 from tests.tiny import WORDS, tiny_config, tiny_model, write_byte_tokenizer
@@ -69,7 +68,7 @@ def test_a_key_is_found_where_greedy_decoding_writes_it(monkeypatch) -> None:
         return Passkey(prompt, answer if depth else [*answer[:2], answer[2] % 96 + 1])
 
     monkeypatch.setattr("mixtral_jax.train.evals.passkey.passkey_ids", ask)
-    found = found_keys(model, None, lengths=[9, 16], depths=[0, 1], samples=2, seed=0)
+    found = passkey_accuracy(model, None, lengths=[9, 16], depths=[0, 1], samples=2, seed=0)
     assert found == {"lengths": [9, 16], "depths": [0, 1], "samples": 2, "seed": 0, "accuracy": [[0, 0], [1, 1]]}
 
 
@@ -82,7 +81,7 @@ def test_losses_are_those_of_the_whole_forward_pass(tmp_path) -> None:
     assert lengths == [16, 32, 64] and [len(document.ids) for document in documents] == [64, 64]
     assert [int(document.bytes_T.sum()) for document in documents] == [63, 63]
     model = tiny_model(tiny_config(vocab_size=tokenizer.vocab_size))
-    found = by_length(model, tokenizer, documents, lengths)
+    found = loss_by_length(model, tokenizer, documents, lengths)
 
     def nll(ids: list[int]) -> np.ndarray:
         logps_TV = jax.nn.log_softmax(model(np.array([ids]))[0])

@@ -22,10 +22,10 @@ from mixtral_jax.train.commands.benchmark import model_of
 from mixtral_jax.train.config import MachineConfig, RunConfig, load_config
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.evals import (
-    by_length,
     by_length_tables,
     long_documents,
-    passkey,
+    loss_by_length,
+    passkey_accuracy,
     passkey_table,
     results_directory,
 )
@@ -71,14 +71,14 @@ def long_context(
             if asked.passkey:
                 depths, seed = sorted(set(asked.depths or (0.0, 0.25, 0.5, 0.75, 1.0))), asked.seed or 0
                 with _meter("passkeys", sum(lengths) * len(depths) * samples) as advance:
-                    found["passkey"] = passkey(
+                    found["passkey"] = passkey_accuracy(
                         model, tokenizer, lengths=lengths, depths=depths, samples=samples, seed=seed, advance=advance
                     )
             if sources:
                 texts = (text for source in sources for text in texts_of(source))
                 documents, lengths = long_documents(texts, tokenizer, lengths, samples)
                 with _meter("documents", sum(lengths) * len(documents)) as advance:
-                    found["by_length"] = by_length(model, tokenizer, documents, lengths, advance=advance)
+                    found["by_length"] = loss_by_length(model, tokenizer, documents, lengths, advance=advance)
     if jax.process_index() > 0:
         return ExitCode.DONE
     _show(checkpoint, found, as_json)

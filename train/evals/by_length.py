@@ -55,7 +55,7 @@ def _encoded(text: str, tokenizer: Tokenizer, longest: int) -> Document:
     return Document([tokenizer.bos_id, *ids][:longest], bytes_T[:longest])
 
 
-def by_length(
+def loss_by_length(
     model: Mixtral,
     tokenizer: Tokenizer,
     documents: Sequence[Document],

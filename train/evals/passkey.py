@@ -15,7 +15,7 @@ from mixtral_jax.model import Mixtral
 from mixtral_jax.train.evals.long_rows import score_long
 
 
-def passkey(
+def passkey_accuracy(
     model: Mixtral,
     tokenizer: Tokenizer,
     *,
