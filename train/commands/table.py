@@ -1,6 +1,7 @@
 """Every command: what it calls, its options, and how they are explained. Nothing of ours is imported here."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,6 +21,18 @@ def _count(text: str) -> float:
         return float(number) * unit
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number such as 1e10 or 10B") from None
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """`1,2` as (1, 2)."""
+
+    def numbers(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(map(kind, text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} are no numbers such as 1,2") from None
+
+    return numbers
 
 
 def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
@@ -142,7 +155,7 @@ COMMANDS = {
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
-        "evaluate", "loss, perplexity and bits per byte of each source of CFG, or tasks of lm-evaluation-harness",
+        "evaluate", "loss and perplexity of each source of CFG; tasks of lm-evaluation-harness; long contexts",
         _CHECKPOINT, _CFG_OR_NONE, _JSON,
         _told("--tasks", "tasks, groups or tags of lm-evaluation-harness in place of CFG's sources", metavar="A,B"),
         _told("--include", "directory of task files; may be repeated", action="append", metavar="DIR"),
@@ -154,6 +167,15 @@ COMMANDS = {
         _told("--system", "system prompt", metavar="TEXT"),
         _flag("--allow-code", "tasks may run what the model writes"),
         _flag("--network", "tasks may fetch their data"),
+        _flag("--passkey", "how often a number is found again that a long text says once"),
+        _told("--by-length", "loss by position and by length of context, on the documents of a file, a directory, or "
+              "a run file's validation sources", metavar="DATA"),
+        _told("--lengths", "tokens of these; default: 128, 256, ... up to the model's length", type=_several(int),
+              metavar="N,N"),
+        _told("--depths", "places of the number, from 0 to 1; default: 0,0.25,0.5,0.75,1", type=_several(float),
+              metavar="X,X"),
+        _told("--samples", "numbers for each length and depth, or documents; default: 20", type=int, metavar="N"),
+        _told("--seed", "of the numbers; default: 0", type=int, metavar="N"),
         _told("--out", "where scores and samples are written; default: eval/STEP of the run, of a model directory "
               "nowhere", metavar="DIR"), *_JOINING),
     "generate": Command(
