@@ -1,0 +1,178 @@
+"""Benchmarks on files of this machine: task files of lm-evaluation-harness whose data set is a file of ours."""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.config import FrozenConfig
+from mixtral_jax.data.config import SourceConfig
+from mixtral_jax.data.records import Census, read_lumps, source_files
+from mixtral_jax.train.config import read_tree
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.evals.tasks.code import own_code_eval
+
+PREFIX = "local_"  # else `boolq` would sometimes be the hub's and sometimes a file
+VARIABLE = "MIXTRAL_JAX_DATA"
+_LANGUAGES = ("fr", "de", "es", "it")
+_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", "")  # "": a directory, a data set's clone
+
+
+class Row(FrozenConfig):
+    """One row of tasks.yaml, which says what each means."""
+
+    of: str
+    file: str
+    licence: str
+    hub: str | None = None
+    part: str | None = None
+    shots: int = 0
+    letters: bool = False
+    set: dict[str, Any] = {}
+
+
+@functools.cache
+def rows() -> dict[str, Row]:
+    """The local tasks by name."""
+    table = read_tree(Path(__file__).with_name("tasks.yaml")).values
+    filled = {
+        PREFIX + key.format(lang=lang): Row(**{"file": key.format(lang=lang), **row, "of": row["of"].format(lang=lang)})
+        for key, row in table.items()
+        for lang in (_LANGUAGES if "{lang}" in key else ("",))
+    }
+    return filled
+
+
+def with_local(names: Sequence[str], data_dir: str | None) -> list[Any]:
+    """What the harness takes for tasks: names of its own as they are, in the place of ours tasks and groups of them.
+
+    Args:
+        data_dir: where the files are; None: what the variable MIXTRAL_JAX_DATA says.
+
+    Raises:
+        UserError: a file is not there, or lacks what its task reads.
+    """
+    return [_built(name, rows()[name], _directory(name, data_dir)) if name in rows() else name for name in names]
+
+
+def listing(data_dir: str | None) -> list[tuple[str, ...]]:
+    """Of each local task its name, shots, metrics, file and whether it is there, and where that comes from."""
+    directory = Path(data_dir or os.environ.get(VARIABLE, ""))
+    table = [("task", "shots", "metric", "file", "there", "on the hub", "licence")]
+    for name, row in rows().items():
+        base = next(_bases(row, resolve=False))
+        names = [filters["name"] for filters in row.set.get("filter_list", ())] or [
+            Path(str(metric["metric"])).suffix.lstrip(".") or str(metric["metric"]) for metric in base["metric_list"]
+        ]
+        found = _place(directory, row, _split(base), also_bare=True)
+        there = "no" if found is None else found.name
+        metrics = ", ".join(names[:2])
+        table.append((name, str(row.shots), metrics, row.file, there, _hub(row, base), row.licence))
+    return table
+
+
+def _built(name: str, row: Row, directory: Path) -> Any:
+    """A task, or a group of one for each part of its file."""
+    from lm_eval.api.group import Group
+
+    bases = list(_bases(row))
+    test = _place(directory, row, _split(bases[0]), also_bare=True)
+    if test is None:
+        raise UserError(
+            f"{name}: {directory} has no {row.file}.parquet, .jsonl or .jsonl.gz, nor a directory of that name: it is "
+            f"the split {_split(bases[0])} of {_hub(row, bases[0])} on the Hugging Face hub (licence: {row.licence})"
+        )
+    shots = _shots_split(bases[0])
+    found = {"test": (test, _split(bases[0])), "shots": (_place(directory, row, shots, also_bare=False), shots)}
+    splits = {split: _read(*place, row) for split, place in found.items() if place[0]}
+    try:
+        if row.part is None:
+            return _task(name, row, bases[0], splits)
+        group = Group.from_config({"group": name, "aggregate_metric_list": [{"metric": "acc"}]})
+        for base in bases:
+            own = {key: [r for r in found if r[row.part] == base["dataset_name"]] for key, found in splits.items()}
+            if own["test"]:
+                group.add(_task(f"{name}_{base['dataset_name']}", row, base, own))
+        return group
+    except Exception as error:  # the harness tries the first document, and fails in many ways
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name}: {test} is not like {_hub(row, bases[0])} on the hub ({why})") from error
+
+
+def _task(name: str, row: Row, base: Mapping[str, Any], splits: Mapping[str, Sequence[Any]]) -> Any:
+    """The harness's task on rows of ours. Without a file of examples they are other documents of the test."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    sets = {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items() if rows}
+    own_shots = "samples" in base.get("fewshot_config", {})
+    changes = {
+        "task": name,
+        "custom_dataset": lambda **_: sets,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": None if own_shots else "shots" if "shots" in sets else "test",
+        **({"num_fewshot": row.shots} if row.shots else {}),
+        **row.set,
+    }
+    return ConfigurableTask(config={**base, **changes})
+
+
+def _bases(row: Row, *, resolve: bool = True) -> Iterator[dict[str, Any]]:
+    """The task files of the harness; where they `resolve`, with the functions that they name."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from mixtral_jax.train.evals.tasks import majority
+
+    assert majority.MathMajority  # registered
+    with own_code_eval():
+        for path in sorted(Path(lm_eval.tasks.__file__).parent.glob(f"{row.of}.yaml")):
+            yield load_yaml(path, resolve_func=resolve)
+
+
+def _split(base: Mapping[str, Any]) -> str:
+    return base.get("test_split") or base["validation_split"]
+
+
+def _shots_split(base: Mapping[str, Any]) -> str:
+    return base.get("fewshot_split") or base.get("training_split") or "train"
+
+
+def _hub(row: Row, base: Mapping[str, Any]) -> str:
+    return row.hub or ", ".join(filter(None, (base["dataset_path"], base.get("dataset_name"))))
+
+
+def _directory(name: str, data_dir: str | None) -> Path:
+    place = data_dir or os.environ.get(VARIABLE)
+    if not place:
+        raise UserError(f"{name} reads a file: say in which directory, by --data-dir or the variable {VARIABLE}")
+    return Path(place).expanduser()
+
+
+def _place(directory: Path, row: Row, split: str, *, also_bare: bool) -> Path | None:
+    """The file of a split: NAME.SPLIT, or NAME or NAME_sample alone; or the directory NAME, which has all splits."""
+    stems = [f"{row.file}.{split}", *((row.file, f"{row.file}_sample") if also_bare else ())]
+    places = [directory / (stem + ending) for stem in stems for ending in _ENDINGS]
+    return next((place for place in places if place.exists()), None)
+
+
+def _read(place: Path, split: str, row: Row) -> list[dict[str, Any]]:
+    """The rows of a file, with the columns that the hub's have."""
+    source, census = SourceConfig(name="task", path=str(place), split=split if place.is_dir() else None), Census(skip=False)
+    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (), census))
+    return [_as_on_the_hub(found, row.letters) for lump in lumps for _, found in lump.parse(census)]
+
+
+def _as_on_the_hub(row: dict[str, Any], letters: bool) -> dict[str, Any]:
+    """Files made for reading have the answer as true or false, or as an index into a list of choices."""
+    answer = row.get("answer")
+    if isinstance(answer, bool):
+        return {**row, "label": int(answer)}
+    if letters and isinstance(row.get("choices"), list):
+        labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
+        choices = {"text": row["choices"], "label": labels}
+        return {**row, "question_stem": row["question"], "choices": choices, "answerKey": labels[answer]}
+    return row
