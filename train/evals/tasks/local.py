@@ -16,7 +16,7 @@ from mixtral_jax.train.evals.tasks.code import own_code_eval
 PREFIX = "local_"  # else `boolq` would sometimes be the hub's and sometimes a file
 VARIABLE = "MIXTRAL_JAX_DATA"
 _LANGUAGES = ("fr", "de", "es", "it")
-_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", "")  # "": a directory, a data set's clone
+_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json")
 
 
 class Row(FrozenConfig):
@@ -44,16 +44,22 @@ def rows() -> dict[str, Row]:
     return filled
 
 
-def with_local(names: Sequence[str], data_dir: str | None) -> list[Any]:
+def with_local(names: Sequence[str], data_dir: str | None, num_fewshot: int | None = None) -> list[Any]:
     """What the harness takes for tasks: names of its own as they are, in the place of ours tasks and groups of them.
 
     Args:
         data_dir: where the files are; None: what the variable MIXTRAL_JAX_DATA says.
+        num_fewshot: examples that will be asked for; None: as many as the paper has.
 
     Raises:
         UserError: a file is not there, or lacks what its task reads.
     """
-    return [_built(name, rows()[name], _directory(name, data_dir)) if name in rows() else name for name in names]
+    return [
+        _built(name, row, _directory(name, data_dir), row.shots if num_fewshot is None else num_fewshot)
+        if (row := rows().get(name))
+        else name
+        for name in names
+    ]
 
 
 def listing(data_dir: str | None) -> list[tuple[str, ...]]:
@@ -65,58 +71,54 @@ def listing(data_dir: str | None) -> list[tuple[str, ...]]:
         names = [filters["name"] for filters in row.set.get("filter_list", ())] or [
             Path(str(metric["metric"])).suffix.lstrip(".") or str(metric["metric"]) for metric in base["metric_list"]
         ]
-        found = _place(directory, row, _split(base), also_bare=True)
+        found = _place(directory, row, _tested(base), tested=True)
         there = "no" if found is None else found.name
         metrics = ", ".join(names[:2])
         table.append((name, str(row.shots), metrics, row.file, there, _hub(row, base), row.licence))
     return table
 
 
-def _built(name: str, row: Row, directory: Path) -> Any:
+def _built(name: str, row: Row, directory: Path, examples: int) -> Any:
     """A task, or a group of one for each part of its file."""
     from lm_eval.api.group import Group
 
     bases = list(_bases(row))
-    test = _place(directory, row, _split(bases[0]), also_bare=True)
-    if test is None:
+    hub, test, shots = _hub(row, bases[0]), _tested(bases[0]), _shown(bases[0])
+    place = _place(directory, row, test, tested=True)
+    if place is None:
         raise UserError(
             f"{name}: {directory} has no {row.file}.parquet, .jsonl or .jsonl.gz, nor a directory of that name: it is "
-            f"the split {_split(bases[0])} of {_hub(row, bases[0])} on the Hugging Face hub (licence: {row.licence})"
+            f"the split {test} of {hub} on the Hugging Face hub (licence: {row.licence})"
         )
-    shots = _shots_split(bases[0])
-    found = {"test": (test, _split(bases[0])), "shots": (_place(directory, row, shots, also_bare=False), shots)}
-    splits = {split: _read(*place, row) for split, place in found.items() if place[0]}
+    splits = {test: _read(place, test, row)}
+    if examples and shots and (beside := _place(directory, row, shots, tested=False)):
+        splits[shots] = _read(beside, shots, row)
     try:
         if row.part is None:
             return _task(name, row, bases[0], splits)
         group = Group.from_config({"group": name, "aggregate_metric_list": [{"metric": "acc"}]})
         for base in bases:
             own = {key: [r for r in found if r[row.part] == base["dataset_name"]] for key, found in splits.items()}
-            if own["test"]:
+            if own[test]:
                 group.add(_task(f"{name}_{base['dataset_name']}", row, base, own))
         return group
     except Exception as error:  # the harness tries the first document, and fails in many ways
         why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name}: {test} is not like {_hub(row, bases[0])} on the hub ({why})") from error
+        raise UserError(f"{name}: {place} is not like {hub} on the hub ({why})") from error
 
 
 def _task(name: str, row: Row, base: Mapping[str, Any], splits: Mapping[str, Sequence[Any]]) -> Any:
-    """The harness's task on rows of ours. Without a file of examples they are other documents of the test."""
+    """The harness's task on rows of ours. Where its examples are not there, they are other documents of the test."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     sets = {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items() if rows}
-    own_shots = "samples" in base.get("fewshot_config", {})
-    changes = {
-        "task": name,
-        "custom_dataset": lambda **_: sets,
-        "training_split": None,
-        "validation_split": None,
-        "test_split": "test",
-        "fewshot_split": None if own_shots else "shots" if "shots" in sets else "test",
-        **({"num_fewshot": row.shots} if row.shots else {}),
-        **row.set,
-    }
+    changes = {"task": name, "custom_dataset": lambda **_: sets, **row.set}
+    if row.shots:
+        changes["num_fewshot"] = row.shots
+    if (shown := _shown(base)) and shown not in sets:
+        test = _tested(base)  # the harness leaves a document out of its own examples where both splits have one name
+        changes |= {"training_split": None, "validation_split": None, "test_split": test, "fewshot_split": test}
     return ConfigurableTask(config={**base, **changes})
 
 
@@ -133,12 +135,14 @@ def _bases(row: Row, *, resolve: bool = True) -> Iterator[dict[str, Any]]:
             yield load_yaml(path, resolve_func=resolve)
 
 
-def _split(base: Mapping[str, Any]) -> str:
+def _tested(base: Mapping[str, Any]) -> str:
     return base.get("test_split") or base["validation_split"]
 
 
-def _shots_split(base: Mapping[str, Any]) -> str:
-    return base.get("fewshot_split") or base.get("training_split") or "train"
+def _shown(base: Mapping[str, Any]) -> str | None:
+    """The split of the examples; None: they stand in the task file."""
+    own = "samples" in base.get("fewshot_config", {})
+    return None if own else base.get("fewshot_split") or base.get("training_split") or "train"
 
 
 def _hub(row: Row, base: Mapping[str, Any]) -> str:
@@ -152,16 +156,19 @@ def _directory(name: str, data_dir: str | None) -> Path:
     return Path(place).expanduser()
 
 
-def _place(directory: Path, row: Row, split: str, *, also_bare: bool) -> Path | None:
-    """The file of a split: NAME.SPLIT, or NAME or NAME_sample alone; or the directory NAME, which has all splits."""
-    stems = [f"{row.file}.{split}", *((row.file, f"{row.file}_sample") if also_bare else ())]
-    places = [directory / (stem + ending) for stem in stems for ending in _ENDINGS]
+def _place(directory: Path, row: Row, split: str, *, tested: bool) -> Path | None:
+    """The file of a split: NAME.SPLIT, or NAME or NAME_sample of what is tested; or the directory NAME with all."""
+    stems = [f"{row.file}.{split}", *((row.file, f"{row.file}_sample") if tested else ())]
+    places = [directory / (stem + ending) for stem in stems for ending in _ENDINGS] + [directory / row.file]
     return next((place for place in places if place.exists()), None)
 
 
 def _read(place: Path, split: str, row: Row) -> list[dict[str, Any]]:
     """The rows of a file, with the columns that the hub's have."""
-    source, census = SourceConfig(name="task", path=str(place), split=split if place.is_dir() else None), Census(skip=False)
+    source, census = (
+        SourceConfig(name="task", path=str(place), split=split if place.is_dir() else None),
+        Census(skip=False),
+    )
     lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (), census))
     return [_as_on_the_hub(found, row.letters) for lump in lumps for _, found in lump.parse(census)]
 
