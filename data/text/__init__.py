@@ -1,6 +1,6 @@
 """Records to token ids: tokenizers, chat templates, what is learned."""
 
-from mixtral_jax.data.text.chat import encode_prompt
+from mixtral_jax.data.text.chat import encode_begun, encode_prompt
 from mixtral_jax.data.text.examples import (
     SHORTEST_PAIR,
     Documents,
@@ -10,7 +10,7 @@ from mixtral_jax.data.text.examples import (
     token_dtype,
     tuning_documents,
 )
-from mixtral_jax.data.text.export import tokenizer_facts, tokenizer_files
+from mixtral_jax.data.text.export import begins_with_bos, tokenizer_facts, tokenizer_files
 from mixtral_jax.data.text.layouts import VERSION as LAYOUT_VERSION
 from mixtral_jax.data.text.layouts import columns, layouts_of
 from mixtral_jax.data.text.side_files import read_by_name

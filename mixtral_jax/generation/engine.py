@@ -93,7 +93,7 @@ def generate(
     count = len(rows.prompts)
     if not count:
         return np.zeros((0, most), np.int32) if rows.is_array else []
-    columns = _round_up(most)
+    columns = round_up(most)
     batch, slots = _right_align(rows, columns)
     out_BN = _run(
         _gathered(model, batch, slots), batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns
@@ -118,7 +118,7 @@ def stream(
     """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended."""
     rows = _read_prompts(model, list(tokens), None, eos_id)
     sampler = make_sampler(**drawing)
-    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)))
+    batch, slots = _right_align(rows, round_up(_positive("max_new_tokens", max_new_tokens)))
     ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
     for number in range(1, max_new_tokens + 1):
         state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
@@ -287,7 +287,7 @@ def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
-    width = _round_up(max(map(len, request.prompts)))
+    width = round_up(max(map(len, request.prompts)))
     rows = -(-len(request.prompts) // shards) * shards
     tokens_BT: Any = np.zeros((rows, width), np.int32)
     pad_B: Any = np.full(rows, width, np.int32)
@@ -308,7 +308,7 @@ def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
     return gathered(model, dtype, beside=columns * each // shards)
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ...: at most half as many again."""
     power = SMALLEST
     while power < size:

@@ -35,6 +35,9 @@ def _flag(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
 
 
 _CFG = _told("config", "the run's YAML file", metavar="CFG")
+_CFG_OR_NONE = _told("config", "the run's YAML file, whose validation sources are measured", nargs="?", metavar="CFG")
+_TEMPLATE = _told("--template", "chat format; default: the run's, or the tokenizer's",
+                  choices=("v1", "v3", "chatml", "zephyr", "llama3"))  # fmt: skip
 _CHECKPOINT = _told("checkpoint", "an Orbax or Hugging Face directory, a run, or a run's step", metavar="CHECKPOINT")
 _JSON = _flag("--json", "print one JSON object", dest="as_json")
 _DTYPE = _told("--dtype", "cast; default: as stored", choices=("float32", "bfloat16", "float16"))
@@ -139,15 +142,27 @@ COMMANDS = {
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
-        "evaluate", "loss, perplexity and bits per byte of each source", _CHECKPOINT, _CFG, _JSON, *_JOINING),
+        "evaluate", "loss, perplexity and bits per byte of each source of CFG, or tasks of lm-evaluation-harness",
+        _CHECKPOINT, _CFG_OR_NONE, _JSON,
+        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness in place of CFG's sources", metavar="A,B"),
+        _told("--include", "directory of task files; may be repeated", action="append", metavar="DIR"),
+        _told("--num-fewshot", "examples before each question; default: as the task says", type=int, metavar="N"),
+        _told("--limit", "documents of each task; default: all", type=int, metavar="N"),
+        _flag("--apply-chat-template", "questions are a user's messages"), _TEMPLATE,
+        _flag("--no-fewshot-as-multiturn", "all examples stand in one message", dest="fewshot_as_multiturn",
+              action="store_false"),
+        _told("--system", "system prompt", metavar="TEXT"),
+        _flag("--allow-code", "tasks may run what the model writes"),
+        _flag("--network", "tasks may fetch their data"),
+        _told("--out", "where scores and samples are written; default: eval/STEP of the run, of a model directory "
+              "nowhere", metavar="DIR"), *_JOINING),
     "generate": Command(
         "train.commands.generate:generate", "continue a prompt or answer in a chat", _CHECKPOINT,
         _told("--prompt", "text to continue; may be repeated", action="append", dest="prompts", metavar="TEXT"),
         _flag("--chat", "the prompt is a user's message"),
         _told("--system", "system prompt of the chat", metavar="TEXT"),
         _told("--turns", "JSON file with the messages of the chat so far", metavar="FILE"),
-        _told("--template", "chat format; default: the run's, or the tokenizer's",
-              choices=("v1", "v3", "chatml", "zephyr", "llama3")),
+        _TEMPLATE,
         _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
         _told("--max-new-tokens", "longest continuation", default=128),
         _told("--temperature", "0 takes the likeliest token", default=0.8),

@@ -1,1 +1,5 @@
-"""Benchmarks in process."""
+"""What a model can do: benchmarks of lm-evaluation-harness in process, and what scores them."""
+
+from mixtral_jax.train.evals.benchmarks import Results, TaskOptions, Tasks, find_tasks, run_tasks
+from mixtral_jax.train.evals.places import results_directory
+from mixtral_jax.train.evals.scoring import Continuation, Score, score
