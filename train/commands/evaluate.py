@@ -22,7 +22,7 @@ from mixtral_jax.train.build import sequence_logps_of
 from mixtral_jax.train.commands.benchmark import benchmark
 from mixtral_jax.train.config import DpoStageConfig, MachineConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.evals import TaskOptions
+from mixtral_jax.train.evals import TaskOptions, listing
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.meetings import agree, first_alone
@@ -36,18 +36,24 @@ from mixtral_jax.train.weights import abstract_params
 
 
 def evaluate(
-    checkpoint: str, config: RunConfig | MachineConfig, *, as_json: bool = False, tasks: str | None = None,
+    checkpoint: str | None, config: RunConfig | MachineConfig, *, as_json: bool = False, tasks: str | None = None,
     include: Sequence[str] | None = None, template: str | None = None, out: str | None = None, **options: Any,
 ) -> int:  # fmt: skip
     """Print loss, perplexity, bits per byte and accuracy of each validation source; 3 where a loss is not finite.
 
     Args:
         tasks: in place of that the scores of these, comma-separated; the other arguments are for them, see `benchmark`.
+            `list` prints the local ones, and needs no checkpoint.
 
     Raises:
         UserError: as `measure` and `benchmark`; there is neither a run file nor a task.
     """
     chosen = TaskOptions(include=include or (), **options)
+    if tasks == "list":
+        print(listing(chosen.data_dir))
+        return ExitCode.DONE
+    if checkpoint is None:
+        raise UserError("eval needs a checkpoint")
     if tasks is not None:
         names = [name for name in tasks.split(",") if name]
         return benchmark(checkpoint, names, config, chosen, template=template, out=out, as_json=as_json)

@@ -3,3 +3,4 @@
 from mixtral_jax.train.evals.benchmarks import Results, TaskOptions, Tasks, find_tasks, run_tasks
 from mixtral_jax.train.evals.places import results_directory
 from mixtral_jax.train.evals.scoring import Continuation, Score, score
+from mixtral_jax.train.evals.tasks import listing

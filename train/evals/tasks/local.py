@@ -36,12 +36,11 @@ class Row(FrozenConfig):
 def rows() -> dict[str, Row]:
     """The local tasks by name."""
     table = read_tree(Path(__file__).with_name("tasks.yaml")).values
-    filled = {
+    return {
         PREFIX + key.format(lang=lang): Row(**{"file": key.format(lang=lang), **row, "of": row["of"].format(lang=lang)})
         for key, row in table.items()
         for lang in (_LANGUAGES if "{lang}" in key else ("",))
     }
-    return filled
 
 
 def with_local(names: Sequence[str], data_dir: str | None, num_fewshot: int | None = None) -> list[Any]:
@@ -62,20 +61,20 @@ def with_local(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
     ]
 
 
-def listing(data_dir: str | None) -> list[tuple[str, ...]]:
-    """Of each local task its name, shots, metrics, file and whether it is there, and where that comes from."""
+def listing(data_dir: str | None) -> str:
+    """Of each local task its name, shots, metrics, file, which is there, and where that comes from, as a table."""
     directory = Path(data_dir or os.environ.get(VARIABLE, ""))
-    table = [("task", "shots", "metric", "file", "there", "on the hub", "licence")]
+    table = [("task", "shots", "metric", "file", "there", "on the hub", "split", "licence")]
     for name, row in rows().items():
         base = next(_bases(row, resolve=False))
-        names = [filters["name"] for filters in row.set.get("filter_list", ())] or [
-            Path(str(metric["metric"])).suffix.lstrip(".") or str(metric["metric"]) for metric in base["metric_list"]
+        metrics = [filters["name"] for filters in row.set.get("filter_list", ())] or [
+            str(metric["metric"]).rpartition(".")[2] for metric in base["metric_list"][:2]
         ]
-        found = _place(directory, row, _tested(base), tested=True)
-        there = "no" if found is None else found.name
-        metrics = ", ".join(names[:2])
-        table.append((name, str(row.shots), metrics, row.file, there, _hub(row, base), row.licence))
-    return table
+        place = _place(directory, row, _tested(base), tested=True)
+        there, hub = "-" if place is None else place.name, _hub(row, base)
+        table.append((name, str(row.shots), ", ".join(metrics), row.file, there, hub, _tested(base), row.licence))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
 def _built(name: str, row: Row, directory: Path, examples: int) -> Any:
