@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from mixtral_jax.data.progress import meter
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError, did_you_mean
-from mixtral_jax.train.evals.tasks import own_code_eval, rows, with_local
+from mixtral_jax.train.evals.tasks import harness, own_code_eval, rows, with_local
 
 Tasks = Mapping[str, Any]  # the harness's TaskDict
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
@@ -50,8 +49,7 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
     Raises:
         UserError: lm-eval is not installed, a name is of no task, data are not there, or code would be run.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks are run by lm-eval, which is not installed: pip install 'mixtral-jax[eval]'")
+    harness()
     if missing := [directory for directory in options.include if not Path(directory).is_dir()]:
         raise UserError(f"--include {missing[0]} is no directory of task files")
     with _manners(options.network), own_code_eval():
@@ -117,7 +115,9 @@ class Results:
         for task, samples in self.samples.items():
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
-        write_atomically(directory / "results.json", json.dumps({**about, "tasks": tasks}, indent=2, default=str) + "\n")
+        write_atomically(
+            directory / "results.json", json.dumps({**about, "tasks": tasks}, indent=2, default=str) + "\n"
+        )
 
 
 def run_tasks(

@@ -1,6 +1,7 @@
 """Benchmarks on files of this machine: task files of lm-evaluation-harness whose data set is a file of ours."""
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,19 @@ def rows() -> dict[str, Row]:
         for key, row in table.items()
         for lang in (_LANGUAGES if "{lang}" in key else ("",))
     }
+
+
+def harness() -> Path:
+    """Where the task files of lm-evaluation-harness are.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("tasks are run by lm-eval, which is not installed: pip install 'mixtral-jax[eval]'")
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
 
 
 def with_local(names: Sequence[str], data_dir: str | None, num_fewshot: int | None = None) -> list[Any]:
@@ -123,15 +137,18 @@ def _task(name: str, row: Row, base: Mapping[str, Any], splits: Mapping[str, Seq
 
 def _bases(row: Row, *, resolve: bool = True) -> Iterator[dict[str, Any]]:
     """The task files of the harness; where they `resolve`, with the functions that they name."""
-    import lm_eval.tasks
+    root = harness()
     from lm_eval.tasks._yaml_loader import load_yaml
 
     from mixtral_jax.train.evals.tasks import majority
 
     assert majority.MathMajority  # registered
     with own_code_eval():
-        for path in sorted(Path(lm_eval.tasks.__file__).parent.glob(f"{row.of}.yaml")):
-            yield load_yaml(path, resolve_func=resolve)
+        for path in sorted(root.glob(f"{row.of}.yaml")):
+            try:
+                yield load_yaml(path, resolve_func=resolve)
+            except ImportError as error:  # of a package that only some tasks need
+                raise UserError(f"{row.of} cannot be loaded: {error}") from error
 
 
 def _tested(base: Mapping[str, Any]) -> str:
