@@ -126,9 +126,6 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 def _load(args: Parsed, command: str | None = None) -> Any:
-    """Where CFG may be left out, `a.b=c` may stand in its place."""
-    if args.config is not None and "=" in args.config and not os.path.exists(args.config):
-        args.config, args.overrides = None, [args.config, *args.overrides]
     if args.config is None:
         return _function("train.config", "machine_config")(args.overrides)
     return _function("train.config", "load_config")(args.config, args.overrides, command=command)
@@ -157,6 +154,11 @@ def _train(args: Parsed) -> int:
 
 
 def _evaluate(args: Parsed) -> int:
+    """CFG may be left out: it may then stand behind options, and an override in its place."""
+    if args.config is None or ("=" in args.config and not os.path.exists(args.config)):
+        words = [word for word in (args.config, *args.overrides) if word is not None]
+        args.config = next(filter(os.path.isfile, words), None)
+        args.overrides = [word for word in words if word != args.config]
     (checkpoint, config), options = _given(args)
     _join(args, config)
     own = {key: value for key, value in options.items() if key not in _JOINING}

@@ -108,9 +108,7 @@ def extend(
     return model.norm(x_BTD), cache
 
 
-def inherit(
-    cache: Cache, parent_B: Int[Array, " B"], shift_B: Int[Array, " B"], column: int, slots: int
-) -> Cache:
+def inherit(cache: Cache, parent_B: Int[Array, " B"], shift_B: Int[Array, " B"], column: int, slots: int) -> Cache:
     """The cache of new rows before `column`, of which each begins as row `parent` of one that holds all its columns.
 
     Column c of row b is column c + shift_b of its parent's; what that has not is of no position that a query sees.

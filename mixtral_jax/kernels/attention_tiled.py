@@ -145,8 +145,8 @@ def chunked_attention(
 ) -> Array:
     """Attention (B, T, N, H) by tiles; `queries` and `keys` are (B, T) and (B, S). Linear memory in T and S.
 
-    `bounds` (from `part_bounds`, `segment_bounds` or `seen_bounds`) replaces the first and last key blocks of the tiling
-    by ones that depend on the data.
+    `bounds` (from `part_bounds`, `segment_bounds` or `seen_bounds`) replaces the tiling's first and last key blocks by
+    ones that depend on the data.
     """
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
     q = _cut(q_BTNH, tiling.block_T, K)

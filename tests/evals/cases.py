@@ -15,8 +15,9 @@ def rows(**_):
     def sentence(n):
         return " ".join(rng.choices({WORDS!r}, k=n))
     def row():
-        return {{"question": sentence(3), "choices": [sentence(1) + f" {{i}}" for i in range(3)], "answer": rng.randrange(3),
-                 "text": sentence(8), "letter": rng.choice("AB")}}
+        choices = [sentence(1) + f" {{i}}" for i in range(3)]
+        return {{"question": sentence(3), "choices": choices, "answer": rng.randrange(3), "text": sentence(8),
+                 "letter": rng.choice("AB")}}
     return {{"test": datasets.Dataset.from_list([row() for _ in range(6)])}}
 """
 COMMON = "custom_dataset: !function docs.rows\ntest_split: test\nfewshot_split: test\n"
@@ -25,8 +26,8 @@ ACC = "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
 TASKS = {
     "choice": f"{CHOICES}{ACC}num_fewshot: 0\n",
     "shots": f"{CHOICES}{ACC}num_fewshot: 1\ndescription: 'Three answers, one is right.\n\n  '\n",
-    "letters": "output_type: multiple_choice\ndoc_to_text: '{{question}}\nAnswer:'\ndoc_to_choice: [A, B]\ndoc_to_target: letter\n"
-    "metric_list: [{metric: acc}]\nnum_fewshot: 0\n",
+    "letters": "output_type: multiple_choice\ndoc_to_text: '{{question}}\nAnswer:'\ndoc_to_choice: [A, B]\n"
+    "doc_to_target: letter\nmetric_list: [{metric: acc}]\nnum_fewshot: 0\n",
     "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n",
     "written": "output_type: generate_until\ndoc_to_text: '{{question}}:'\ndoc_to_target: letter\n"

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks  # noqa: E402 - needs lm_eval
-from tests.evals.cases import TASKS, write_model, write_tasks  # noqa: E402 - as above
+from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks, scoring
+from tests.evals.cases import TASKS, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,14 @@ def both(place):
 @pytest.fixture(scope="module")
 def task_files(place):
     return write_tasks(place / "tasks")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHORTEST", 32)
+    monkeypatch.setattr(scoring, "round_up", lambda size: 64 if size <= 64 else 128)
+    monkeypatch.setattr(scoring, "_most_rows", lambda *_: 16)
+    monkeypatch.setattr(scoring, "_power", lambda count: 16 if count <= 16 else 256)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -43,8 +42,8 @@ def benchmark(
         whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as on disk
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             model = read_model(checkpoint, mesh=mesh, dtype="float32" if whole else None, compute=compute, path=place)
-            if tokenizer.vocab_size > (known := model.config.vocab_size):
-                raise UserError(f"the tokenizer of {checkpoint} has {tokenizer.vocab_size} pieces, the model knows {known}")
+            if (pieces := tokenizer.vocab_size) > (known := model.config.vocab_size):
+                raise UserError(f"the tokenizer of {checkpoint} has {pieces} pieces, the model knows {known}")
             results = run_tasks(model, tokenizer, tasks, options, template=template or own)
     if jax.process_index() > 0:
         return ExitCode.DONE

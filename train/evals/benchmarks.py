@@ -20,7 +20,7 @@ from mixtral_jax.data.progress import meter
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError, did_you_mean
-from mixtral_jax.train.evals.tasks import harness, own_code_eval, rows, with_local
+from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, rows, with_local
 
 Tasks = Mapping[str, Any]  # the harness's TaskDict
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
@@ -47,18 +47,23 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
     """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data; local ones before others.
 
     Raises:
-        UserError: lm-eval is not installed, a name is of no task, data are not there, or code would be run.
+        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a
+            number is too small.
     """
     harness()
-    if missing := [directory for directory in options.include if not Path(directory).is_dir()]:
-        raise UserError(f"--include {missing[0]} is no directory of task files")
+    if absent := [directory for directory in options.include if not Path(directory).is_dir()]:
+        raise UserError(f"--include {absent[0]} is no directory of task files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UserError(f"{name} is {number}: it must be at least {least}")
     with _manners(options.network), own_code_eval():
         from lm_eval.tasks import TaskManager
 
         random.seed(_SEED), np.random.seed(_NUMPY_SEED)
         own = TaskManager(include_path=list(options.include), include_defaults=False)
         known = [*rows(), *own.all_tasks]
-        if not all(fnmatch.filter(known, name) for name in names):  # the harness's own are 14,683
+        missing = [name for name in names if not fnmatch.filter(known, name)]
+        if not all(name.startswith(PREFIX) for name in missing):  # the harness's own are 14,683
             own = TaskManager(include_path=list(options.include))
             known = [*rows(), *own.all_tasks]
         for name in names:
@@ -68,7 +73,7 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
         tasks = own.load(with_local(found, options.data_dir, options.num_fewshot))
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not options.allow_code:
-            raise UserError(f"task {name} runs code that the model writes: add --allow-code where that may be")
+            raise UserError(f"task {name} runs code that the model writes: add --allow-code (eval.tasks.allow_code) where that may be")
         shots = task.get_config("num_fewshot")
         if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
@@ -115,9 +120,8 @@ class Results:
         for task, samples in self.samples.items():
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
-        write_atomically(
-            directory / "results.json", json.dumps({**about, "tasks": tasks}, indent=2, default=str) + "\n"
-        )
+        text = json.dumps({**about, "tasks": tasks}, indent=2, default=str)
+        write_atomically(directory / "results.json", text + "\n")
 
 
 def run_tasks(

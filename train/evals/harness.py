@@ -7,6 +7,7 @@ become ids by our own templates.
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lm_eval import utils
@@ -14,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import GenKwargs, normalize_gen_kwargs, postprocess_generated_text
 
-from mixtral_jax.data.text import Template, Tokenizer, begins_with_bos, encode_begun, encode_prompt, load_template
+from mixtral_jax.data.text import Tokenizer, begins_with_bos, encode_begun, encode_prompt, load_template
 from mixtral_jax.generation import stream
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.evals.scoring import Continuation, score
@@ -108,7 +109,7 @@ class HarnessModel(TemplateLM):
             windows += [("", *utils.make_disjoint_window(window)) for window in rolling]
             ends.append(len(windows))
         logps = [logp for logp, _ in self._loglikelihood_tokens(windows)]
-        return [sum(logps[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        return [sum(logps[a:b]) for a, b in pairwise(ends)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Of each context the text up to a stop string, without it; rows of like lengths, and settings, together."""

@@ -23,7 +23,7 @@ from mixtral_jax.losses import Scores, linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, gathered, platform, sharded, varying
 
-SHORTEST = 16  # tokens; a shorter common beginning is not worth a cache
+SHORTEST = 64  # tokens; a shorter common beginning is not worth a cache, and programs of its own
 CACHE_BYTES = 2**30  # of one device's rows
 DEEPEST = 64  # beginnings within beginnings that are looked at
 
@@ -117,7 +117,9 @@ def _rows(requests: Sequence[Continuation], longest: int, vocab: int) -> tuple[l
     ends = [0]
     for i, (context, tokens) in enumerate(requests):
         if not (len(context) and 0 < len(tokens) <= longest):
-            raise ValueError(f"request {i} has {len(context)} tokens before {len(tokens)}: at least 1, and 1 to {longest}")
+            raise ValueError(
+                f"request {i}: {len(tokens)} tokens behind {len(context)}; 1 to {longest} behind 1 or more"
+            )
         whole = np.asarray([*context, *tokens][-longest - 1 :], ">i4")  # whose bytes have the order of the numbers
         if whole.min() < 0 or whole.max() >= vocab:
             raise ValueError(f"request {i} has tokens from {whole.min()} to {whole.max()}: the vocabulary has {vocab}")
@@ -174,7 +176,7 @@ class _Heads(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The last columns of rows, right-aligned behind their heads, and what is asked of them: of each shard by itself."""
+    """The last columns of rows, right-aligned behind their heads, and what is asked of them."""
 
     tokens_BT: np.ndarray
     pad_B: np.ndarray  # columns of the whole row before its first token
@@ -246,6 +248,7 @@ def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
                 piece.at_Q[d, q], piece.target_Q[d, q], piece.wanted_Q[d, q] = b * T + column - n + T, target, True
                 slot[d, q] = place
                 q += 1
+
     def flat(a: np.ndarray) -> np.ndarray:
         return a.reshape(-1, *a.shape[2:])
 
@@ -253,8 +256,8 @@ def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
 
 
 def _power(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(count - 1, 0).bit_length()
+    """The next power of four, so that few programs are compiled."""
+    return 4 ** (((count - 1).bit_length() + 1) // 2)
 
 
 def _shards() -> int:
@@ -264,13 +267,13 @@ def _shards() -> int:
 
 
 def _most_rows(model: Mixtral, head: int, columns: int) -> int:
-    """A power of two: rows that fill a device, and whose cache fits it."""
+    """A power of four: rows that fill a device, and whose cache fits it."""
     config, mesh = model.config, dict(jax.sharding.get_abstract_mesh().shape)
     heads = config.num_hidden_layers * config.num_key_value_heads // mesh.get("tensor", 1)
     each = 2 * heads * config.head_dim * compute_dtype(model.compute.dtype).itemsize
     tokens = 2048 if platform() == "cpu" else 16384
     rows = min(tokens // columns, CACHE_BYTES // (each * (head + columns)))
-    return 1 << max(rows, 1).bit_length() - 1
+    return 4 ** ((max(rows, 1).bit_length() - 1) // 2)
 
 
 # ---- on the devices --------------------------------------------------------------------------------------------------
