@@ -156,8 +156,10 @@ COMMANDS = {
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
         "evaluate", "loss and perplexity of each source of CFG; tasks of lm-evaluation-harness; long contexts",
-        _CHECKPOINT, _CFG_OR_NONE, _JSON,
-        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness in place of CFG's sources", metavar="A,B"),
+        (_CHECKPOINT[0], {**_CHECKPOINT[1], "nargs": "?"}), _CFG_OR_NONE, _JSON,
+        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness, or local_* on files, in place of CFG's "
+              "sources; `list` shows the latter", metavar="A,B"),
+        _told("--data-dir", "where the files of local tasks are; default: as MIXTRAL_JAX_DATA says", metavar="DIR"),
         _told("--include", "directory of task files; may be repeated", action="append", metavar="DIR"),
         _told("--num-fewshot", "examples before each question; default: as the task says", type=int, metavar="N"),
         _told("--limit", "documents of each task; default: all", type=int, metavar="N"),
