@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mixtral_jax.data.prepare import search_path
+from mixtral_jax.train.attempts import add_up, read_attempts
 from mixtral_jax.train.errors import ASKING, ExitCode, UserError
 from mixtral_jax.train.launchers.job import Job
 from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
-from mixtral_jax.train.run import add_up, read_attempts
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
 # PR_SET_PDEATHSIG: even a supervisor that is killed leaves no processes that hold the run; jax forbids a preexec_fn
