@@ -67,7 +67,7 @@ def diff(a: str, b: str, *, as_json: bool = False) -> None:
     """
     places = find_run(a), find_run(b)
     settings = [flat(yaml_object(place / "config.yaml"), skip=NAMES) for place in places]
-    machines = [flat(json_object(place / "env.json"), skip=("command",)) for place in places]
+    machines = [flat(json_object(place / "env.json"), skip=("command", "changed_settings")) for place in places]
     lines = [_Feed(place / "metrics.jsonl").more() for place in places]
     found = {
         "settings": differences(*settings),
