@@ -165,8 +165,10 @@ def _last(lines: list[dict[str, Any]], name: str) -> float | None:
 
 def number(value: Any) -> float | None:
     """As a float, NaN too; None: it is no number."""
+    if value.__class__ is float:  # nearly always
+        return value
     try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else None
     except OverflowError:  # an integer of hundreds of digits
         return None
 

@@ -25,7 +25,7 @@ def _one(title: str, metric: str, *more: Any) -> Chart:
 
 
 LEARNING = (
-    Chart("Loss", {"minimised": "train/loss", "cross-entropy": "train/ce_loss", "of pairs": "train/pair_loss",
+    Chart("Loss", {"training": "train/loss", "of tokens": "train/ce_loss", "of pairs": "train/pair_loss",
                    "held out": "eval/loss"}, "", False),
     Chart("Held-out bits per byte", {"all": "eval/bits_per_byte", "": "eval/*/bits_per_byte"}, "", False),
     Chart("Held-out loss by source", {"": "eval/*/loss"}, "", False),
@@ -56,7 +56,7 @@ ROUTER = (
 SPEED = (
     Chart("Tokens per second", {"all": "perf/tokens_per_second", "learned": "perf/trainable_tokens_per_second"}),
     _one("MFU", "perf/mfu", " %", None, 100),
-    Chart("Time of a step", {"in all": "perf/step_seconds", "waiting for data": "perf/data_wait_seconds"}, " s", False),
+    Chart("Time of a step", {"all": "perf/step_seconds", "waiting for data": "perf/data_wait_seconds"}, " s", False),
     _one("Time of a save", "checkpoint/seconds", " s"),
 )
 DATA = (
@@ -76,12 +76,10 @@ def draw(chart: Chart, runs: Sequence[Run], axes: Axes, smooth: int) -> list[str
     found = {label: [run.history.curves.get(key) for run in runs] for label, key in _metrics(chart, runs).items()}
     found = {label: curves for label, curves in found.items() if any(map(_says_something, curves))}
     if len(runs) == 1:
-        series = [
-            _series(label, curves[0], chart, runs[0], axes, smooth) for label, curves in found.items() if curves[0]
-        ]
-        return (
-            [lines(chart.title, series, unit=chart.unit, log=chart.log, marks=marks(runs[0], axes))] if series else []
-        )
+        names = {label: runs[0].name if len(found) == 1 else label for label in found}
+        series = [_series(names[label], one, chart, runs[0], axes, smooth) for label, (one,) in found.items() if one]
+        picture = lines(chart.title, series, unit=chart.unit, log=chart.log, marks=marks(runs[0], axes))
+        return [picture] if series else []
     return [
         lines(
             chart.title if label == chart.title.lower() else f"{chart.title}: {label}",

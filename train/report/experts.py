@@ -26,7 +26,7 @@ def read_loads(file: Path, columns: int = COLUMNS) -> Loads | None:
             counts_LE = np.asarray(line.get("counts"), float)
         except (ValueError, TypeError):
             continue
-        if counts_LE.ndim != 2 or not np.isfinite(counts_LE).all():
+        if counts_LE.ndim != 2:
             continue
         step = line["step"]
         if done is None:

@@ -1,5 +1,6 @@
 """What metrics.jsonl says of a run, in bounded memory: its curves, what came last, and how tokens and time go."""
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,19 +46,19 @@ def read(file: Path, points: int = POINTS) -> History:
     width = bucket_width(0 if newest is None else newest["step"], points)
     curves, last, rollbacks = dict[str, Curve](), dict[str, tuple[int, float]](), list[dict[str, Any]]()
     steps, tokens, times = array("q"), array("d"), array("d")
-    for line in lines_backwards(file):
-        step = line["step"]
-        for key, said in line.items():
-            if key not in STAMPS and (value := number(said)) is not None:
-                if key not in curves:
-                    curves[key], last[key] = Curve(width), (step, value)
-                curves[key].add(step, value)
-        if "rollback/step" in line:
-            rollbacks.append(line)
-        if TOKENS in line and (not steps or step < steps[-1]):
-            steps.append(step)
-            tokens.append(_or_nan(line[TOKENS]))
-            times.append(_or_nan(line.get("time")))
+    for _, group in itertools.groupby(lines_backwards(file), lambda line: line["step"] // width):
+        lines = list(group)
+        for key in dict.fromkeys(itertools.chain(*lines)):
+            said = ((line["step"], value) for line in lines if (value := number(line.get(key))) is not None)
+            if key not in STAMPS and (bucket := list(said)):
+                last.setdefault(key, bucket[0])
+                curves.setdefault(key, Curve()).take(bucket)
+        for line in lines:
+            if TOKENS in line and (not steps or line["step"] < steps[-1]):
+                steps.append(line["step"])
+                tokens.append(_or_nan(line[TOKENS]))
+                times.append(_or_nan(line.get("time")))
+        rollbacks += [line for line in lines if "rollback/step" in line]
     clock = Clock(*(np.array(found[::-1]) for found in (steps, tokens, times)))
     return History({key: curve.points() for key, curve in curves.items()}, last, clock, rollbacks[::-1])
 

@@ -1,12 +1,12 @@
 """Curves of a run of any length in a few hundred points, and none of them invented.
 
-Steps are cut into buckets of equal width, of each of which the median, the least and the greatest value are kept; the
-first and the last value of a curve are points of their own, and what is not finite is one at its very step.
+Steps are cut into buckets of equal width, of each of which the median, the least and the greatest value are kept. The
+first and the last value of a curve are points of their own too, and so is what is not finite, at its very step.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 POINTS = 300
@@ -22,39 +22,36 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """Takes values with their steps, the last step first, in memory that does not grow with their number."""
+    """Takes one bucket of values after the other, the last step first; its memory grows with their number alone."""
 
-    def __init__(self, width: int):
-        self._width, self._points = width, list[Point]()
-        self._steps, self._values = list[int](), list[float]()  # of the bucket that is being filled
-        self._odd: dict[tuple[int, str], int] = {}  # bucket and NaN, inf or -inf -> its first step there
+    def __init__(self) -> None:
+        self._points = list[Point]()
+        self._newest: Point | None = None
+        self._oldest: Point | None = None
         self._done = math.inf  # the steps from here on have their value
 
-    def add(self, step: int, value: float) -> None:
-        """A step that is not before the last one was done again since, and no longer counts."""
-        if step >= self._done:
-            return
-        self._done = step
-        if not math.isfinite(value):
-            self._odd[step // self._width, str(value)] = step
-            return
-        if self._steps and (not self._points or step // self._width != self._steps[-1] // self._width):
-            self._close()
-        self._steps.append(step)
-        self._values.append(value)
+    def take(self, bucket: Iterable[tuple[int, float]]) -> None:
+        """Steps and their values. A step that is not before the last one was done again since, and no longer counts."""
+        steps, values, odd = list[int](), list[float](), dict[str, int]()
+        for step, value in bucket:
+            if step < self._done:
+                self._done = step
+                if math.isfinite(value):
+                    steps.append(step)
+                    values.append(value)
+                else:
+                    odd[str(value)] = step  # the first of its kind here
+        self._points += [_exactly(step, float(value)) for value, step in odd.items()]
+        if values:
+            middle = (steps[0] + steps[-1]) / 2
+            self._points.append(Point(middle, statistics.median(values), min(values), max(values)))
+            self._newest = self._newest or _exactly(steps[0], values[0])
+            self._oldest = _exactly(steps[-1], values[-1])
 
     def points(self) -> list[Point]:
-        """By step; nothing can be added any more."""
-        first = Point(self._steps.pop(), *[self._values.pop()] * 3) if len(self._steps) > 1 else None
-        self._close()
-        odd = [Point(step, *[float(value)] * 3) for (_, value), step in self._odd.items()]
-        return sorted([*self._points, *([first] if first else []), *odd])
-
-    def _close(self) -> None:
-        if self._steps:
-            middle, values = (self._steps[0] + self._steps[-1]) / 2, self._values
-            self._points.append(Point(middle, statistics.median(values), min(values), max(values)))
-        self._steps, self._values = [], []
+        """By step; no two of one."""
+        ends = (end for end in (self._oldest, self._newest) if end)
+        return sorted({point.step: point for point in (*ends, *self._points)}.values())
 
 
 def smoothed(points: Sequence[Point], count: int) -> list[Point]:
@@ -63,6 +60,10 @@ def smoothed(points: Sequence[Point], count: int) -> list[Point]:
         return list(points)
     around = [points[max(0, i - count // 2) : i + count // 2 + 1] for i in range(len(points))]
     return [_mean(point, near) for point, near in zip(points, around, strict=True)]
+
+
+def _exactly(step: int, value: float) -> Point:
+    return Point(step, value, value, value)
 
 
 def _mean(point: Point, near: Sequence[Point]) -> Point:
