@@ -6,16 +6,21 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mixtral_jax.train.pages.document import embed, escape, figure, number, short
 
-# viridis at six places; between them linear (van der Walt and Smith, 2015)
-_VIRIDIS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
+# viridis (van der Walt and Smith, 2015) at nine places; between them linear
+_VIRIDIS = (
+    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98),
+    (173, 220, 48), (253, 231, 37),
+)  # fmt: skip
 _BELOW, _ABOVE = (0, 114, 178), (230, 97, 0)
-_WIDEST_CELL, _MAP_WIDTH, _TEXT_FROM = 38, 608, 30
+_WIDEST_CELL, _TEXT_FROM = 38, 30  # pixels
+_SHARP = 8  # dots of a picture to a cell: programs that show PDF blur the borders of dots
+Box = tuple[float, float, float, float]  # left and top of a map, width and height of a cell
 
 
 @dataclass(frozen=True)
@@ -72,44 +77,44 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     also: Mapping[str, Sequence[Sequence[float]] | np.ndarray] | None = None,
     marked: np.ndarray | None = None,
+    width: int = 608,
 ) -> str:
     """Values [row, column] as colours, with the numbers where they have room and on hover.
 
-    With `center` two colours that grow with the distance from it, else viridis. Missing values are NaN. `also` has
-    more numbers of each cell for the hover; cells of `marked` (bool) have a dot.
+    With `center`, from which `limits` are equally far, two colours that grow with the distance from it, else viridis.
+    Missing values are NaN. `also` has more numbers of each cell for the hover; cells of `marked` (bool) have a dot. No
+    wider than `width` pixels, and the names.
     """
     grid = np.asarray(values, float)
     low, high = limits or _limits(grid, center)
-    count, wide = grid.shape
-    width = min(_WIDEST_CELL, _MAP_WIDTH / max(wide, 1))
-    cell = (width, 18 if width >= _TEXT_FROM else max(2, min(18, 480 // count)))
-    left = 8 + 7 * max((len(str(row)) for row in rows), default=0)
-    size = (left + cell[0] * wide + 2, 4 + cell[1] * count + 34)
-    image = f'<image href="{_picture(_levels(grid, low, high), center is not None)}" x="{left}" y="4" width="{cell[0] * wide:g}" '
-    image += f'height="{cell[1] * count}" preserveAspectRatio="none"/>'
-    labels = _labels(rows, columns, names, left, cell)
-    texts = _cell_texts(grid, (low, high), center is not None, left, cell) if cell[0] >= _TEXT_FROM else ""
-    dots = "".join(
-        f'<circle cx="{left + (c + 1) * cell[0] - 4:g}" cy="{4 + r * cell[1] + 4:g}" r="2"/>'
-        for r, c in (np.argwhere(marked) if marked is not None else ())
+    row_names, column_names = (
+        [each if isinstance(each, str) else number(each) for each in side] for side in (rows, columns)
     )
-    data = {
-        "title": title,
-        "rows": [str(row) for row in rows],
-        "columns": [str(column) for column in columns],
-        "names": names,
-        "unit": unit,
-        "box": [left, 4, cell[0], cell[1]],
-        "values": {"": _flat(grid), **{name: _flat(np.asarray(more, float)) for name, more in (also or {}).items()}},
-    }
-    drawn = (
-        f'<svg role="img" tabindex="0" aria-label="{escape(title)}: {escape(names[0])} by {escape(names[1])}, '
-        f'{escape(number(low))} to {escape(number(high))}{escape(unit)}" width="{size[0]:g}" height="{size[1]:g}" '
-        f'viewBox="0 0 {size[0]:g} {size[1]:g}">{image}{texts}{dots}{labels}</svg>'
+    wide = min(_WIDEST_CELL, width / max(len(columns), 1))
+    left = 8 + 7 * max(map(len, row_names), default=0)
+    box = (left, 4, wide, 18 if wide >= _TEXT_FROM else max(2, min(18, 480 // max(len(rows), 1))))
+    right, bottom = left + wide * len(columns), 4 + box[3] * len(rows)
+    picture = _picture(_levels(grid, low, high), center is not None)
+    drawn = f'<image href="{picture}" x="{left}" y="4" width="{right - left:g}" height="{bottom - 4}" '
+    drawn += f'preserveAspectRatio="none"/>{_labels(row_names, column_names, f"{names[0]} ↓  {names[1]} →", box)}'
+    if wide >= _TEXT_FROM:
+        drawn += _cell_texts(grid, (low, high), center is not None, box)
+    for r, c in np.argwhere(marked) if marked is not None else ():
+        drawn += f'<circle cx="{left + (c + 1) * wide - 4:g}" cy="{8 + r * box[3]:g}" r="2"/>'
+    more = {name: _flat(np.asarray(each, float)) for name, each in (also or {}).items()}
+    data = {"title": title, "rows": row_names, "columns": column_names, "names": names, "unit": unit, "box": box}
+    said = [f"{'≤ ' * bool(np.any(grid < low))}{low:.3g}", f"{'≥ ' * bool(np.any(grid > high))}{high:.3g}"]
+    label = f"{title}: {names[0]} by {names[1]}, {said[0]} to {said[1]}{unit}; arrow keys read it"
+    size = f"{right + 4 * len(column_names[-1]) if column_names else right:g}", f"{bottom + 34:g}"
+    ramp = _picture(np.arange(255, dtype=np.uint8)[None], center is not None)
+    return figure(
+        "heat",
+        title,
+        f'<svg role="img" tabindex="0" aria-label="{escape(label)}" width="{size[0]}" height="{size[1]}" '
+        f'viewBox="0 0 {size[0]} {size[1]}">{drawn}</svg>'
+        f'<div class="key">{escape(said[0])}<img alt="" src="{ramp}">{escape(said[1] + unit)}</div>'
+        + embed({**data, "values": {"": _flat(grid), **more}}),
     )
-    ramp = _picture(np.arange(0, 255, dtype=np.uint8)[None], center is not None)
-    key = f'<div class="key">{escape(number(low))}<img alt="" src="{ramp}">{escape(number(high))}{escape(unit)}</div>'
-    return figure("heat", title, drawn + key + embed(data))
 
 
 def stacked(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str = "") -> str:
@@ -121,9 +126,8 @@ def stacked(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str = 
         pieces = ""
         for part, value in row.items():
             said = escape(f"{part}: {number(value)}{unit} ({value / total:.1%})")
-            pieces += (
-                f'<i style="flex-grow:{value:.4g}" class="c{parts.index(part) % 8}" tabindex="0" data-tip="{said}"></i>'
-            )
+            look = f'style="flex-grow:{value:.4g}" class="c{parts.index(part) % 8}"'
+            pieces += f'<i {look} tabindex="0" data-tip="{said}">{escape(part)}</i>'
         html += f'<div class="stack"><b>{escape(name)}</b><span>{pieces}</span></div>'
     legend = "".join(f'<li><i class="c{i % 8}"></i>{escape(part)}</li>' for i, part in enumerate(parts))
     return figure("stacked", title, f'{html}<ul class="legend">{legend}</ul>')
@@ -163,8 +167,8 @@ def _picture(levels: np.ndarray, diverging: bool) -> str:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     palette = _palette(diverging)
-    header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 8, 3, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", levels.shape[1] * _SHARP, levels.shape[0] * _SHARP, 8, 3, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in levels.repeat(_SHARP, 0).repeat(_SHARP, 1))
     parts = (
         (b"IHDR", header),
         (b"PLTE", bytes(value for colour in palette for value in colour[:3])),
@@ -181,35 +185,29 @@ def _flat(grid: np.ndarray) -> str:
     return " ".join(f"{value:.4g}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.4g}" for value in grid.flat)
 
 
-def _cell_texts(
-    grid: np.ndarray, limits: tuple[float, float], diverging: bool, left: int, cell: tuple[float, int]
-) -> str:
+def _cell_texts(grid: np.ndarray, limits: tuple[float, float], diverging: bool, box: Box) -> str:
+    """Each value in its cell, all with as many decimals as make three digits of the largest."""
+    left, top, width, height = box
     low, high = limits
+    decimals = max(0, 2 - math.floor(math.log10(max(float(np.nanmax(np.abs(grid), initial=0)), 0.01))))
     html = ""
     for (r, c), value in np.ndenumerate(grid):
-        place = f'x="{left + (c + 0.5) * cell[0]:g}" y="{4 + r * cell[1] + 13}"'
+        place = f'x="{left + (c + 0.5) * width:g}" y="{top + (r + 0.5) * height + 4:g}"'
         ground = "" if diverging else f' class="on-{"dark" if value - low < 0.55 * (high - low) else "light"}"'
-        html += f"<text {place}{ground}>{escape(f'{value:.3g}'.replace('-', '−'))}</text>"
+        html += f"<text {place}{ground}>{'' if np.isnan(value) else f'{value:.{decimals}f}'.replace('-', '−')}</text>"
     return f'<g class="cells">{html}</g>'
 
 
-def _labels(
-    rows: Sequence[object], columns: Sequence[object], names: tuple[str, str], left: int, cell: tuple[float, int]
-) -> str:
+def _labels(rows: Sequence[str], columns: Sequence[str], name: str, box: Box) -> str:
     """As many of the names as have room."""
-    bottom = 4 + cell[1] * len(rows)
-    every = max(1, math.ceil(14 / cell[1]))
-    html = "".join(
-        f'<text x="{left - 5}" y="{4 + (r + 0.5) * cell[1] + 4:g}" text-anchor="end">{escape(row)}</text>'
-        for r, row in enumerate(rows)
-        if r % every == 0
-    )
-    widest = max((len(str(column)) for column in columns), default=1)
-    every = max(1, math.ceil((7 * widest + 6) / cell[0]))
-    html += "".join(
-        f'<text x="{left + (c + 0.5) * cell[0]:g}" y="{bottom + 14}" text-anchor="middle">{escape(column)}</text>'
-        for c, column in enumerate(columns)
-        if c % every == 0
-    )
-    middle = left + cell[0] * len(columns) / 2
-    return f'{html}<text class="name" x="{middle:g}" y="{bottom + 30}" text-anchor="middle">{escape(names[1])}</text>'
+    left, top, width, height = box
+    bottom = top + height * len(rows)
+    html = ""
+    for r in range(0, len(rows), math.ceil(14 / height)):
+        html += f'<text x="{left - 5}" y="{top + (r + 0.5) * height + 4:g}" text-anchor="end">{escape(rows[r])}</text>'
+    for c in range(0, len(columns), math.ceil((7 * max(map(len, columns), default=0) + 6) / width)):
+        html += (
+            f'<text x="{left + (c + 0.5) * width:g}" y="{bottom + 14}" text-anchor="middle">{escape(columns[c])}</text>'
+        )
+    middle = left + width * len(columns) / 2
+    return f'{html}<text x="{middle:g}" y="{bottom + 30}" text-anchor="middle">{escape(name)}</text>'

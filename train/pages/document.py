@@ -137,17 +137,21 @@ def table(
     caption: str = "",
     strong: Collection[tuple[int, int]] = (),
     sortable: bool = False,
+    decimals: int | None = None,
 ) -> str:
-    """Rows whose first cell names them; numbers stand at the right. `strong` are (row, column) of cells that stand out."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    """Rows whose first cell names them; numbers stand at the right. `strong`: (row, column) of cells that stand out."""
+    right = [any(isinstance(row[j], int | float) for row in rows) for j in range(len(columns))]
+    named = zip(columns, right, strict=True)
+    head = "".join(f'<th scope="col"{" class=right" * at_right}>{escape(name)}</th>' for name, at_right in named)
     body = ""
     for i, row in enumerate(rows):
         cells = ""
         for j, cell in enumerate(row):
             tag, scope = ("th", ' scope="row"') if j == 0 else ("td", "")
             value = "" if isinstance(cell, str | None) else f' data-value="{cell!r}"'
-            text = escape(number(cell))
-            cells += f"<{tag}{scope}{value}>{f'<strong>{text}</strong>' if (i, j) in strong else text}</{tag}>"
+            text = escape(number(cell) if decimals is None or not isinstance(cell, float) else f"{cell:.{decimals}f}")
+            text = f"<strong>{text}</strong>" if (i, j) in strong else text
+            cells += f"<{tag}{scope}{value}{' class=right' * right[j]}>{text}</{tag}>"
         body += f"<tr>{cells}</tr>"
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return figure("table", caption, f"<table{' class=sortable' if sortable else ''}>{inner}</table>")

@@ -1,13 +1,17 @@
 // Line charts: drawn from their data, so that the axis, the scale and what is seen can be switched.
-const COLOURS = new Map(), HIDDEN = new Set(kept.hidden || []), CHARTS = [];
+const HIDDEN = new Set(kept.hidden || []), STYLES = new Map();
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const kinds = Object.keys(Object.values(AXES)[0] || {});
 let kind = kinds.includes(kept.kind) ? kept.kind : kinds[0];
-const styleOf = name => {
-  if (!COLOURS.has(name)) COLOURS.set(name, COLOURS.size);
-  const index = COLOURS.get(name);
-  return { class: `c${index % 8}`, dash: DASHES[Math.floor(index / 8) % 4] };
-};
+const CHARTS = $$("figure.lines").map(figure => ({ figure, data: dataOf(figure) }));
+// A name looks the same everywhere, and different from all that it shares a chart with.
+for (const name of new Set(CHARTS.flatMap(({ data }) => data.series.map(one => one.name)))) {
+  const beside = CHARTS.map(({ data }) => data.series.map(one => one.name)).filter(names => names.includes(name)).flat();
+  const taken = new Set(beside.map(other => STYLES.get(other)?.index));
+  let index = 0;
+  while (taken.has(index)) index++;
+  STYLES.set(name, { index, class: `c${index % 8}`, dash: DASHES[Math.floor(index / 8) % 4] });
+}
 
 function ticks(low, high, count, log) {
   if (log) {
@@ -28,15 +32,15 @@ function draw(chart) {
   const { figure, data } = chart, width = Math.round(figure.clientWidth), height = 220;
   if (!width) return;
   const left = 54, right = width - 12, top = 10, bottom = height - 34;
-  const seen = data.series.filter(one => !HIDDEN.has(one.name)).map(one => ({ ...one, ...styleOf(one.name), x: AXES[one.axis][kind] }));
+  const seen = data.series.filter(one => !HIDDEN.has(one.name)).map(one => ({ ...one, ...STYLES.get(one.name), x: AXES[one.axis][kind] }));
   const good = v => typeof v === "number" && (!chart.log || v > 0);
   const all = seen.flatMap(one => [one.y, one.low || [], one.high || []].flat()).filter(good);
   const xs = seen.flatMap(one => one.x).filter(v => typeof v === "number");
   let [low, high] = [Math.min(...all), Math.max(...all)], [first, last] = [Math.min(...xs), Math.max(...xs)];
   if (!all.length) [low, high] = [chart.log ? 0.1 : 0, 1];
   if (!xs.length) [first, last] = [0, 1];
-  if (low === high) [low, high] = chart.log ? [low / 2, high * 2] : [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
-  else if (!chart.log) [low, high] = [low - (high - low) / 40, high + (high - low) / 40];
+  if (low === high) [low, high] = chart.log ? [low / 2, high * 2] : low ? [low - Math.abs(low) / 10, high + Math.abs(high) / 10] : [0, 1];
+  else if (!chart.log) { const room = (high - low) / 40; [low, high] = [low < 0 ? low - room : Math.max(0, low - room), high + room]; }
   if (first === last) [first, last] = [first - 1, last + 1];
   const scale = chart.log ? Math.log : v => v;
   const px = x => left + (x - first) / (last - first) * (right - left);
@@ -57,15 +61,19 @@ function draw(chart) {
   for (const one of seen) {
     const group = make("g", { class: one.class, "data-series": one.name }, svg);
     let line = "", run = [];
+    const edge = (list, i) => good(list[i]) ? list[i] : typeof list[i] === "number" ? low : one.y[i];
     const close = () => {
-      if (run.length && one.low) make("path", { class: "band", d: `M${run.map(i => at(one.x[i], one.high[i])).join("L")}L${run.reverse().map(i => at(one.x[i], one.low[i])).join("L")}Z` }, group);
+      if (run.length && one.low) {
+        const back = run.map(i => at(one.x[i], edge(one.low, i))).reverse();
+        make("path", { class: "band", d: `M${[...run.map(i => at(one.x[i], edge(one.high, i))), ...back].join("L")}Z` }, group);
+      }
       if (run.length === 1) line += "h0";
       run = [];
     };
     one.y.forEach((y, i) => {
-      if (good(y)) { line += (run.length ? "L" : "M") + at(one.x[i], y); run.push(i); return; }
-      close();
-      if (y !== null) make("text", { class: "odd", x: px(one.x[i]), y: y === "-inf" || y <= 0 ? bottom : top + 8, "text-anchor": "middle" }, group, y === "nan" ? "×" : y === "inf" ? "▲" : "▼");
+      const odd = [y, one.low?.[i], one.high?.[i]].find(v => typeof v === "string") ?? (y !== null && !good(y) ? "-inf" : null);
+      if (odd) make("text", { class: "odd", x: px(one.x[i]), y: odd === "-inf" ? bottom : top + 8, "text-anchor": "middle" }, group, { nan: "×", inf: "▲" }[odd] ?? "▼");
+      if (good(y)) { line += (run.length ? "L" : "M") + at(one.x[i], y); run.push(i); } else close();
     });
     close();
     make("path", { class: "line", d: line, "stroke-dasharray": one.dash }, group);
@@ -92,13 +100,13 @@ function draw(chart) {
 }
 
 const redraw = () => CHARTS.forEach(draw);
-for (const figure of $$("figure.lines")) {
-  const data = dataOf(figure), chart = { figure, data, log: data.log === true };
-  CHARTS.push(chart);
+for (const chart of CHARTS) {
+  const { figure, data } = chart;
+  chart.log = data.log === true;
   if (data.series.length > 1) {
     const legend = make("ul", { class: "legend" }, figure);
     for (const { name } of data.series) {
-      const { class: colour, dash } = styleOf(name), button = make("button", { type: "button" }, make("li", {}, legend));
+      const { class: colour, dash } = STYLES.get(name), button = make("button", { type: "button" }, make("li", {}, legend));
       make("path", { class: "line", d: "M0 5h20", "stroke-dasharray": dash }, make("svg", { class: colour, width: 20, height: 10 }, button));
       button.append(name);
       button.addEventListener("click", () => { HIDDEN.delete(name) || HIDDEN.add(name); keep("hidden", [...HIDDEN]); redraw(); });
@@ -111,4 +119,4 @@ for (const figure of $$("figure.lines")) {
   let width = 0;
   new ResizeObserver(() => { if (width !== figure.clientWidth) { width = figure.clientWidth; draw(chart); } }).observe(figure);
 }
-if (kinds.length > 1) switcher("x axis", kinds, kind, switches, name => { kind = name; keep("kind", name); redraw(); });
+if (kinds.length > 1) chooser("x axis", kinds, kind, switches, name => { kind = name; keep("kind", name); redraw(); });

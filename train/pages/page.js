@@ -14,8 +14,13 @@ function make(tag, attributes = {}, parent = null, text = null) {
 
 const dataOf = element => JSON.parse(element.querySelector("script[type='application/json']").textContent);
 const AXES = JSON.parse(document.getElementById("axes").textContent);
-const kept = (() => { try { return JSON.parse(sessionStorage.pages || "{}"); } catch { return {}; } })();
-const keep = (name, value) => { kept[name] = value; try { sessionStorage.pages = JSON.stringify(kept); } catch { /* a page of its own origin */ } };
+// What the reader chose outlives a reload of the page.
+const PLACE = `pages ${location.pathname}`;
+const kept = (() => { try { return JSON.parse(sessionStorage[PLACE]); } catch { return {}; } })();
+function keep(name, value) {
+  kept[name] = value;
+  try { sessionStorage[PLACE] = JSON.stringify(kept); } catch { /* a browser that stores nothing */ }
+}
 
 function number(value) {
   if (value === null || value === undefined) return "–";
@@ -35,7 +40,9 @@ function show(heading, rows, x, y) {
   tip.replaceChildren(make("strong", {}, null, heading));
   for (const [colour, name, value] of rows) {
     const row = make("div", {}, tip);
-    make("span", { class: colour }, row, (colour ? "● " : "") + name);
+    const what = make("span", { class: colour }, row);
+    if (colour) make("i", {}, what);
+    what.append(name);
     make("span", {}, row, value);
   }
   const { width, height } = tip.getBoundingClientRect();
@@ -59,45 +66,41 @@ function readable(svg, read, step, leave) {
   });
 }
 
+// One of several names: radio buttons, or a list where they are many. Gives the function that sets it.
 let groups = 0;
-function switcher(label, names, chosen, parent, choose) {
-  const set = make("fieldset", {}, parent);
+function chooser(label, names, chosen, parent, choose) {
+  if (names.length > 8) {
+    const select = make("select", {}, make("label", { class: "switch" }, parent, `${label} `));
+    for (const name of names) make("option", { value: name }, select, name);
+    select.value = chosen;
+    select.addEventListener("change", () => choose(select.value));
+    return name => { select.value = name; };
+  }
+  const set = make("fieldset", { class: "switch" }, parent), group = `switch${groups++}`, inputs = new Map();
   make("legend", {}, set, label);
-  const group = `switch${groups++}`;
   for (const name of names) {
     const input = make("input", { type: "radio", name: group }, make("label", {}, set, name));
     input.checked = name === chosen;
     input.addEventListener("change", () => choose(name));
+    inputs.set(name, input);
   }
-  return set;
+  return name => { inputs.get(name).checked = true; };
 }
 
 const switches = document.querySelector(".switches");
 const setTheme = theme => { document.documentElement.style.colorScheme = theme === "auto" ? "" : theme; keep("theme", theme); };
-switcher("theme", ["auto", "light", "dark"], kept.theme || "auto", switches, setTheme);
+chooser("theme", ["auto", "light", "dark"], kept.theme || "auto", switches, setTheme);
 setTheme(kept.theme || "auto");
 
 // Panels of which one is seen; those of the same label and with a panel of that name move together.
-function choosePanel(label, name) {
-  for (const box of $$(".choose").filter(one => one.dataset.label === label)) {
-    const panels = $$(":scope > .panel", box);
-    if (!panels.some(panel => panel.dataset.name === name)) continue;
-    for (const panel of panels) panel.hidden = panel.dataset.name !== name;
-    for (const input of $$(":scope > .bar input", box)) input.checked = input.parentElement.textContent === name;
-    for (const select of $$(":scope > .bar select", box)) select.value = name;
-  }
-}
-for (const box of $$(".choose")) {
-  const { label } = box.dataset, names = $$(":scope > .panel", box).map(panel => panel.dataset.name);
-  const bar = make("div", { class: "bar" });
-  if (names.length <= 8) switcher(label, names, names[0], bar, name => choosePanel(label, name));
-  else {
-    const select = make("select", {}, make("label", {}, bar, `${label} `));
-    for (const name of names) make("option", { value: name }, select, name);
-    select.addEventListener("change", () => choosePanel(label, select.value));
-  }
+const choosers = $$(".choose").map(box => {
+  const { label } = box.dataset, panels = new Map($$(":scope > .panel", box).map(panel => [panel.dataset.name, panel]));
+  const bar = make("div", { class: "bar" }), names = [...panels.keys()];
   box.prepend(bar);
-}
+  const set = chooser(label, names, names[0], bar, name => choosers.forEach(one => { if (one.label === label) one.see(name); }));
+  const see = name => { if (panels.has(name)) { set(name); panels.forEach((panel, other) => { panel.hidden = other !== name; }); } };
+  return { label, see };
+});
 
 for (const figure of $$("figure.heat")) {
   const svg = figure.querySelector("svg"), data = dataOf(figure), [left, top, width, height] = data.box;
@@ -119,11 +122,12 @@ for (const figure of $$("figure.heat")) {
     (dx, dy) => { column += dx; row += dy; say(); }, () => frame.setAttribute("visibility", "hidden"));
 }
 
-for (const element of $$("[data-tip]")) {
-  const say = () => { const box = element.getBoundingClientRect(); show(element.dataset.tip, [], box.left + box.width / 2, box.bottom); };
-  for (const event of ["pointerenter", "focus"]) element.addEventListener(event, say);
-  for (const event of ["pointerleave", "blur"]) element.addEventListener(event, hide);
-}
+for (const event of ["pointerover", "focusin"])
+  document.addEventListener(event, ({ target }) => {
+    const said = target.dataset?.tip, box = target.getBoundingClientRect?.();
+    if (said) show(said, [], box.left + Math.min(box.width / 2, 200), box.bottom);
+  });
+for (const event of ["pointerout", "focusout"]) document.addEventListener(event, ({ target }) => { if (target.dataset?.tip) hide(); });
 
 for (const head of $$("table.sortable thead th")) {
   const sort = () => {

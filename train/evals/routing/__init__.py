@@ -1,0 +1,5 @@
+"""What the routers of a Mixtral do with text: the numbers of the paper's section 5 (2401.04088), and more."""
+
+from mixtral_jax.train.evals.routing.measure import measure
+from mixtral_jax.train.evals.routing.observe import Options
+from mixtral_jax.train.evals.routing.result import Changed, Coloured, Domain, Liking, Result
