@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ SILENT_SECONDS = 60  # a run that lives writes STATUS every 10
 TAIL_BYTES = 1 << 18  # of metrics.jsonl, for its last lines
 SIGNS = ("STATUS", "metrics.jsonl", "env.json", "config.yaml", ".")  # files of a run whose times tell of its clock
 _BLOCK = 1 << 20
+Advance = Callable[[int, str], None]  # of data.progress.meter
 
 
 class Standing(NamedTuple):
@@ -142,10 +143,13 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def lines_backwards(file: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def lines_backwards(
+    file: Path, last_bytes: int | None = None, advance: Advance | None = None
+) -> Iterator[dict[str, Any]]:
     """The objects with a `step` of a file of JSON lines, the last one first; of its end alone where that is asked for.
 
-    In bounded memory; lines that are cut off or damaged are left out, and a file that cannot be read has none.
+    In bounded memory; lines that are cut off or damaged are left out, and a file that cannot be read has none. `advance`
+    is told the bytes that were read, and of what.
     """
     with contextlib.suppress(OSError), file.open("rb") as stream:
         position, rest = stream.seek(0, os.SEEK_END), b""
@@ -153,6 +157,8 @@ def lines_backwards(file: Path, last_bytes: int | None = None) -> Iterator[dict[
         while position > first:
             before, position = position, max(first, position - _BLOCK)
             stream.seek(position)
+            if advance is not None:
+                advance(before - position, file.name)
             rest, *lines = (stream.read(before - position) + rest).split(b"\n")
             for line in (*reversed(lines), *([] if position else [rest])):
                 if line and (found := parsed(line)) and whole(found.get("step")) is not None:

@@ -5,15 +5,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixtral_jax.data.progress import meter
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.report.page import render
 from mixtral_jax.train.report.run import read_run
 from mixtral_jax.train.report.serve import serve
 from mixtral_jax.train.report.thin import POINTS
-from mixtral_jax.train.run_files import find_run
+from mixtral_jax.train.run_files import Advance, find_run
 
 FILE = "report.html"
 _FEWEST_POINTS = 60
+_AT_ONCE = 50_000_000  # bytes, which take two seconds
+_LARGE = ("metrics.jsonl", "moe.jsonl")
 
 
 def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smooth: int) -> None:
@@ -31,12 +34,16 @@ def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smoo
     file = Path(out or (places[0] / FILE if len(places) == 1 else FILE))
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--out {file} is {'a directory' if file.is_dir() else 'in no directory that there is'}")
-    _write(file, _page(places, smooth, ""))
+    with meter("reading", sum(map(_size, places))) as advance:
+        text = _page(places, smooth, "", advance)
+    _write(file, text)
     print(file)
 
 
 def write_page(place: Path) -> str:
     """At the end of a run; a sentence that says where it lies, or why there is none: it is no part of the run."""
+    if (size := _size(place)) > _AT_ONCE:
+        return f"the run's page: mixtral-jax report {place} makes it, of {size / 1e6:.0f} MB of metrics"
     try:
         _write(place / FILE, _page([place], 1, ""))
     except Exception as error:
@@ -44,11 +51,17 @@ def write_page(place: Path) -> str:
     return f"the run's page: {place / FILE}"
 
 
-def _page(places: Sequence[Path], smooth: int, script: str) -> str:
+def _page(places: Sequence[Path], smooth: int, script: str, advance: Advance | None = None) -> str:
     short = [place.resolve().name for place in places]
     names = short if len(set(short)) == len(short) else [str(place) for place in places]
     points = max(_FEWEST_POINTS, POINTS // len(places))
-    return render([read_run(*pair, points) for pair in zip(places, names, strict=True)], smooth=smooth, script=script)
+    runs = [read_run(place, name, points, advance) for place, name in zip(places, names, strict=True)]
+    return render(runs, smooth=smooth, script=script)
+
+
+def _size(place: Path) -> int:
+    """Bytes of what takes time to read."""
+    return sum(file.stat().st_size for name in _LARGE if (file := place / name).is_file())
 
 
 def _write(file: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtral_jax.train.report.history import bucket_width
-from mixtral_jax.train.run_files import lines_backwards
+from mixtral_jax.train.run_files import Advance, lines_backwards
 
 COLUMNS = 60
 
@@ -18,10 +18,10 @@ class Loads(NamedTuple):
     steps: list[int]
 
 
-def read_loads(file: Path, columns: int = COLUMNS) -> Loads | None:
+def read_loads(file: Path, advance: Advance | None = None) -> Loads | None:
     """Summed over buckets of steps; None: there are none. Lines that are damaged or of another shape do not count."""
     sums, done, width = dict[int, tuple[int, np.ndarray]](), None, 1
-    for line in lines_backwards(file):
+    for line in lines_backwards(file, advance=advance):
         try:
             counts_LE = np.asarray(line.get("counts"), float)
         except (ValueError, TypeError):
@@ -30,7 +30,7 @@ def read_loads(file: Path, columns: int = COLUMNS) -> Loads | None:
             continue
         step = line["step"]
         if done is None:
-            shape, width = counts_LE.shape, bucket_width(step, columns)
+            shape, width = counts_LE.shape, bucket_width(step, COLUMNS)
         elif step >= done or counts_LE.shape != shape:
             continue
         done = step

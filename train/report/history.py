@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.train.report.thin import POINTS, Curve, Point
-from mixtral_jax.train.run_files import lines_backwards, number
+from mixtral_jax.train.run_files import Advance, lines_backwards, number
 
 STAMPS = ("step", "time", "attempt")  # of every line
 TOKENS = "train/tokens"
@@ -40,13 +40,13 @@ class History(NamedTuple):
     rollbacks: list[dict[str, Any]]
 
 
-def read(file: Path, points: int = POINTS) -> History:
+def read(file: Path, points: int = POINTS, advance: Advance | None = None) -> History:
     """The whole file; damaged lines, values that are no numbers and steps that were done again are left out."""
     newest = next(lines_backwards(file), None)
     width = bucket_width(0 if newest is None else newest["step"], points)
     curves, last, rollbacks = dict[str, Curve](), dict[str, tuple[int, float]](), list[dict[str, Any]]()
     steps, tokens, times = array("q"), array("d"), array("d")
-    for _, group in itertools.groupby(lines_backwards(file), lambda line: line["step"] // width):
+    for _, group in itertools.groupby(lines_backwards(file, advance=advance), lambda line: line["step"] // width):
         lines = list(group)
         for key in dict.fromkeys(itertools.chain(*lines)):
             said = ((line["step"], value) for line in lines if (value := number(line.get(key))) is not None)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixtral_jax.train.console import age, clock
@@ -26,6 +26,7 @@ from mixtral_jax.train.report.run import Axes, Run
 
 _SAMPLED_STEPS, _LAYERS_AT_ONCE = 4, 8
 _LONGEST_SAMPLE = 600
+_STRIP = 300  # pixels: three in a row of the page
 _CURVES = (
     "A line is the median of a stretch of steps, its band goes from the least to the greatest value there; what is not "
     "finite is marked at the edge (× is NaN). "
@@ -48,7 +49,7 @@ def render(runs: Sequence[Run], *, smooth: int = 1, script: str = "") -> str:
     one = runs[0]
     sections = [
         _summary(one) if single else _comparison(runs),
-        Section("Learning", _CURVES + _MARKS * single, [curves(LEARNING)]),
+        Section("Learning", _CURVES + _MARKS * single, [f'<div style="--least: 480px">{curves(LEARNING)}</div>']),
         *([_evaluations(one), _samples(one)] if single else []),
         Section("Optimizer", "What the updates were made with.", [curves(OPTIMIZER)]),
         Section(
@@ -108,7 +109,7 @@ def _comparison(runs: Sequence[Run]) -> Section:
 
     def row(run: Run) -> list[str | float | None]:
         values = [run.history.last.get(key, (0, None))[1] for key in names.values()]
-        settings = [_cell(run.settings.get(key)) for key in differing]
+        settings = [value if isinstance(value := run.settings.get(key), float) else _shown(value) for key in differing]
         return [run.name, *settings, *values, run.standing.state, run.standing.step]
 
     def rank(run: Run) -> tuple[float, float]:
@@ -145,7 +146,7 @@ def _strips(loads: Loads) -> str:
     strips = {
         f"{layer}": heat_map(
             f"Layer {layer}: load of its experts", load_ES, rows=range(experts), columns=loads.steps,
-            names=("expert", "step"), center=1.0, limits=(1 - far, 1 + far),
+            names=("expert", "step"), center=1.0, limits=(1 - far, 1 + far), width=_STRIP,
         )
         for layer, load_ES in enumerate(loads.load_LES)
     }  # fmt: skip
@@ -190,22 +191,22 @@ def _attempts(run: Run) -> str:
 
 def _settings(run: Run) -> Section:
     """What differs from the defaults, then all, with the environment."""
-    changed = [] if run.changed is None else [[key, _cell(run.settings.get(key))] for key in sorted(run.changed)]
-    rows = {"all settings": run.settings, "the environment": run.environment}
-    html = [table(["setting", "value"], changed)] if changed else []
-    html += [
-        details(title, table(["", ""], [[key, _cell(value)] for key, value in known.items()]))
-        for title, known in rows.items()
-        if known
-    ]
-    lead = "What differs from the defaults, and below all of it." if changed else "As the run had them."
-    return Section("Settings", lead, html)
+    html = [_values("setting", run.changed)] if run.changed else []
+    more = {"all settings": run.settings, "environment": run.environment}
+    html += [details(title, _values("name", known)) for title, known in more.items() if known]
+    return Section(
+        "Settings", "First those that differ from their defaults." if run.changed else "All of the run.", html
+    )
+
+
+def _values(name: str, known: Mapping[str, Any]) -> str:
+    return table([name, "value"], [[key, _shown(value)] for key, value in known.items()])
 
 
 def _differences(runs: Sequence[Run]) -> Section:
     html = []
     for title, known in (("setting", [r.settings for r in runs]), ("environment", [r.environment for r in runs])):
-        rows = [[key, *(_cell(of.get(key)) for of in known)] for key in _differing(known)]
+        rows = [[key, *(_shown(of.get(key)) for of in known)] for key in _differing(known)]
         html += [table([title, *(run.name for run in runs)], rows)] if rows else []
     return Section("Settings", "In what the runs differ; what all have alike is left out.", html)
 
@@ -223,14 +224,14 @@ def _rest(runs: Sequence[Run], charts: str) -> Section:
 
 def _differing(known: Sequence[dict[str, Any]]) -> list[str]:
     return [
-        key for key in dict.fromkeys(key for of in known for key in of) if len({_cell(of.get(key)) for of in known}) > 1
+        key
+        for key in dict.fromkeys(key for of in known for key in of)
+        if len({_shown(of.get(key)) for of in known}) > 1
     ]
 
 
-def _cell(value: Any) -> str | float | None:
-    if isinstance(value, bool) or not isinstance(value, str | float | int | None):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return value
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _or_dash(value: int | None) -> str:

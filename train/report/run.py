@@ -10,20 +10,30 @@ from mixtral_jax.train.attempts import Book, add_up, read_attempts
 from mixtral_jax.train.report.experts import Loads, read_loads
 from mixtral_jax.train.report.history import History, read
 from mixtral_jax.train.report.thin import POINTS
-from mixtral_jax.train.run_files import NAMES, Standing, flat, json_object, lines_backwards, standing, yaml_object
+from mixtral_jax.train.run_files import (
+    NAMES,
+    Advance,
+    Standing,
+    flat,
+    json_object,
+    lines_backwards,
+    standing,
+    yaml_object,
+)
 
 _LOG_LINES, _LOG_BYTES = 40, 1 << 16
+_CHANGED = "changed_settings."
 _HOURS = 2 * 3600.0  # from so many seconds on time is in hours
 
 
 class Run(NamedTuple):
-    """One run. `changed`: settings that differ from their defaults, None where the run does not say."""
+    """One run. `changed`: settings that differ from their defaults; older runs do not say."""
 
     name: str
     place: Path
     standing: Standing
     settings: dict[str, Any]
-    changed: set[str] | None
+    changed: dict[str, Any]
     environment: dict[str, Any]
     history: History
     loads: Loads | None
@@ -44,15 +54,16 @@ class Run(NamedTuple):
         return float(self.history.clock.times[-1] - self.began) if len(self.history.clock.times) else 0.0
 
 
-def read_run(place: Path, name: str, points: int = POINTS) -> Run:
-    """Whatever is missing or damaged is empty."""
-    environment = json_object(place / "env.json")
-    changed = environment.pop("changed_settings", None)
+def read_run(place: Path, name: str, points: int = POINTS, advance: Advance | None = None) -> Run:
+    """Whatever is missing or damaged is empty; `advance` is told the bytes of the two large files as they are read."""
+    environment = flat(json_object(place / "env.json"))
     attempts = read_attempts(place / "attempts" / "goodput.jsonl")
     return Run(
         name, place, standing(place), flat(yaml_object(place / "config.yaml"), skip=NAMES),
-        {*flat(changed)} if isinstance(changed, dict) else None, flat(environment),
-        read(place / "metrics.jsonl", points), read_loads(place / "moe.jsonl"), attempts, add_up(attempts),
+        {key.removeprefix(_CHANGED): value for key, value in environment.items() if key.startswith(_CHANGED)},
+        {key: value for key, value in environment.items() if not key.startswith(_CHANGED)},
+        read(place / "metrics.jsonl", points, advance), read_loads(place / "moe.jsonl", advance), attempts,
+        add_up(attempts),
         _samples(place / "samples"), _log(place / "logs" / "process_0.log"),
     )  # fmt: skip
 
