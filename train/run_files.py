@@ -148,8 +148,8 @@ def lines_backwards(
 ) -> Iterator[dict[str, Any]]:
     """The objects with a `step` of a file of JSON lines, the last one first; of its end alone where that is asked for.
 
-    In bounded memory; lines that are cut off or damaged are left out, and a file that cannot be read has none. `advance`
-    is told the bytes that were read, and of what.
+    In bounded memory; lines that are cut off or damaged are left out, and a file that cannot be read has none.
+    `advance` is told the bytes that were read, and of what.
     """
     with contextlib.suppress(OSError), file.open("rb") as stream:
         position, rest = stream.seek(0, os.SEEK_END), b""

@@ -1,5 +1,6 @@
 """Which metrics stand in which chart, and the charts of one run or of several over each other."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ def _one(title: str, metric: str, *more: Any) -> Chart:
 
 
 LEARNING = (
-    Chart("Loss", {"training": "train/loss", "of tokens": "train/ce_loss", "of pairs": "train/pair_loss",
+    Chart("Loss", {"training": "train/loss", "cross-entropy": "train/ce_loss", "of pairs": "train/pair_loss",
                    "held out": "eval/loss"}, "", False),
-    Chart("Held-out bits per byte", {"all": "eval/bits_per_byte", "": "eval/*/bits_per_byte"}, "", False),
+    Chart("Held-out bits per byte", {"all sources": "eval/bits_per_byte", "": "eval/*/bits_per_byte"}, "", False),
     Chart("Held-out loss by source", {"": "eval/*/loss"}, "", False),
     Chart("Accuracy of the next token", {"training": "train/accuracy", "held out": "eval/accuracy"}, " %", None, 100),
     Chart("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}),
@@ -76,7 +77,7 @@ def draw(chart: Chart, runs: Sequence[Run], axes: Axes, smooth: int) -> list[str
     found = {label: [run.history.curves.get(key) for run in runs] for label, key in _metrics(chart, runs).items()}
     found = {label: curves for label, curves in found.items() if any(map(_says_something, curves))}
     if len(runs) == 1:
-        names = {label: runs[0].name if len(found) == 1 else label for label in found}
+        names = {label: runs[0].name if label == chart.title.lower() else label for label in found}
         series = [_series(names[label], one, chart, runs[0], axes, smooth) for label, (one,) in found.items() if one]
         picture = lines(chart.title, series, unit=chart.unit, log=chart.log, marks=marks(runs[0], axes))
         return [picture] if series else []
@@ -146,7 +147,7 @@ def _series(name: str, curve: Sequence[Point], chart: Chart, run: Run, axes: Axe
     points = smoothed(curve, smooth)
     axis = axes.name(run, [point.step for point in points])
     middle, low, high = ([chart.times * point[i] for point in points] for i in (1, 2, 3))
-    if low == high or all(point.low == point.high or point.low != point.low for point in points):
+    if all(point.low == point.high or math.isnan(point.low) for point in points):
         return Series(name, axis, middle)
     return Series(name, axis, middle, low, high)
 

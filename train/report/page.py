@@ -194,9 +194,8 @@ def _settings(run: Run) -> Section:
     html = [_values("setting", run.changed)] if run.changed else []
     more = {"all settings": run.settings, "environment": run.environment}
     html += [details(title, _values("name", known)) for title, known in more.items() if known]
-    return Section(
-        "Settings", "First those that differ from their defaults." if run.changed else "All of the run.", html
-    )
+    lead = "First those that differ from their defaults." if run.changed else "All that the run had."
+    return Section("Settings", lead, html)
 
 
 def _values(name: str, known: Mapping[str, Any]) -> str:
@@ -223,11 +222,8 @@ def _rest(runs: Sequence[Run], charts: str) -> Section:
 
 
 def _differing(known: Sequence[dict[str, Any]]) -> list[str]:
-    return [
-        key
-        for key in dict.fromkeys(key for of in known for key in of)
-        if len({_shown(of.get(key)) for of in known}) > 1
-    ]
+    keys = dict.fromkeys(key for of in known for key in of)
+    return [key for key in keys if len({_shown(of.get(key)) for of in known}) > 1]
 
 
 def _shown(value: Any) -> str:
