@@ -140,13 +140,12 @@ def _samples(run: Run) -> Section:
 
 
 def _strips(loads: Loads) -> str:
-    """A strip for each layer, in the same colours; where there are many layers one at a time."""
+    """A strip for each layer, from none to twice an even share; where there are many layers one at a time."""
     layers, experts, _ = loads.load_LES.shape
-    far = float(abs(loads.load_LES[loads.load_LES == loads.load_LES] - 1).max(initial=0.01))
     strips = {
         f"{layer}": heat_map(
             f"Layer {layer}: load of its experts", load_ES, rows=range(experts), columns=loads.steps,
-            names=("expert", "step"), center=1.0, limits=(1 - far, 1 + far), width=_STRIP,
+            names=("expert", "step"), center=1.0, limits=(0, 2), width=_STRIP,
         )
         for layer, load_ES in enumerate(loads.load_LES)
     }  # fmt: skip
