@@ -130,12 +130,6 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pretrain" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["routing"])
-def test_reserved_commands_say_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main([name, "what", "--ever", "x"]) == 2
-    assert capsys.readouterr().err == f"error: {name} is not built yet\n"
-
-
 def test_every_function_that_a_command_names_exists() -> None:
     named = set(re.findall(r'"((?:train|convert)[\w.]*):(\w+)"', Path(launch.__file__).read_text(encoding="utf-8")))
     assert len(named) > 5

@@ -155,6 +155,18 @@ COMMANDS = {
         _told("--top-p", "sample from the likeliest tokens of this total mass", default=1.0),
         _told("--seed", "the same seed gives the same text", default=0),
         _told("--dtype", "default: float32 on CPU, else bfloat16", choices=("float32", "bfloat16"))),
+    "routing": Command(
+        "train.commands.routing:routing", "what the routers do with text: loads, repetition, what each expert likes",
+        _CHECKPOINT,
+        _told("--data", "text of a domain; may be repeated; or a run file, for its validation sources; default: "
+              "those of the run, else the bundled samples", action="append", metavar="NAME=PATH"),
+        _told("--against", "a checkpoint of the same shape: count what changed since", metavar="CHECKPOINT"),
+        _told("--tokens", "tokens of each domain", default=50_000),
+        _told("--layers", "such as 0,15,31; default: all", metavar="I,J"),
+        _told("--seq-len", "tokens of a row; default: the run's, else 1024", type=int, metavar="N"),
+        _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
+        _told("--out", "where the files go; default: <run>/routing/<step>, or CHECKPOINT-routing", metavar="DIR"),
+        _JSON, *_JOINING),
     "runs ls": Command(
         "train.commands.runs:ls", "the runs in a directory: state, step, loss, speed, goodput, age",
         _told("directory", "where run directories are", nargs="?", default="runs", metavar="DIR"),

@@ -20,6 +20,7 @@ _VIRIDIS = (
 _BELOW, _ABOVE = (0, 114, 178), (230, 97, 0)
 _WIDEST_CELL, _TEXT_FROM = 38, 30  # pixels
 _SHARP = 8  # dots of a picture to a cell: programs that show PDF blur the borders of dots
+Values = Sequence[float | None] | np.ndarray
 Box = tuple[float, float, float, float]  # left and top of a map, width and height of a cell
 
 
@@ -33,9 +34,9 @@ class Series:
 
     name: str
     axis: str
-    y: Sequence[float | None]
-    low: Sequence[float | None] | None = None
-    high: Sequence[float | None] | None = None
+    y: Values
+    low: Values | None = None
+    high: Values | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def heat_map(
     title: str,
     values: Sequence[Sequence[float]] | np.ndarray,
     *,
-    rows: Sequence[object],
-    columns: Sequence[object],
+    rows: Sequence[str | float],
+    columns: Sequence[str | float],
     names: tuple[str, str] = ("layer", "expert"),
     unit: str = "",
     center: float | None = None,
@@ -102,7 +103,14 @@ def heat_map(
     for r, c in np.argwhere(marked) if marked is not None else ():
         drawn += f'<circle cx="{left + (c + 1) * wide - 4:g}" cy="{8 + r * box[3]:g}" r="2"/>'
     more = {name: _flat(np.asarray(each, float)) for name, each in (also or {}).items()}
-    data = {"title": title, "rows": row_names, "columns": column_names, "names": names, "unit": unit, "box": box}
+    data: dict[str, Any] = {
+        "title": title,
+        "rows": row_names,
+        "columns": column_names,
+        "names": names,
+        "unit": unit,
+        "box": box,
+    }
     said = [f"{'≤ ' * bool(np.any(grid < low))}{low:.3g}", f"{'≥ ' * bool(np.any(grid > high))}{high:.3g}"]
     label = f"{title}: {names[0]} by {names[1]}, {said[0]} to {said[1]}{unit}; arrow keys read it"
     size = f"{right + 4 * len(column_names[-1]) if column_names else right:g}", f"{bottom + 34:g}"

@@ -13,7 +13,7 @@ for (const name of new Set(CHARTS.flatMap(({ data }) => data.series.map(one => o
   STYLES.set(name, { index, class: `c${index % 8}`, dash: DASHES[Math.floor(index / 8) % 4] });
 }
 
-function ticks(low, high, count, log) {
+function ticks(low, high, count, log = false, whole = false) {
   if (log) {
     const decades = Math.log10(high / low), found = [];
     for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e += Math.max(1, Math.round(decades / count)))
@@ -22,7 +22,7 @@ function ticks(low, high, count, log) {
     return found.length > 1 ? found : [low, high];
   }
   const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-  const step = power * [1, 2, 2.5, 5, 10].find(m => m * power >= raw * 0.999);
+  const step = power * [1, 2, 2.5, 5, 10].find(m => m * power >= raw * 0.999 && (!whole || Number.isInteger(m * power))) || 1;
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
@@ -50,7 +50,7 @@ function draw(chart) {
     make("path", { class: "rule", d: `M${left} ${py(y).toFixed(1)}H${right}` }, svg);
     make("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, svg, number(y));
   }
-  for (const x of ticks(first, last, Math.max(2, width / 85)))
+  for (const x of ticks(first, last, Math.max(2, width / 85), false, xs.every(Number.isInteger)))
     make("text", { x: px(x), y: bottom + 15, "text-anchor": "middle" }, svg, number(x));
   make("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, svg, kind);
   const marks = data.marks.map(mark => ({ text: mark.text, x: mark.x[kind], until: mark.until?.[kind] })).filter(mark => mark.x >= first && mark.x <= last);

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def measure(
         capacity_factor=options.capacity_factor, capacity_is_own=own_capacity,
         capacity_tokens=options.rows * options.seq_len,
         chance_first=1 / experts, chance_any=1 - math.comb(experts - top_k, top_k) / math.comb(experts, top_k),
-        notes=tuple(_notes(models[0])),
+        notes=tuple(_notes(models[0], sums, asked)),
         domains=tuple(domain(*each) for each in sums.items()), all=domain("all", functools.reduce(add, sums.values())),
         likings=together.likings(functools.partial(piece, tokenizer)),
         together_LEE=together.pairs_LEE, together_ratio_LEE=pairs_ratio(together.pairs_LEE),
@@ -75,13 +75,17 @@ def _coloured(name: str, seen: Observed, tokens: Tokens, tokenizer: Tokenizer) -
     return found
 
 
-def _notes(model: Mixtral) -> list[str]:
-    equal = np.flatnonzero(_copies(model))
-    return [
-        f"The experts of {'every layer' if len(equal) == model.config.num_hidden_layers else f'{len(equal)} layers'} "
-        "are copies of one another (upcycled, and not trained since): whom the router chooses changes nothing there, "
-        "and what follows shows how a router that has learned nothing splits the tokens."
-    ] * bool(len(equal))
+def _notes(model: Mixtral, sums: Mapping[str, Tally], asked: int) -> Iterator[str]:
+    equal = int(np.sum(_copies(model)))
+    if equal:
+        yield (
+            f"The experts of {equal} of {model.config.num_hidden_layers} layers are copies of one another (upcycled, "
+            "and not trained since): whom the router chooses changes nothing there, and what is below is how a router "
+            "that has learned nothing splits the tokens."
+        )
+    for name, own in sums.items():
+        if own.choice.size < asked:
+            yield f"{name} has {own.choice.size:,} tokens, fewer than the {asked:,} that were asked for."
 
 
 @jax.jit

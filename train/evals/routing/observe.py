@@ -77,29 +77,29 @@ def observe(
         n = min(size, len(tokens.ids_N) - start)
         flat = (np.pad(each[start : start + n], (0, size - n)) for each in numbered)
         rows = (each.reshape(1, options.rows, -1)[:, index * own : (index + 1) * own] for each in flat)
-        seen = jax.device_get(_observe(model, put(Rows(*rows)), options))
-        found.append(seen._replace(expert_NLC=seen.expert_NLC[:n].astype(np.uint16), gate_NLC=seen.gate_NLC[:n]))
+        batch = _observe(model, put(Rows(*rows)), options.capacity_factor, options.capacity_order)
+        expert_MLC, gate_MLC, *sums_L = jax.device_get(batch)
+        expert_MLC = expert_MLC.astype(np.uint16)
+        shown = list(options.layers)
+        found.append(Observed(expert_MLC[:n, shown], gate_MLC[:n, shown], *(each[shown] for each in sums_L)))
         advance(n)
     experts, gates, *sums = zip(*found, strict=True)
     return Observed(np.concatenate(experts), np.concatenate(gates), *(np.sum(each, 0, np.float64) for each in sums))
 
 
-@partial(jax.jit, static_argnames="options")
-def _observe(model: Mixtral, batch: Rows, options: Options) -> Observed:
+@partial(jax.jit, static_argnums=(2, 3))
+def _observe(model: Mixtral, batch: Rows, capacity_factor: float, order: str) -> Observed:
     rows: Rows = jax.tree.map(operator.itemgetter(0), batch)
     routing = model.routing(rows.tokens, rows.positions, rows.segment_ids)
-    of_layers = jnp.array(options.layers)
-    whole = jax.tree.map(
-        lambda x: _everywhere(x[:, :, of_layers].reshape(-1, len(options.layers), x.shape[-1])), routing
-    )
+    whole = jax.tree.map(lambda x: _everywhere(x.reshape(-1, *x.shape[2:])), routing)
     valid_M = _everywhere(rows.segment_ids.reshape(-1)) > 0
     experts, top_k = whole.probs_ME.shape[-1], whole.expert_MC.shape[-1]
-    capacity = jnp.ceil(options.capacity_factor * jnp.sum(valid_M) * top_k / experts).astype(jnp.int32)
+    capacity = jnp.ceil(capacity_factor * jnp.sum(valid_M) * top_k / experts).astype(jnp.int32)
 
     def of_layer(own: Routing) -> tuple[jax.Array, ...]:
         wanted_MC = jnp.where(valid_M[:, None], own.expert_MC, experts)
         standing_MC = own.gate_MC if top_k > 1 else jnp.max(own.probs_ME, axis=-1, keepdims=True)
-        taken_MC = limit_capacity(wanted_MC, standing_MC, experts, capacity, options.capacity_order)
+        taken_MC = limit_capacity(wanted_MC, standing_MC, experts, capacity, order)
         sums = router_stats(own, valid_M.astype(jnp.float32), taken_MC != wanted_MC)
         best, second = jnp.moveaxis(jax.lax.top_k(own.logits_ME, 2)[0], -1, 0)
         return sums.entropy_L, jnp.sum(valid_M * (best - second)), sums.dropped_L

@@ -3,7 +3,10 @@
 import base64
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
+from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 
@@ -35,10 +38,11 @@ def render(result: Result) -> str:
     parts = [_overview, _shares, _repetition, _texts, _likings, _together, _health]
     if result.all.changed is not None:
         parts.insert(1, _changed)
+    place = [name for name in Path(result.checkpoint).parts if name != "checkpoints"]
     return page(
-        f"Routing of {result.checkpoint}",
+        f"Routing of {'/'.join(place[-2:])}",
         [part(result) for part in parts],
-        subtitle=f"{result.experts} experts, {result.top_k} a token",
+        subtitle=f"{result.experts} experts, {result.top_k} a token · {result.checkpoint}",
         axes={"layers": {"layer": result.layers}},
         script=files("mixtral_jax.train.evals.routing").joinpath("texts.js").read_text("utf-8"),
     )
@@ -46,7 +50,7 @@ def render(result: Result) -> str:
 
 def _overview(result: Result) -> Section:
     last, all_ = result.layers[-1], result.all
-    numbers = {
+    numbers: dict[str, str | float] = {
         "tokens": all_.tokens,
         "documents": all_.documents,
         "layers": f"{len(result.layers)} of {result.model_layers}",
@@ -70,9 +74,10 @@ def _changed(result: Result) -> Section:
         "Another set of choices, %": "any_L",
         "Gate moved to other experts, %": "gate_L",
     }
-    values: dict[str, Value] = {title: lambda d, key=key: 100 * getattr(d.changed, key) for title, key in kinds.items()}
-    whole = (*result.domains, result.all)
-    rows = [[each.name, *(float(value(each).mean()) for value in values.values())] for each in whole]
+    values = {title: _percent(f"changed.{key}") for title, key in kinds.items()}
+    rows: list[list[str | float]] = [
+        [each.name, *(float(value(each).mean()) for value in values.values())] for each in (*result.domains, result.all)
+    ]
     charts = [lines(title, _by_layer(result, value)) for title, value in values.items()]
     lead = (
         f"Beside {result.against}, on the same tokens: the share whose first expert or set of experts is another, "
@@ -85,14 +90,14 @@ def _changed(result: Result) -> Section:
 def _shares(result: Result) -> Section:
     even = 100 / result.experts
     views: dict[str, Callable[[Domain], tuple[np.ndarray, np.ndarray]]] = {
-        f"{_ORDINALS[c]} choice": lambda d, c=c: (d.share_LCE[:, c], d.share_band_LCE[:, c])
-        for c in range(min(result.top_k, len(_ORDINALS)))
+        f"{ordinal} choice": partial(_choice, c) for c, ordinal in enumerate(_ORDINALS[: result.top_k])
     }
     if result.top_k > 1:
         views["all choices"] = lambda d: (d.either_LE, d.either_band_LE)
     options = {}
     for view, values_of in views.items():
-        values = [(each, *(100 * v for v in values_of(each))) for each in (*result.domains, result.all)]
+        values = [(each, *values_of(each)) for each in (*result.domains, result.all)]
+        values = [(each, 100 * share, 100 * band) for each, share, band in values]
         far = min(even, max(np.abs(share - even).max() for _, share, _ in values))
         options[view] = grid([
             heat_map(
@@ -110,6 +115,10 @@ def _shares(result: Result) -> Section:
     return Section("Who gets the tokens", lead, [choose("choice", options)])
 
 
+def _choice(c: int, each: Domain) -> tuple[np.ndarray, np.ndarray]:
+    return each.share_LCE[:, c], each.share_band_LCE[:, c]
+
+
 def _repetition(result: Result) -> Section:
     kinds = (
         ("Same first choice", "repeat_first", "loads_first", result.chance_first),
@@ -118,7 +127,8 @@ def _repetition(result: Result) -> Section:
     at = sorted({0, len(result.layers) // 2, len(result.layers) - 1})
     tables, charts = [], []
     for title, name, loads, chance in kinds:
-        rows, strong = [], set()
+        rows: list[list[str | float]] = []
+        strong: set[tuple[int, int]] = set()
         for i, each in enumerate((*result.domains, result.all)):
             share, band, drawn = (getattr(each, f"{key}_L") for key in (name, f"{name}_band", loads))
             rows.append([each.name, *(100 * share[at])])
@@ -128,7 +138,7 @@ def _repetition(result: Result) -> Section:
         rows += [[_EVEN, *[100 * chance] * len(at)], [_LOADS, *by_loads[at]]]
         heads = ["domain", *(f"layer {result.layers[i]}" for i in at)]
         tables.append(table(heads, rows, caption=f"{title}, %", strong=strong, decimals=1))
-        series = _by_layer(result, lambda d, name=name: 100 * getattr(d, f"{name}_L"), f"{name}_band_L")
+        series = _by_layer(result, _percent(f"{name}_L"), _percent(f"{name}_band_L"))
         levels = {_EVEN: np.full(len(by_loads), 100 * chance), _LOADS: by_loads}
         series += [Series(called, "layers", level) for called, level in levels.items()]
         charts.append(lines(f"{title}, by layer", series, unit=" %"))
@@ -209,7 +219,8 @@ def _relation(title: str, ratio_EE: np.ndarray, tokens_EE: np.ndarray, names: tu
 
 def _flow(result: Result) -> str:
     """The paths that are taken most above expectation, as curves from layer to layer."""
-    across, down = 76, 22 if result.experts <= 16 else 12
+    across = min(220, max(76, 900 // max(1, len(result.layers) - 1)))
+    down = 22 if result.experts <= 16 else 12
     links = []
     for i, (paths_EE, ratio_EE) in enumerate(zip(result.paths_LEE, result.paths_ratio_LEE, strict=True)):
         share_EE, ratio_EE = paths_EE / max(paths_EE.sum(), 1), np.nan_to_num(ratio_EE)
@@ -242,7 +253,7 @@ def _health(result: Result) -> Section:
         "Largest load / mean load": lambda d: d.load_max_L,
         "Deviation of loads / mean load": lambda d: d.load_cv_L,
         "Experts that no token chose": lambda d: d.dead_L,
-        f"Dropped at a capacity factor of {result.capacity_factor:g}, %": lambda d: 100 * d.dropped_L,
+        f"Dropped at a capacity factor of {result.capacity_factor:g}, %": _percent("dropped_L"),
     }
     own = "is the run's own" if result.capacity_is_own else "is no setting of this model, but shows what one would cost"
     lead = (
@@ -253,11 +264,15 @@ def _health(result: Result) -> Section:
     return Section("How sure, and how even", lead, [grid(drawn)])
 
 
-def _by_layer(result: Result, value: Value, band: str | None = None) -> list[Series]:
-    """A line for each domain, with its band, in percent, where one is named and known."""
+def _percent(key: str) -> Value:
+    return lambda d: 100 * attrgetter(key)(d)
+
+
+def _by_layer(result: Result, value: Value, band: Value = lambda _: np.array(np.nan)) -> list[Series]:
+    """A line for each domain, with its band where that is known."""
     series = []
     for each in result.domains:
-        middle, half = value(each), 100 * getattr(each, band) if band else np.array([np.nan])
+        middle, half = value(each), band(each)
         edges = (None, None) if np.isnan(half).any() else (middle - half, middle + half)
         series.append(Series(each.name, "layers", middle, *edges))
     return series
