@@ -180,8 +180,8 @@ def number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """The same of whole numbers."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """The same of whole numbers, as far as a float can count."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53 else None
 
 
 def _seconds(when: Any) -> float | None:

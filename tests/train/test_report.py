@@ -202,6 +202,7 @@ def test_text_of_models_and_people_is_text(tmp_path):
         {"metrics_jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo'},
         {"metrics_jsonl": '{"step": 1, "train/tokens": "x", "b": true, "eval/": 1, "eval//": 2}\n[1]\nnull\n\xff'},
         {"metrics_jsonl": '{"step": 1, "rollback/step": null, "train/tokens": 1e999, "c": ' + "1" * 400 + "}"},
+        {"metrics_jsonl": '{"step": 99999999999999999999, "x": 1}\n{"step": -1, "train/tokens": 1, "time": NaN}'},
         {"STATUS": "{}", "moe_jsonl": '{"step": 1, "counts": [[0, 0]]}', "samples__x_jsonl": "{", "env_json": "[1]"},
         {"STATUS": "{}", "config_yaml": "a: [", "eval__5__passkey_json": '{"accuracy": [[1], 2]}'},
         {"STATUS": "{}", "attempts__goodput_jsonl": '{"attempt": 1}\n', "eval__x__by_length_json": '{"position": 3}'},

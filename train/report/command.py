@@ -42,9 +42,9 @@ def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smoo
 
 def write_page(place: Path) -> str:
     """At the end of a run; a sentence that says where it lies, or why there is none: it is no part of the run."""
-    if (size := _size(place)) > _AT_ONCE:
-        return f"the run's page: mixtral-jax report {place} makes it, of {size / 1e6:.0f} MB of metrics"
     try:
+        if (size := _size(place)) > _AT_ONCE:
+            return f"the run's page: mixtral-jax report {place} makes it, of {size / 1e6:.0f} MB of metrics"
         _write(place / FILE, _page([place], 1, ""))
     except Exception as error:
         return f"the run's page could not be made: {type(error).__name__}: {error}"

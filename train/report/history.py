@@ -22,13 +22,9 @@ class Clock(NamedTuple):
     tokens: np.ndarray
     times: np.ndarray
 
-    def tokens_at(self, steps: Sequence[float]) -> np.ndarray:
-        """Linear between the lines."""
-        return _between(steps, self.steps, self.tokens)
-
-    def times_at(self, steps: Sequence[float]) -> np.ndarray:
-        """The same of the time."""
-        return _between(steps, self.steps, self.times)
+    def at(self, steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and times of steps, linear between the lines."""
+        return _between(steps, self.steps, self.tokens), _between(steps, self.steps, self.times)
 
 
 class History(NamedTuple):

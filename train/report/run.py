@@ -45,13 +45,17 @@ class Run(NamedTuple):
     @property
     def began(self) -> float:
         """When, in seconds since 1970; NaN where nothing says so."""
-        started = [attempt["job_start_time"] for attempt in self.attempts]
-        return min([*started, *self.history.clock.times[:1]], default=np.nan)
+        return min([*(attempt["job_start_time"] for attempt in self.attempts), *self._times[:1]], default=np.nan)
 
     @property
     def seconds(self) -> float:
-        """From its beginning to its last line."""
-        return float(self.history.clock.times[-1] - self.began) if len(self.history.clock.times) else 0.0
+        """From its beginning to its last line that says when it was written; NaN where none does."""
+        return float(self._times[-1] - self.began) if len(self._times) else np.nan
+
+    @property
+    def _times(self) -> np.ndarray:
+        times = self.history.clock.times
+        return times[np.isfinite(times)]
 
 
 def read_run(place: Path, name: str, points: int = POINTS, advance: Advance | None = None) -> Run:
@@ -84,7 +88,7 @@ class Axes:
         logged = all(len(clock.steps) for clock in clocks)
         self._has_tokens = logged and all(np.isfinite(clock.tokens).any() for clock in clocks)
         self._has_time = logged and all(np.isfinite(clock.times).any() for clock in clocks)
-        self._unit = ("hours", 3600.0) if max((r.seconds for r in runs), default=0) > _HOURS else ("minutes", 60.0)
+        self._unit = ("hours", 3600.0) if any(run.seconds > _HOURS for run in runs) else ("minutes", 60.0)
         self._names = dict[tuple[str, ...], str]()
         self.places = dict[str, dict[str, list[float]]]()
 
@@ -98,15 +102,12 @@ class Axes:
 
     def at(self, run: Run, steps: Sequence[float]) -> dict[str, list[float]]:
         """The places of steps on every kind of axis."""
+        tokens, times = run.history.clock.at(steps)
         found = {"step": [int(step) if float(step).is_integer() else step for step in steps]}
-        if self._has_tokens:
-            found["tokens"] = [round(tokens) for tokens in run.history.clock.tokens_at(steps)]
-        if self._has_time:
-            found |= self.times(run, run.history.clock.times_at(steps))
-        return found
+        return found | ({"tokens": [*map(round, tokens)]} if self._has_tokens else {}) | self.times(run, times)
 
     def times(self, run: Run, times: Sequence[float] | np.ndarray) -> dict[str, list[float]]:
-        """Of seconds since 1970, since the run began; nothing where time is no axis."""
+        """Seconds since 1970 as time since the run began; nothing where that is no axis."""
         name, seconds = self._unit
         return {name: [(time - run.began) / seconds for time in times]} if self._has_time else {}
 

@@ -1,6 +1,6 @@
 """A page that is made anew at every look, on this machine alone."""
 
-import os
+import contextlib
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,9 +30,7 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host") not in (
-                f"{name}:{self.server.server_address[1]}" for name in (LOCAL, "localhost")
-            ):
+            if self.headers.get("Host", "").rpartition(":")[0] not in (LOCAL, "localhost"):
                 return self.send_error(403)  # the page of another site has asked, under a name of its own
             if self.path not in ("/", "/state"):
                 return self.send_error(404)
@@ -52,9 +50,7 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
     try:
         server = ThreadingHTTPServer((LOCAL, port), Handler)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--port {port}: {getattr(error, 'strerror', None) or error}; 0 takes any that is free"
-        ) from error
+        raise UserError(f"--port {port} cannot be used ({error}); 0 takes any that is free") from error
     with server:
         say(f"http://{LOCAL}:{server.server_address[1]}/ shows it as it comes further; Ctrl-C ends this")
         try:
@@ -65,12 +61,10 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
 
 def _state(places: Sequence[Path]) -> str:
     """Another text where a run has written something since."""
-    files = [place / name for place in places for name in ("metrics.jsonl", "STATUS")]
-    return " ".join(f"{stat.st_size}-{stat.st_mtime_ns}" for file in files if (stat := _stat(file)))
-
-
-def _stat(file: Path) -> os.stat_result | None:
-    try:
-        return file.stat()
-    except OSError:
-        return None
+    said = list[str]()
+    for place in places:
+        for name in ("metrics.jsonl", "STATUS"):
+            with contextlib.suppress(OSError):
+                stat = (place / name).stat()
+                said.append(f"{stat.st_size}-{stat.st_mtime_ns}")
+    return " ".join(said)
