@@ -294,7 +294,7 @@ def test_a_reader_goes_through_it(opened, tmp_path):
     assert titles[:1] == ["Loss"] and "Norm of the gradient" in titles
     assert browser.js("document.querySelectorAll('figure.heat').length") == 2
     browser.hover("figure.lines > svg", across=0.999)
-    assert tip(browser).split() == ["step", "50", "a", f"{lines[-1]['train/loss']:.4g}"]
+    assert tip(browser).split() == ["step", "50", "training", f"{lines[-1]['train/loss']:.4g}"]
     browser.js("[...document.querySelectorAll('.switches label')].find(l => l.innerText === 'tokens').click()")
     browser.hover("figure.lines > svg", across=0.999)
     assert tip(browser).split()[:2] == ["tokens", "500"]

@@ -43,13 +43,14 @@ def render(runs: Sequence[Run], *, smooth: int = 1, script: str = "") -> str:
     """
     axes, single = Axes(runs), len(runs) == 1
 
-    def curves(charts: Sequence[Chart]) -> str:
-        return grid(found) if (found := [*drawn(charts, runs, axes, smooth)]) else ""
+    def curves(charts: Sequence[Chart], least: int = 340) -> str:
+        found = [*drawn(charts, runs, axes, smooth)]
+        return f'<div style="--least: {least}px">{grid(found)}</div>' if found else ""
 
     one = runs[0]
     sections = [
         _summary(one) if single else _comparison(runs),
-        Section("Learning", _CURVES + _MARKS * single, [f'<div style="--least: 480px">{curves(LEARNING)}</div>']),
+        Section("Learning", _CURVES + _MARKS * single, [curves(LEARNING, least=480)]),
         *([_evaluations(one), _samples(one)] if single else []),
         Section("Optimizer", "What the updates were made with.", [curves(OPTIMIZER)]),
         Section(
@@ -93,9 +94,9 @@ def _summary(run: Run) -> Section:
 
 
 def _ending(run: Run) -> str:
-    stands = run.standing
-    ago = "" if stands.age is None else f" {age(stands.age)} before this page was made"
-    return f"{stands.reason}." if stands.reason else f"It said so{ago}." if stands.state != "unknown" else "No STATUS."
+    if run.standing.reason:
+        return f"{run.standing.reason}."
+    return "" if run.standing.age is None else f"STATUS was written {age(run.standing.age)} before this page."
 
 
 def _comparison(runs: Sequence[Run]) -> Section:

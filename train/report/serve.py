@@ -51,12 +51,9 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
         server = ThreadingHTTPServer((LOCAL, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port} cannot be used ({error}); 0 takes any that is free") from error
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
         say(f"http://{LOCAL}:{server.server_address[1]}/ shows it as it comes further; Ctrl-C ends this")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("")
+        server.serve_forever()
 
 
 def _state(places: Sequence[Path]) -> str:
