@@ -90,7 +90,7 @@ def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
 
 
 _NEXT = """
-Everything is in {run}: metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
+Everything is in {run}: report.html (its page), metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
 
 What to try next
   .venv/bin/python launch.py generate {run} --prompt "Debian is" --temperature 0.7

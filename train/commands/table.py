@@ -222,6 +222,13 @@ COMMANDS = {
         _told("run", "its directory", metavar="RUN"),
         _told("--lines", "how many", default=10),
         _flag("--follow", "go on with what it says next, until it ends or Ctrl-C")),
+    "report": Command(
+        "train.report:report", "the page of one run, or of several over each other: curves, experts, samples, time",
+        _told("runs", "their directories", nargs="+", metavar="RUN"),
+        _told("--out", "the page; default: report.html in the run's directory, of several in this one", metavar="FILE"),
+        _flag("--watch", "serve it on this machine, anew as the runs come further, until Ctrl-C"),
+        _told("--port", "where --watch does; 0: any that is free", default=0),
+        _told("--smooth", "draw lines as the mean over so many points; bands stay", default=1, metavar="N")),
     "config show": Command("show", "the resolved file, each value with the place that set it", _CFG),
     "config schema": Command(
         "train.commands.tools:schema", "JSON Schema of a stage's file",
