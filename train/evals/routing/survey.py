@@ -43,9 +43,11 @@ def measure(
     with meter("Routing", total, show=show) as advance:
         for name, own in documents.items():
             tokens = tokens_of(own, options.seq_len)
-            seen, *before = (
-                observe(model, tokens, options, mesh, lambda n, name=name: advance(n, name)) for model in models
-            )
+
+            def say(size: int, name: str = name) -> None:
+                advance(size, name)
+
+            seen, *before = (observe(model, tokens, options, mesh, say) for model in models)
             sums[name] = tally(seen, tokens, experts, before[0] if before else None)
             together.add(seen, tokens)
             texts += _coloured(name, seen, tokens, tokenizer)
