@@ -100,7 +100,14 @@ def _environment() -> None:
 
 
 def _forward(calls: str, args: Parsed) -> int:
-    """Call `module:function` with the positional arguments, a CFG among them read, and the options as keywords."""
+    """Call `module:function` with what was given."""
+    positional, options = _given(args)
+    result = _function(*calls.split(":"))(*positional, **options)
+    return result if isinstance(result, int) else OK
+
+
+def _given(args: Parsed) -> tuple[list[Any], dict[str, Any]]:
+    """The positional arguments, a CFG among them read, and the options as keywords."""
     positional, options = [], {}
     for argument, told in args.does.arguments:
         key = told.get("dest", argument.strip("-").replace("-", "_"))
@@ -110,8 +117,7 @@ def _forward(calls: str, args: Parsed) -> int:
             positional.append(getattr(args, key))
         else:
             options[key] = getattr(args, key)
-    result = _function(*calls.split(":"))(*positional, **options)
-    return result if isinstance(result, int) else OK
+    return positional, options
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
@@ -120,6 +126,8 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 def _load(args: Parsed, command: str | None = None) -> Any:
+    if args.config is None:
+        return _function("train.config", "machine_config")(args.overrides)
     return _function("train.config", "load_config")(args.config, args.overrides, command=command)
 
 
@@ -146,15 +154,23 @@ def _train(args: Parsed) -> int:
 
 
 def _evaluate(args: Parsed) -> int:
-    config = _load(args).config
+    """CFG may be left out: it may then stand behind options, and an override in its place."""
+    if args.config is None or ("=" in args.config and not os.path.exists(args.config)):
+        words = [word for word in (args.config, *args.overrides) if word is not None]
+        args.config = next(filter(os.path.isfile, words), None)
+        args.overrides = [word for word in words if word != args.config]
+    (checkpoint, config), options = _given(args)
     _join(args, config)
-    return _function("train.commands.evaluate", "evaluate")(args.checkpoint, config, as_json=args.as_json)
+    own = {key: value for key, value in options.items() if key not in _JOINING}
+    return _function("train.commands.evaluate", "evaluate")(checkpoint, config, **own)
+
+
+_JOINING = ("coordinator", "num_processes", "process_id", "timeout")
 
 
 def _join(args: Parsed, config: Any) -> None:
     _function("train.run", "set_xla_flags")(config.compute.xla_flags)
-    how = {key: getattr(args, key) for key in ("coordinator", "num_processes", "process_id", "timeout")}
-    _function("train.run", "initialize")(**how)
+    _function("train.run", "initialize")(**{key: getattr(args, key) for key in _JOINING})
 
 
 def _plan(args: Parsed) -> int:

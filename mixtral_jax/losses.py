@@ -36,6 +36,13 @@ class CrossEntropy(NamedTuple):
     entropy_sum: Float[Array, ""]  # sum of w * entropy of the prediction, nats; 0 unless asked for
 
 
+class Scores(NamedTuple):
+    """Of each wanted token; 0 and False of the others. Gradients flow through the log-probabilities alone."""
+
+    logp_M: Float[Array, " M"]
+    best_M: Bool[Array, " M"]  # no logit is above the target's: a greedy choice
+
+
 def linear_cross_entropy(
     x_MD: Float[Array, "M D"],
     w_DV: Float[Array, "D V"],
@@ -71,8 +78,8 @@ def linear_logps(
     *,
     chunk: int = 0,
     vocab: int | None = None,
-) -> Float[Array, " M"]:
-    """log softmax(x_m W)[target_m] for each wanted token, fp32, and 0 for the others.
+) -> Scores:
+    """log softmax(x_m W)[target_m] for each wanted token, fp32, and whether a greedy choice would be the target.
 
     The backward pass computes each chunk's logits again, and adds up W's gradient in fp32.
     """
@@ -80,8 +87,12 @@ def linear_logps(
     order_M, used = _wanted_first(wanted_M, size)
     wanted_M, targets_M = _permuted(wanted_M, order_M), _permuted(targets_M, order_M)
     x_MD, w_DV, targets_M = same_variance(_permuted(x_MD, order_M), w_DV, targets_M)
-    logps_M = jnp.where(wanted_M, _logps((size, vocab), x_MD, w_DV, targets_M, used), 0)
-    return jnp.zeros_like(logps_M).at[order_M].set(logps_M, unique_indices=True, mode="promise_in_bounds")
+
+    def in_place(a_M: jax.Array) -> jax.Array:
+        a_M, none_M = jnp.where(wanted_M, a_M, jnp.zeros_like(a_M)), jnp.zeros_like(a_M)
+        return none_M.at[order_M].set(a_M, unique_indices=True, mode="promise_in_bounds")
+
+    return jax.tree.map(in_place, _logps((size, vocab), x_MD, w_DV, targets_M, used))
 
 
 def _wanted_first(wanted_M: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -217,24 +228,25 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logps(static, x_MD, w_DV, targets_M, used) -> jax.Array:
+def _logps(static, x_MD, w_DV, targets_M, used) -> Scores:
     chunk, vocab = static
 
     def one(_, xt):
         x_cD, targets_c = xt
-        _, lse_c, target_c, _ = _softmax_parts(_logits(x_cD, w_DV, vocab), targets_c)
-        return None, target_c - lse_c
+        _, lse_c, target_c, best_c = _softmax_parts(_logits(x_cD, w_DV, vocab), targets_c)
+        return None, Scores(target_c - lse_c, best_c)
 
-    none_c = varying(jnp.zeros(chunk, jnp.float32), sorted(variance(x_MD) - {"tensor"}))
-    _, logps_nc = _over_chunks(one, none_c, None, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M)))
-    return logps_nc.reshape(-1)[: x_MD.shape[0]]
+    axes = sorted(variance(x_MD) - {"tensor"})
+    none = Scores(*(varying(jnp.zeros(chunk, dtype), axes) for dtype in (jnp.float32, bool)))
+    _, found = _over_chunks(one, none, None, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M)))
+    return jax.tree.map(lambda a_nc: a_nc.reshape(-1)[: x_MD.shape[0]], found)
 
 
 def _logps_fwd(static, x_MD, w_DV, targets_M, used):
     return _logps(static, x_MD, w_DV, targets_M, used), (x_MD, w_DV, targets_M, used)
 
 
-def _logps_bwd(static, saved, g_M):
+def _logps_bwd(static, saved, g):
     (chunk, vocab), (x_MD, w_DV, targets_M, used) = static, saved
 
     def one(dw_DV, xtg):
@@ -244,7 +256,7 @@ def _logps_bwd(static, saved, g_M):
         dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, -g_c))
         return dw_DV + more_DV, dx_cD
 
-    chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g_M))
+    chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g.logp_M))
     no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)
     dw_DV, dx_ncD = _over_chunks(one, no_dx_cD, zeros(w_DV.shape, jnp.float32, x_MD), used, chunks)
     return dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype), None, None

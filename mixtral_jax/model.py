@@ -351,11 +351,11 @@ def target_logps(
     """
 
     def score(x_MD: jax.Array, head_DV: jax.Array, targets: jax.Array, wanted: jax.Array) -> jax.Array:
-        logps_M = linear_logps(
+        scores = linear_logps(
             x_MD, head_DV, targets.reshape(-1), wanted.reshape(-1),
             chunk=model.compute.loss_chunk, vocab=model.config.vocab_size,
         )  # fmt: skip
-        return logps_M.reshape(targets.shape)
+        return scores.logp_M.reshape(targets.shape)
 
     rows = (tokens_BT, targets_BT, wanted_BT, positions_BT, segments_BT)
     return _scored(model, score, rows, noise, routing, batch_spec())

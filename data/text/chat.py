@@ -74,6 +74,16 @@ def encode_prompt(messages: Sequence[Message], template: Template, *, tools: Seq
     return _encode(messages, template, tools, set(), header=True).tokens
 
 
+def encode_begun(messages: Sequence[Message], template: Template) -> list[int]:
+    """Ids of a conversation whose last answer is only begun: what would end it is left out.
+
+    Raises:
+        ValueError: as `encode_chat`.
+    """
+    tokens, learned = encode_chat(messages, template, train_on="last")
+    return tokens[: len(learned) - learned[::-1].index(True) - len(template.answer_end)]
+
+
 def _encode(
     messages: Sequence[Message], template: Template, tools: Sequence[Tool], learned: set[int], *, header: bool = False
 ) -> Example:

@@ -71,6 +71,18 @@ def tokenizer_files(
     return out
 
 
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether transformers puts BOS in front of a text, given the files of `tokenizer_files`."""
+    if "tokenizer.json" not in tokenizer.files:
+        return True  # see `as_json`
+    told = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("add_bos_token")
+    if told is not None:
+        return told
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_buffer(tokenizer.files["tokenizer.json"]).encode("a").ids[0] == tokenizer.bos_id
+
+
 def tokenizer_facts(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[str, Any]:
     """What two tokenizers must have in common: the ids of each text behind BOS, EOS, what ends a text, and a chat's ids
     (its template where that is of no known format).

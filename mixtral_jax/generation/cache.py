@@ -25,15 +25,23 @@ class Cache(NamedTuple):
     v_LBKSH: Float[Array, "L B K S H"]
 
 
-def cache_slots(window: int | None, columns: int) -> int:
-    """Slots that `columns` columns need."""
-    return columns if window is None else min(window, columns)
+def cache_slots(window: int | None, columns: int, piece: int = 1) -> int:
+    """Slots that `columns` columns need, where up to `piece` of them are written at once."""
+    return columns if window is None else min(window + piece - 1, columns)
 
 
 def prefill(
     model: Mixtral, tokens_BT: Int[Array, "B T"], pad_B: Int[Array, " B"], slots: int
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the last column, fp32, and the cache after all columns of the prompts."""
+    x_BTD, cache = prompt_states(model, tokens_BT, pad_B, slots)
+    return _logits(model, x_BTD[:, -1]), cache
+
+
+def prompt_states(
+    model: Mixtral, tokens_BT: Int[Array, "B T"], pad_B: Int[Array, " B"], slots: int
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """The last hidden states of prompts, after the final norm, and the cache after all their columns."""
     positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :] - pad_B[:, None]
     tokens = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
     angles_BTh, window = model.angles(tokens.positions), model.config.sliding_window
@@ -47,7 +55,73 @@ def prefill(
         return out.y_BTD, None, kept
 
     x_BTD, _, cache = model.dropless().run(model.embedded(tokens_BT), layer)
-    return _logits(model, x_BTD[:, -1]), cache
+    return model.norm(x_BTD), cache
+
+
+def extend(
+    model: Mixtral,
+    cache: Cache,
+    tokens_BT: Int[Array, "B T"],
+    column: Int[Array, ""],
+    pad_B: Int[Array, " B"],
+    live_BT: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """The last hidden states of tokens in the columns from `column` on, after the final norm, and the cache with them.
+
+    The cache may be empty (zeros, `column` 0). It needs `cache_slots(window, columns, T)` slots. What is not live costs
+    no experts; it takes its columns all the same, so that nothing may follow it in its row.
+    """
+    slots, window = cache.k_LBKSH.shape[3], model.config.sliding_window
+    columns_T = column + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    # the newest column that a slot can hold by now; a slot that holds none yet gets a negative one
+    held_S = columns_T[-1] - (columns_T[-1] - jnp.arange(slots, dtype=jnp.int32)) % slots
+    positions_BS, positions_BT = (columns[None, :] - pad_B[:, None] for columns in (held_S, columns_T))
+    keys = Tokens(positions_BS, ((held_S >= 0)[None, :] & (positions_BS >= 0)).astype(jnp.int32))
+    queries = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
+    angles_BTh, live_BT, stack = model.angles(queries.positions), live_BT * queries.segments, model.layers.moe
+    few = devices_along(MESH_AXES) == 1 and tokens_BT.size <= MAX_TOKENS
+
+    def layer(block: Block, x_BTD: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache, None]:
+        # What of the layer is not used here, the experts above all where tokens are few, is never sliced.
+        def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+            written = Cache(*(
+                held.at[index, :, :, columns_T % slots].set(
+                    new.swapaxes(0, 1), unique_indices=True, mode="promise_in_bounds"
+                )
+                for held, new in zip(cache, (k, v), strict=True)
+            ))  # fmt: skip
+            k, v = (jax.lax.dynamic_index_in_dim(held, index, keepdims=False).swapaxes(1, 2) for held in written)
+            return attend(q, k, v, queries=queries, keys=keys, window=window, ordered=False), written
+
+        def apply_few(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
+            def read(expert: jax.Array) -> ExpertWeights:
+                return stack.one_expert(index, expert, x_MD.dtype)
+
+            return few_rows_swiglu(x_MD, expert_MC, gate_MC, model.config.num_local_experts, read)
+
+        apply_experts = apply_few if few else None
+        kept, out = block(x_BTD, angles_BTh, live_BT, attend_cache, apply_experts=apply_experts)
+        return out.y_BTD, kept, None
+
+    layers = jnp.arange(model.config.num_hidden_layers)
+    x_BTD, cache, _ = model.dropless().run(model.embedded(tokens_BT), layer, cache, layers)
+    return model.norm(x_BTD), cache
+
+
+def inherit(cache: Cache, parent_B: Int[Array, " B"], shift_B: Int[Array, " B"], column: int, slots: int) -> Cache:
+    """The cache of new rows before `column`, of which each begins as row `parent` of one that holds all its columns.
+
+    Column c of row b is column c + shift_b of its parent's; what that has not is of no position that a query sees.
+    """
+    newest = column - 1
+    held_S = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+    from_BS = held_S[None, :] + shift_B[:, None]
+
+    def rows(held: jax.Array) -> jax.Array:
+        take = jax.vmap(lambda parent, from_S: held[:, parent].at[:, :, from_S].get(mode="clip"), out_axes=1)
+        return take(parent_B, from_BS)
+
+    return Cache(*map(rows, cache))
 
 
 def decode(
@@ -59,41 +133,7 @@ def decode(
     live_B: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after `token_B`, which stands in `column`, and the cache that holds it. Rows not live cost no experts."""
-    slots = cache.k_LBKSH.shape[3]
-    slot = column % slots
-    # the newest column that a slot can hold by now; a slot that holds none yet gets a negative one
-    held_S = column - (column - jnp.arange(slots, dtype=jnp.int32)) % slots
-    positions_BS = held_S[None, :] - pad_B[:, None]
-    keys = Tokens(positions_BS, ((held_S >= 0)[None, :] & (positions_BS >= 0)).astype(jnp.int32))
-    position_B1 = jnp.maximum(column - pad_B, 0)[:, None]
-    query = Tokens(position_B1, jnp.ones_like(position_B1))
-    angles_B1h, live_B1, stack = model.angles(position_B1), live_B[:, None].astype(jnp.int32), model.layers.moe
-    few = devices_along(MESH_AXES) == 1 and token_B.shape[0] <= MAX_TOKENS
-
-    def layer(block: Block, x_B1D: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache, None]:
-        # What of the layer is not used here, the experts above all where rows are few, is never sliced.
-        def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
-            written = Cache(*(
-                jax.lax.dynamic_update_slice(held, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
-                for held, new in zip(cache, (k, v), strict=True)
-            ))  # fmt: skip
-            k, v = (jax.lax.dynamic_index_in_dim(held, index, keepdims=False).swapaxes(1, 2) for held in written)
-            window = model.config.sliding_window
-            y = attend(q, k, v, queries=query, keys=keys, window=window, backend="reference", ordered=False)
-            return y, written
-
-        def apply_few(x_MD: jax.Array, expert_MC: jax.Array, gate_MC: jax.Array) -> jax.Array:
-            def read(expert: jax.Array) -> ExpertWeights:
-                return stack.one_expert(index, expert, x_MD.dtype)
-
-            return few_rows_swiglu(x_MD, expert_MC, gate_MC, model.config.num_local_experts, read)
-
-        apply_experts = apply_few if few else None
-        kept, out = block(x_B1D, angles_B1h, live_B1, attend_cache, apply_experts=apply_experts)
-        return out.y_BTD, kept, None
-
-    layers = jnp.arange(model.config.num_hidden_layers)
-    x_B1D, cache, _ = model.dropless(chunk_tokens=None).run(model.embedded(token_B[:, None]), layer, cache, layers)
+    x_B1D, cache = extend(model, cache, token_B[:, None], column, pad_B, live_B[:, None])
     return _logits(model, x_B1D[:, 0]), cache
 
 
@@ -102,9 +142,9 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
     columns = k_BTKH.shape[1]
     if columns <= slots:
         return jnp.pad(k_BTKH, ((0, 0), (0, slots - columns), (0, 0), (0, 0)))
-    return jnp.roll(k_BTKH[:, columns - slots :], columns % slots, axis=1)
+    return jnp.roll(k_BTKH[:, columns - slots :], columns % max(slots, 1), axis=1)
 
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:
-    logits_BV = jnp.dot(model.norm(x_BD), model.head_weight(), preferred_element_type=jnp.float32)
+    logits_BV = jnp.dot(x_BD, model.head_weight(), preferred_element_type=jnp.float32)
     return drop_padding(assemble(logits_BV, 1, ("tensor",)), model.config.vocab_size)

@@ -18,6 +18,7 @@ from mixtral_jax.kernels.attention_tiled import (
     block_sizes,
     chunked_attention,
     part_bounds,
+    seen_bounds,
     segment_bounds,
     tile,
     visible,
@@ -79,9 +80,12 @@ def attend(
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
-        bounds = segment_bounds(tiling, queries.segments) if ordered else None
         if part is not None:
             bounds = part_bounds(tiling, places(part, T), window)
+        elif ordered:
+            bounds = segment_bounds(tiling, queries.segments)
+        else:
+            bounds = seen_bounds(tiling, queries, keys, window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]

@@ -85,6 +85,26 @@ def segment_bounds(tiling: Tiling, segments_BT: Array) -> tuple[Array, Array]:
     return jnp.maximum(first_i, jnp.array(tiling.first, jnp.int32)), jnp.array(tiling.stop, jnp.int32)
 
 
+def seen_bounds(tiling: Tiling, queries: Tokens, keys: Tokens, window: int | None) -> tuple[Array, Array]:
+    """First key block and last + 1 of each query block, for tokens in any order: by their largest and least positions.
+
+    Of a cache that is filled bit by bit, the empty rest costs nothing.
+    """
+
+    def ends(tokens: Tokens, block: int) -> tuple[Array, Array]:
+        positions, segments = (_cut_tokens(x, block) for x in tokens)
+        far = jnp.iinfo(jnp.int32).max // 2
+        least, most = (jnp.where(segments != 0, positions, nothing) for nothing in (far, -far))
+        return least.min((1, 2)), most.max((1, 2))
+
+    (oldest_i, newest_i), (first_j, last_j) = ends(queries, tiling.block_T), ends(keys, tiling.block_S)
+    seen_ij = first_j[None, :] <= newest_i[:, None]
+    if window is not None:
+        seen_ij &= last_j[None, :] > oldest_i[:, None] - window
+    stop_ij = jnp.where(seen_ij, jnp.arange(1, len(first_j) + 1)[None, :], 0)
+    return jnp.argmax(seen_ij, axis=1).astype(jnp.int32), jnp.max(stop_ij, axis=1).astype(jnp.int32)
+
+
 def block_sizes(T: int, S: int, heads: int, *, on_cpu: bool) -> tuple[int, int]:
     """Queries and keys in a tile; `heads` counts (batch row, head) pairs, which a tile holds all of.
 
@@ -125,8 +145,8 @@ def chunked_attention(
 ) -> Array:
     """Attention (B, T, N, H) by tiles; `queries` and `keys` are (B, T) and (B, S). Linear memory in T and S.
 
-    `bounds` (from `part_bounds` or `segment_bounds`) replaces the first and last key blocks of the tiling by ones that
-    depend on the data.
+    `bounds` (from `part_bounds`, `segment_bounds` or `seen_bounds`) replaces the tiling's first and last key blocks by
+    ones that depend on the data.
     """
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
     q = _cut(q_BTNH, tiling.block_T, K)

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.attention import attend
-from mixtral_jax.kernels.attention_tiled import Tokens, block_sizes, chunked_attention, segment_bounds, tile
+from mixtral_jax.kernels.attention_tiled import (
+    Tokens,
+    block_sizes,
+    chunked_attention,
+    seen_bounds,
+    segment_bounds,
+    tile,
+)
 from tests.attention_cases import CASES, Case, compare, make, out_and_gradients
 from tests.oracles.attention import attention, mask_matrix
 
@@ -20,7 +27,8 @@ def test_tiles_of_any_size_give_the_same(name: str, blocks: tuple[int, int]) -> 
     got = out_and_gradients(
         lambda q, k, v: chunked_attention(
             q, k, v, *inputs.tokens.values(), window=case.window, tiling=tiling,
-            bounds=segment_bounds(tiling, inputs.tokens["keys"].segments) if ordered else None,
+            bounds=segment_bounds(tiling, inputs.tokens["keys"].segments)
+            if ordered else seen_bounds(tiling, *inputs.tokens.values(), case.window),
         ),
         inputs.arrays,
     )  # fmt: skip
@@ -42,6 +50,24 @@ def test_no_tile_before_its_oldest_segment_is_visited(window: int | None, blocks
         visited += stop - first
     static = sum(tiling.stop) - sum(tiling.first)
     assert visited < static if window is None else visited <= static
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("column", "slots"), [(0, 64), (40, 64), (70, 24)])  # empty, half full, gone round
+def test_of_a_cache_only_tiles_that_hold_something_seen_are_visited(
+    window: int | None, column: int, slots: int
+) -> None:
+    T, blocks = 16, (8, 8)
+    held_S = column + T - 1 - (column + T - 1 - np.arange(slots)) % slots
+    queries = Tokens(column + np.arange(T)[None], np.ones((1, T), int))
+    keys = Tokens(held_S[None], (held_S >= 0)[None].astype(int))
+    mask = mask_matrix(queries.positions[0], held_S, queries.segments[0], keys.segments[0], window)
+    tiling = tile(T, slots, *blocks, window=window, ordered=False)
+    bounds = jax.jit(lambda *tokens: seen_bounds(tiling, *tokens, window))(queries, keys)
+    for i, (first, stop) in enumerate(zip(*map(np.asarray, bounds), strict=True)):
+        rows = mask[i * blocks[0] : (i + 1) * blocks[0]]
+        filled = [j for j in range(slots // blocks[1]) if rows[:, j * blocks[1] : (j + 1) * blocks[1]].any()]
+        assert (first, stop) == (min(filled), max(filled) + 1)
 
 
 def test_padding_inside_a_document_ends_nothing() -> None:

@@ -66,7 +66,7 @@ def test_loss_alone_is_the_loss_with_gradients(numbers, chunk):
 def value_and_gradients(x, w, targets, weights, chunk, kind):
     def loss(x, w):
         if kind == "logps":
-            return jnp.dot(linear_logps(x, w, targets, weights != 0, chunk=chunk), -weights)
+            return jnp.dot(linear_logps(x, w, targets, weights != 0, chunk=chunk).logp_M, -weights)
         return linear_cross_entropy(x, w, targets, weights, chunk=chunk, skip_masked=kind == "skip").loss_sum
 
     return jax.value_and_grad(loss, (0, 1))(x, w)
@@ -119,7 +119,7 @@ def test_log_probabilities_and_gradients(numbers, chunk):
 
     @jax.jit
     def run(x, w, targets, g):
-        logps, pull = jax.vjp(lambda x, w: linear_logps(x, w, targets, ALL, chunk=chunk), x, w)
+        logps, pull = jax.vjp(lambda x, w: linear_logps(x, w, targets, ALL, chunk=chunk).logp_M, x, w)
         return logps, *pull(g)
 
     logps, dx, dw = run(*numbers)
@@ -132,13 +132,21 @@ def test_log_probabilities_and_gradients(numbers, chunk):
     np.testing.assert_allclose(dw, tw.grad, atol=3e-6)
 
 
+def test_greedy_choices_are_known(numbers):
+    x, w, targets, _ = numbers
+    best, wanted = np.asarray(x @ w).argmax(axis=1), np.arange(M) % 3 > 0
+    targets = np.where(np.arange(M) % 2, best, targets)
+    found = linear_logps(x, w, targets, wanted, chunk=4).best_M
+    np.testing.assert_array_equal(found, wanted & (targets == best))
+
+
 def test_large_logits_do_not_overflow():
     x, w = jnp.full((2, 1), 1e4), jnp.asarray([[1.0, -1.0, 0.5]])
     targets = jnp.asarray([0, 1])
     run = jax.jit(jax.value_and_grad(lambda x: linear_cross_entropy(x, w, targets, jnp.ones(2)).loss_sum))
     loss, grad = run(x)
     assert float(loss) == 2e4 and np.isfinite(grad).all()
-    np.testing.assert_allclose(linear_logps(x, w, targets, jnp.ones(2, bool)), [0, -2e4])
+    np.testing.assert_allclose(linear_logps(x, w, targets, jnp.ones(2, bool)).logp_M, [0, -2e4])
 
 
 def test_all_weights_zero_gives_zero(numbers):
@@ -166,7 +174,7 @@ def test_full_logits_are_never_held(numbers, which):
     def loss(x, w, chunk):
         if which == "loss":
             return linear_cross_entropy(x, w, targets, weights, chunk=chunk).loss_sum
-        return jnp.sum(linear_logps(x, w, targets, ALL, chunk=chunk))
+        return jnp.sum(linear_logps(x, w, targets, ALL, chunk=chunk).logp_M)
 
     def largest(chunk):
         jaxpr = jax.make_jaxpr(jax.grad(lambda x, w: loss(x, w, chunk), argnums=(0, 1)))(x, w)
@@ -197,7 +205,7 @@ def test_log_probabilities_in_bfloat16_add_up_the_gradient_of_w_in_fp32():
     x, w = (jnp.asarray(rng.normal(0, 1, shape), jnp.bfloat16) for shape in ((512, D), (D, V)))
     targets, g = rng.integers(0, V, 512).astype(np.int32), jnp.ones(512)
     run = jax.jit(
-        lambda w, chunk: jax.vjp(lambda w: linear_logps(x, w, targets, g > 0, chunk=chunk), w)[1](g)[0],
+        lambda w, chunk: jax.vjp(lambda w: linear_logps(x, w, targets, g > 0, chunk=chunk).logp_M, w)[1](g)[0],
         static_argnums=1,
     )
     np.testing.assert_allclose(

@@ -81,7 +81,7 @@ def test_the_walk_sees_a_violation(name: str, text: str) -> None:
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["cuda"], *extras["tpu"], *extras["aot"]]
+    declared = [*project["dependencies"], *extras["cuda"], *extras["tpu"], *extras["aot"], *extras["eval"]]
     names = {canonical(requirement) for requirement in declared}
     providers = metadata.packages_distributions()
     for path in SOURCES:

@@ -36,7 +36,8 @@ INTERFACE = [
     "data:prepare", "data:train-tokenizer", "data:preview", "data:cache:ls", "data:cache:rm",
     "convert:hf2orbax", "convert:orbax2hf", "convert:verify",
     "convert:upcycle", "convert:resize-vocab", "convert:peft2lora", "convert:lora2peft", "convert:merge-lora",
-    "runs:ls", "runs:diff", "runs:tail", "submit:slurm", "submit:k8s", "submit:sky", "submit:xpk", "submit:local",
+    "report", "runs:ls", "runs:diff", "runs:tail",
+    "submit:slurm", "submit:k8s", "submit:sky", "submit:xpk", "submit:local",
 ]  # fmt: skip
 
 

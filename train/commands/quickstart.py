@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records import Census, read_lumps, source_files
-from mixtral_jax.data.text import load_tokenizer
+from mixtral_jax.data.text import load_tokenizer, texts_of
 from mixtral_jax.train.commands.routing import routing
 from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.text import generate
@@ -58,13 +56,6 @@ def last_evaluation(metrics: Path) -> dict[str, Any]:
     return next(row for row in reversed(rows) if "eval/loss" in row)
 
 
-def texts(source: SourceConfig) -> list[str]:
-    """All documents of a source."""
-    census, key = Census(skip=False), source.text_key
-    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (key,), census))
-    return [record[key] for lump in lumps for _, record in lump.parse(census)]
-
-
 def gzip_bits_per_byte(texts: list[str]) -> float:
     """Bits per byte of `gzip -9` of the texts joined by a blank line (NUMERICS D7)."""
     joined = "\n\n".join(texts).encode()
@@ -79,7 +70,7 @@ def compare(config: RunConfig, metrics: dict[str, Any], console: Console) -> boo
     won = True
     for source in config.data.validation:
         ours = metrics[f"eval/{source.name}/bits_per_byte"]
-        theirs = gzip_bits_per_byte(texts(source))
+        theirs = gzip_bits_per_byte(list(texts_of(source)))
         verdict = f"{100 * (1 - ours / theirs):.0f} % smaller" if ours < theirs else "gzip wins"
         table.add_row(source.name, f"{ours:.3f}", f"{theirs:.3f}", verdict)
         won &= ours < theirs or source.name == "code"
@@ -99,7 +90,7 @@ def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
 
 
 _NEXT = """
-Everything is in {run}: metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
+Everything is in {run}: report.html (its page), metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
 
 What to try next
   .venv/bin/python launch.py generate {run} --prompt "Debian is" --temperature 0.7

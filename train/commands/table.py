@@ -1,6 +1,7 @@
 """Every command: what it calls, its options, and how they are explained. Nothing of ours is imported here."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,6 +23,18 @@ def _count(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number such as 1e10 or 10B") from None
 
 
+def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """`1,2` as (1, 2)."""
+
+    def numbers(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(map(kind, text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} are no numbers such as 1,2") from None
+
+    return numbers
+
+
 def _told(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
     """An argument, and what argparse is told of it; a default is shown, and its type is the argument's."""
     if "default" in told:
@@ -35,6 +48,9 @@ def _flag(argument: str, text: str, **told: Any) -> tuple[str, dict[str, Any]]:
 
 
 _CFG = _told("config", "the run's YAML file", metavar="CFG")
+_CFG_OR_NONE = _told("config", "the run's YAML file, whose validation sources are measured", nargs="?", metavar="CFG")
+_TEMPLATE = _told("--template", "chat format; default: the run's, or the tokenizer's",
+                  choices=("v1", "v3", "chatml", "zephyr", "llama3"))  # fmt: skip
 _CHECKPOINT = _told("checkpoint", "an Orbax or Hugging Face directory, a run, or a run's step", metavar="CHECKPOINT")
 _JSON = _flag("--json", "print one JSON object", dest="as_json")
 _DTYPE = _told("--dtype", "cast; default: as stored", choices=("float32", "bfloat16", "float16"))
@@ -139,7 +155,31 @@ COMMANDS = {
         _told("--mfu", "share of the peak to expect, beside the bound, such as 0.4", type=float),
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
-        "evaluate", "loss, perplexity and bits per byte of each source", _CHECKPOINT, _CFG, _JSON, *_JOINING),
+        "evaluate", "loss and perplexity of each source of CFG; tasks of lm-evaluation-harness; long contexts",
+        (_CHECKPOINT[0], {**_CHECKPOINT[1], "nargs": "?"}), _CFG_OR_NONE, _JSON,
+        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness, or local_* on files, in place of CFG's "
+              "sources; `list` shows the latter", metavar="A,B"),
+        _told("--data-dir", "where the files of local tasks are; default: as MIXTRAL_JAX_DATA says", metavar="DIR"),
+        _told("--include", "directory of task files; may be repeated", action="append", metavar="DIR"),
+        _told("--num-fewshot", "examples before each question; default: as the task says", type=int, metavar="N"),
+        _told("--limit", "documents of each task; default: all", type=int, metavar="N"),
+        _flag("--apply-chat-template", "questions are a user's messages"), _TEMPLATE,
+        _flag("--no-fewshot-as-multiturn", "all examples stand in one message", dest="fewshot_as_multiturn",
+              action="store_false"),
+        _told("--system", "system prompt", metavar="TEXT"),
+        _flag("--allow-code", "tasks may run what the model writes"),
+        _flag("--network", "tasks may fetch their data"),
+        _flag("--passkey", "how often a number is found again that a long text says once"),
+        _told("--by-length", "loss by position and by length of context, on the documents of a file, a directory, or "
+              "a run file's validation sources", metavar="DATA"),
+        _told("--lengths", "tokens of these; default: 128, 256, ... up to the model's length", type=_several(int),
+              metavar="N,N"),
+        _told("--depths", "places of the number, from 0 to 1; default: 0,0.25,0.5,0.75,1", type=_several(float),
+              metavar="X,X"),
+        _told("--samples", "numbers for each length and depth, or documents; default: 20", type=int, metavar="N"),
+        _told("--seed", "of the numbers; default: 0", type=int, metavar="N"),
+        _told("--out", "where scores and samples are written; default: eval/STEP of the run, of a model directory "
+              "nowhere", metavar="DIR"), *_JOINING),
     "generate": Command(
         "train.commands.generate:generate", "continue a prompt or answer in a chat", _CHECKPOINT,
         _told("--prompt", "text to continue; may be repeated", action="append", metavar="TEXT"),
@@ -150,8 +190,7 @@ COMMANDS = {
         _flag("--chat", "prompts are a user's messages; without one, a conversation"),
         _told("--system", "system prompt of the chat", metavar="TEXT"),
         _told("--turns", "JSON file with the messages of the chat so far", metavar="FILE"),
-        _told("--template", "chat format; default: the run's, or the tokenizer's",
-              choices=("v1", "v3", "chatml", "zephyr", "llama3")),
+        _TEMPLATE,
         _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
         _told("--max-new-tokens", "longest continuation", default=128),
         _told("--temperature", "0 takes the likeliest token", default=0.8),
@@ -183,6 +222,13 @@ COMMANDS = {
         _told("run", "its directory", metavar="RUN"),
         _told("--lines", "how many", default=10),
         _flag("--follow", "go on with what it says next, until it ends or Ctrl-C")),
+    "report": Command(
+        "train.report:report", "the page of one run, or of several over each other: curves, experts, samples, time",
+        _told("runs", "their directories", nargs="+", metavar="RUN"),
+        _told("--out", "the page; default: report.html in the run's directory, of several in this one", metavar="FILE"),
+        _flag("--watch", "serve it on this machine, anew as the runs come further, until Ctrl-C"),
+        _told("--port", "where --watch does; 0: any that is free", default=0),
+        _told("--smooth", "draw lines as the mean over so many points; bands stay", default=1, metavar="N")),
     "config show": Command("show", "the resolved file, each value with the place that set it", _CFG),
     "config schema": Command(
         "train.commands.tools:schema", "JSON Schema of a stage's file",

@@ -2,10 +2,12 @@
 
 from mixtral_jax.train.config.load import (
     STAGES,
+    MachineConfig,
     Provenance,
     check_vocabulary,
     json_schema,
     load_config,
+    machine_config,
     read_config,
     resolved_yaml,
 )

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mixtral_jax.config import PRESETS, FrozenConfig
+from mixtral_jax.config import PRESETS, ComputeConfig, FrozenConfig
+from mixtral_jax.parallel import MeshConfig
 from mixtral_jax.train.config.schema import DpoStageConfig, PretrainConfig, RunConfig, SftConfig
 from mixtral_jax.train.config.taken import take_adapter, take_shape
-from mixtral_jax.train.config.tree import Tree, paths, read_tree, show, to_yaml
+from mixtral_jax.train.config.tree import Tree, override, paths, read_tree, show, to_yaml
 from mixtral_jax.train.errors import UserError, did_you_mean
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -77,7 +78,7 @@ class Provenance:
 class Loaded(NamedTuple):
     """A checked configuration and where it came from."""
 
-    config: RunConfig
+    config: Any  # a RunConfig, or where there is no file a MachineConfig
     provenance: Provenance
 
 
@@ -92,6 +93,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, command: str
     config = _checked(tree, str(path), command)
     text = Path(path).read_text(encoding="utf-8")
     return Loaded(config, Provenance(text, tuple(overrides), origins(config, tree)))
+
+
+class MachineConfig(FrozenConfig):
+    """How a model runs where no run file says it."""
+
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+def machine_config(overrides: Sequence[str]) -> Loaded:
+    """The defaults, and overrides of mesh.* and compute.*.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    tree = override(Tree(), overrides)
+    config = validate(MachineConfig, tree)
+    return Loaded(config, Provenance("", tuple(overrides), origins(config, tree)))
 
 
 def read_config(start: str | Path | RunConfig | None = None, /, **changes: Any) -> RunConfig:

@@ -89,7 +89,16 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    tree, problems = tree_from_text(text, str(path)), []
+    return override(tree_from_text(text, str(path)), overrides)
+
+
+def override(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """The tree with overrides applied in order.
+
+    Raises:
+        UserError: some cannot be applied; all of them are named.
+    """
+    problems = []
     for key, value in split_overrides(overrides):
         try:
             tree.set(key, parse_value(value), OVERRIDE)

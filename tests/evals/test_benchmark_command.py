@@ -1,0 +1,91 @@
+"""`eval --tasks`: what is printed and kept, what is said of a name or a package that is not there."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax import launch
+from mixtral_jax.train.commands import benchmark
+from mixtral_jax.train.config import load_config, resolved_yaml
+from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run import RunDirectory
+from tests.evals.cases import write_model, write_tasks
+from tests.tiny import metrics_of, write_run_file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("evals")
+    write_model(place / "model")
+    write_tasks(place / "tasks")
+    return place
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own files are 14,683."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
+    real = tasks.TaskManager
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda include_path, **_: real(include_path=include_path, include_defaults=False)
+    )
+
+
+def run(place: Path, *arguments: str) -> int:
+    return launch.main(["eval", str(place / "model"), "--include", str(place / "tasks"), *arguments])
+
+
+def test_scores_are_printed_and_kept(own_tasks_alone, place: Path, tmp_path: Path, capsys) -> None:
+    where = ["--tasks", "tiny_let*", "--limit", "2", "--out", str(tmp_path / "out")]
+    assert run(place, "compute.dtype=float32", *where, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert kept["tasks"]["tiny_letters"]["scores"]["acc"] == printed["eval/tiny_letters/acc"]
+    assert (kept["tasks"]["tiny_letters"]["documents"], kept["options"]["limit"]) == (2, 2)
+    samples = (tmp_path / "out" / "samples_tiny_letters.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["resps"]) for line in samples] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "tiny_leters"], "task tiny_leters is unknown; did you mean tiny_letters?"),
+        (["--tasks", "tiny_letters", "--include", "nowhere"], "--include nowhere is no directory"),
+        (["--tasks", "tiny_letters", "--limit", "0"], "limit is 0: it must be at least 1"),
+        (["--tasks", "tiny_letters", "mesh.fdsp=2"], "mesh.fdsp"),
+        ([], "eval needs CFG"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_a_weight_is_read(
+    own_tasks_alone, place: Path, arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "read_model", None)
+    assert run(place, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_harness_the_extra_is_named(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(place, "--tasks", "boolq") == 2
+    assert "pip install 'mixtral-jax[eval]'" in capsys.readouterr().err
+
+
+def test_a_run_gets_a_line_unless_it_goes_on(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "runs" / "run"
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(resolved_yaml(load_config(write_run_file(tmp_path)).config))
+    (place / "metrics.jsonl").write_text('{"step": 4, "train/loss": 2.0}\n{"step": 8, "train/loss": 1.0}\n')
+    benchmark._note(place, 4, {"eval/boolq/acc": 0.5})
+    assert [line["step"] for line in metrics_of(place)] == [4, 8, 4]
+    assert metrics_of(place)[-1]["eval/boolq/acc"] == 0.5
+    assert not (place / "LEASE").exists()
+
+    def held(self: RunDirectory, other: Path | None) -> list[str]:
+        raise UserError(f"{self.path} is being written by process 7")
+
+    monkeypatch.setattr(RunDirectory, "hold", held)
+    benchmark._note(place, 4, {"eval/boolq/acc": 0.5})
+    assert len(metrics_of(place)) == 3
+    assert "written by process 7" in capsys.readouterr().err

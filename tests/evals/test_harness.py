@@ -1,0 +1,62 @@
+"""The same checkpoint through the harness's own transformers model: the same requests, the same answers."""
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks, scoring
+from tests.evals.cases import TASKS, write_model, write_tasks
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("evals")
+
+
+@pytest.fixture(scope="module")
+def both(place):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = write_model(place / "hf")
+    return model, tokenizer, HFLM(pretrained=str(place / "hf"), dtype="float32", device="cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def task_files(place):
+    return write_tasks(place / "tasks")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHORTEST", 32)
+    monkeypatch.setattr(scoring, "NARROWEST", 64)
+    monkeypatch.setattr(scoring, "_most_rows", lambda *_: 16)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_answers_and_scores_are_those_of_hf(both, task_files, chat) -> None:
+    from lm_eval import evaluator
+
+    model, tokenizer, theirs = both
+    options = TaskOptions(include=[str(task_files)], limit=4, apply_chat_template=chat)
+    names = [f"tiny_{name}" for name in TASKS if not (chat and name == "rolling")]
+    found = run_tasks(model, tokenizer, find_tasks(names, options), options, template="v1")
+    want = evaluator.evaluate(theirs, find_tasks(names, options), limit=4, apply_chat_template=chat,
+                              fewshot_as_multiturn=True, bootstrap_iters=10)  # fmt: skip
+    for name in names:
+        for mine, other in zip(found.samples[name], want["samples"][name], strict=True):
+            assert_same(mine["resps"], other["resps"])
+        for metric, value in found.scores[name].items():
+            if not metric.endswith("stderr"):
+                assert value == pytest.approx(want["results"][name][f"{metric},none"], rel=1e-5), (name, metric)
+
+
+def assert_same(mine, other) -> None:
+    """Log-likelihoods within 1e-4; greedy or not, and texts, the same."""
+    if isinstance(mine, list | tuple):
+        assert len(mine) == len(other)
+        for a, b in zip(mine, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert mine == (pytest.approx(other, abs=1e-4) if isinstance(mine, float) else other)

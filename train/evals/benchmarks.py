@@ -1,0 +1,198 @@
+"""Tasks of lm-evaluation-harness: found by name, run in process, their scores and samples kept."""
+
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.data.progress import meter
+from mixtral_jax.data.text import Tokenizer
+from mixtral_jax.model import Mixtral
+from mixtral_jax.train.errors import UserError, did_you_mean
+from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, rows, with_local
+
+Tasks = Mapping[str, Any]  # the harness's TaskDict
+BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
+_SEED, _NUMPY_SEED, _SHOTS_SEED = 0, 1234, 1234  # those of the harness's own command line
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are found and run; the words are those of the harness."""
+
+    include: Sequence[str] = ()  # directories of YAML task files
+    data_dir: str | None = None  # of local tasks; None: as the variable MIXTRAL_JAX_DATA says
+    num_fewshot: int | None = None  # None: as each task says
+    limit: int | None = None  # documents of each task; None: all
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True  # each example is a turn of the chat
+    system: str | None = None
+    network: bool = False  # data may be fetched from the hub
+    allow_code: bool = False  # what the model writes may be run
+
+
+def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
+    """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data; local ones before others.
+
+    Raises:
+        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a
+            number is too small.
+    """
+    harness()
+    if absent := [directory for directory in options.include if not Path(directory).is_dir()]:
+        raise UserError(f"--include {absent[0]} is no directory of task files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UserError(f"{name} is {number}: it must be at least {least}")
+    with _manners(options.network), own_code_eval():
+        from lm_eval.tasks import TaskManager
+
+        random.seed(_SEED), np.random.seed(_NUMPY_SEED)
+        own = TaskManager(include_path=list(options.include), include_defaults=False)
+        known = [*rows(), *own.all_tasks]
+        missing = [name for name in names if not fnmatch.filter(known, name)]
+        if not all(name.startswith(PREFIX) for name in missing):  # the harness's own are 14,683
+            own = TaskManager(include_path=list(options.include))
+            known = [*rows(), *own.all_tasks]
+        for name in names:
+            if not fnmatch.filter(known, name):
+                raise UserError(f"task {name} is unknown{did_you_mean(name, known)}")
+        found = [each for name in names for each in fnmatch.filter(known, name)]
+        tasks = own.load(with_local(found, options.data_dir, options.num_fewshot))
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not options.allow_code:
+            raise UserError(f"task {name} runs code that the model writes: add --allow-code (eval.tasks.allow_code) where that may be")
+        shots = task.get_config("num_fewshot")
+        if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so
+            task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+        task.set_fewshot_seed(seed=_SHOTS_SEED)
+    return tasks
+
+
+@dataclass(frozen=True)
+class Results:
+    """What tasks gave; `documents` and `shots` by task, `scores` by task (and group) and metric."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    documents: Mapping[str, int]
+    shots: Mapping[str, int]
+    versions: Mapping[str, Any]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As a line of metrics.jsonl has them: eval/<task>/<metric>."""
+        return {f"eval/{task}/{metric}": value for task, own in self.scores.items() for metric, value in own.items()}
+
+    def table(self) -> str:
+        """A line for each score, with its standard error."""
+        width = max(map(len, ("task", *self.scores)))
+        lines = [f"{'task':{width}}  shots  documents  {'metric':24}   value  stderr"]
+        for task, own in self.scores.items():
+            for metric, value in own.items():
+                if not metric.endswith("_stderr"):
+                    error = own.get(f"{metric}_stderr")
+                    shown = "" if error is None else f"  {error:.4f}"
+                    counts = f"{self.shots.get(task, ''):>5}  {self.documents.get(task, ''):>9}"
+                    lines.append(f"{task:{width}}  {counts}  {metric:24}  {value:.4f}{shown}")
+        return "\n".join(lines)
+
+    def write(self, directory: Path, **about: Any) -> None:
+        """results.json, with what else is known `about` them, and samples_<task>.jsonl."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tasks = {
+            task: {"shots": self.shots.get(task), "documents": self.documents.get(task),
+                   "version": self.versions.get(task), "scores": own}
+            for task, own in self.scores.items()
+        }  # fmt: skip
+        for task, samples in self.samples.items():
+            lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
+            write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
+        text = json.dumps({**about, "tasks": tasks}, indent=2, default=str)
+        write_atomically(directory / "results.json", text + "\n")
+
+
+def run_tasks(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    tasks: Tasks,
+    options: TaskOptions,
+    *,
+    template: Any = None,
+    check: Callable[[], None] = lambda: None,
+) -> Results:
+    """Ask the model what `find_tasks` found. All processes call this alike, under the mesh, and have all scores.
+
+    Args:
+        template: of chats, see `load_template`.
+        check: called ahead of every batch; may raise.
+    """
+    with _manners(options.network), own_code_eval(check):
+        from lm_eval import evaluator
+
+        from mixtral_jax.train.evals.harness import HarnessModel
+
+        found = evaluator.evaluate(
+            HarnessModel(model, tokenizer, template, _metered(check)), tasks, limit=options.limit,
+            bootstrap_iters=BOOTSTRAPS, system_instruction=options.system,
+            apply_chat_template=options.apply_chat_template, fewshot_as_multiturn=options.fewshot_as_multiturn,
+            confirm_run_unsafe_code=options.allow_code,
+        )  # fmt: skip
+    return Results(
+        {task: _named(own) for task, own in found["results"].items()},
+        {task: counts["effective"] for task, counts in found["n-samples"].items()},
+        found["n-shot"], found["versions"], found["samples"],
+    )  # fmt: skip
+
+
+def _metered(check: Callable[[], None]) -> Callable[..., Any]:
+    """A meter on process 0 that calls `check` whenever it moves."""
+
+    @contextlib.contextmanager
+    def metered(title: str, total: int) -> Iterator[Callable[[int], None]]:
+        with meter(title, total, show=jax.process_index() == 0) as advance:
+
+            def moved(done: int) -> None:
+                check()
+                advance(done, "")
+
+            yield moved
+
+    return metered
+
+
+def _named(own: Mapping[str, Any]) -> dict[str, float]:
+    """Scores by `metric`, and where it has been measured behind several filters by `metric,filter`."""
+    found = {key: value for key, value in own.items() if "," in key and isinstance(value, int | float)}
+    short = [key.split(",")[0] for key in found]
+    return {name if short.count(name) == 1 else key: float(value)
+            for (key, value), name in zip(found.items(), short, strict=True)}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _manners(network: bool) -> Iterator[None]:
+    """The harness quiet, in one process and, unless told, without the hub: it is not there, or it is asked by name.
+
+    Raises:
+        UserError: data are not there.
+    """
+    os.environ |= {"DISABLE_MULTIPROC": "1", "TQDM_DISABLE": "1"} | ({} if network else dict.fromkeys(_OFFLINE, "1"))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (OSError, ConnectionError) as error:
+        hint = "" if network else "; --network lets tasks fetch data from the hub"
+        raise UserError(f"the data of a task cannot be read: {error}{hint}") from error
