@@ -50,7 +50,7 @@ def measured(models, tokenizer, layers=(0, 1), mesh=None, factor=1.1):
     options = Options(layers, SEQ_LEN, ROWS, factor, "probability")
     names = [f"model {i}" for i in range(len(models))]
     return measure(
-        models, documents(tokenizer), tokenizer, options, names=names, asked=200, own_capacity=False, mesh=mesh
+        models, documents(tokenizer), tokenizer, options, names=names, asked=1, own_capacity=False, mesh=mesh
     )
 
 
@@ -131,13 +131,11 @@ def test_pairs_are_compared_with_what_loads_alone_give():
 
 def test_copies_of_one_expert_are_noted(tokenizer):
     model = model_of("2 of 4")
-    short = measured([model], tokenizer).notes
-    assert len(short) == 1  # that a domain has fewer tokens than asked for
+    assert measured([model], tokenizer).notes == ()
     for name in ("w13", "w2"):
         leaf = getattr(model.layers.moe, name)
         leaf[...] = leaf[...] * 0 + leaf[...][:, :1]
-    note, *rest = measured([model], tokenizer).notes
-    assert (*rest,) == short
+    (note,) = measured([model], tokenizer).notes
     assert note.startswith("The experts of 2 of 2 layers are copies of one another")
 
 

@@ -126,17 +126,17 @@ def test_texts_are_read_through_the_layers(browser: Any, tmp_path: Path) -> None
 
     assert browser.js("$$('.tokens b').length") == 2 * len(PIECES)
     browser.hover(".tokens b:nth-child(2)")
-    assert shown() == said(2, 1)
+    assert shown() == said(1, 1)
     browser.js("document.querySelector('.tokens').focus()")
     for _ in range(3):
         browser.key("ArrowRight")
-    assert shown() == said(2, 2)
-    browser.key("ArrowUp")
     assert shown() == said(1, 2)
-    colour = f"c{given.texts[0].expert_LNC[1, 2, 0]}"
+    browser.key("ArrowUp")
+    assert shown() == said(0, 2)
+    colour = f"c{given.texts[0].expert_LNC[0, 2, 0]}"
     assert browser.js("document.querySelector('[data-here]').className").split()[0] == colour
     browser.click(f".experts .{colour}")
-    alone = int((given.texts[0].expert_LNC[1, :, 0] == int(colour[1:])).sum())
+    alone = int((given.texts[0].expert_LNC[0, :, 0] == int(colour[1:])).sum())
     assert browser.js("document.querySelectorAll('.tokens')[0].querySelectorAll('b:not(.dim)').length") == alone
     browser.js("$$('.choose[data-label=layer] input')[1].click()")
     panels = "$$('.choose[data-label=layer] > .panel:not([hidden])').map(panel => panel.dataset.name)"

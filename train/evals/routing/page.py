@@ -118,9 +118,9 @@ def _shares(result: Result) -> Section:
     return Section("Who gets the tokens", lead, [choose("choice", options)])
 
 
-def _room(result: Result) -> int | None:
+def _room(result: Result) -> int:
     """Pixels for a map whose columns are experts."""
-    return 660 if result.experts > 8 else None
+    return min(660, max(250, 36 + 38 * result.experts))
 
 
 def _choice(c: int, each: Domain) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +156,7 @@ def _repetition(result: Result) -> Section:
         f"1 − C(E−k, k)/C(E, k) = {result.chance_any:.1%} with even loads, and more where some experts are chosen more "
         "often. Bold: above both by more than the 95 % band."
     )
-    return Section("Neighbours meet the same expert", lead, [grid(tables), grid(charts)])
+    return Section("Neighbours meet the same expert", lead, [grid(tables), grid(charts, 480)])
 
 
 def _texts(result: Result) -> Section:

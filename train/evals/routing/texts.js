@@ -4,7 +4,7 @@ for (const figure of $$("figure.texts")) {
   const decode = code => new Uint16Array(Uint8Array.from(atob(code), c => c.charCodeAt(0)).buffer);
   for (const text of texts) { text.expert = decode(text.expert); text.gate = decode(text.gate); }
   const domains = [...new Set(texts.map(text => text.domain))], names = layers.map(String);
-  let layer = layers.length - 1, alone = null, shown = [];
+  let layer = Math.floor(layers.length / 2), alone = null, shown = [];
   const bar = make("div", { class: "bar" }, figure);
   chooser("domain", domains, domains[0], bar, open);
   const chooseLayer = chooser("layer", names, names[layer], bar, name => { layer = names.indexOf(name); paint(); });
