@@ -195,9 +195,7 @@ def test_text_of_models_and_people_is_text(tmp_path):
     assert {"a'\"<b>", SHOWN, SHOWN * 2} <= {text for _, text in read.texts}
 
 
-ATTEMPT = (
-    '{"first_step": 0, "step_count": 1, "job_start_time": 1e300, "job_end_time": NaN, "seconds": {}}\n{"a": 1}'
-)
+ATTEMPT = '{"first_step": 0, "step_count": 1, "job_start_time": 1e300, "job_end_time": NaN, "seconds": {}}\n{"a": 1}'
 
 
 @pytest.mark.parametrize(
