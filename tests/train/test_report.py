@@ -195,6 +195,9 @@ def test_text_of_models_and_people_is_text(tmp_path):
     assert {"a'\"<b>", SHOWN, SHOWN * 2} <= {text for _, text in read.texts}
 
 
+ATTEMPT = '{"first_step": 0, "step_count": 1, "job_start_time": 1e300, "job_end_time": NaN, "seconds": {}}\n{"a": 1}'
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -205,7 +208,7 @@ def test_text_of_models_and_people_is_text(tmp_path):
         {"metrics_jsonl": '{"step": 99999999999999999999, "x": 1}\n{"step": -1, "train/tokens": 1, "time": NaN}'},
         {"STATUS": "{}", "moe_jsonl": '{"step": 1, "counts": [[0, 0]]}', "samples__x_jsonl": "{", "env_json": "[1]"},
         {"STATUS": "{}", "config_yaml": "a: [", "eval__5__passkey_json": '{"accuracy": [[1], 2]}'},
-        {"STATUS": "{}", "attempts__goodput_jsonl": '{"attempt": 1}\n', "eval__x__by_length_json": '{"position": 3}'},
+        {"STATUS": "{}", "attempts__goodput_jsonl": ATTEMPT, "eval__x__by_length_json": '{"position": 3}'},
     ],
 )  # fmt: skip
 def test_what_is_missing_or_damaged_is_left_out(tmp_path, files):

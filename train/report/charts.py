@@ -31,6 +31,8 @@ LEARNING = (
     Chart("Held-out bits per byte", {"all sources": "eval/bits_per_byte", "": "eval/*/bits_per_byte"}, "", False),
     Chart("Held-out loss by source", {"": "eval/*/loss"}, "", False),
     Chart("Accuracy of the next token", {"training": "train/accuracy", "held out": "eval/accuracy"}, " %", None, 100),
+    Chart("Tasks: accuracy", {"": "eval/*/acc"}, " %", None, 100),
+    Chart("Tasks: exact match", {"": "eval/*/exact_match"}, " %", None, 100),
     Chart("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}),
     Chart("Chosen before rejected", {"training": "rewards/accuracies", "held out": "eval/rewards/accuracies"}, " %",
           None, 100),

@@ -64,7 +64,7 @@ def render(runs: Sequence[Run], *, smooth: int = 1, script: str = "") -> str:
         *((_settings(one), _log(one)) if single else (_differences(runs),)),
         _rest(runs, curves(others(runs))),
     ]
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    when = f"{_date(time.time())} UTC"
     said = f"{one.settings.get('stage', 'run')}, seed {one.settings.get('seed', '?')}; " if single else ""
     return page(
         one.name if single else f"{len(runs)} runs",
@@ -176,13 +176,10 @@ def _time(runs: Sequence[Run]) -> Section:
 def _attempts(run: Run) -> str:
     def row(attempt: dict[str, Any]) -> list[str | float | None]:
         began, ended, code = attempt["job_start_time"], attempt["job_end_time"], attempt.get("exit_code")
-        end = (
-            "no end was noted" if code is None else f"{code}: {ExitCode(code).meaning}" if code in [*ExitCode] else code
-        )
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
+        end = f"{code}: {ExitCode(code).meaning}" if code in [*ExitCode] else "no end was noted"
         return [
-            str(attempt.get("attempt", "?")), when, clock(ended - began), attempt["first_step"], attempt["step_count"],
-            attempt.get("undone"), end, str(attempt.get("host", "")),
+            str(attempt.get("attempt", "?")), _date(began), clock(ended - began), attempt["first_step"],
+            attempt["step_count"], attempt.get("undone"), end, str(attempt.get("host", "")),
         ]  # fmt: skip
 
     columns = ["attempt", "began (UTC)", "lasted", "from step", "to step", "taken back", "exit", "machine"]
@@ -228,6 +225,13 @@ def _differing(known: Sequence[dict[str, Any]]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # no clock shows it
+        return "?"
 
 
 def _or_dash(value: int | None) -> str:

@@ -52,7 +52,7 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port} cannot be used ({error}); 0 takes any that is free") from error
     with server, contextlib.suppress(KeyboardInterrupt):
-        say(f"http://{LOCAL}:{server.server_address[1]}/ shows it as it comes further; Ctrl-C ends this")
+        say(f"http://{LOCAL}:{server.server_port}/ shows it as it comes further; Ctrl-C ends this")
         server.serve_forever()
 
 
