@@ -177,12 +177,8 @@ def _fetch(place: Path, size: int | None, fetch: Callable[[str], None]) -> None:
 def has_room(size: int) -> bool:
     """Whether copies of so many bytes can be here at all."""
     root, limit = staging_room()
-    return size <= (limit or shutil.disk_usage(_nearest(root)).total * 9 // 10)
-
-
-def _nearest(place: Path) -> Path:
-    """The innermost directory on the way to `place` that exists."""
-    return next(parent for parent in (place, *place.parents) if parent.is_dir())
+    there = next(place for place in (root, *root.parents) if place.is_dir())
+    return size <= (limit or shutil.disk_usage(there).total * 9 // 10)
 
 
 def make_room(size: int) -> None:
