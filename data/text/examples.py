@@ -55,10 +55,6 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _names(record: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
-
-
 # --- documents of text ---
 
 
@@ -92,7 +88,8 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -
 
 def _text(record: dict[str, Any], key: str) -> str:
     if key not in record:
-        raise ValueError(f"no {key!r} (the record has {_names(record)}; the column can be set with text_key)")
+        names = ", ".join(map(repr, list(record)[:8])) or "nothing"
+        raise ValueError(f"no {key!r} (the record has {names}; the column can be set with text_key)")
     if not isinstance(record[key], str):
         raise ValueError(f"{key!r} is not a string")
     return record[key]
