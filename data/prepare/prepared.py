@@ -167,15 +167,13 @@ def _cores() -> int:
 
 
 def _describe(source: PreparedSource) -> str:
-    what = f"{source.documents:,} documents"
+    what, lost = f"{source.documents:,} documents", "without an answer to learn, or with it behind the end of a row"
     if source.format.pairs:
-        what = f"{source.documents // 2:,} pairs"
+        what, lost = f"{source.documents // 2:,} pairs", "equal where cut to a row, or without an answer to learn"
     text = (
         f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
         f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
     )
-    lost = "without an answer to learn, or with it behind the end of a row"
-    lost = "equal where cut to a row, or without an answer to learn" if source.format.pairs else lost
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)

@@ -203,14 +203,6 @@ def _array_reader(file: str) -> Any:
     return reader
 
 
-def array_records(source: SourceConfig, file: str) -> int:
-    """Records of an ArrayRecord file."""
-    reader = _array_reader(file)
-    count: int = reader.num_records()
-    reader.close()
-    return count
-
-
 def _batches(unit: Unit, records: int) -> Iterator[range]:
     """The numbers of the records of a unit, few at a time."""
     stop = records if unit.stop is None else unit.stop
@@ -219,13 +211,9 @@ def _batches(unit: Unit, records: int) -> Iterator[range]:
 
 def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
     text = record.decode("utf-8-sig")
-    if text.lstrip().startswith("{"):
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = None  # text that happens to begin with a brace
-        if isinstance(parsed, dict):
-            return parsed
+    with contextlib.suppress(ValueError, RecursionError):  # text that happens to begin with a brace
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text))
     return {key: text}
 
 
@@ -244,10 +232,13 @@ def tfds(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Cen
                     yield None
 
 
-def tfds_records(source: SourceConfig, path: str) -> int:
-    """Records of a split of a TFDS data set."""
-    with _tfds_split(source, path) as (builder, split):
-        return int(builder.info.splits[split].num_examples)
+def count(source: SourceConfig, kind: str, path: str) -> int:
+    """Records of a split of a TFDS data set, or of an ArrayRecord file."""
+    if kind == "tfds":
+        with _tfds_split(source, path) as (builder, split):
+            return int(builder.info.splits[split].num_examples)
+    with contextlib.closing(_array_reader(path)) as reader:
+        return int(reader.num_records())
 
 
 @contextlib.contextmanager
