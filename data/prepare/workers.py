@@ -84,7 +84,7 @@ class Workers:
                 future.cancel()
             wait([future for _, future in waiting])
 
-    def _run(self, function: Callable[[Any], Any], job: Any, note: Callable[[Any], None] = lambda value: None) -> Any:
+    def _run(self, function: Callable[[Any], Any], job: Any, note: Callable[[Any], None]) -> Any:
         """One job in the process of this thread."""
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:

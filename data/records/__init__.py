@@ -13,7 +13,6 @@ from mixtral_jax.data.records.files import (
     is_directory,
     is_remote,
     join,
-    local_copy,
     local_directory,
     open_file,
     own_name,

@@ -17,7 +17,6 @@ import pytest
 from mixtral_jax import launch
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.text import load_template, load_tokenizer
-from mixtral_jax.data.text.examples import preference_pair
 from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.commands import batch
@@ -134,6 +133,7 @@ import os, signal, sys
 from pathlib import Path
 from mixtral_jax.train.commands import batch
 from tests.train import test_batch
+from tests.tuning import preference_pair
 generate, calls = batch.generate, []
 def killing(*args, **options):
     calls.append(1)
