@@ -321,4 +321,4 @@ def _score_rows(model: Mixtral, cache: Cache | None, piece: _Piece) -> Scores:
         )  # fmt: skip
         return jax.tree.map(lambda a: axis_max(assemble(a.astype(np.float32), 0, BATCH_AXES), ("context",)), scores)
 
-    return sharded(local, model, (cache, piece), (None if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
+    return sharded(local, model, (cache, piece), (P() if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
