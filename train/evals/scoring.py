@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
@@ -170,8 +171,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
 class _Heads(NamedTuple):
     """What groups begin with, right-aligned."""
 
-    tokens_GP: np.ndarray
-    pad_G: np.ndarray  # columns before; all: no group
+    tokens_GP: Any
+    pad_G: Any  # columns before; all: no group
 
     def same(self, other: "_Heads | None") -> bool:
         return other is not None and all(map(np.array_equal, self, other))
@@ -180,13 +181,13 @@ class _Heads(NamedTuple):
 class _Piece(NamedTuple):
     """The last columns of rows, right-aligned behind their heads, and what is asked of them."""
 
-    tokens_BT: np.ndarray
-    pad_B: np.ndarray  # columns of the whole row before its first token
-    parent_B: np.ndarray  # the row's group
-    shift_B: np.ndarray  # column of a token in its head, less its column in the row
-    at_Q: np.ndarray  # b * T + t
-    target_Q: np.ndarray
-    wanted_Q: np.ndarray
+    tokens_BT: Any
+    pad_B: Any  # columns of the whole row before its first token
+    parent_B: Any  # the row's group
+    shift_B: Any  # column of a token in its head, less its column in the row
+    at_Q: Any  # b * T + t
+    target_Q: Any
+    wanted_Q: Any
 
 
 class _Batch(NamedTuple):
@@ -229,16 +230,17 @@ def _size(shared: int, row: _Row) -> tuple[int, int]:
 
 def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int], B: int) -> _Batch:
     """A bin of up to B rows for each device's part of the batch."""
-    (P, T), D = size, len(bins)
+    P, T = size
     rows = [[(g, group.shared, row) for g, group in enumerate(bin) for row in group.rows] for bin in bins]
-    G, Q = (
-        _power(max(map(len, bins)), 4),
-        _power(max([4 * B, *(sum(len(r.asked) for *_, r in held) for held in rows)]), 4),
-    )
-    heads = _Heads(np.zeros((D, G, P), np.int32), np.full((D, G), P, np.int32))
-    piece = _Piece(np.zeros((D, B, T), np.int32), np.full((D, B), P + T, np.int32), *np.zeros((2, D, B), np.int32),
-                   *np.zeros((2, D, Q), np.int32), np.zeros((D, Q), bool))  # fmt: skip
-    slot = np.full((D, Q), -1)
+    G = _power(max(map(len, bins)), 4)
+    Q = _power(max(4 * B, *(sum(len(row.asked) for *_, row in held) for held in rows)), 4)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros((len(bins), *shape), np.int32)
+
+    heads = _Heads(zeros(G, P), zeros(G) + P)
+    piece = _Piece(zeros(B, T), zeros(B) + P + T, zeros(B), zeros(B), zeros(Q), zeros(Q), zeros(Q) > 0)
+    slot = zeros(Q) - 1
     for d, (bin, held) in enumerate(zip(bins, rows, strict=True)):
         for g, (shared, own) in enumerate(bin if P else ()):
             if own:
@@ -286,7 +288,8 @@ def _most_rows(model: Mixtral, head: int, columns: int) -> int:
 # ---- on the devices --------------------------------------------------------------------------------------------------
 
 _ROWS: Any = P(BATCH_AXES)
-_CACHE: Any = Cache(*(P(None, BATCH_AXES, "tensor"),) * 2)
+_SLOTS: Any = P(None, BATCH_AXES, "tensor")
+_CACHE = Cache(_SLOTS, _SLOTS)
 
 
 @jax.jit
@@ -312,13 +315,13 @@ def _score_rows(model: Mixtral, cache: Cache | None, piece: _Piece) -> Scores:
             column, T = cache.k_LBKSH.shape[3], piece.tokens_BT.shape[1]
             slots = cache_slots(model.config.sliding_window, column + T, piece=T)
             cache = inherit(cache, piece.parent_B, piece.shift_B, column, slots)
-            live_BT = np.ones(piece.tokens_BT.shape, bool)
-            x_BTD, _ = extend(model, cache, piece.tokens_BT, column, piece.pad_B, live_BT)
+            live_BT = jnp.ones_like(piece.tokens_BT, bool)
+            x_BTD, _ = extend(model, cache, piece.tokens_BT, jnp.int32(column), piece.pad_B, live_BT)
         x_QD = x_BTD.reshape(-1, x_BTD.shape[-1])[piece.at_Q]
         scores = linear_logps(
             x_QD, model.head_weight(), piece.target_Q, piece.wanted_Q, chunk=model.compute.loss_chunk,
             vocab=model.config.vocab_size,
         )  # fmt: skip
-        return jax.tree.map(lambda a: axis_max(assemble(a.astype(np.float32), 0, BATCH_AXES), ("context",)), scores)
+        return jax.tree.map(lambda a: axis_max(assemble(a.astype(jnp.float32), 0, BATCH_AXES), ("context",)), scores)
 
-    return sharded(local, model, (cache, piece), (None if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
+    return sharded(local, model, (cache, piece), (P() if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
