@@ -132,8 +132,8 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
 
 def test_training_is_repeatable_and_has_mixtrals_settings(tmp_path: Path) -> None:
     files = [str(SAMPLES / f"{language}.val.jsonl.gz") for language in ("fr", "it")]
-    first = train_tokenizer(files, 700, tmp_path / "a.model", progress=False)
-    second = train_tokenizer(files, 700, tmp_path / "b", progress=False)
+    first = train_tokenizer(files, 700, tmp_path / "a.model")
+    second = train_tokenizer(files, 700, tmp_path / "b")
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
     assert first.fingerprint() == second.fingerprint()
     sp = first.processor
@@ -144,7 +144,7 @@ def test_training_is_repeatable_and_has_mixtrals_settings(tmp_path: Path) -> Non
 
 
 def test_the_bundled_tokenizer_can_be_made_again(tmp_path: Path) -> None:
-    train_tokenizer([str(SAMPLES / "*.train.jsonl.gz")], 4096, tmp_path / "a.model", progress=False)
+    train_tokenizer([str(SAMPLES / "*.train.jsonl.gz")], 4096, tmp_path / "a.model")
     assert (tmp_path / "a.model").read_bytes() == MODEL.read_bytes()
 
 

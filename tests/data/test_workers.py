@@ -16,6 +16,7 @@ import pytest
 
 from mixtral_jax.data.prepare.tokenise import process_tokenizer
 from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.errors import failure_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,4 +115,5 @@ def length_of_file_name(_: str) -> int:
 
 def test_a_tokenizer_is_loaded_once() -> None:
     path = str(SAMPLES / "tokenizer.model")
-    assert process_tokenizer(path) is process_tokenizer(path)
+    fingerprint = load_tokenizer(path).fingerprint()
+    assert process_tokenizer(path, fingerprint) is process_tokenizer(path, fingerprint)
