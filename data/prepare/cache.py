@@ -224,11 +224,7 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_writable(cache_dir: Path) -> None:
-    """Whether what is made can be added to a cache.
-
-    Raises:
-        ValueError: it lies on a web server.
-    """
+    """Raises ValueError of a cache on a web server, to which nothing that is made can be added."""
     if (address := address_of(cache_dir)).startswith("http"):
         raise ValueError(
             f"data.cache_dir: {address} does not hold these rows, and web servers are only read from: prepare "

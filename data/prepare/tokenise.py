@@ -33,11 +33,7 @@ _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
 
 @functools.lru_cache(maxsize=2)
 def process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """A tokenizer of this process, loaded once while its `fingerprint` is the same.
-
-    Raises:
-        ValueError: it is not the one of the `fingerprint`.
-    """
+    """A tokenizer of this process, loaded once; ValueError where it is not the one of the `fingerprint`."""
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint() != fingerprint:
         raise ValueError(f"tokenizer {path} was changed while data was prepared with it: prepare the data again")

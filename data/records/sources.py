@@ -160,11 +160,7 @@ class _CutOff(Exception):
 
 
 def is_array(file: str) -> bool:
-    """Whether a file of JSON is one array, and not lines.
-
-    Raises:
-        ValueError: it cannot be read, or is no text.
-    """
+    """Whether a file of JSON is one array, and not lines."""
     with contextlib.suppress(_CutOff):
         return _ARRAY.match(next(_blocks(file), b"")) is not None
     return False
