@@ -68,9 +68,9 @@ def test_a_worker_that_is_killed_is_what_the_error_says() -> None:
     with pytest.raises(ChildProcessError, match="a worker was ended by SIGKILL") as caught, Workers(2) as pool:
         for error, code in ((errno.ENOSPC, 74), (errno.EIO, 74), (errno.ENOENT, 2), (errno.EPIPE, 1)):
             with pytest.raises(OSError) as own:  # what a job says comes over whole
-                pool._run(refuse, error)
+                pool._run(refuse, error, print)
             assert own.value.errno == error and failure_of(own.value).exit_code == code
-        pool._run(call, killed_soon)
+        pool._run(call, killed_soon, print)
         time.sleep(0.3)
         pool._run(len, "x" * 4_000_000)
     assert failure_of(caught.value).exit_code == 1 and "data.workers" in failure_of(caught.value).sentence
