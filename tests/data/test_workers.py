@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_is_what_the_error_says() -> None:
             assert own.value.errno == error and failure_of(own.value).exit_code == code
         pool._run(call, killed_soon, print)
         time.sleep(0.3)
-        pool._run(len, "x" * 4_000_000)
+        pool._run(len, "x" * 4_000_000, print)
     assert failure_of(caught.value).exit_code == 1 and "data.workers" in failure_of(caught.value).sentence
 
 
