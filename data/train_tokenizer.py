@@ -16,12 +16,7 @@ _MAX_BYTES = 200_000_000  # of text
 
 
 def train_tokenizer(
-    inputs: Sequence[str],
-    vocab_size: int,
-    out: str | Path,
-    *,
-    text_key: str = "text",
-    force: bool = False,
+    inputs: Sequence[str], vocab_size: int, out: str | Path, *, text_key: str = "text", force: bool = False
 ) -> SentencePieceTokenizer:
     """Trains on files, directories or globs of any format that sources may have, and writes `out`.
 

@@ -46,10 +46,7 @@ class Workers:
             process.wait()
 
     def ordered(
-        self,
-        function: Callable[[J], Any],
-        jobs: Iterator[J],
-        heard: Callable[[J, Any], None] = lambda job, value: None,
+        self, function: Callable[[J], Any], jobs: Iterator[J], heard: Callable[[J, Any], None] = lambda job, value: None
     ) -> Iterator[tuple[J, Any]]:
         """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded.
 
