@@ -150,7 +150,7 @@ def test_the_bundled_tokenizer_can_be_made_again(tmp_path: Path) -> None:
 
 def test_training_refuses(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("too little text")
-    options: dict[str, Any] = {"vocab_size": 500, "progress": False}
+    options: dict[str, Any] = {"vocab_size": 500}
     with pytest.raises(ValueError, match="cannot train a tokenizer with vocab_size 500"):
         train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
     assert not (tmp_path / "a.model").exists()
