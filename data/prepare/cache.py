@@ -205,13 +205,13 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
     here = whole(directory)
     if not address:
         return here
-    content = read_small(join(address, f"{name}/{META}"))
-    meta = None if content is None else read_meta(content)
+    content = read_small(join(address, f"{name}/{META}")) or b""
+    meta = read_meta(content)
     if meta is None and here is not None and not (directory / COPIED).exists():
         with locked(cache_dir / "locks" / f"{name}.upload"):
             content = read_small(join(address, f"{name}/{META}")) or _upload(directory, join(address, name))
         meta = read_meta(content)
-    if meta is None or content is None:
+    if meta is None:
         if (directory / COPIED).exists():
             remove(directory)  # the copy of one that is there no more
         return None
@@ -224,11 +224,7 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_writable(cache_dir: Path) -> None:
-    """Whether what is made can be added to a cache.
-
-    Raises:
-        ValueError: it lies on a web server.
-    """
+    """Raises ValueError of a cache on a web server, to which nothing that is made can be added."""
     if (address := address_of(cache_dir)).startswith("http"):
         raise ValueError(
             f"data.cache_dir: {address} does not hold these rows, and web servers are only read from: prepare "

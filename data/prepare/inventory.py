@@ -56,23 +56,17 @@ def drop(entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def _unused(place: Path) -> Iterator[bool]:
-    """Whether no process reads an entry or makes it; none begins to before the end of the block."""
+    """Whether no process reads an entry, or makes what an unfinished one is to become; none begins to in the block."""
+    inside, unfinished = place.parent.name == "references", _UNFINISHED.match(place.name)
+    name = "references." * inside + (unfinished["name"] if unfinished else place.name)
     with contextlib.ExitStack() as held:
         free = True
         try:
-            for lock in _locks(place):
+            for lock in sorted((place.parents[inside] / "locks").glob(f"{name}*")):
                 fcntl.flock(held.enter_context(open(lock, "rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # of what nobody lets us ask, nobody knows
             free = False
         yield free
-
-
-def _locks(place: Path) -> list[Path]:
-    """The lock files of an entry, or of that which an unfinished one is to become."""
-    inside = place.parent.name == "references"
-    unfinished = _UNFINISHED.match(place.name)
-    name = "references." * inside + (unfinished["name"] if unfinished else place.name)
-    return sorted((place.parents[inside] / "locks").glob(f"{name}*"))
 
 
 def _below(root: Path) -> Iterator[Entry]:

@@ -12,14 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare.cache import (
-    PreparedSource,
-    Use,
-    check_writable,
-    digest,
-    locked,
-    open_cache,
-)
+from mixtral_jax.data.prepare.cache import PreparedSource, Use, check_writable, digest, locked, open_cache
 from mixtral_jax.data.prepare.hashes import hash_files
 from mixtral_jax.data.prepare.pack import pack
 from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of

@@ -75,11 +75,7 @@ class Corpus:
         return replace(self, files=(), content=())
 
     def check_unchanged(self) -> None:
-        """Whether the files still hold what the fingerprint says.
-
-        Raises:
-            ValueError: one does not.
-        """
+        """Raises ValueError unless the files still hold what the fingerprint says."""
         for file, content in zip(self.files, self.content, strict=True):
             if content_hash(file, self.place.parent) != content:
                 raise ValueError(f"{file} was changed while it was read: prepare the data when nothing writes to it")

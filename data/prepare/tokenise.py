@@ -32,14 +32,10 @@ _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
 
 
 @functools.lru_cache(maxsize=2)
-def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
-    """A tokenizer of this process, loaded once while its `fingerprint` is the same.
-
-    Raises:
-        ValueError: it is not the one of the `fingerprint`, if one is given.
-    """
+def process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """A tokenizer of this process, loaded once; ValueError where it is not the one of the `fingerprint`."""
     tokenizer = load_tokenizer(path)
-    if fingerprint not in ("", tokenizer.fingerprint()):
+    if tokenizer.fingerprint() != fingerprint:
         raise ValueError(f"tokenizer {path} was changed while data was prepared with it: prepare the data again")
     return tokenizer
 

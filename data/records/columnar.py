@@ -61,11 +61,7 @@ def parquet(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: 
 
 
 def row_groups(file: str) -> list[tuple[int, int]]:
-    """(records, bytes before compression) of each row group of a Parquet file.
-
-    Raises:
-        pyarrow.ArrowException, OSError: it cannot be read.
-    """
+    """(records, bytes before compression) of each row group of a Parquet file."""
     import pyarrow.parquet as pq
 
     with open_file(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
@@ -80,11 +76,7 @@ def hugging_face(source: SourceConfig, unit: Unit, columns: tuple[str, ...], cen
 
 
 def arrow_files(directory: str, split: str | None) -> list[str]:
-    """The files of a data set that was saved in a directory.
-
-    Raises:
-        ValueError: it was not, the split is not there, or one of them is missing.
-    """
+    """The files of a data set that was saved in a directory; ValueError where they are not there."""
     splits_file = join(directory, "dataset_dict.json")
     if has_splits := exists(splits_file):
         splits = noted(splits_file, lambda it: [str(name) for name in it["splits"]])

@@ -116,11 +116,7 @@ def local_copy(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_directory(path: str, names: Iterable[str] | None = None) -> Iterator[str]:
-    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there.
-
-    Raises:
-        OSError: it cannot be fetched.
-    """
+    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there."""
     if not is_remote(path):
         yield path
         return

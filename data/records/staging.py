@@ -150,9 +150,6 @@ def stage(place: Path, size: int | None, fetch: Callable[[str], None], what: str
 
     Args:
         size: of the whole file; None: nobody knows.
-
-    Raises:
-        OSError: the copy cannot be made.
     """
     with contextlib.suppress(OSError):
         os.utime(place)  # the newest of all now

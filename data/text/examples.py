@@ -1,5 +1,6 @@
 """A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
+import itertools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -76,13 +77,8 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -
     census.counts["text_bytes"] += sum(sizes)
     encoded = _encode_all(texts, tokenizer)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
-    tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
-    at = 0
-    for ids in encoded:
-        tokens[at] = tokenizer.bos_id
-        tokens[at + 1 : at + 1 + len(ids)] = ids
-        tokens[at + 1 + len(ids)] = tokenizer.eos_id
-        at += len(ids) + 2
+    flat = itertools.chain.from_iterable((tokenizer.bos_id, *ids, tokenizer.eos_id) for ids in encoded)
+    tokens = np.fromiter(flat, token_dtype(tokenizer.vocab_size), int(lengths.sum()))
     return Documents(lengths, tokens, None, np.array(sizes, np.int64), np.zeros(len(sizes), bool))
 
 
