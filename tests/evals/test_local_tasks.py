@@ -164,7 +164,7 @@ def test_the_answer_of_the_most_counts_for_mathematics(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIXTRAL_JAX_DATA", raising=False)
-    with pytest.raises(UserError, match=r"^local_boolq reads a file: say in which directory, by --data-dir,"):
+    with pytest.raises(UserError, match=r"^local_boolq reads a file: say where, by --data-dir,"):
         with_local(["local_boolq"], None)
     monkeypatch.setenv("MIXTRAL_JAX_DATA", str(tmp_path))
     with pytest.raises(UserError, match=r"has no boolq\.parquet.* split validation of aps/super_glue, boolq on the"):
