@@ -22,7 +22,7 @@ from mixtral_jax.data.records.files import (
     remove_below,
     sizes_below,
 )
-from mixtral_jax.data.records.lump import Census, Lump, Unit
+from mixtral_jax.data.records.lump import Census, Lump, Place, Unit
 from mixtral_jax.data.records.selection import Chosen, choose, source_files
 from mixtral_jax.data.records.sources import (
     compression,

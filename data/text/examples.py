@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records import Census, Lump
+from mixtral_jax.data.records import Census, Lump, read_lumps, source_files, with_text_column
 from mixtral_jax.data.text.chat import Example, TrainOn, encode_chat, utf8_size
 from mixtral_jax.data.text.layouts import normalise
 from mixtral_jax.data.text.template import Template
@@ -88,6 +88,22 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -
         tokens[at + 1 + len(ids)] = tokenizer.eos_id
         at += len(ids) + 2
     return Documents(lengths, tokens, None, np.array(sizes, np.int64), np.zeros(len(sizes), bool))
+
+
+def texts_of(source: SourceConfig) -> Iterator[str]:
+    """The texts of a source, in order.
+
+    Raises:
+        ValueError: nothing is there, or a record that has no text.
+    """
+    files, census = source_files(source), Census(skip=False)
+    source = with_text_column(source, files)
+    for lump in (lump for file in files for lump in read_lumps(source, file, (source.text_key,), census)):
+        for number, record in lump.parse(census):
+            try:
+                yield _text(record, source.text_key)
+            except ValueError as error:
+                census.report(lump.where(number), error)
 
 
 def _text(record: dict[str, Any], key: str) -> str:

@@ -30,9 +30,8 @@ def task_files(place):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "SHORTEST", 32)
-    monkeypatch.setattr(scoring, "round_up", lambda size: 64 if size <= 64 else 128)
+    monkeypatch.setattr(scoring, "NARROWEST", 64)
     monkeypatch.setattr(scoring, "_most_rows", lambda *_: 16)
-    monkeypatch.setattr(scoring, "_power", lambda count: 16 if count <= 16 else 256)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])

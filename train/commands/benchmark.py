@@ -3,13 +3,14 @@
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
 from mixtral_jax.data.prepare import digest
-from mixtral_jax.model import compute_dtype
+from mixtral_jax.data.text import Tokenizer
+from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.base import newest_step
 from mixtral_jax.train.config import MachineConfig, RunConfig
@@ -38,12 +39,7 @@ def benchmark(
         tokenizer, place = read_tokenizer(checkpoint), newest_step(checkpoint)
         directory = Path(out) if out else results_directory(checkpoint, place)
         agree(tasks=digest(sorted(tasks["tasks"])), checkpoint=Path(place).name)
-        mesh, compute = make_mesh(config.mesh), config.compute
-        whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as on disk
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            model = read_model(checkpoint, mesh=mesh, dtype="float32" if whole else None, compute=compute, path=place)
-            if (pieces := tokenizer.vocab_size) > (known := model.config.vocab_size):
-                raise UserError(f"the tokenizer of {checkpoint} has {pieces} pieces, the model knows {known}")
+        with model_of(checkpoint, place, config, tokenizer) as model:
             results = run_tasks(model, tokenizer, tasks, options, template=template or own)
     if jax.process_index() > 0:
         return ExitCode.DONE
@@ -54,6 +50,22 @@ def benchmark(
     if not out and (run := run_place(checkpoint)) is not None:
         _note(run, int(Path(place).name), results.metrics)
     return ExitCode.DONE
+
+
+@contextlib.contextmanager
+def model_of(checkpoint: str, place: str, config: RunConfig | MachineConfig, tokenizer: Tokenizer) -> Iterator[Mixtral]:
+    """The model at `place`, the checkpoint's newest step, on the mesh that is asked for, which is set.
+
+    Raises:
+        UserError: the tokenizer does not fit it.
+    """
+    mesh, compute = make_mesh(config.mesh), config.compute
+    whole = compute_dtype(compute.dtype) == "float32"  # cast once; lower precisions keep the router as on disk
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        model = read_model(checkpoint, mesh=mesh, dtype="float32" if whole else None, compute=compute, path=place)
+        if (pieces := tokenizer.vocab_size) > (known := model.config.vocab_size):
+            raise UserError(f"the tokenizer of {checkpoint} has {pieces} pieces, the model knows {known}")
+        yield model
 
 
 def _note(place: Path, step: int, metrics: dict[str, float]) -> None:

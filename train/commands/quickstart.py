@@ -1,4 +1,4 @@
-"""The end of `make quickstart`: what the model learned, measured against gzip, and what it writes.
+"""The end of `make quickstart`: what the model learned, measured against gzip, what it writes, what its routers do.
 
 python -m mixtral_jax.train.commands.quickstart runs/quickstart
 """
@@ -6,6 +6,7 @@ python -m mixtral_jax.train.commands.quickstart runs/quickstart
 import gzip
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.convert import load
-from mixtral_jax.data.config import SourceConfig
-from mixtral_jax.data.records import Census, read_lumps, source_files
-from mixtral_jax.data.text import load_tokenizer
+from mixtral_jax.data.text import load_tokenizer, texts_of
+from mixtral_jax.train.commands.routing import routing
 from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.text import generate
 
@@ -28,15 +28,23 @@ LANGUAGES = {
     "code": "def __init__(self",
 }
 
+_ROUTED = 8000  # tokens of each language, whose routing is shown
+
 
 def main(run_dir: str) -> int:
-    """Print the comparison, samples, and where to go from here; 1 where gzip compresses a language better."""
+    """Print the comparison, samples, where to go from here, and the page of the routers.
+
+    Returns 1 where gzip compresses a language better.
+    """
     config = load_config(Path(run_dir) / "config.yaml").config
     console = Console(highlight=False, soft_wrap=True)
     metrics = last_evaluation(Path(run_dir) / "metrics.jsonl")
     beaten = compare(config, metrics, console)
     write_samples(config, run_dir, console)
     console.print(_NEXT.format(run=run_dir))
+    begun = time.perf_counter()
+    routing(run_dir, tokens=_ROUTED)
+    console.print(f"made in {time.perf_counter() - begun:.0f} s: open it in a browser")
     if not beaten:
         print("exit 1: gzip compresses a language better than the model does", file=sys.stderr)
     return 0 if beaten else 1
@@ -46,13 +54,6 @@ def last_evaluation(metrics: Path) -> dict[str, Any]:
     """The newest line of metrics.jsonl that holds an evaluation."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return next(row for row in reversed(rows) if "eval/loss" in row)
-
-
-def texts(source: SourceConfig) -> list[str]:
-    """All documents of a source."""
-    census, key = Census(skip=False), source.text_key
-    lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (key,), census))
-    return [record[key] for lump in lumps for _, record in lump.parse(census)]
 
 
 def gzip_bits_per_byte(texts: list[str]) -> float:
@@ -69,7 +70,7 @@ def compare(config: RunConfig, metrics: dict[str, Any], console: Console) -> boo
     won = True
     for source in config.data.validation:
         ours = metrics[f"eval/{source.name}/bits_per_byte"]
-        theirs = gzip_bits_per_byte(texts(source))
+        theirs = gzip_bits_per_byte(list(texts_of(source)))
         verdict = f"{100 * (1 - ours / theirs):.0f} % smaller" if ours < theirs else "gzip wins"
         table.add_row(source.name, f"{ours:.3f}", f"{theirs:.3f}", verdict)
         won &= ours < theirs or source.name == "code"
@@ -89,7 +90,7 @@ def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
 
 
 _NEXT = """
-Everything is in {run}: metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
+Everything is in {run}: report.html (its page), metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
 
 What to try next
   .venv/bin/python launch.py generate {run} --prompt "Debian is" --temperature 0.7

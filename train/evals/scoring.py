@@ -3,8 +3,9 @@
 Nothing is computed twice that requests share. Those that read the same tokens, or the first of them, are one row,
 whichever of its tokens each asks about. Rows that begin alike, with few-shot examples or with one context of several
 answers, are grouped so that the most tokens are saved: the beginning is read once into a cache, and each row goes on
-from there. Rows of like lengths go together and lengths are rounded up, so that few programs serve all. Under
-`jax.set_mesh(mesh)` the same calls run on the whole mesh; every process makes the same ones and has all scores.
+from there. Rows of like lengths go together, and numbers of rows and columns are rounded up: to compile a program takes
+longer than to run many a task. Under `jax.set_mesh(mesh)` the same calls run on the whole mesh; every process makes the
+same ones and has all scores.
 """
 
 import math
@@ -18,12 +19,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
 
-from mixtral_jax.generation import Cache, cache_slots, extend, inherit, prompt_states, round_up
+from mixtral_jax.generation import Cache, cache_slots, extend, inherit, prompt_states
 from mixtral_jax.losses import Scores, linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, gathered, platform, sharded, varying
 
-SHORTEST = 64  # tokens; a shorter common beginning is not worth a cache, and programs of its own
+SHORTEST = 64  # tokens; a shorter common beginning is not worth programs of its own
+NARROWEST = 32  # columns; with powers of two from here on there are few programs
 CACHE_BYTES = 2**30  # of one device's rows
 DEEPEST = 64  # beginnings within beginnings that are looked at
 
@@ -209,7 +211,7 @@ def _batches(groups: Sequence[_Group], most: Callable[[int, int], int]) -> Itera
             size = _size(shared, rows[0])
             now = [row for row in rows[: most(*size) * shards] if _size(shared, row) == size]
             rows = rows[len(now) :]
-            yield _pack([[_Group(shared, now[i::shards])] for i in range(shards)], size)
+            yield _pack([[_Group(shared, now[i::shards])] for i in range(shards)], size, most(*size))
     for size, parts in sorted(small.items(), reverse=True):
         bins: list[list[_Group]] = [[]]
         for part in parts:
@@ -217,20 +219,22 @@ def _batches(groups: Sequence[_Group], most: Callable[[int, int], int]) -> Itera
                 bins.append([])
             bins[-1].append(part)
         for at in range(0, len(bins), shards):
-            yield _pack((bins[at : at + shards] + [[]] * shards)[:shards], size)
+            yield _pack((bins[at : at + shards] + [[]] * shards)[:shards], size, most(*size))
 
 
 def _size(shared: int, row: _Row) -> tuple[int, int]:
     """Columns of what is shared, and behind."""
-    return round_up(shared) if shared else 0, round_up(len(row.tokens) - shared)
+    return _power(shared, 2) if shared else 0, max(NARROWEST, _power(len(row.tokens) - shared, 2))
 
 
-def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
-    """A bin for each device's part of the batch."""
+def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int], B: int) -> _Batch:
+    """A bin of up to B rows for each device's part of the batch."""
     (P, T), D = size, len(bins)
     rows = [[(g, group.shared, row) for g, group in enumerate(bin) for row in group.rows] for bin in bins]
-    G, B = (_power(max(map(len, held))) for held in (bins, rows))
-    Q = _power(max(sum(len(row.asked) for *_, row in held) for held in rows))
+    G, Q = (
+        _power(max(map(len, bins)), 4),
+        _power(max([4 * B, *(sum(len(r.asked) for *_, r in held) for held in rows)]), 4),
+    )
     heads = _Heads(np.zeros((D, G, P), np.int32), np.full((D, G), P, np.int32))
     piece = _Piece(np.zeros((D, B, T), np.int32), np.full((D, B), P + T, np.int32), *np.zeros((2, D, B), np.int32),
                    *np.zeros((2, D, Q), np.int32), np.zeros((D, Q), bool))  # fmt: skip
@@ -255,9 +259,12 @@ def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
     return _Batch(_Heads(*map(flat, heads)) if P else None, _Piece(*map(flat, piece)), flat(slot))
 
 
-def _power(count: int) -> int:
-    """The next power of four, so that few programs are compiled."""
-    return 4 ** (((count - 1).bit_length() + 1) // 2)
+def _power(count: int, base: int) -> int:
+    """The next power."""
+    power = 1
+    while power < count:
+        power *= base
+    return power
 
 
 def _shards() -> int:
