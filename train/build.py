@@ -108,9 +108,8 @@ def build(
     if mesh is not None:
         check_sizes(config, mesh.shape)
     stage_in(config.data.staging_dir, config.data.staging_bytes)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer, tasks = load_tokenizer(config.data.tokenizer), _tasks(config.eval.tasks)
     check_vocabulary(config, tokenizer.vocab_size)
-    tasks = None if config.eval.tasks is None else find_tasks(config.eval.tasks.names, task_options(config.eval.tasks))
     prepared = prepare_data(config)
     account = _account(config, found, prepared, say)
     first_screen(config, mesh, prepared, account.start, say)
@@ -202,6 +201,10 @@ def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list
         parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
         max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
     )  # fmt: skip
+
+
+def _tasks(told: TasksConfig | None) -> Tasks | None:
+    return None if told is None else find_tasks(told.names, task_options(told))
 
 
 def task_options(tasks: TasksConfig) -> TaskOptions:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def test_the_answer_of_the_most_counts_for_mathematics(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIXTRAL_JAX_DATA", raising=False)
-    with pytest.raises(UserError, match=r"^local_boolq reads a file: say in which directory, by --data-dir,"):
+    with pytest.raises(UserError, match=r"^local_boolq reads a file: say where, by --data-dir,"):
         with_local(["local_boolq"], None)
     monkeypatch.setenv("MIXTRAL_JAX_DATA", str(tmp_path))
     with pytest.raises(UserError, match=r"has no boolq\.parquet.* split validation of aps/super_glue, boolq on the"):
@@ -179,10 +180,10 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_list_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "mmlu_sample.jsonl", documents("mmlu", 2))
-    head, *found = listing(str(tmp_path))
+    head, *found = (re.split(r"  +", line) for line in listing(str(tmp_path)).splitlines())
     table = {row[0]: dict(zip(head, row, strict=True)) for row in found}
     assert table.keys() == rows().keys()
     assert table["local_mmlu"]["there"] == "mmlu_sample.jsonl"
-    assert {row["there"] for name, row in table.items() if name != "local_mmlu"} == {"no"}
+    assert {row["there"] for name, row in table.items() if name != "local_mmlu"} == {"-"}
     assert (table["local_gsm8k"]["shots"], table["local_gsm8k"]["metric"]) == ("8", "maj@8")
     assert table["local_arc_challenge_de"]["on the hub"] == "alexandrainst/m_arc, de"

@@ -74,7 +74,7 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not options.allow_code:
             raise UserError(
-                f"task {name} runs code that the model writes: add --allow-code (eval.tasks.allow_code) where that may be"
+                f"task {name} runs code that the model writes: allow it by --allow-code or eval.tasks.allow_code"
             )
         shots = task.get_config("num_fewshot")
         if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so

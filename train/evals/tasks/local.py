@@ -168,9 +168,7 @@ def _hub(row: Row, base: Mapping[str, Any]) -> str:
 def _directory(name: str, data_dir: str | None) -> Path:
     place = data_dir or os.environ.get(VARIABLE)
     if not place:
-        raise UserError(
-            f"{name} reads a file: say in which directory, by --data-dir, eval.tasks.data_dir or {VARIABLE}"
-        )
+        raise UserError(f"{name} reads a file: say where, by --data-dir, eval.tasks.data_dir or {VARIABLE}")
     return Path(place).expanduser()
 
 
