@@ -47,12 +47,9 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
     Raises:
         ValueError: fewer tokens than task, key and question take.
     """
-    task, needle, question, answer = (
-        tokenizer.encode(text, place)
-        for text, place in (
-            (TASK, "start"), (f"\n{NEEDLE.format(key=key)}", "text"), (f"\n{QUESTION}", "text"), (f" {key}", "text")
-        )
-    )  # fmt: skip
+    task = tokenizer.encode(TASK)
+    rest = (f"\n{NEEDLE.format(key=key)}", f"\n{QUESTION}", f" {key}")
+    needle, question, answer = (tokenizer.encode(text, "text") for text in rest)
     room = length - 1 - sum(map(len, (task, needle, question, answer)))
     if room < 0:
         raise ValueError(f"a length of {length} is too short: task, key and question alone take {length - room} tokens")
