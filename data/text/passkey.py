@@ -62,8 +62,8 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
 def write_samples(directory: Path) -> None:
     """passkey.{near,short,train,val}.jsonl.gz: no filler, up to 16 and up to 210 words; no key is in two of them.
 
-    Without filler there is no task either, and all that follows the first mention is learned, so that almost every token
-    teaches to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
+    Without filler there is no task either, and all that follows the first mention is learned, so that most tokens teach
+    to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
     """
     rng = np.random.default_rng(0)
     keys = rng.permutation(np.arange(*KEYS)).tolist()
