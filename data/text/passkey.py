@@ -47,9 +47,9 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
     Raises:
         ValueError: fewer tokens than task, key and question take.
     """
-    task, answer = tokenizer.encode(TASK), tokenizer.encode(f" {key}", "text")
-    needle = tokenizer.encode(f"\n{NEEDLE.format(key=key)}", "text")
-    question = tokenizer.encode(f"\n{QUESTION}", "text")
+    task = tokenizer.encode(TASK)
+    rest = (f"\n{NEEDLE.format(key=key)}", f"\n{QUESTION}", f" {key}")
+    needle, question, answer = (tokenizer.encode(text, "text") for text in rest)
     room = length - 1 - sum(map(len, (task, needle, question, answer)))
     if room < 0:
         raise ValueError(f"a length of {length} is too short: task, key and question alone take {length - room} tokens")
@@ -62,8 +62,8 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
 def write_samples(directory: Path) -> None:
     """passkey.{near,short,train,val}.jsonl.gz: no filler, up to 16 and up to 210 words; no key is in two of them.
 
-    Without filler there is no task either, and all that follows the first mention is learned, so that almost every token
-    teaches to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
+    Without filler there is no task either, and all that follows the first mention is learned, so that most tokens teach
+    to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
     """
     rng = np.random.default_rng(0)
     keys = rng.permutation(np.arange(*KEYS)).tolist()

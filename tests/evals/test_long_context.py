@@ -53,7 +53,7 @@ def test_what_is_learned_is_what_is_asked(tokenizer) -> None:
 def test_the_samples_are_made_again_byte_for_byte(tmp_path) -> None:
     write_samples(tmp_path)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert gzip.decompress(file.read_bytes()) == gzip.decompress((SAMPLES / "sft" / file.name).read_bytes())
 
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_whole_forward_pass(tmp_path) -> None:
     write_byte_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, words)) + "é" * 40 for words in (9, 20, 2, 8)]
+    texts = [" ".join(rng.choice(WORDS, words)) + "." * 40 for words in (9, 20, 2, 8)]
     documents, lengths = long_documents(iter(texts), tokenizer, [16, 32, 64, 4096], samples=2)
     assert lengths == [16, 32, 64] and [len(document.ids) for document in documents] == [64, 64]
     assert [int(document.bytes_T.sum()) for document in documents] == [63, 63]
@@ -99,6 +99,14 @@ def test_losses_are_those_of_the_whole_forward_pass(tmp_path) -> None:
         assert context["nll"] == pytest.approx(want, rel=1e-5) and context["perplexity"] == pytest.approx(
             np.exp(want), rel=1e-4
         )
+
+
+def test_bytes_are_those_of_the_text(tokenizer) -> None:
+    text = "Dans la boîte de dialogue, vous pouvez — 日本"
+    (document,), _ = long_documents([text], tokenizer, [2, 4096], 1)
+    assert document.ids[1:] == tokenizer.encode(text)[:1] and 0 < document.bytes_T[1] <= 4
+    (document,), _ = long_documents([text], tokenizer, [len(tokenizer.encode(text)) + 1], 1)
+    assert document.bytes_T.sum() == len(text.encode()) and document.bytes_T[0] == 0
 
 
 def test_documents_that_are_too_short_are_told(tokenizer) -> None:

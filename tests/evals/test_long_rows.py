@@ -9,7 +9,8 @@ from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
-from mixtral_jax.train.evals.long_rows import Scored, score_long
+from mixtral_jax.train.evals.long_rows import score_long
+from mixtral_jax.train.evals.scoring import Score
 from tests.tiny import tiny_config
 
 SHAPES = {"plain": tiny_config(vocab_size=97), "window": tiny_config(vocab_size=97, sliding_window=5)}
@@ -24,14 +25,14 @@ def rows_of(model: Mixtral) -> list[list[int]]:
     return [row + new for row, new in zip(rows, generate(model, rows, max_new_tokens=NEW), strict=True)]
 
 
-def assert_scored(model: Mixtral, rows: list[list[int]], found: list[Scored], atol: float) -> None:
+def assert_scored(model: Mixtral, rows: list[list[int]], found: list[Score], atol: float) -> None:
     assert sum(scored.best_T[-NEW:].sum() for scored in found) >= len(rows) * NEW - 1  # bf16 has ties
     for row, first, scored in zip(rows, FIRST, found, strict=True):
         padded = np.zeros((1, 48), np.int32)
         padded[0, : len(row)] = row
         logits_TV = np.asarray(forward(model, padded))[0, first - 1 : len(row) - 1]
         logps_TV, places = jax.nn.log_softmax(logits_TV), np.arange(len(logits_TV))
-        np.testing.assert_allclose(scored.logp_T, logps_TV[places, row[first:]], atol=atol)
+        np.testing.assert_allclose(scored.logps_T, logps_TV[places, row[first:]], atol=atol)
         others_TV = np.where(np.arange(97)[None] == np.array(row[first:])[:, None], -np.inf, logits_TV)
         lead_T = logits_TV[places, row[first:]] - others_TV.max(axis=1)
         sure_T = abs(lead_T) > 2 * atol
@@ -56,3 +57,10 @@ def test_rows_are_scored_on_a_mesh() -> None:
         placed = jax.tree.map(jax.device_put, model, jax.tree.unflatten(jax.tree.structure(model), shardings))
         found = score_long(placed, rows, first=FIRST, piece=16)
     assert_scored(model, rows, found, 1e-5)
+
+
+def test_nan_is_told() -> None:
+    model = Mixtral(SHAPES["plain"], key=jax.random.key(0))
+    model.norm.scale[...] = np.nan
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        score_long(model, [[1, 2, 3]])

@@ -72,7 +72,7 @@ def loss_by_length(
         documents: as long as the last of the `lengths`, which go up.
     """
     scored = score_long(model, [document.ids for document in documents], advance=advance)
-    nll_BT = -np.pad(np.stack([own.logp_T for own in scored]), ((0, 0), (1, 0)))  # of BOS nothing is asked
+    nll_BT = -np.pad(np.stack([own.logps_T for own in scored]), ((0, 0), (1, 0)))  # of BOS nothing is asked
     bytes_BT = np.stack([document.bytes_T for document in documents])
     stretches = [
         {"from": a, "to": b, **_measures(nll_BT[:, max(a, 1) : b], bytes_BT[:, max(a, 1) : b])}
@@ -83,7 +83,7 @@ def loss_by_length(
         if length < lengths[-1]:
             rows = [[tokenizer.bos_id, *document.ids[1 - length :]] for document in documents]
             scored = score_long(model, rows, first=[length - tail] * len(rows), advance=advance)
-        nll_BT = -np.stack([own.logp_T[-tail:] for own in scored])
+        nll_BT = -np.stack([own.logps_T[-tail:] for own in scored])
         contexts.append({"length": length, **_measures(nll_BT, bytes_BT[:, -tail:])})
     return {"documents": len(documents), "position": stretches, "context": contexts}
 
@@ -97,16 +97,16 @@ def _measures(nll: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
 
 def by_length_tables(result: dict[str, Any]) -> list[Table]:
     """One of places in the documents, one of lengths of context."""
-    places = [(f"{row['from']:,} - {row['to'] - 1:,}", row) for row in result["position"]]
-    contexts = [(f"{row['length']:,}", row) for row in result["context"]]
-    named = (("position", f"All tokens of {result['documents']} documents, by position", places),
-             ("context", "The same tokens, by tokens of context", contexts))  # fmt: skip
-    tables = []
-    for name, title, rows in named:
-        tables.append(Table(title=title))
-        for column in (name, "tokens", "loss", "perplexity", "bits/byte"):
-            tables[-1].add_column(column, justify="right")
-        for label, row in rows:
-            numbers = (f"{row['nll']:.4f}", f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}")
-            tables[-1].add_row(label, f"{row['tokens']:,}", *numbers)
-    return tables
+    places = {f"{row['from']:,} - {row['to'] - 1:,}": row for row in result["position"]}
+    contexts = {f"{row['length']:,}": row for row in result["context"]}
+    return [_table(f"By position in {result['documents']} documents", places), _table("By tokens of context", contexts)]
+
+
+def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table("", "tokens", "loss", "perplexity", "bits/byte", title=title)
+    for column in table.columns:
+        column.justify = "right"
+    for label, row in rows.items():
+        numbers = (f"{row['nll']:.4f}", f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}")
+        table.add_row(label, f"{row['tokens']:,}", *numbers)
+    return table

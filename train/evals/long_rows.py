@@ -15,19 +15,13 @@ from mixtral_jax.generation import Cache, cache_slots, extend
 from mixtral_jax.losses import linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, axis_size, sharded, varying
+from mixtral_jax.train.evals.scoring import Score
 
 PIECE = 1024  # columns at a time
 TOGETHER = 8192  # tokens of the rows that a device has at a time
 
 _ROWS: Any = P(BATCH_AXES)
 _CACHE = Cache(*(P(None, BATCH_AXES, "tensor"),) * 2)
-
-
-class Scored(NamedTuple):
-    """Of the tokens of a row from a place on."""
-
-    logp_T: Float[np.ndarray, " T"]  # log p(token | all before it), nats
-    best_T: Bool[np.ndarray, " T"]  # no other token was likelier: greedy decoding takes it too
 
 
 class Piece(NamedTuple):
@@ -46,7 +40,7 @@ def score_long(
     first: Sequence[int] | None = None,
     piece: int = PIECE,
     advance: Callable[[int], Any] = lambda tokens: None,
-) -> list[Scored]:
+) -> list[Score]:
     """The tokens rows[b][first[b]:], each given all tokens before it, as the whole row at once would have them.
 
     A few rows go through the model together, `piece` columns at a time, with the keys and values of those before in a
@@ -57,6 +51,9 @@ def score_long(
         rows: token ids, at least two a row, of about one length.
         first: place in each row, from 1; None: 1, as nothing stands before the first token.
         advance: told of the tokens that are done since the last time.
+
+    Raises:
+        FloatingPointError: logits of a wanted token are NaN.
     """
     first = [1] * len(rows) if first is None else first
     longest, mesh = max(map(len, rows)) - 1, jax.sharding.get_abstract_mesh()
@@ -64,7 +61,7 @@ def score_long(
     width = -(-longest // piece) * piece
     shards = 1 if mesh.empty else math.prod(mesh.shape[a] for a in BATCH_AXES)
     together = min(max(1, TOGETHER // width), -(-len(rows) // shards)) * shards
-    found: list[Scored] = []
+    found: list[Score] = []
     for start in range(0, len(rows), together):
         batch, places = rows[start : start + together], first[start : start + together]
         whole = _lay_out(batch, places, (together, width))
@@ -75,8 +72,10 @@ def score_long(
             scores.append(np.asarray(new))
             advance(sum(min(max(len(row) - at, 0), piece) for row in batch))
         logp_BT, best_BT = np.concatenate(scores, axis=2)
+        if np.isnan(logp_BT).any():
+            raise FloatingPointError("logits are NaN: weights are not finite, or too large for the compute dtype")
         wanted = [slice(place - 1, len(row) - 1) for place, row in zip(places, batch, strict=True)]
-        found += [Scored(logp_BT[b, own], best_BT[b, own] > 0) for b, own in enumerate(wanted)]
+        found += [Score(logp_BT[b, own], best_BT[b, own] > 0) for b, own in enumerate(wanted)]
     return found
 
 

@@ -48,8 +48,8 @@ def passkey_accuracy(
 
 def passkey_table(result: dict[str, Any]) -> Table:
     """The accuracy in percent, light to dark."""
-    table = Table(title=f"Keys found, % of {result['samples']} (rows: where in the text; columns: its tokens)")
-    table.add_column("depth", justify="right")
+    table = Table(title="Keys found, %")
+    table.add_column("depth, tokens", justify="right")
     for length in result["lengths"]:
         table.add_column(f"{length:,}", justify="right")
     for depth, row in zip(result["depths"], result["accuracy"], strict=True):
