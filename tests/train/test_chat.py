@@ -2,6 +2,8 @@
 
 import builtins
 import functools
+import io
+import json
 import os
 import pty
 import signal
@@ -18,7 +20,8 @@ import pytest
 
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.commands import chat
-from mixtral_jax.train.commands.generate import read_turns
+from mixtral_jax.train.commands.generate import _texts, read_turns
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.text import Codec
 from tests.prepared import MODEL
 from tests.sources import ROOT
@@ -187,6 +190,15 @@ def test_no_failure_of_an_answer_loses_the_conversation(
     conversation, _ = talk("One", "Two", "Three", happens=[lambda: None, fail])
     assert [m["content"].strip() for m in conversation.messages] == ["One", "Good.", "Three", "Good."]
     assert f"error: no answer: {error}" in capsys.readouterr().err
+
+
+def test_turns_in_a_file_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = {"role": "user", "content": "a\u2028b"}
+    (tmp_path / "turns.jsonl").write_text(f"{json.dumps(turn, ensure_ascii=False)}\n" * 2, encoding="utf-8")
+    assert read_turns(str(tmp_path / "turns.jsonl")) == [turn, turn]  # a line ends at no other character
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    with pytest.raises(UserError, match="standard input is not UTF-8"):
+        _texts(None, [], chat=False)
 
 
 def test_conversations_of_like_lengths_share_a_program() -> None:

@@ -89,7 +89,10 @@ def _texts(prompt: Sequence[str] | None, before: Sequence[Any], chat: bool) -> l
         return list(prompt)
     if before and before[-1]["role"] in ("user", "tool"):
         return []
-    return None if chat and sys.stdin.isatty() else [sys.stdin.read().rstrip("\n")]
+    try:
+        return None if chat and sys.stdin.isatty() else [sys.stdin.read().rstrip("\n")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error})") from None
 
 
 def _check_files(prompt: Any, prompts: str | None, out: str | None, samples: int, batch_size: int) -> None:
