@@ -183,6 +183,7 @@ test_batch.run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow  # starts Python; what a kill can leave is tried byte by byte above
 def test_after_kill_9_the_second_start_gives_the_same_bytes(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     code = [sys.executable, "-P", "-c", KILLED, str(tmp_path)]
