@@ -228,7 +228,7 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.S
 
 @contextlib.contextmanager
 def command(*, last: bool = False) -> Iterator[None]:
-    """A command that trains begins: a signal ends the process with 75 until something has begun that can be saved.
+    """A command that goes on where it was begins: a signal ends the process with 75, until something can be saved.
 
     Behind the `last` one the process ends, with a code that no signal changes any more.
     """
@@ -255,8 +255,8 @@ _began: float | None = None
 
 
 def end_at_once(number: int, frame: Any) -> None:
-    """The handler of signals while nothing has begun."""
+    """The handler of signals while there is nothing to save."""
     with contextlib.suppress(OSError):  # a terminal that is closed
-        name = signal.Signals(number).name
-        os.write(2, f"\nexit {ExitCode.STOPPED}: {name} before anything was begun: {AGAIN}\n".encode())
+        shown = "\033[?25h" * os.isatty(2)  # a progress bar hides the cursor
+        os.write(2, f"{shown}\nexit {ExitCode.STOPPED}: {signal.Signals(number).name}: {AGAIN}\n".encode())
     os._exit(ExitCode.STOPPED)

@@ -287,7 +287,7 @@ def _refuse_nan(model: Mixtral, new_BN: np.ndarray, numbers: Sequence[int], firs
     """`first`: number of the new tokens in the first column."""
     for row, column in np.argwhere(new_BN == model.config.vocab_size)[:1]:
         raise FloatingPointError(
-            f"prompt {numbers[row]}: the logits of its new token {first + column} are NaN: weights are not "
+            f"continuation {numbers[row]}: the logits of its token {first + column} are NaN: weights are not "
             f"finite, or too large for {compute_dtype(model.compute.dtype)}"
         )
 

@@ -210,16 +210,16 @@ def test_a_row_of_nan_is_told_and_harms_no_other(rows: int) -> None:
         token_B = jnp.full(rows, 5)
         logits_BV, cache = jax.jit(decode)(model, cache, token_B, jnp.int32(width), pad_B, np.ones(rows, bool))
     assert generate(model, prompts, max_new_tokens=3) == want
-    message = f"prompt {rows - 1}: the logits of its new token 1 are NaN"
+    message = f"continuation {rows - 1}: the logits of its token 1 are NaN"
     for drawing in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
         with pytest.raises(FloatingPointError, match=message):
             generate(model, [*prompts, [1, 96]], max_new_tokens=1, **drawing)
     with pytest.raises(FloatingPointError, match=message):
         list(stream(model, [*prompts, [1, 96]], max_new_tokens=1))
-    with pytest.raises(FloatingPointError, match="prompt 7: the logits"):
+    with pytest.raises(FloatingPointError, match="continuation 7: the logits"):
         generate(model, [[1, 96]], numbers=[7], max_new_tokens=1)
     model.layers.moe.router[...] = router_LDE.at[1, 0, 2].set(jnp.nan)
-    with pytest.raises(FloatingPointError, match="prompt 0: the logits of its new token 1 are NaN"):
+    with pytest.raises(FloatingPointError, match="continuation 0: the logits of its token 1 are NaN"):
         generate(model, prompts, max_new_tokens=3)
 
 

@@ -1,5 +1,6 @@
 """Continuations of a file of prompts: what its lines hold, and that a killed command goes on with the same ones."""
 
+import fcntl
 import functools
 import gzip
 import json
@@ -20,7 +21,8 @@ from mixtral_jax.data.text import load_template, load_tokenizer
 from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.commands import batch
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.commands import generate as command
+from mixtral_jax.train.errors import StorageError, UserError
 from mixtral_jax.train.text import Codec
 from tests.sources import ROOT
 from tests.tiny import tiny_config, tiny_model, write_byte_tokenizer
@@ -128,6 +130,44 @@ def test_other_options_prompts_or_weights_are_refused(tmp_path: Path, monkeypatc
     assert (tmp_path / ".out.jsonl.incomplete").read_bytes() == before
 
 
+def test_what_is_there_is_done_or_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prompts(tmp_path)
+    calls: list[list[int]] = []
+    monkeypatch.setattr(batch, "generate", say_by_number(calls))
+    first = run(tmp_path)
+    (tmp_path / ".out.jsonl.incomplete").write_text("killed before this was removed")
+    calls.clear()
+    assert run(tmp_path) == first and not calls and not (tmp_path / ".out.jsonl.incomplete").exists()
+    for other in ({"seed": 4}, {"samples": 1}):
+        with pytest.raises(UserError, match=r"out\.jsonl is made of other weights, prompts or options"):
+            run(tmp_path, **other)
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="is made of other"):
+        run(tmp_path)
+    assert (tmp_path / "out.jsonl").read_text() == "mine" and not calls
+
+
+def test_two_do_not_write_one_file(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    with open(tmp_path / ".out.jsonl.incomplete", "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="written by another process"):  # may be one that is being killed
+            run(tmp_path)
+
+
+def test_a_signal_asks_for_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr(command, "run_template", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["generate", "c", "--prompts", write_prompts(tmp_path), "--out", "o"])
+    assert ended.value.code == 75 and "exit 75: SIGTERM: run the same command again" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -143,6 +183,7 @@ test_batch.run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow  # starts Python; what a kill can leave is tried byte by byte above
 def test_after_kill_9_the_second_start_gives_the_same_bytes(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     code = [sys.executable, "-P", "-c", KILLED, str(tmp_path)]
@@ -160,6 +201,7 @@ def test_after_kill_9_the_second_start_gives_the_same_bytes(tmp_path: Path) -> N
         ('{"text": "a"}', r"line 2: neither 'prompt' nor 'messages' \(it has 'text'\)"),
         ('{"prompt": 3}', "line 2: 'prompt' is neither text nor messages"),
         (r'{"prompt": "\ud800"}', "line 2: .*surrogates not allowed"),
+        (r'{"prompt": "a", "id": "\ud800"}', "line 2: .*surrogates not allowed"),
         ('{"messages": []}', "line 2: 'messages' asks nothing"),
         ('{"messages": [{"role": "usr", "content": "a"}]}', r"line 2: messages\[0\]: unknown role 'usr'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: 'messages' asks nothing"),
@@ -180,13 +222,16 @@ def test_an_option_out_of_range_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_files_of_other_formats(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n\n{"prompt": "two"}\n'))
+    (tmp_path / "p.txt").write_bytes(b"one\r\n\ntwo\xe2\x80\xa8\x0clines\n")  # no line ends but at its \n
+    (tmp_path / "p.jsonl.gz").write_bytes(
+        gzip.compress(b'{"prompt": "one"}\n\n{"prompt": "two\xe2\x80\xa8\\flines"}\n')
+    )
+    second = "two\u2028\flines"
     system = {"role": "system", "content": "s"}
     for name in ("p.txt", "p.jsonl.gz"):
-        assert [p.asked for p in batch.read_prompts(str(tmp_path / name), [], chat=False)] == ["one", "two"]
+        assert [p.asked for p in batch.read_prompts(str(tmp_path / name), [], chat=False)] == ["one", second]
         asked = batch.read_prompts(str(tmp_path / name), [system], chat=True)[1].asked
-        assert asked == [system, {"role": "user", "content": "two"}]
+        assert asked == [system, {"role": "user", "content": second}]
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(UserError, match=r"none\.txt holds no prompts"):
         batch.read_prompts(str(tmp_path / "none.txt"), [], chat=False)
@@ -199,14 +244,14 @@ def test_files_of_other_formats(tmp_path: Path) -> None:
         (["--samples", "2"], "--samples belongs to --prompts FILE --out FILE"),
         (["--prompts", "p", "--out", "o", "--prompt", "x"], "--prompt and --prompts: give one of them"),
         (["--prompts", "p", "--out", "o", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
-        (["--prompts", "p", "--out", "there"], "there exists already"),
+        (["--prompts", "p", "--out", "nodir/o"], "--out nodir/o is a directory, or in none that is there"),
+        (["--prompts", "p", "--out", "."], "--out . is a directory"),
     ],
 )
 def test_options_that_do_not_go_together(
     options: list[str], sentence: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").write_text("")
     assert launch.main(["generate", "nothere", *options]) == 2
     assert sentence in capsys.readouterr().err
 

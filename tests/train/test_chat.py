@@ -1,8 +1,12 @@
 """A chat typed by hand: on a terminal of its own, and line by line around a model that says what it is told to."""
 
 import builtins
+import functools
+import io
+import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.commands import chat
-from mixtral_jax.train.commands.generate import read_turns
+from mixtral_jax.train.commands.generate import _texts, read_turns
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.text import Codec
 from tests.prepared import MODEL
 from tests.sources import ROOT
@@ -82,11 +88,13 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     model: Any = SimpleNamespace(config=tiny_config(vocab_size=4224, max_position_embeddings=64))
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no history can be kept there
 
-    def run(*lines: str, says: str = " Good.", template: Any = "v1", most: int = 8) -> tuple[chat.Conversation, list]:
+    def run(*lines: str, says: str = " Good.", template: Any = "v1", most: int = 8, happens: Any = ()) -> tuple:
         asked: list[dict[str, Any]] = []
+        events = iter(happens)
 
         def stream(_: Any, ids: list[list[int]], **options: Any) -> Iterator[list[int]]:
             asked.append({"text": tokenizer.decode(ids[0]), **options})
+            next(events, lambda: None)()
             return ([token] for token in [*tokenizer.encode(says, "text"), tokenizer.eos_id][:most])
 
         left = iter(lines)
@@ -147,16 +155,50 @@ def test_what_is_saved_replaces_only_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").write_text("mine")
-    talk("/save a", "One", "/save", "/save a", "Two", "/save a", "/save other", "/save no/where")
+    talk("/save a", "One", "/save", "/save a", "Two", "/save a", "/save other", "/save no/where", f"/save {'x' * 300}")
     assert len(read_turns("a")) == 4 and (tmp_path / "other").read_text() == "mine"
     said = capsys.readouterr().err
-    for sentence in ("nothing is said yet", "needs the name of a file", "other exists already", "no/where: No such"):
+    for sentence in (
+        "nothing is said yet",
+        "needs the name of a file",
+        "other exists already",
+        "no/where: No such",
+        f"{'x' * 300}: File name too long",
+    ):
         assert f"error: {sentence}" in said or f"error: /save {sentence}" in said
 
 
 @pytest.mark.parametrize(("lines", "left"), [(["^C", "^C", "One"], 0), (["^C", "One", "^C", "Two"], 4)])
 def test_a_second_ctrl_c_with_nothing_between_ends(talk: Any, lines: list[str], left: int) -> None:
     assert len(talk(*lines)[0].messages) == left
+
+
+def test_a_second_ctrl_c_in_an_answer_does_not_end(talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    press = functools.partial(signal.raise_signal, signal.SIGINT)
+    conversation, _ = talk("One", "^C", "Two", happens=[press])
+    assert [m.get("finish") for m in conversation.messages] == [None, "interrupted", None, None]
+    assert "(stopped)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("NaN"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: big")])
+def test_no_failure_of_an_answer_loses_the_conversation(
+    talk: Any, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    conversation, _ = talk("One", "Two", "Three", happens=[lambda: None, fail])
+    assert [m["content"].strip() for m in conversation.messages] == ["One", "Good.", "Three", "Good."]
+    assert f"error: no answer: {error}" in capsys.readouterr().err
+
+
+def test_turns_in_a_file_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = {"role": "user", "content": "a\u2028b"}
+    (tmp_path / "turns.jsonl").write_text(f"{json.dumps(turn, ensure_ascii=False)}\n" * 2, encoding="utf-8")
+    assert read_turns(str(tmp_path / "turns.jsonl")) == [turn, turn]  # a line ends at no other character
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    with pytest.raises(UserError, match="standard input is not UTF-8"):
+        _texts(None, [], chat=False)
 
 
 def test_conversations_of_like_lengths_share_a_program() -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +16,7 @@ from mixtral_jax.data.records import Census, Place, digest, file_format, read_lu
 from mixtral_jax.data.text import turns
 from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import AGAIN, StorageError, UserError
 from mixtral_jax.train.text import Chat, Codec
 
 
@@ -42,8 +43,9 @@ def read_prompts(file: str, before: Sequence[Mapping[str, Any]], *, chat: bool) 
             for number, record in lump.parse(Census(skip=False)):
                 lines = [record]
                 if file_format(source, name) == "text":
-                    lines = [{"prompt": line} for line in record["text"].splitlines() if line.strip()]
+                    lines = [{"prompt": line} for line in re.split("\r?\n", record["text"]) if line.strip()]
                 try:
+                    _dump(lines).encode()  # JSON can spell half of a surrogate pair
                     found += [Prompt(each, _asked(each, before, chat), lump.where(number)) for each in lines]
                 except ValueError as error:
                     raise UserError(f"{lump.where(number)}: {error}") from None
@@ -58,7 +60,6 @@ def _asked(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]], chat:
         raise ValueError(f"neither 'prompt' nor 'messages' (it has {', '.join(map(repr, record)) or 'nothing'})")
     asked = turns(record[column], repr(column))
     if isinstance(asked, str):
-        asked.encode()  # JSON can spell half of a surrogate pair
         if not chat:
             return asked
         asked = [{"role": "user", "content": asked}]
@@ -78,11 +79,12 @@ def complete(
 
     A batch has prompts of like lengths, the longest first. What stands in a line depends on seed, index and sample, not
     on its batch (but for the rounding of logits). Until all is there, lines gather in .NAME.incomplete; its first
-    says what they are made of.
+    says what they are made of, of which each line has a digest. Where `out` is made of the same nothing is left to do.
 
     Raises:
-        UserError: a prompt breaks a rule of its template, another process writes `out`, or what lies there was begun
-            with other weights, prompts or options.
+        UserError: a prompt breaks a rule of its template, or what lies there is made of other weights, prompts or
+            options.
+        StorageError: another process writes `out`.
     """
     generate(model, [], **options)  # an option out of range is refused
     ids = []
@@ -96,10 +98,17 @@ def complete(
     rows = min(batch_size, len(work))  # few programs: every batch has as many
     made_of = {
         "weights": arrays_identity(nnx.to_pure_dict(nnx.state(model))), "dtype": model.compute.dtype,
-        "prompts": digest([ids, json.dumps([prompt.record for prompt in prompts], default=str)]),
-        "samples": samples, "batch_size": batch_size, **options,
+        "prompts": digest([ids, _dump([prompt.record for prompt in prompts])]),
+        "ends": codec.ends, "samples": samples, "batch_size": batch_size, **options,
     }  # fmt: skip
-    partial = out.with_name(f".{out.name}.incomplete")
+    partial, mark = out.with_name(f".{out.name}.incomplete"), digest(made_of)[:16]
+    if out.exists():
+        with open(out, "rb") as finished:
+            is_ours = finished.readline().endswith(f'"made_of": "{mark}"}}\n'.encode())
+        if not is_ours:
+            raise UserError(f"{out} is made of other weights, prompts or options: remove it, or name another file")
+        partial.unlink(missing_ok=True)
+        return say("nothing left to do")
     with open(partial, "a+b") as stream, meter("generating", len(work)) as advance:
         lines = _begun(stream, partial, made_of)
         advance(len(lines), "")
@@ -111,23 +120,31 @@ def complete(
             asked = [ids[number % count] for number in numbers]
             answers = generate(model, asked, eos_id=codec.ends, numbers=numbers, **options)
             for number, new in list(zip(batch, answers, strict=False))[len(lines) - start :]:
-                lines.append(_line(codec, prompts, ids, number, new))
+                lines.append(_line(codec, prompts, ids, number, new, mark))
                 stream.write(lines[-1])
             stream.flush()
             advance(len(batch), f"{len(lines)} of {len(work)}")
         in_order = sorted(range(len(work)), key=lambda i: (work[i] % count, work[i]))
         write_atomically(out, b"".join(lines[i] for i in in_order))
-    partial.unlink()
+    partial.unlink(missing_ok=True)
+    return None
 
 
-def _line(codec: Codec, prompts: Sequence[Prompt], ids: Sequence[list[int]], number: int, new: list[int]) -> bytes:
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _line(
+    codec: Codec, prompts: Sequence[Prompt], ids: Sequence[list[int]], number: int, new: list[int], mark: str
+) -> bytes:
     sample, index = divmod(number, len(prompts))
     record, asked, _ = prompts[index]
     line = {
         "index": index, "sample": sample, "prompt": asked, "completion": codec.text(asked, ids[index], new),
         "finish": codec.finish(new), "tokens": len(new), "record": record,
+        "made_of": mark,
     }  # fmt: skip
-    return json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n"
+    return _dump(line).encode() + b"\n"
 
 
 def _begun(stream: BinaryIO, name: Path, made_of: dict[str, Any]) -> list[bytes]:
@@ -135,7 +152,7 @@ def _begun(stream: BinaryIO, name: Path, made_of: dict[str, Any]) -> list[bytes]
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{name} is being written by another process") from None
+        raise StorageError(f"{name} is being written by another process; when that has ended {AGAIN}") from None
     stream.seek(0)
     lines = stream.read().splitlines(keepends=True)
     lines = lines[: len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mixtral_jax.data.progress import say
 from mixtral_jax.data.records import write_atomically
 from mixtral_jax.generation import stream
@@ -70,7 +72,10 @@ class Conversation:
                 if pressed:
                     return
 
-        text = write(self._codec.grow(asked, ids, tokens()))
+        try:
+            text = write(self._codec.grow(asked, ids, tokens()))
+        except (FloatingPointError, jax.errors.JaxRuntimeError) as error:  # no memory for one so long, for one
+            return say(f"error: no answer: {error}")
         finish = "interrupted" if pressed else self._codec.finish(new)
         if finish != "stop":
             say("(stopped)" if pressed else f"(cut at {len(new)} tokens: --max-new-tokens)")
@@ -105,9 +110,9 @@ class Conversation:
         file = Path(os.path.expanduser(name)).absolute()
         if not name or not self.messages:
             return say("error: /save needs the name of a file" if not name else "error: nothing is said yet")
-        if file.exists() and file not in self._saved:
-            return say(f"error: {name} exists already: name another file")
         try:
+            if file.exists() and file not in self._saved:
+                return say(f"error: {name} exists already: name another file")
             write_atomically(file, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             say(f"error: {name}: {error.strerror}")
@@ -127,6 +132,9 @@ def converse(conversation: Conversation) -> None:
                 line = input("> ")
                 while line.endswith("\\"):
                     line = f"{line[:-1]}\n{input('. ')}"
+                with _ctrl_c() as pressed:
+                    conversation.take(line, pressed)
+                again = False  # who presses twice to stop an answer does not mean to end
             except KeyboardInterrupt:
                 print()
                 if again:
@@ -135,10 +143,6 @@ def converse(conversation: Conversation) -> None:
                 again = True
             except UnicodeDecodeError as error:
                 say(f"error: that is not UTF-8 ({error})")
-            else:
-                with _ctrl_c() as pressed:
-                    conversation.take(line, pressed)
-                again = bool(pressed)
 
 
 def write(pieces: Iterator[str]) -> str:

@@ -15,7 +15,7 @@ from mixtral_jax.data.text import ends_of
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.commands.batch import complete, read_prompts
 from mixtral_jax.train.commands.chat import Conversation, converse, write
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import UserError, command
 from mixtral_jax.train.read_model import read_model, read_tokenizer, run_template
 from mixtral_jax.train.text import Codec
 
@@ -40,25 +40,25 @@ def generate(
         options: max_new_tokens, temperature, top_k, top_p, seed.
 
     Raises:
-        UserError: no tokenizer is found, it does not fit the model, a file holds no messages or prompts, `out` exists.
+        UserError: no tokenizer is found or it does not fit the model, a file holds no messages or prompts; batch.py's.
     """
     before = [{"role": "system", "content": system}] if system is not None else []
     before += read_turns(turns) if turns is not None else []
     if before and not chat:
         raise UserError("--system and --turns belong to a chat: add --chat")
     _check_files(prompt, prompts, out, samples, batch_size)
-    own = run_template(checkpoint)  # a checkpoint that is not there is said before a tokenizer that is not
-    found = read_tokenizer(tokenizer or checkpoint)
-    found.ends += ends_of(Path(checkpoint))  # the model's, whosever tokenizer it is
-    for note in found.notes:
-        say(f"note: {note}")
-    file = [] if prompts is None else read_prompts(prompts, before, chat=chat)
-    texts = [] if file else _texts(prompt, before, chat)
-    typed = [""] if texts is None else texts
-    asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in typed]
-    asked = [each.asked for each in file] or asked or [before]
-    model = _model(checkpoint, dtype)
-    with _notes():
+    with _notes(), command() if out is not None else contextlib.nullcontext():
+        own = run_template(checkpoint)  # a checkpoint that is not there is said before a tokenizer that is not
+        found = read_tokenizer(tokenizer or checkpoint)
+        found.ends += ends_of(Path(checkpoint))  # the model's, whosever tokenizer it is
+        for note in found.notes:
+            say(f"note: {note}")
+        file = [] if prompts is None else read_prompts(prompts, before, chat=chat)
+        texts = [] if file else _texts(prompt, before, chat)
+        typed = [""] if texts is None else texts
+        asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in typed]
+        asked = [each.asked for each in file] or asked or [before]
+        model = _model(checkpoint, dtype)
         codec = Codec(model, found, template or own, asked)
         if out is not None:
             complete(model, codec, file, Path(out), samples=samples, batch_size=batch_size, **options)
@@ -89,7 +89,10 @@ def _texts(prompt: Sequence[str] | None, before: Sequence[Any], chat: bool) -> l
         return list(prompt)
     if before and before[-1]["role"] in ("user", "tool"):
         return []
-    return None if chat and sys.stdin.isatty() else [sys.stdin.read().rstrip("\n")]
+    try:
+        return None if chat and sys.stdin.isatty() else [sys.stdin.read().rstrip("\n")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error})") from None
 
 
 def _check_files(prompt: Any, prompts: str | None, out: str | None, samples: int, batch_size: int) -> None:
@@ -102,8 +105,8 @@ def _check_files(prompt: Any, prompts: str | None, out: str | None, samples: int
     for option, value in (("--samples", samples), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{option} is {value}: it must be at least 1")
-    if out is not None and Path(out).exists():
-        raise UserError(f"{out} exists already: remove it, or name another file")
+    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise UserError(f"--out {out} is a directory, or in none that is there")
 
 
 @contextlib.contextmanager
@@ -135,7 +138,7 @@ def read_turns(file: str) -> list[dict[str, Any]]:
         found = json.loads(text)
     except ValueError:
         try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise UserError(f"--turns {file} is no JSON ({error})") from None
     found = found.get("messages", [found]) if isinstance(found, dict) else found
