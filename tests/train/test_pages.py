@@ -206,7 +206,7 @@ def test_maps_tables_and_panels_answer(opened: Any) -> None:
     assert tip(browser).split() == "layer a, expert 1 Shares 20 % band ± 2 %".split()
     browser.js("document.querySelector('figure.heat svg').focus()")
     browser.key("ArrowDown")
-    assert tip(browser).split()[:6] == "layer train, expert 1 Shares – band".split()
+    assert tip(browser).split()[:7] == "layer train, expert 1 Shares – band".split()
     browser.hover(".stack i")
     assert tip(browser) == "steps: 3 s (75.0%)"
     order = "$$('tbody th').map(one => one.textContent)"

@@ -117,7 +117,7 @@ def _checksum(documents: Documents) -> int:
 
 
 def _common_shape(places: Sequence[str]) -> MixtralConfig:
-    """The shape of the first checkpoint, which has routers, and which a second one shares; lengths are those of both."""
+    """The shape of the first checkpoint, which has routers and is a second one's too; lengths are what both know."""
     shape, *others = (shape_of(place) for place in places)
     if shape.is_dense:
         raise UserError(f"{places[0]} is a dense model: it has no routers")
