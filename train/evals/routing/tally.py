@@ -41,7 +41,9 @@ class Spread(NamedTuple):
     @classmethod
     def stack(cls, spreads: Sequence[Self]) -> Self:
         """Of several kinds of counts, along a new first axis, in documents of the same sizes."""
-        return cls(*(np.stack(each) for each in list(zip(*spreads, strict=True))[:3]), *spreads[0][3:])
+        names = ("counts", "squares", "products")
+        counts, squares, products = (np.stack([getattr(each, name) for each in spreads]) for name in names)
+        return spreads[0]._replace(counts=counts, squares=squares, products=products)
 
     def share(self) -> np.ndarray:
         """sum c / sum n."""
