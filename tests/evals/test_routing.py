@@ -13,7 +13,7 @@ from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.parallel import MeshConfig, make_mesh
 from mixtral_jax.train.evals.routing import Options, measure
 from mixtral_jax.train.evals.routing.pieces import pieces
-from mixtral_jax.train.evals.routing.tally import meeting
+from mixtral_jax.train.evals.routing.tally import Spread, meeting
 from mixtral_jax.train.evals.routing.together import pairs_ratio
 from tests.oracles import routing as twin
 from tests.tiny import WORDS, tiny_config, tiny_model, write_byte_tokenizer
@@ -150,6 +150,18 @@ def test_pieces_join_to_the_text(root, tokenizer):
         assert "\ufffd" not in "".join(shown)
 
 
+def test_documents_without_anything_to_count_do_not_narrow_a_band():
+    counts, sizes = np.array([[3, 7], [4, 2], [0, 0]]), np.array([10, 6, 0])
+    np.testing.assert_array_equal(Spread.of(counts, sizes).band(), Spread.of(counts[:2], sizes[:2]).band())
+    assert np.isnan(Spread.of(counts[1:], sizes[1:]).band()).all()
+
+
+def test_a_tokenizer_that_is_named_is_that_of_both(saved, capsys):
+    data = ["--data", f"few={saved / 'short.txt'}", "--out", str(saved / "both")]
+    tokenizer = ["--tokenizer", str(saved / "model")]
+    assert launch.main(["routing", str(saved / "model"), "--against", str(saved / "bare"), *data, *tokenizer]) == 0
+
+
 def test_sets_of_many_experts_are_not_counted():
     assert np.isnan(meeting(np.zeros((2, 0), int))).all()
 
@@ -159,7 +171,9 @@ def saved(tmp_path_factory):
     """A directory of Hugging Face directories, with tokenizers, and of text."""
     place = tmp_path_factory.mktemp("saved")
     dense = tiny_model(tiny_config(num_local_experts=1, num_experts_per_tok=1))
-    for name, model in {"model": model_of("2 of 4"), "other": model_of("1 of 3"), "dense": dense}.items():
+    narrow = tiny_model(tiny_config(num_local_experts=4, num_experts_per_tok=2, vocab_size=200))
+    models = {"model": model_of("2 of 4"), "other": model_of("1 of 3"), "dense": dense, "narrow": narrow}
+    for name, model in models.items():
         save_hf(model, place / name)
         write_byte_tokenizer(place / name / "tokenizer.json")
     shutil.copytree(place / "model", place / "bare")
@@ -197,13 +211,15 @@ def test_the_command_writes_a_page_and_its_numbers(saved, capsys):
         (["model", "--layers", "0,2"], "--layers 0,2: the model has layers 0 to 1"),
         (["model", "--layers", "all"], "--layers all must be numbers, such as 0,1"),
         (["model", "--seq-len", "65"], "--seq-len 65 must be from 2 to 64, which the model knows"),
-        (["model", "--tokens", "1"], "--tokens 1 must be 2 or more"),
+        (["model", "--tokens", "39"], "--tokens 39 must be 40 or more"),
         (["model", "--data", "x=nothere.jsonl"], "source 'x': no file matches nothere.jsonl"),
         (["model", "--data", "x=empty.jsonl"], "source 'x': no documents to learn from in empty.jsonl"),
         (["model", "--data", "x=short.txt", "--data", "short.txt"], "--data short.txt is no NAME=PATH"),
         (["model", "--data", "x=short.txt", "--data", "x=lines.jsonl"], "two sources are named 'x'"),
         (["model", "--data", "a b=short.txt"], "--data: String should match pattern"),
         (["model", "--against", "other"], "it has num_local_experts 3, not 4 and num_experts_per_tok 1, not 2"),
+        (["model", "--against", "bare"], "bare holds no tokenizer: name one with --tokenizer"),
+        (["model", "--against", "narrow"], "the tokenizer has 258 pieces, the model knows 200"),
         (["model", "--against", "renamed"], "renamed has another tokenizer, so that tokens cannot be compared"),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ def pieces(documents, seq_len, model):
 
 def band(count_D, size_D):
     """Half of the 95 % interval of the ratio of two sums over documents."""
-    documents, total = len(size_D), sum(size_D)
+    documents, total = sum(n > 0 for n in size_D), sum(size_D)
     if documents < 2:
         return math.nan
     share = sum(count_D) / total

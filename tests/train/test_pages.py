@@ -75,7 +75,7 @@ def demo(name: str = "train") -> str:
     ]
     shares = np.array([[10.0, 20, 70], [30, math.nan, 40]])
     heat = heat_map("Shares", shares, rows=["a", name], columns=range(3), unit=" %", also={"band ±": shares / 10})
-    rows = [[name, 2.25, "x"], ["b", 10.0, "y"], ["c", None, NASTY]]
+    rows = [[name, 2.25, "x"], ["b", 10.0, "y"], ["c", None, NASTY], ["d", 2.5, "z"]]
     return page(f"Run {name}", [
         Section("Lines", name, [tiles({name: 1.5}), grid(charts)]),
         Section("Maps", "How.", [heat, stacked("Time", {name: {"steps": 3.0, name: 1.0}}, unit=" s")]),
@@ -206,14 +206,14 @@ def test_maps_tables_and_panels_answer(opened: Any) -> None:
     assert tip(browser).split() == "layer a, expert 1 Shares 20 % band ± 2 %".split()
     browser.js("document.querySelector('figure.heat svg').focus()")
     browser.key("ArrowDown")
-    assert tip(browser).split()[:6] == "layer train, expert 1 Shares NaN".split()
+    assert tip(browser).split()[:7] == "layer train, expert 1 Shares – band".split()
     browser.hover(".stack i")
     assert tip(browser) == "steps: 3 s (75.0%)"
     order = "$$('tbody th').map(one => one.textContent)"
     browser.click("thead th:nth-child(2)")
-    assert browser.js(order) == ["c", "train", "b"]  # 10 is more than 2.25
+    assert browser.js(order) == ["train", "d", "b", "c"]  # as numbers; without one at the end
     browser.click("thead th:nth-child(2)")
-    assert browser.js(order) == ["b", "train", "c"]
+    assert browser.js(order) == ["b", "d", "train", "c"]
     panels = "$$('.panel:not([hidden])').map(one => one.textContent)"
     assert browser.js(panels) == ["panel 0", "other 0"]
     browser.js("$$('.choose input')[2].click()")

@@ -95,6 +95,8 @@ def test_the_table_marks_what_is_above_chance() -> None:
     assert table
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table[1])
     assert [name for name, _ in rows][-3:] == ["all", "chance, even loads", "chance, these loads"]
+    unknown = re.search(r"An expert in common, %</figcaption>(.*?)</table>", render(given), re.S)
+    assert unknown and "chance, even loads" in unknown[1] and "chance, these loads" not in unknown[1]
     for each, (_, cells) in zip((*given.domains, given.all), rows[:-2], strict=True):
         for layer, cell in enumerate(re.findall(r"<td[^>]*>(.*?)</td>", cells)):
             share = each.repeat_first_L[layer]

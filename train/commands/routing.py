@@ -38,6 +38,7 @@ from mixtral_jax.train.run import failures_reported, initialize, set_xla_flags
 
 _FACTOR = 1.25  # where the run has no capacity
 _BATCH_TOKENS, _SEQ_LEN = 8192, 1024  # the latter where no run says
+_LEAST_TOKENS = 40  # of a domain: two, which are neighbours, of each of twenty documents
 _SHAPE = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")
 Documents = Mapping[str, Sequence[np.ndarray]]
 
@@ -56,7 +57,7 @@ def routing(
         tokens: of each domain.
         layers: such as 0,15,31; None: all.
         seq_len: None: the run's, else 1024 or what the model knows.
-        tokenizer: None: the run file's, else that of the checkpoint.
+        tokenizer: of both checkpoints; None: the run file's, else that of the checkpoint.
         out: where the files go; None: <run>/routing/<step>, or DIR-routing beside a model directory.
         joining: of `train.run.initialize`.
 
@@ -75,11 +76,10 @@ def routing(
         shape = _common_shape(places)
         options = _options(config, shape, layers, seq_len)
         domains = _domains(data, named, config)
-        if tokenizer is None and named:
-            tokenizer = with_tokenizer(named, checkpoint).data.tokenizer
-        codec = read_tokenizer(tokenizer or checkpoint)
+        own = with_tokenizer(named, checkpoint).data.tokenizer if named else checkpoint
+        codec = read_tokenizer(tokenizer or own)
         documents = _documents(domains, codec, tokens, shape, run_template(checkpoint) if named is None else None)
-        if against:
+        if against and tokenizer is None:
             _check_same_tokens(read_tokenizer(against), codec, documents, against)
         directory = Path(out or _directory(checkpoint, places[0]))
         agree(checkpoint=Path(places[0]).name, text=_checksum(documents))
@@ -102,7 +102,7 @@ def routing(
 
 
 def _write(result: Result, directory: Path, as_json: bool) -> None:
-    text = json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(result.to_json(), allow_nan=False)
     write_atomically(directory / "routing.json", text.encode())
     write_atomically(directory / "routing.html", render(result).encode())
     if as_json:
@@ -117,7 +117,7 @@ def _checksum(documents: Documents) -> int:
 
 
 def _common_shape(places: Sequence[str]) -> MixtralConfig:
-    """The shape of the first checkpoint, which has routers, and which a second one shares."""
+    """The shape of the first checkpoint, which has routers and is a second one's too; lengths are what both know."""
     shape, *others = (shape_of(place) for place in places)
     if shape.is_dense:
         raise UserError(f"{places[0]} is a dense model: it has no routers")
@@ -126,7 +126,8 @@ def _common_shape(places: Sequence[str]) -> MixtralConfig:
                 if getattr(other, key) != getattr(shape, key)]  # fmt: skip
         if told:
             raise UserError(f"--against: {places[1]} cannot be compared with {places[0]}: it has {' and '.join(told)}")
-    return shape
+    lengths = ("vocab_size", "max_position_embeddings")
+    return shape.model_copy(update={key: min(getattr(each, key) for each in (shape, *others)) for key in lengths})
 
 
 def _options(config: RunConfig | None, shape: MixtralConfig, layers: str | None, seq_len: int | None) -> Options:
@@ -168,8 +169,8 @@ def _documents(domains: DataConfig, codec: Tokenizer, tokens: int, shape: Mixtra
     """Token ids of each domain."""
     if codec.vocab_size > shape.vocab_size:
         raise UserError(f"the tokenizer has {codec.vocab_size} pieces, the model knows {shape.vocab_size}")
-    if tokens < 2:
-        raise UserError(f"--tokens {tokens} must be 2 or more")
+    if tokens < _LEAST_TOKENS:
+        raise UserError(f"--tokens {tokens} must be {_LEAST_TOKENS} or more")
     stage_in(domains.staging_dir, domains.staging_bytes)
     text = codec if domains.examples == "text" else load_template(template or domains.template, codec)
     return {source.name: first_documents(domains, source, text, tokens) for source in domains.validation}

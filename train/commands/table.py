@@ -207,7 +207,7 @@ COMMANDS = {
         _told("--tokens", "tokens of each domain", default=50_000),
         _told("--layers", "such as 0,15,31; default: all", metavar="I,J"),
         _told("--seq-len", "tokens of a row; default: the run's, else 1024", type=int, metavar="N"),
-        _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
+        _told("--tokenizer", "tokenizer of both checkpoints; default: their own, which must agree", metavar="PATH"),
         _told("--out", "where the files go; default: <run>/routing/<step>, or CHECKPOINT-routing", metavar="DIR"),
         _JSON, *_JOINING),
     "runs ls": Command(

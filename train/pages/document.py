@@ -149,7 +149,7 @@ def table(
         cells = ""
         for j, cell in enumerate(row):
             tag, scope = ("th", ' scope="row"') if j == 0 else ("td", "")
-            value = "" if isinstance(cell, str | None) else f' data-value="{cell!r}"'
+            value = "" if isinstance(cell, str | None) else f' data-value="{float(cell)!r}"'
             text = escape(number(cell) if decimals is None or not isinstance(cell, float) else f"{cell:.{decimals}f}")
             text = f"<strong>{text}</strong>" if (i, j) in strong else text
             cells += f"<{tag}{scope}{value}{' class=right' * right[j]}>{text}</{tag}>"

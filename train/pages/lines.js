@@ -28,6 +28,9 @@ function ticks(low, high, count, log = false, whole = false) {
   return found;
 }
 
+// Math.min(...list) fails where a list is longer than a call has room for.
+const extent = list => list.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
+
 function draw(chart) {
   const { figure, data } = chart, width = Math.round(figure.clientWidth), height = 220;
   if (!width) return;
@@ -36,7 +39,7 @@ function draw(chart) {
   const good = v => typeof v === "number" && (!chart.log || v > 0);
   const all = seen.flatMap(one => [one.y, one.low || [], one.high || []].flat()).filter(good);
   const xs = seen.flatMap(one => one.x).filter(v => typeof v === "number");
-  let [low, high] = [Math.min(...all), Math.max(...all)], [first, last] = [Math.min(...xs), Math.max(...xs)];
+  let [low, high] = extent(all), [first, last] = extent(xs);
   if (!all.length) [low, high] = [chart.log ? 0.1 : 0, 1];
   if (!xs.length) [first, last] = [0, 1];
   if (low === high) [low, high] = chart.log ? [low / 2, high * 2] : low ? [low - Math.abs(low) / 10, high + Math.abs(high) / 10] : [0, 1];

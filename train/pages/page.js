@@ -115,7 +115,7 @@ for (const figure of $$("figure.heat")) {
     frame.setAttribute("visibility", "visible");
     const box = svg.getBoundingClientRect(), index = row * data.columns.length + column;
     show(`${data.names[0]} ${data.rows[row]}, ${data.names[1]} ${data.columns[column]}`,
-      values.map(([name, list]) => ["", name || data.title, number(list[index]) + data.unit]),
+      values.map(([name, list]) => ["", name || data.title, Number.isNaN(list[index]) ? "–" : number(list[index]) + data.unit]),
       box.left + left + (column + 1) * width, box.top + top + row * height);
   };
   readable(svg, (x, y) => { column = Math.floor((x - left) / width); row = Math.floor((y - top) / height); say(); },
@@ -134,8 +134,11 @@ for (const head of $$("table.sortable thead th")) {
     const table = head.closest("table"), down = head.getAttribute("aria-sort") === "ascending", at = head.cellIndex;
     for (const other of $$("thead th", table)) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const value = row => row.cells[at].dataset.value ?? row.cells[at].textContent;
-    const rows = $$("tbody tr", table).sort((a, b) => value(a).localeCompare(value(b), "en", { numeric: true }) * (down ? -1 : 1));
+    const rows = $$("tbody tr", table), last = down ? -Infinity : Infinity, text = row => row.cells[at].textContent;
+    const value = row => { const own = parseFloat(row.cells[at].dataset.value); return Number.isNaN(own) ? last : own; };
+    const compare = rows.some(row => "value" in row.cells[at].dataset)
+      ? (a, b) => value(a) - value(b) || 0 : (a, b) => text(a).localeCompare(text(b), "en", { numeric: true });
+    rows.sort((a, b) => compare(a, b) * (down ? -1 : 1));
     table.tBodies[0].append(...rows);
   };
   head.tabIndex = 0;

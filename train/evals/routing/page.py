@@ -134,21 +134,22 @@ def _repetition(result: Result) -> Section:
     )[: min(result.top_k, 2)]
     at = sorted({0, len(result.layers) // 2, len(result.layers) - 1})
     tables, charts = [], []
-    for title, name, loads, chance in kinds:
+    for title, key, loads, chance in kinds:
         rows: list[list[str | float]] = []
         strong: set[tuple[int, int]] = set()
         for i, each in enumerate((*result.domains, result.all)):
-            share, band, drawn = (getattr(each, f"{key}_L") for key in (name, f"{name}_band", loads))
+            share, band, drawn = (getattr(each, f"{own}_L") for own in (key, f"{key}_band", loads))
             rows.append([each.name, *(100 * share[at])])
             above = share - band > np.fmax(drawn, chance)
             strong |= {(i, j) for j, layer in enumerate(at, 1) if above[layer]}
-        by_loads = 100 * getattr(result.all, f"{loads}_L")
-        rows += [[_EVEN, *[100 * chance] * len(at)], [_LOADS, *by_loads[at]]]
+        by_loads = getattr(result.all, f"{loads}_L")
+        levels = {_EVEN: np.full_like(by_loads, 100 * chance), _LOADS: 100 * by_loads}
+        levels = {name: level_L for name, level_L in levels.items() if not np.isnan(level_L).any()}
+        rows += [[name, *level_L[at]] for name, level_L in levels.items()]
         heads = ["domain", *(f"layer {result.layers[i]}" for i in at)]
         tables.append(table(heads, rows, caption=f"{title}, %", strong=strong, decimals=1))
-        series = _by_layer(result, _percent(f"{name}_L"), _percent(f"{name}_band_L"))
-        levels = {_EVEN: np.full(len(by_loads), 100 * chance), _LOADS: by_loads}
-        series += [Series(called, "layers", level) for called, level in levels.items()]
+        series = _by_layer(result, _percent(f"{key}_L"), _percent(f"{key}_band_L"))
+        series += [Series(name, "layers", level_L) for name, level_L in levels.items()]
         charts.append(lines(f"{title}, by layer", series, unit=" %"))
     lead = (
         "How often a token and the next one of its document meet the same first expert, or share one of all their "

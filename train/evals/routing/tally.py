@@ -1,5 +1,6 @@
 """Choices of experts into sums, by layer, that add up over domains, and the sums into the numbers of a domain."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,14 +28,22 @@ class Spread(NamedTuple):
     products: np.ndarray  # sum c n
     size: int  # sum n
     size_squares: int  # sum n^2
-    documents: int
+    documents: int  # with n > 0
 
     @classmethod
     def of(cls, count_D: np.ndarray, size_D: np.ndarray) -> Self:
         """Of counts (D, ...) in documents of sizes (D,)."""
         size = size_D.reshape(-1, *(1,) * (count_D.ndim - 1))
         squares, products = (count_D**2).sum(0), (count_D * size).sum(0)
-        return cls(count_D.sum(0), squares, products, int(size_D.sum()), int((size_D**2).sum()), len(size_D))
+        sizes = int(size_D.sum()), int((size_D**2).sum()), int(np.count_nonzero(size_D))
+        return cls(count_D.sum(0), squares, products, *sizes)
+
+    @classmethod
+    def stack(cls, spreads: Sequence[Self]) -> Self:
+        """Of several kinds of counts, along a new first axis, in documents of the same sizes."""
+        names = ("counts", "squares", "products")
+        counts, squares, products = (np.stack([getattr(each, name) for each in spreads]) for name in names)
+        return spreads[0]._replace(counts=counts, squares=squares, products=products)
 
     def share(self) -> np.ndarray:
         """sum c / sum n."""
@@ -75,18 +84,18 @@ def tally(seen: Observed, tokens: Tokens, experts: int, before: Observed | None)
     choices, repeats, sets, changed = [], [], [], []
     for layer, expert_NC in enumerate(np.moveaxis(seen.expert_NLC, 1, 0)):
         choice = count((tokens.document_N[:, None], documents), (ranks, len(ranks)), (expert_NC, experts))
-        choices.append(np.concatenate([choice, choice.sum(1, keepdims=True)], axis=1))
+        choices.append(Spread.of(np.concatenate([choice, choice.sum(1, keepdims=True)], axis=1), tokens_D))
         same_NCC = expert_NC[1:][inside][:, :, None] == expert_NC[:-1][inside][:, None, :]
         same = same_NCC[:, 0, 0], same_NCC.any((1, 2))
-        repeats.append(np.stack([np.bincount(owner[each], minlength=documents) for each in same], axis=1))
+        same_D2 = np.stack([np.bincount(owner[each], minlength=documents) for each in same], axis=1)
+        repeats.append(Spread.of(same_D2, inside_D))
         if dense:
             sets.append(np.bincount((1 << expert_NC.astype(np.int64)).sum(1), minlength=1 << experts))
         if before is not None:
             changed.append(_changed(seen, before, layer, experts))
     shape = len(choices), len(sets) and 1 << experts
     return Tally(
-        Spread.of(np.stack(choices, axis=1), tokens_D), Spread.of(np.stack(repeats, axis=1), inside_D),
-        np.array(sets, int).reshape(shape),
+        Spread.stack(choices), Spread.stack(repeats), np.array(sets, int).reshape(shape),
         seen.gate_NLC.sum(0, np.float64), seen.entropy_L, seen.gap_L, seen.dropped_L,
         np.zeros((3, 0)) if before is None else np.array(changed).T,
     )  # fmt: skip
