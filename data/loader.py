@@ -16,11 +16,7 @@ _ENDLESS = 1 << 40  # steps
 
 
 def shard_rows(global_batch_size: int, micro_batch_size: int, shard: tuple[int, int]) -> np.ndarray:
-    """(A, b) places in a step of the rows of `shard` (i, n): of each micro-batch the i-th contiguous n-th.
-
-    Raises:
-        ValueError: sizes that do not divide.
-    """
+    """(A, b) places in a step of the rows of `shard` (i, n): of each micro-batch the i-th contiguous n-th."""
     index, count = shard
     assert 0 <= index < count
     if global_batch_size % micro_batch_size:

@@ -38,14 +38,13 @@ class _Shard:
 
 
 class ShardPool:
-    """Open shards by path. Beyond `most` of them those that were used longest ago are closed, none while it is read.
+    """Open shards by path. Beyond `_bound()` those used longest ago are closed, none while it is read.
 
     Threads may read from one pool, and from one shard, at the same time. The threads that decompress are one small
     pool of the library's for the whole process.
     """
 
-    def __init__(self, most: int | None = None):
-        self._most = most  # None: a quarter of the files that this process may have open
+    def __init__(self) -> None:
         self._lock, self._shards = threading.Lock(), OrderedDict[str, _Shard]()
 
     def __len__(self) -> int:
@@ -83,7 +82,7 @@ class ShardPool:
             shard = self._shards.get(path)
             if shard is None:
                 shard = self._shards[path] = _Shard()
-                surplus = len(self._shards) - (self._most or _bound())
+                surplus = len(self._shards) - _bound()
                 doomed = itertools.islice((p for p, other in self._shards.items() if not other.users), max(0, surplus))
                 idle = [self._shards.pop(p) for p in list(doomed) if p != path]
             else:

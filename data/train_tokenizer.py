@@ -16,13 +16,7 @@ _MAX_BYTES = 200_000_000  # of text
 
 
 def train_tokenizer(
-    inputs: Sequence[str],
-    vocab_size: int,
-    out: str | Path,
-    *,
-    text_key: str = "text",
-    force: bool = False,
-    progress: bool = True,
+    inputs: Sequence[str], vocab_size: int, out: str | Path, *, text_key: str = "text", force: bool = False
 ) -> SentencePieceTokenizer:
     """Trains on files, directories or globs of any format that sources may have, and writes `out`.
 
@@ -38,18 +32,18 @@ def train_tokenizer(
         raise ValueError(f"{path} exists already: choose another name, or --force")
     if not inputs:
         raise ValueError("no input: name the files to train the tokenizer on")
-    model = train_sentencepiece(_texts(inputs, text_key, _MAX_BYTES // len(inputs), progress), vocab_size)
+    model = train_sentencepiece(_texts(inputs, text_key, _MAX_BYTES // len(inputs)), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, model)
     return SentencePieceTokenizer(path)
 
 
-def _texts(inputs: Sequence[str], key: str, share: int, progress: bool) -> Iterator[str]:
+def _texts(inputs: Sequence[str], key: str, share: int) -> Iterator[str]:
     """The first `share` bytes of text of each input."""
     sources = [SourceConfig(name=f"input{i}", path=path, text_key=key) for i, path in enumerate(inputs)]
     files = [source_files(source) for source in sources]
     census = Census(skip=False)
-    with meter("Reading", sum(map(text_size_estimate, files)), show=progress) as advance:
+    with meter("Reading", sum(map(text_size_estimate, files))) as advance:
         for source, names in zip(sources, files, strict=True):
             left = share
             for lump in (lump for file in names for lump in read_lumps(source, file, (key,), census)):

@@ -132,3 +132,14 @@ def small_lumps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_READ_BYTES", 2000)
     monkeypatch.setattr(sources, "UNIT_BYTES", 12_000)
     monkeypatch.setattr(documents, "BUCKET_BYTES", 40_000)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Any:
+    """A headless Chromium (apt-get install chromium); a test that needs it is skipped where there is none."""
+    from tests.browser import Browser, chromium
+
+    if chromium() is None:
+        pytest.skip("needs the program chromium")
+    with Browser() as one:
+        yield one

@@ -46,8 +46,17 @@ END
   exit 1
   ;;
 stop)
+  SLURM_CONF=$(realpath "$2")/slurm.conf
+  export SLURM_CONF
+  scancel --user="$(id -un)" || true  # a daemon that goes alone leaves its jobs
+  for _ in $(seq 60); do
+    if [ -z "$(squeue -h 2>/dev/null)" ]; then break; fi  # KillWait, and a save
+    sleep 1
+  done
   for file in "$2"/*.pid; do
-    if [ -e "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
+    pid=$(cat "$file")
+    kill "$pid"
+    timeout 60 tail --pid="$pid" -f /dev/null
   done
   ;;
 *)

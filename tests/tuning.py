@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mixtral_jax.data.text.examples import encoded
+from mixtral_jax.data.text.layouts import normalise
 from tests.tiny import WORDS, write_run_file
 
 
@@ -37,3 +39,17 @@ def write_tuning_file(directory: Path, stage: str, **changes) -> Path:
     merged = common | changes
     merged["data"] = data | changes.get("data", {})
     return write_run_file(directory, **merged)
+
+
+def chat_example(record, source, template, train_on="all"):
+    """The sequence of a record of a chat, in any layout."""
+    shape = normalise(record, source, "chat")[1]
+    assert shape is not None
+    (example,) = encoded(shape, source, template, train_on)
+    return example
+
+
+def preference_pair(record, source, template):
+    """The chosen and the rejected sequence of a record of a preference, in any layout."""
+    chosen, rejected = encoded(normalise(record, source, "preference")[1], source, template)
+    return chosen, rejected

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,10 @@ from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, patiently
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
+from mixtral_jax.train.evals import TaskOptions, Tasks, find_tasks, run_tasks
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.meetings import agree, first_alone
+from mixtral_jax.train.hooks import TasksConfig
+from mixtral_jax.train.meetings import agree, first_alone, meet
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, RatePart, make_optimizer
 from mixtral_jax.train.phases import Phase, Phases
@@ -62,6 +65,7 @@ class Parts(NamedTuple):
     account: Account  # where the run stands in its data
     tokens: int  # seen so far
     base: Mapping[str, Any] | None  # which weights the run stands on
+    tasks: Tasks | None  # benchmarks
 
 
 def prepare_data(config: RunConfig) -> PreparedData:
@@ -104,7 +108,7 @@ def build(
     if mesh is not None:
         check_sizes(config, mesh.shape)
     stage_in(config.data.staging_dir, config.data.staging_bytes)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer, tasks = load_tokenizer(config.data.tokenizer), _tasks(config.eval.tasks)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)
     account = _account(config, found, prepared, say)
@@ -154,7 +158,7 @@ def build(
         merge=lambda params: merge(params, frozen),
         frozen=frozen, put=put, held_out=held_out, tokenizer=tokenizer, account=account,
         open_loader=lambda account, step: layout(start_row=account.row(step), order=account.order),
-        tokens=0 if found is None else int(found.dataset["tokens"]), base=noted,
+        tokens=0 if found is None else int(found.dataset["tokens"]), base=noted, tasks=tasks,
     )  # fmt: skip
     return parts, state
 
@@ -197,6 +201,30 @@ def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list
         parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
         max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
     )  # fmt: skip
+
+
+def _tasks(told: TasksConfig | None) -> Tasks | None:
+    return None if told is None else find_tasks(told.names, task_options(told))
+
+
+def task_options(tasks: TasksConfig) -> TaskOptions:
+    """How the benchmarks of a run are found and run."""
+    return TaskOptions(**tasks.model_dump(exclude={"names", "every"}))
+
+
+def benchmark(
+    parts: Parts, config: RunConfig, directory: Path, say: Say, params: Params, step: int, check: Callable[[], None]
+) -> dict[str, float]:
+    """eval/<task>/<metric> of these parameters; process 0 keeps scores and samples in <directory>/<step>."""
+    assert parts.tasks is not None and config.eval.tasks is not None
+    options, template = task_options(config.eval.tasks), config.data.template
+    model = parts.merge(params)
+    results = run_tasks(model, parts.tokenizer, parts.tasks, options, template=template, check=check)
+    if jax.process_index() == 0:
+        results.write(directory / str(step), options=vars(options))
+    say(f"tasks at step {step}:\n{results.table()}")
+    meet("benchmarks")  # programs that a model wrote take longer on one machine than on another
+    return results.metrics
 
 
 def reference_line(config: DpoStageConfig) -> str:

@@ -42,27 +42,8 @@ def generate(
     prompts: Any = [prompt] if single else prompt
     if not isinstance(prompts, list | tuple) or not any(isinstance(p, str) or _is_chat(p) for p in prompts):
         return generate_tokens(model, prompts, **options)
-    codec = _Codec(model, tokenizer, template, prompts)
-    ids = [codec.encode(p) for p in prompts]
-    answers = generate_tokens(model, ids, **{"eos_id": codec.ends, **options})
-    texts = [codec.text(*each) for each in zip(prompts, ids, answers, strict=True)]
+    texts = Codec(model, tokenizer, template, prompts).generate(model, prompts, **options)
     return texts[0] if single else texts
-
-
-def stream(
-    model: Mixtral,
-    prompt: str | Chat,
-    *,
-    tokenizer: Tokenizer,
-    template: str | Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """The text of `generate` for one prompt, piece by piece as it grows."""
-    codec = _Codec(model, tokenizer, template, [prompt])
-    ids = codec.encode(prompt)
-    rows = stream_tokens(model, [ids], **{"eos_id": codec.ends, **options})
-    new = (row[0] for row in rows if row[0] is not None)
-    yield from grow(tokenizer, codec.lead(prompt, ids), filter(codec.shown, new))
 
 
 def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
@@ -80,10 +61,17 @@ def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> It
         yield text[shown:]
 
 
-class _Codec:
-    """Prompts to token ids and back: a tokenizer, and the template where a prompt is a chat."""
+class Codec:
+    """Prompts to token ids and back: a tokenizer, and the template where a prompt is a chat.
+
+    `ends` are the ids that end a text: EOS, those of generation_config.json, and what ends an answer.
+
+    Raises:
+        UserError, ValueError: as `generate`.
+    """
 
     def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, template: Any, prompts: Sequence[str | Chat]):
+        """`prompts`: what will be encoded, or some of it: whether there are chats, and what is warned of."""
         if tokenizer is None:
             raise UserError("text needs a tokenizer: generate(..., tokenizer=load_tokenizer(path)), or give token ids")
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -97,7 +85,7 @@ class _Codec:
             close = self._template.answer_end
             ends += close if len(close) == 1 else ()
         self.ends = list(dict.fromkeys(ends))
-        self._warn_of_control_words(prompts)
+        self.warn_of_control_words(prompts)
 
     def encode(self, prompt: str | Chat) -> list[int]:
         """BOS and the text, or the chat up to the header of its answer."""
@@ -106,7 +94,8 @@ class _Codec:
         assert self._template is not None
         return encode_prompt(prompt, self._template)
 
-    def _warn_of_control_words(self, prompts: Sequence[str | Chat]) -> None:
+    def warn_of_control_words(self, prompts: Sequence[str | Chat]) -> None:
+        """Whether they hold what looks like a mark of the template."""
         typed: list[str] = []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -121,18 +110,34 @@ class _Codec:
                 stacklevel=3,
             )
 
-    def lead(self, prompt: str | Chat, ids: Sequence[int]) -> list[int]:
-        """What stands before the new tokens: a piece's leading space shows only after others."""
-        return list(ids[1:]) if isinstance(prompt, str) else []
+    def generate(self, model: Mixtral, prompts: Sequence[str | Chat], **options: Any) -> list[str]:
+        """What follows each prompt."""
+        ids = [self.encode(prompt) for prompt in prompts]
+        answers = generate_tokens(model, ids, **{"eos_id": self.ends, **options})
+        return [self.text(*each) for each in zip(prompts, ids, answers, strict=True)]
 
-    def shown(self, token: int) -> bool:
-        """Not one that ends the text."""
-        return token not in self.ends
+    def stream(self, model: Mixtral, prompt: str | Chat, **options: Any) -> Iterator[str]:
+        """The same of one prompt, piece by piece as it grows."""
+        ids = self.encode(prompt)
+        rows = stream_tokens(model, [ids], **{"eos_id": self.ends, **options})
+        return self.grow(prompt, ids, (token for (token,) in rows if token is not None))
+
+    def finish(self, new: Sequence[int]) -> str:
+        """`stop` where the model ended the text, `length` where it was cut."""
+        return "stop" if new[-1] in self.ends else "length"
 
     def text(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> str:
         """The new tokens as text."""
-        lead = self.lead(prompt, ids)
-        return self._tokenizer.decode(lead + list(filter(self.shown, new)))[len(self._tokenizer.decode(lead)) :]
+        lead, shown = self._parts(prompt, ids, new)
+        return self._tokenizer.decode([*lead, *shown])[len(self._tokenizer.decode(lead)) :]
+
+    def grow(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> Iterator[str]:
+        """The same, piece by piece."""
+        return grow(self._tokenizer, *self._parts(prompt, ids, new))
+
+    def _parts(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> tuple[Sequence[int], Iterable[int]]:
+        """What stands before the text, whose leading space shows only after others; its tokens, not what ends it."""
+        return (ids[1:] if isinstance(prompt, str) else []), (token for token in new if token not in self.ends)
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -13,7 +13,7 @@ from etils import epath
 from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
-from mixtral_jax.train.build import Parts, build, continuations, settle_steps
+from mixtral_jax.train.build import Parts, benchmark, build, continuations, settle_steps
 from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, stands, why
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
@@ -167,7 +167,7 @@ class Trainer:
         self._checkpoint = Checkpoint(checkpointer, metrics, self._console, self._position, self._best, self._phases)
         self._evaluate = Evaluate(
             config.eval, parts.held_out, parts.eval_step, parts.put, metrics, self._console, self._best, self._phases,
-            self._interrupts.check, self._owed,
+            self._interrupts.check, self._owed, partial(benchmark, parts, config, self.run.path / "eval", self.say),
         )  # fmt: skip
         write = partial(continuations, parts, config)
         extra = extra_hooks(self.run, config, write, self._console, self._underway)

@@ -10,7 +10,7 @@ from mixtral_jax.data.prepare.cache import (
     recall,
     write_atomically,
 )
-from mixtral_jax.data.prepare.glance import check_first_records
+from mixtral_jax.data.prepare.glance import check_first_records, first_documents
 from mixtral_jax.data.prepare.inventory import Entry, drop, entries
 from mixtral_jax.data.prepare.prepared import PreparedData, prepare
 from mixtral_jax.data.prepare.workers import search_path

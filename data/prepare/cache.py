@@ -38,14 +38,16 @@ from mixtral_jax.data.records import (
     remove_below,
     scratch,
     staging_room,
+    stripe,
     write_atomically,
-)  # fmt: skip
+)
 from mixtral_jax.data.rows import RowFormat
 
 FORMAT_VERSION = 2
 SIZES = "sizes.npy"
 _ADDRESS = ".address"  # in the part of a cache that lies here: where the whole is
 _THREADS, _STAMP_SECONDS = 8, 3600.0
+_words: dict[tuple[Path, str], bytes] = {}  # see remember; for a cache that cannot be written
 
 
 class PreparedSource(FrozenConfig):
@@ -203,13 +205,13 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
     here = whole(directory)
     if not address:
         return here
-    content = read_small(join(address, f"{name}/{META}"))
-    meta = None if content is None else read_meta(content)
+    content = read_small(join(address, f"{name}/{META}")) or b""
+    meta = read_meta(content)
     if meta is None and here is not None and not (directory / COPIED).exists():
         with locked(cache_dir / "locks" / f"{name}.upload"):
             content = read_small(join(address, f"{name}/{META}")) or _upload(directory, join(address, name))
         meta = read_meta(content)
-    if meta is None or content is None:
+    if meta is None:
         if (directory / COPIED).exists():
             remove(directory)  # the copy of one that is there no more
         return None
@@ -222,11 +224,7 @@ def entry_meta(cache_dir: Path, name: str) -> dict[str, Any] | None:
 
 
 def check_writable(cache_dir: Path) -> None:
-    """Whether what is made can be added to a cache.
-
-    Raises:
-        ValueError: it lies on a web server.
-    """
+    """Raises ValueError of a cache on a web server, to which nothing that is made can be added."""
     if (address := address_of(cache_dir)).startswith("http"):
         raise ValueError(
             f"data.cache_dir: {address} does not hold these rows, and web servers are only read from: prepare "
@@ -239,7 +237,7 @@ def forget(cache_dir: Path, name: str) -> None:
     remove(cache_dir / name)
     if address := address_of(cache_dir):
         with contextlib.suppress(OSError):
-            remove_below(join(address, name), first=META)
+            remove_below(join(address, name))
 
 
 def pull(directory: Path) -> None:
@@ -326,10 +324,15 @@ def keep(cache_dir: Path, name: str, content: bytes) -> None:
 
 
 def remember(cache_dir: Path, name: str, make: Callable[[], str]) -> str:
-    """A word that the cache keeps for all, and that is made where it is not there."""
-    known = recall(cache_dir, name)
-    if known is None:
-        known = make().encode()
-        with contextlib.suppress(OSError, ValueError):  # a cache that may only be read: the next one makes it again
-            keep(cache_dir, name, known)
+    """A word that the cache keeps for all; where it is not there one process makes it, others wait for that."""
+    with contextlib.ExitStack() as held:
+        if not (known := _words.get((cache_dir, name)) or recall(cache_dir, name)):
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                held.enter_context(locked(stripe(cache_dir, name)))
+            known = recall(cache_dir, name)
+        if not known:
+            known = make().encode()
+            with contextlib.suppress(OSError, ValueError):  # the next process makes it again
+                keep(cache_dir, name, known)
+    _words[cache_dir, name] = known
     return known.decode()

@@ -1,7 +1,6 @@
 """Hashes of the content of source files, which the cache remembers for all who share it."""
 
 import concurrent.futures
-import contextlib
 import hashlib
 import os
 import random
@@ -9,12 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.data.prepare.cache import keep, recall
+from mixtral_jax.data.prepare.cache import remember
 from mixtral_jax.data.progress import meter, say
-from mixtral_jax.data.records import data_files, digest, file_identity, file_size, locked, open_file, stripe
+from mixtral_jax.data.records import data_files, digest, file_identity, file_size, open_file
 
 _THREADS, _PIECE_BYTES, _QUIET_SECONDS = 8, 1 << 20, 2.0
-_known_hashes: dict[tuple[Path, str], str] = {}  # of a cache and a file; for one that cannot be written
 
 
 def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
@@ -23,10 +21,8 @@ def content_hash(path: str, cache_dir: Path) -> list[list[Any]]:
     A hash is remembered in the cache and taken from there while size, modification and change time and inode of the
     file stay the same.
     """
-    result: list[list[Any]] = []
-    for file in data_files(path):
-        result.append(["" if file == path else file.removeprefix(path).lstrip("/"), *_hash(file, cache_dir, [])])
-    return result
+    names = {file: "" if file == path else file.removeprefix(path).lstrip("/") for file in data_files(path)}
+    return [[name, *_hash(file, cache_dir, [])] for file, name in names.items()]
 
 
 def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None:
@@ -55,26 +51,14 @@ def hash_files(paths: Iterable[str], cache_dir: Path, show: bool = True) -> None
 def _hash(file: str, cache_dir: Path, read: list[int]) -> tuple[int, str]:
     """(bytes, sha256) of a file; each piece that is read now is noted in `read`."""
     identity = file_identity(file)
-    key = digest(identity)
-    memo = f"hashes/{key}"
-    with contextlib.ExitStack() as held:
-        if not (known := _known_hash(cache_dir, memo)):
-            with contextlib.suppress(OSError):  # a cache that may only be read
-                held.enter_context(locked(stripe(cache_dir, key)))
-            known = _known_hash(cache_dir, memo)
-        if not known:
-            counted = hashlib.sha256()
-            with open_file(file) as stream:
-                while piece := stream.read(_PIECE_BYTES):
-                    counted.update(piece)
-                    read.append(len(piece))
-            known = counted.hexdigest()
-            with contextlib.suppress(OSError, ValueError):  # the next one hashes it again
-                keep(cache_dir, memo, known.encode())
-        _known_hashes[cache_dir, memo] = known
+
+    def count() -> str:
+        counted = hashlib.sha256()
+        with open_file(file) as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                counted.update(piece)
+                read.append(len(piece))
+        return counted.hexdigest()
+
+    known = remember(cache_dir, f"hashes/{digest(identity)}", count)
     return file_size(file) if identity[0] is None else identity[0], known
-
-
-def _known_hash(cache_dir: Path, memo: str) -> str:
-    found = _known_hashes.get((cache_dir, memo)) or (recall(cache_dir, memo) or b"").decode()
-    return found if len(found) == 64 else ""

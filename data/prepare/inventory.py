@@ -45,7 +45,7 @@ def entries(cache: str) -> list[Entry]:
 def drop(entry: Entry) -> bool:
     """Removes one; False: a process uses it, and it stays."""
     if is_remote(entry.place):
-        remove_below(entry.place, first=META)
+        remove_below(entry.place)
         return True
     place = Path(entry.place)
     with _unused(place) as free:
@@ -56,23 +56,17 @@ def drop(entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def _unused(place: Path) -> Iterator[bool]:
-    """Whether no process reads an entry or makes it; none begins to before the end of the block."""
+    """Whether no process reads an entry, or makes what an unfinished one is to become; none begins to in the block."""
+    inside, unfinished = place.parent.name == "references", _UNFINISHED.match(place.name)
+    name = "references." * inside + (unfinished["name"] if unfinished else place.name)
     with contextlib.ExitStack() as held:
         free = True
         try:
-            for lock in _locks(place):
+            for lock in sorted((place.parents[inside] / "locks").glob(f"{name}*")):
                 fcntl.flock(held.enter_context(open(lock, "rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # of what nobody lets us ask, nobody knows
             free = False
         yield free
-
-
-def _locks(place: Path) -> list[Path]:
-    """The lock files of an entry, or of that which an unfinished one is to become."""
-    above, name = (place.parent, place.name) if place.parent.name != "references" else (place.parents[1], place.name)
-    prefix = "references." if above != place.parent else ""
-    unfinished = _UNFINISHED.match(name)
-    return sorted((above / "locks").glob(f"{prefix}{unfinished['name'] if unfinished else name}*"))
 
 
 def _below(root: Path) -> Iterator[Entry]:
@@ -160,10 +154,7 @@ def _copies(root: Path) -> Iterator[Entry]:
     """What this machine has copied of sources and tokenizers."""
     for mark in sorted(root.glob(f"*/{COPIED}")):
         with contextlib.suppress(FileNotFoundError):  # as above
-            what, made, files = (
-                json.loads(mark.read_bytes())["address"],
-                mark.stat().st_mtime,
-                _files_below(mark.parent),
-            )
+            what, made = json.loads(mark.read_bytes())["address"], mark.stat().st_mtime
+            files, place = _files_below(mark.parent), mark.parent
             size, newest = sum(file.st_size for file in files), max(file.st_mtime for file in files)
-            yield Entry(f"copies/{mark.parent.name}", "copies", what, size, made, newest, "a copy", str(mark.parent))
+            yield Entry(f"copies/{place.name}", "copies", what, size, made, newest, "a copy", str(place))

@@ -100,11 +100,7 @@ def _sizes(pieces: Pieces, found: Documents) -> np.ndarray:
 
 
 def _finish(recipe: Recipe, directory: Path, packed: list[Counter[str]]) -> None:
-    """Writes what was counted and gives the directory its final name; `packed` is of all buckets.
-
-    Raises:
-        ValueError: there is nothing in it, or the store was damaged.
-    """
+    """Writes what was counted and gives the directory its final name; `packed` is of all buckets."""
     corpus, total = recipe.corpus, sum(packed, Counter[str]())
     census = corpus.load() or corpus.census()
     stored, expected = total.pop("stored", 0), census.counts.pop("stored", 0)

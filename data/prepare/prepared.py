@@ -12,14 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from mixtral_jax.data.config import DataConfig
-from mixtral_jax.data.prepare.cache import (
-    PreparedSource,
-    Use,
-    check_writable,
-    digest,
-    locked,
-    open_cache,
-)
+from mixtral_jax.data.prepare.cache import PreparedSource, Use, check_writable, digest, locked, open_cache
 from mixtral_jax.data.prepare.hashes import hash_files
 from mixtral_jax.data.prepare.pack import pack
 from mixtral_jax.data.prepare.recipe import Corpus, Recipe, recipe_of
@@ -41,7 +34,7 @@ class PreparedData:
     seed: int
     train: tuple[PreparedSource, ...]
     validation: tuple[PreparedSource, ...]
-    missing_parts: tuple[str, ...] = ()  # with `part`: parts that other machines still have to make
+    missing_parts: tuple[str, ...] = ()  # that other machines still have to make; the sources are then empty
     fresh: bool = False  # made just now, at least in part
     uses: tuple[Use, ...] = field(default=(), repr=False, compare=False)  # nobody removes the rows meanwhile
 
@@ -72,25 +65,17 @@ class PreparedData:
         rows = {source.name: source.rows for source in self.train}
         return order_from(position, self.seed, rows, self.sources, self.mixtures, global_batch_size)
 
-    @property
-    def complete(self) -> bool:
-        """False while parts are missing; the sources are then empty."""
-        return not self.missing_parts
-
     def readings(self) -> list[str]:
         """How the records of each source were read, and a warning where their texts hold control tokens."""
-        return [
-            f"{what}/{line}"
-            for what, sources in (("train", self.train), ("validation", self.validation))
-            for source in sources
-            for line in _readings(source)
-        ]
+        return [f"{what}/{line}" for what, source in self._named for line in _readings(source)]
 
     def summary(self) -> str:
         """A line for each source: tokens, padding, what was split, cut, dropped or bad."""
-        lines = [f"train/{_describe(source)}" for source in self.train]
-        lines += [f"validation/{_describe(source)}" for source in self.validation]
-        return "\n".join(lines)
+        return "\n".join(f"{what}/{_describe(source)}" for what, source in self._named)
+
+    @property
+    def _named(self) -> list[tuple[str, PreparedSource]]:
+        return [*(("train", source) for source in self.train), *(("validation", source) for source in self.validation)]
 
 
 def prepare(
@@ -175,15 +160,13 @@ def _cores() -> int:
 
 
 def _describe(source: PreparedSource) -> str:
-    what = f"{source.documents:,} documents"
+    what, lost = f"{source.documents:,} documents", "without an answer to learn, or with it behind the end of a row"
     if source.format.pairs:
-        what = f"{source.documents // 2:,} pairs"
+        what, lost = f"{source.documents // 2:,} pairs", "equal where cut to a row, or without an answer to learn"
     text = (
         f"{source.name}: {what}, {source.tokens:,} tokens in {source.rows:,} rows of "
         f"{source.format.seq_len:,}, {100 * source.padding:.2f} % padding, {source.split:,} documents split"
     )
-    lost = "without an answer to learn, or with it behind the end of a row"
-    lost = "equal where cut to a row, or without an answer to learn" if source.format.pairs else lost
     counts = {"cut to a row": source.truncated, lost: source.dropped}
     counts |= {"empty": source.empty, "bad records passed over": source.bad}
     text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)

@@ -1,6 +1,7 @@
 """What decides the documents of a source, and what decides its rows: all that changes them and nothing else."""
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,16 +48,12 @@ class Corpus:
     tokenizer: str  # its fingerprint
     token_dtype: str
     fingerprint: str
+    place: Path  # the directory of the documents; what is not finished lies beside it
 
     @property
     def name(self) -> str:
         """The source's."""
         return self.source.name
-
-    @property
-    def place(self) -> Path:
-        """The directory of the documents; what is not finished lies beside it."""
-        return _place(self.config, self.fingerprint)
 
     @property
     def weighted(self) -> bool:
@@ -78,11 +75,7 @@ class Corpus:
         return replace(self, files=(), content=())
 
     def check_unchanged(self) -> None:
-        """Whether the files still hold what the fingerprint says.
-
-        Raises:
-            ValueError: one does not.
-        """
+        """Raises ValueError unless the files still hold what the fingerprint says."""
         for file, content in zip(self.files, self.content, strict=True):
             if content_hash(file, self.place.parent) != content:
                 raise ValueError(f"{file} was changed while it was read: prepare the data when nothing writes to it")
@@ -121,16 +114,12 @@ class Recipe:
     seed: int
     format: RowFormat
     fingerprint: str
+    place: Path  # the directory of the rows
 
     @property
     def name(self) -> str:
         """The source's."""
         return self.corpus.name
-
-    @property
-    def place(self) -> Path:
-        """The directory of the rows."""
-        return _place(self.corpus.config, self.fingerprint)
 
     def shard(self, bucket: int) -> str:
         """Name of the file of the rows of a bucket."""
@@ -143,12 +132,9 @@ class Recipe:
 
 def read_counts(meta: Mapping[str, Any]) -> Census:
     """What `counts_of` made of a census."""
-    counts = meta["census"]
-    first = [(unit, where, what) for unit, where, what in counts["first"]]
-    found = Census(skip=True, bad=counts["bad"], first=first)
-    found.counts.update(counts["counts"])
-    found.layouts.update(counts["layouts"])
-    return found
+    kept = meta["census"]
+    counts, layouts = Counter(kept["counts"]), Counter(kept["layouts"])
+    return Census(skip=True, bad=kept["bad"], first=kept["first"], counts=counts, layouts=layouts)
 
 
 def counts_of(census: Census) -> dict[str, Any]:
@@ -170,9 +156,9 @@ def recipe_of(
     pairs = config.pairs_per_row if corpus.together == 2 else 0
     if pairs and seq_len + 1 < SHORTEST_PAIR:
         raise ValueError(f"seq_len: a row of {seq_len} is too short for a pair: make it {SHORTEST_PAIR - 1} or more")
-    identity = [FORMAT_VERSION, corpus.fingerprint, seed, seq_len, packing, pairs]
+    fingerprint = digest([FORMAT_VERSION, corpus.fingerprint, seed, seq_len, packing, pairs])
     format_ = RowFormat(seq_len, corpus.token_dtype, corpus.weighted, pairs)
-    return Recipe(corpus, packing, seed, format_, digest(identity))
+    return Recipe(corpus, packing, seed, format_, fingerprint, corpus.place.with_name(fingerprint[:24]))
 
 
 def _corpus(config: DataConfig, chosen: tuple[SourceConfig, Chosen], tokenizer: Tokenizer) -> Corpus:
@@ -205,6 +191,7 @@ def _corpus(config: DataConfig, chosen: tuple[SourceConfig, Chosen], tokenizer: 
         identity["layout"] = [source.layout, LAYOUT_VERSION]
     if kind == "chat":
         identity["train_on"] = config.train_on
+    fingerprint = digest(identity)
     return Corpus(
         config=config,
         source=source,
@@ -214,9 +201,6 @@ def _corpus(config: DataConfig, chosen: tuple[SourceConfig, Chosen], tokenizer: 
         buckets=buckets,
         tokenizer=tokenizer.fingerprint(),
         token_dtype=token_dtype(tokenizer.vocab_size),
-        fingerprint=digest(identity),
+        fingerprint=fingerprint,
+        place=cache / fingerprint[:24],
     )
-
-
-def _place(config: DataConfig, fingerprint: str) -> Path:
-    return open_cache(config.cache_dir) / fingerprint[:24]

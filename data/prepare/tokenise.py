@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +32,10 @@ _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
 
 
 @functools.lru_cache(maxsize=2)
-def process_tokenizer(path: str, fingerprint: str = "") -> Tokenizer:
-    """A tokenizer of this process, loaded once while its `fingerprint` is the same.
-
-    Raises:
-        ValueError: it is not the one of the `fingerprint`, if one is given.
-    """
+def process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """A tokenizer of this process, loaded once; ValueError where it is not the one of the `fingerprint`."""
     tokenizer = load_tokenizer(path)
-    if fingerprint not in ("", tokenizer.fingerprint()):
+    if tokenizer.fingerprint() != fingerprint:
         raise ValueError(f"tokenizer {path} was changed while data was prepared with it: prepare the data again")
     return tokenizer
 
@@ -130,10 +126,7 @@ def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, .
 def _write(job: _Job, held: list[Documents], census: Census) -> None:
     if not held:
         return
-    lengths, tokens, learned, text_bytes, control = zip(*held, strict=True)
-    own = None if learned[0] is None else np.concatenate(learned)
-    rest = map(np.concatenate, (text_bytes, control))
-    found = Documents(np.concatenate(lengths), np.concatenate(tokens), own, *rest)
+    found = Documents._make(None if column[0] is None else np.concatenate(column) for column in zip(*held, strict=True))
     before, together = census.counts["stored"], job.corpus.together
     census.counts["stored"] += len(found.lengths)
     first, count = before // together, len(found.lengths) // together
@@ -147,29 +140,28 @@ def finish(corpus: Corpus, count: int) -> list[str]:
     Raises:
         ValueError: there are no documents.
     """
-    cache_dir, parts = corpus.place.parent, corpus.parts(count)
+    parts = corpus.parts(count)
     made = parts[0].parent
     try:
-        found = [] if corpus.load() else [corpus.load_part(part, count) for part in parts]
-        lacking = [
-            f"{corpus.name}: {part.name} of {count}" for part, it in zip(parts, found, strict=False) if it is None
-        ]
-        if lacking and not corpus.load():
-            return lacking
-        if found and not lacking:
-            _join(corpus, made, parts, found)
+        if not corpus.load():
+            found = {part: corpus.load_part(part, count) for part in parts}
+            lacking = [f"{corpus.name}: {part.name} of {count}" for part, census in found.items() if census is None]
+            if lacking and not corpus.load():
+                return lacking
+            if not lacking:
+                _join(corpus, found)
     except OSError:
         if not corpus.load():  # else another machine has made it of these parts, and removed them
             raise
     if made.exists():
-        forget(cache_dir, made.name)
+        forget(made.parent, made.name)
     return []
 
 
-def _join(corpus: Corpus, made: Path, parts: list[Path], found: Sequence[Census | None]) -> None:
+def _join(corpus: Corpus, parts: Mapping[Path, Census | None]) -> None:
     """All parts become the documents of a corpus."""
-    census = corpus.census()
-    for each in filter(None, found):
+    census, made = corpus.census(), next(iter(parts)).parent
+    for each in filter(None, parts.values()):
         census.add(each)
     if not census.counts["stored"]:
         forget(made.parent, made.name)

@@ -46,10 +46,7 @@ class Workers:
             process.wait()
 
     def ordered(
-        self,
-        function: Callable[[J], Any],
-        jobs: Iterator[J],
-        heard: Callable[[J, Any], None] = lambda job, value: None,
+        self, function: Callable[[J], Any], jobs: Iterator[J], heard: Callable[[J, Any], None] = lambda job, value: None
     ) -> Iterator[tuple[J, Any]]:
         """Yields (job, result). `jobs` is read only a few ahead, so that memory stays bounded.
 
@@ -84,11 +81,14 @@ class Workers:
                 future.cancel()
             wait([future for _, future in waiting])
 
-    def _run(self, function: Callable[[Any], Any], job: Any, note: Callable[[Any], None] = lambda value: None) -> Any:
+    def _run(self, function: Callable[[Any], Any], job: Any, note: Callable[[Any], None]) -> Any:
         """One job in the process of this thread."""
         process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
         if process is None:
-            process = self._local.process = _start()
+            process = self._local.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": search_path()},
+            )  # fmt: skip
             self._processes.append(process)
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -110,15 +110,6 @@ def search_path() -> str:
     """PYTHONPATH for a child that is to find this package wherever it stands, and nothing beside the caller."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(Path(__file__).parents[3]), *filter(os.path.isabs, inherited)])  # "" is where we stand
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", "from mixtral_jax.data.prepare.workers import serve; serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": search_path()},
-    )
 
 
 def _drive(function: Callable[[Any], Any], job: Any, note: Callable[[Any], None]) -> Any:

@@ -13,7 +13,6 @@ from mixtral_jax.data.records.files import (
     is_directory,
     is_remote,
     join,
-    local_copy,
     local_directory,
     open_file,
     own_name,
@@ -22,7 +21,7 @@ from mixtral_jax.data.records.files import (
     remove_below,
     sizes_below,
 )
-from mixtral_jax.data.records.lump import Census, Lump, Unit
+from mixtral_jax.data.records.lump import Census, Lump, Place, Unit
 from mixtral_jax.data.records.selection import Chosen, choose, source_files
 from mixtral_jax.data.records.sources import (
     compression,

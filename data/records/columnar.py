@@ -61,11 +61,7 @@ def parquet(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: 
 
 
 def row_groups(file: str) -> list[tuple[int, int]]:
-    """(records, bytes before compression) of each row group of a Parquet file.
-
-    Raises:
-        pyarrow.ArrowException, OSError: it cannot be read.
-    """
+    """(records, bytes before compression) of each row group of a Parquet file."""
     import pyarrow.parquet as pq
 
     with open_file(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
@@ -80,11 +76,7 @@ def hugging_face(source: SourceConfig, unit: Unit, columns: tuple[str, ...], cen
 
 
 def arrow_files(directory: str, split: str | None) -> list[str]:
-    """The files of a data set that was saved in a directory.
-
-    Raises:
-        ValueError: it was not, the split is not there, or one of them is missing.
-    """
+    """The files of a data set that was saved in a directory; ValueError where they are not there."""
     splits_file = join(directory, "dataset_dict.json")
     if has_splits := exists(splits_file):
         splits = noted(splits_file, lambda it: [str(name) for name in it["splits"]])
@@ -136,16 +128,16 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Records:
 def _rows(batches: Iterable[Any], file: str, census: Census, number: int = 0) -> Records:
     for batch in batches:
         try:
-            yield from _records(batch)
-        except (ValueError, LookupError, OverflowError, RecursionError):  # a bad one among them: one at a time
-            for i in range(batch.num_rows):
-                try:
-                    record = _records(batch.slice(i, 1))[0]
-                except (ValueError, LookupError, OverflowError, RecursionError) as error:
-                    what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
-                    census.report(Place(file, number + i + 1), what)
-                    record = None
-                yield record
+            records = _records(batch)
+        except (ValueError, LookupError, OverflowError, RecursionError) as error:
+            if batch.num_rows > 1:  # a bad one among them: one at a time
+                yield from _rows((batch.slice(i, 1) for i in range(batch.num_rows)), file, census, number)
+            else:
+                what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _first_line(error)
+                census.report(Place(file, number + 1), what)
+                yield None
+        else:
+            yield from records
         number += batch.num_rows
 
 
@@ -203,14 +195,6 @@ def _array_reader(file: str) -> Any:
     return reader
 
 
-def array_records(source: SourceConfig, file: str) -> int:
-    """Records of an ArrayRecord file."""
-    reader = _array_reader(file)
-    count: int = reader.num_records()
-    reader.close()
-    return count
-
-
 def _batches(unit: Unit, records: int) -> Iterator[range]:
     """The numbers of the records of a unit, few at a time."""
     stop = records if unit.stop is None else unit.stop
@@ -219,13 +203,9 @@ def _batches(unit: Unit, records: int) -> Iterator[range]:
 
 def _json_or_text(record: bytes, key: str) -> dict[str, Any]:
     text = record.decode("utf-8-sig")
-    if text.lstrip().startswith("{"):
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = None  # text that happens to begin with a brace
-        if isinstance(parsed, dict):
-            return parsed
+    with contextlib.suppress(ValueError, RecursionError):  # text that happens to begin with a brace
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text))
     return {key: text}
 
 
@@ -244,41 +224,35 @@ def tfds(source: SourceConfig, unit: Unit, columns: tuple[str, ...], census: Cen
                     yield None
 
 
-def tfds_records(source: SourceConfig, path: str) -> int:
-    """Records of a split of a TFDS data set."""
-    with _tfds_split(source, path) as (builder, split):
-        return int(builder.info.splits[split].num_examples)
+def count(source: SourceConfig, kind: str, path: str) -> int:
+    """Records of a split of a TFDS data set, or of an ArrayRecord file."""
+    if kind == "tfds":
+        with _tfds_split(source, path) as (builder, split):
+            return int(builder.info.splits[split].num_examples)
+    with contextlib.closing(_array_reader(path)) as reader:
+        return int(reader.num_records())
 
 
 @contextlib.contextmanager
 def _tfds_split(source: SourceConfig, path: str) -> Iterator[tuple[Any, str]]:
     """Of a data set elsewhere the copies stay until the end of the block: files are opened when they are read."""
-    with local_directory(path) as copy:
-        builder = _tfds_builder(path, copy)
-        yield builder, _split_of(source, path, builder)
-
-
-def _tfds_builder(path: str, copy: str) -> Any:
     import tensorflow_datasets
 
-    try:
-        builder = tensorflow_datasets.builder_from_directory(copy)
-    except Exception as error:  # a missing or damaged dataset_info.json raises one of a dozen kinds
-        raise ValueError(f"{path} cannot be read as a TFDS data set: {_first_line(error)}") from None
-    if str(builder.info.file_format.value) != "array_record":
-        raise ValueError(
-            f"{path} holds {builder.info.file_format.value} files, which need TensorFlow: "
-            "prepare the data set with file_format='array_record'"
-        )
-    return builder
-
-
-def _split_of(source: SourceConfig, path: str, builder: Any) -> str:
-    splits = list(builder.info.splits)
-    split = source.split or ("train" if "train" in splits else "")
-    if split not in splits:
-        raise ValueError(f"{path} has the splits {', '.join(splits)}: set split to one of them")
-    return split
+    with local_directory(path) as copy:
+        try:
+            builder = tensorflow_datasets.builder_from_directory(copy)
+        except Exception as error:  # a missing or damaged dataset_info.json raises one of a dozen kinds
+            raise ValueError(f"{path} cannot be read as a TFDS data set: {_first_line(error)}") from None
+        if str(builder.info.file_format.value) != "array_record":
+            raise ValueError(
+                f"{path} holds {builder.info.file_format.value} files, which need TensorFlow: "
+                "prepare the data set with file_format='array_record'"
+            )
+        splits = list(builder.info.splits)
+        split = source.split or "train"
+        if split not in splits:
+            raise ValueError(f"{path} has the splits {', '.join(splits)}: set split to one of them")
+        yield builder, split
 
 
 def _plain(value: Any) -> Any:

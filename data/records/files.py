@@ -116,11 +116,7 @@ def local_copy(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_directory(path: str, names: Iterable[str] | None = None) -> Iterator[str]:
-    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there.
-
-    Raises:
-        OSError: it cannot be fetched.
-    """
+    """The same of a directory, with all that is below it or, of an address, with those of `names` that are there."""
     if not is_remote(path):
         yield path
         return
@@ -200,12 +196,10 @@ def file_system(address: str) -> tuple[Any, str]:
     """
     try:
         return patiently(address, lambda: fsspec.core.url_to_fs(address))
-    except OSError as error:
-        if error.errno == errno.ETIMEDOUT:
-            raise
-        raise ValueError(f"{address} cannot be read: {error}") from None
     except Exception as error:  # each scheme has kinds of its own: no library for it, no archive
-        raise ValueError(f"{address} cannot be read: {error or type(error).__name__}") from None
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            raise
+        raise ValueError(f"{address} cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def _ask(address: str, question: Callable[[Any, str], T]) -> T:
@@ -320,9 +314,9 @@ def _below(address: str) -> dict[str, dict[str, Any]]:
     return _ask(address, look)
 
 
-def remove_below(address: str, first: str) -> None:
-    """Removes all files below an address, `first` before the others."""
-    for name in sorted(sizes_below(address), key=lambda name: name != first):
+def remove_below(address: str) -> None:
+    """Removes all files of an entry of a cache, META before the others."""
+    for name in sorted(sizes_below(address), key=lambda name: name != META):
         _ask(join(address, name), lambda fs, path: fs.rm_file(path))
 
 

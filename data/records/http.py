@@ -34,19 +34,18 @@ class WebFiles(HTTPFileSystem):
             raise ValueError(f"{url} cannot be read: {error}") from None
         if answer.status_code in (404, 410):
             raise FileNotFoundError(errno.ENOENT, f"is not there ({answer.status_code})", url)
-        if answer.status_code in (401, 403) and method != "HEAD":
+        if method == "HEAD" and answer.status_code in (401, 403, 405, 501):
+            return self._ask("GET", url, stream=True)  # some servers know GET alone, or an address allows no more
+        if answer.status_code in (401, 403):
             raise PermissionError(errno.EACCES, f"may not be read ({answer.status_code} {answer.reason})", url)
+        answer.raise_for_status()
         return answer
 
     def info(self, url: str, **options: Any) -> dict[str, Any]:
         """Size (None: the server does not say) and what changes when the content does."""
-        answer = self._ask("HEAD", url)
-        if answer.status_code in (401, 403, 405, 501):  # some servers know GET alone, or an address allows no more
-            answer = self._ask("GET", url, stream=True)
-            answer.close()
-        answer.raise_for_status()
+        with self._ask("HEAD", url) as answer:
+            size = answer.headers.get("Content-Length")
         names = ("ETag", "Last-Modified", "Content-MD5")
-        size = answer.headers.get("Content-Length")
         known = {name: answer.headers[name] for name in names if name in answer.headers}
         known = known or {"asked": os.environ.get(START, "")}  # who says nothing is asked anew by each start
         return {"name": url, "type": "file", "size": int(size) if size else None, **known}
@@ -54,14 +53,11 @@ class WebFiles(HTTPFileSystem):
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """The bytes of a small file."""
         assert start is None and end is None
-        answer = self._ask("GET", path)
-        answer.raise_for_status()
-        return answer.content
+        return self._ask("GET", path).content
 
     def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
         """Writes a file here, piece by piece."""
         with self._ask("GET", rpath, stream=True) as answer, open(lpath, "wb") as out:
-            answer.raise_for_status()
             for piece in answer.iter_content(_PIECE_BYTES):
                 out.write(piece)
 

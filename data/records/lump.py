@@ -92,8 +92,6 @@ class Lump:
     def parse(self, census: Census) -> Iterator[tuple[int, Any]]:
         """Yields (record number, record); blank lines are passed over."""
         yield from ((number, record) for number, record in enumerate(self.records, self.first) if record is not None)
-        if not self.lines:
-            return
         for number, marked in enumerate(self.lines.split(b"\n"), self.first):
             line = marked.removeprefix(codecs.BOM_UTF8)
             if not line or line.isspace():

@@ -238,11 +238,7 @@ def _splits(root: str, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _card_splits(root: str, names: Sequence[str]) -> dict[str, list[str]]:
-    """What the card says in its `configs`; empty where it says nothing.
-
-    Raises:
-        ValueError: they cannot be read, name no file that is there, or are several and none is the default.
-    """
+    """What the card says in its `configs`; empty where it says nothing."""
     card = files.join(root, "README.md")
     with files.open_file(files.check_file(card)) as stream:
         text = stream.read(1 << 22).decode("utf-8", "replace").removeprefix("\ufeff")

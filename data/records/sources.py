@@ -160,11 +160,7 @@ class _CutOff(Exception):
 
 
 def is_array(file: str) -> bool:
-    """Whether a file of JSON is one array, and not lines.
-
-    Raises:
-        ValueError: it cannot be read, or is no text.
-    """
+    """Whether a file of JSON is one array, and not lines."""
     with contextlib.suppress(_CutOff):
         return _ARRAY.match(next(_blocks(file), b"")) is not None
     return False
@@ -345,19 +341,14 @@ def _inflate(raw: Iterator[bytes], new_stream: Any, failure: type[Exception]) ->
     """Streams one after another, as `cat a.gz b.gz` makes them; zero bytes after the last are padding."""
     inflate = None
     for block in raw:
-        while block:
-            if inflate is None:
-                block = block.lstrip(b"\0")
-                if not block:
-                    break
-                inflate = new_stream()
+        while block := block if inflate else block.lstrip(b"\0"):
+            inflate = inflate or new_stream()
             try:
                 data = inflate.decompress(block)
             except failure as error:
                 raise _CutOff(f"damaged, or not compressed as its name says ({error}),") from None
             if data:
                 yield data
-            block = inflate.unused_data if inflate.eof else b""
-            inflate = None if inflate.eof else inflate
+            block, inflate = inflate.unused_data, None if inflate.eof else inflate
     if inflate is not None:
         raise _CutOff("the compressed file is cut off (an incomplete download?)")

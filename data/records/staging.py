@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 import tarfile
 import time
 import zipfile
@@ -20,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from mixtral_jax.data.progress import say
 
 PAUSES = (1.0, 3.0, 9.0)  # seconds before each further attempt
 ROOM = "MIXTRAL_JAX_STAGING"  # this process's staging directory and its bound, for the processes that it starts
@@ -36,6 +37,7 @@ _FINAL = (
 )  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 T = TypeVar("T")
+_say_once = functools.cache(say)
 
 
 def digest(value: Any) -> str:
@@ -126,7 +128,7 @@ def patiently(what: str, action: Callable[[], T]) -> T:
             why = str(error).partition("\n")[0][:300] or type(error).__name__
             if pause is None:
                 raise OSError(errno.ETIMEDOUT, f"does not answer, or not as it should ({why})", what) from error
-            print(f"{what}: {why}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+            say(f"{what}: {why}; trying again in {pause:g} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -148,9 +150,6 @@ def stage(place: Path, size: int | None, fetch: Callable[[str], None], what: str
 
     Args:
         size: of the whole file; None: nobody knows.
-
-    Raises:
-        OSError: the copy cannot be made.
     """
     with contextlib.suppress(OSError):
         os.utime(place)  # the newest of all now
@@ -177,12 +176,8 @@ def _fetch(place: Path, size: int | None, fetch: Callable[[str], None]) -> None:
 def has_room(size: int) -> bool:
     """Whether copies of so many bytes can be here at all."""
     root, limit = staging_room()
-    return size <= (limit or shutil.disk_usage(_nearest(root)).total * 9 // 10)
-
-
-def _nearest(place: Path) -> Path:
-    """The innermost directory on the way to `place` that exists."""
-    return next(parent for parent in (place, *place.parents) if parent.is_dir())
+    there = next(place for place in (root, *root.parents) if place.is_dir())
+    return size <= (limit or shutil.disk_usage(there).total * 9 // 10)
 
 
 def make_room(size: int) -> None:
@@ -200,11 +195,6 @@ def make_room(size: int) -> None:
             excess -= of_it
     if limit and excess > 0:
         _say_once(f"data.staging_bytes ({limit:,}) is {excess:,} bytes less than the copies that are read at once")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _copies(root: Path) -> Iterator[tuple[float, int, str, str]]:

@@ -29,7 +29,7 @@ def units_of(source: SourceConfig, file: str) -> list[Unit]:
             saved = columnar.arrow_files(file, source.split)
             return [Unit(part, size=file_size(part)) for part in saved] or whole
         if kind in ("array_record", "tfds"):
-            count = (columnar.array_records if kind == "array_record" else columnar.tfds_records)(source, file)
+            count = columnar.count(source, kind, file)
             step = max(1, count * sources.UNIT_BYTES // size)
             starts = range(0, count, step)
             return [Unit(file, start, min(start + step, count), size=size // len(starts)) for start in starts] or whole

@@ -1,5 +1,6 @@
 """A record into token ids and per-token loss weights: a text is one document, a chat another, a preference two."""
 
+import itertools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,6 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _names(record: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name in list(record)[:8]) or "nothing"
-
-
 # --- documents of text ---
 
 
@@ -80,13 +77,8 @@ def text_documents(lump: Lump, key: str, tokenizer: Tokenizer, census: Census) -
     census.counts["text_bytes"] += sum(sizes)
     encoded = _encode_all(texts, tokenizer)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
-    tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
-    at = 0
-    for ids in encoded:
-        tokens[at] = tokenizer.bos_id
-        tokens[at + 1 : at + 1 + len(ids)] = ids
-        tokens[at + 1 + len(ids)] = tokenizer.eos_id
-        at += len(ids) + 2
+    flat = itertools.chain.from_iterable((tokenizer.bos_id, *ids, tokenizer.eos_id) for ids in encoded)
+    tokens = np.fromiter(flat, token_dtype(tokenizer.vocab_size), int(lengths.sum()))
     return Documents(lengths, tokens, None, np.array(sizes, np.int64), np.zeros(len(sizes), bool))
 
 
@@ -108,7 +100,8 @@ def texts_of(source: SourceConfig) -> Iterator[str]:
 
 def _text(record: dict[str, Any], key: str) -> str:
     if key not in record:
-        raise ValueError(f"no {key!r} (the record has {_names(record)}; the column can be set with text_key)")
+        names = ", ".join(map(repr, list(record)[:8])) or "nothing"
+        raise ValueError(f"no {key!r} (the record has {names}; the column can be set with text_key)")
     if not isinstance(record[key], str):
         raise ValueError(f"{key!r} is not a string")
     return record[key]
@@ -137,13 +130,6 @@ def _encode_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 # --- examples of chats and preferences ---
 
 
-class Pair(NamedTuple):
-    """A preferred and a rejected answer to the same prompt, each with its prompt before it."""
-
-    chosen: Example
-    rejected: Example
-
-
 def tuning_documents(
     lump: Lump,
     source: SourceConfig,
@@ -162,12 +148,8 @@ def tuning_documents(
     control: list[bool] = []
     for number, record in lump.parse(census):
         try:
-            whole: tuple[Example, ...] = ()
             layout, shape = normalise(record, source, kind, layouts)
-            if shape is not None and kind == "preference":
-                whole = _pair(shape, source, template)
-            elif shape is not None:
-                whole = (_example(shape, source, template, train_on),)
+            whole = () if shape is None else encoded(shape, source, template, train_on)
         except (ValueError, RecursionError) as error:
             census.report(lump.where(number), error)
             continue
@@ -220,46 +202,26 @@ def cut_examples(documents: Documents, size: int, together: int) -> tuple[Docume
     return Documents(lengths[left], tokens[keep], learned[keep], *rest), counts
 
 
-def chat_example(
-    record: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn = "all"
-) -> Example:
-    """A record of a chat, in any layout: messages through the template, or prompt and completion.
+def encoded(
+    shape: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn = "all"
+) -> tuple[Example, ...]:
+    """The content of a record, as `normalise` gives it: a chat as one sequence, a preference as chosen and rejected.
 
-    Prompt and completion as strings are the ids of the joint text between BOS and EOS, of which a piece that reaches
-    into the completion is learned; as message lists they are one conversation of which the completion is learned.
-
-    Raises:
-        ValueError: no layout that is known, or a conversation that breaks a rule of the template.
-    """
-    shape = normalise(record, source, "chat")[1]
-    if shape is None:
-        raise ValueError("no answer to learn")
-    return _example(shape, source, template, train_on)
-
-
-def preference_pair(record: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
-    """A record of a preference, in any layout: prompt and two answers, as strings or messages.
+    Prompt and answer as strings are the ids of the joint text between BOS and EOS, of which a piece that reaches into
+    the answer is learned; as message lists they are one conversation of which the answer is learned.
 
     Raises:
-        ValueError: a missing column, equal answers, an empty answer, or two kinds of value.
+        ValueError: an empty answer, two kinds of value, or a conversation that breaks a rule of the template.
     """
-    shape = normalise(record, source, "preference")[1]
-    assert shape is not None
-    return _pair(shape, source, template)
-
-
-def _example(shape: dict[str, Any], source: SourceConfig, template: Template, train_on: TrainOn) -> Example:
     if "messages" in shape:
-        return encode_chat(shape["messages"], template, train_on=train_on, tools=shape.get("tools", ()))
-    return _answer(shape, "completion", source.completion_key, template, train_on)
+        return (encode_chat(shape["messages"], template, train_on=train_on, tools=shape.get("tools", ())),)
+    if "completion" in shape:
+        return (_answer(shape, "completion", source.completion_key, template, train_on),)
+    keys = {"chosen": source.chosen_key, "rejected": source.rejected_key}
+    return tuple(_answer(shape, column, key, template, "all") for column, key in keys.items())
 
 
-def _pair(shape: dict[str, Any], source: SourceConfig, template: Template) -> Pair:
-    chosen = _answer(shape, "chosen", source.chosen_key, template)
-    return Pair(chosen, _answer(shape, "rejected", source.rejected_key, template))
-
-
-def _answer(shape: dict[str, Any], column: str, key: str, template: Template, train_on: TrainOn = "all") -> Example:
+def _answer(shape: dict[str, Any], column: str, key: str, template: Template, train_on: TrainOn) -> Example:
     """Prompt and answer as one sequence of which only the answer and its EOS are learned."""
     prompt, answer, tools = shape["prompt"], shape[column], shape.get("tools", ())
     if isinstance(prompt, str) and isinstance(answer, str):

@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,20 +30,14 @@ def recognise(jinja: str, tokenizer: Tokenizer) -> TemplateFormat | None:
 
 @lru_cache(maxsize=8)
 def _recognise(jinja: str, bos: str, eos: str) -> TemplateFormat | None:
-    def asked(chat: Sequence[Message], prompt: bool) -> str | None:
-        return _rendered(jinja, chat, prompt, bos, eos)
+    def same(formats: Iterable[TemplateFormat], chat: Sequence[Message], *, prompt: bool) -> list[TemplateFormat]:
+        text = _rendered(jinja, chat, prompt, bos, eos)
+        return [fmt for fmt in formats if written(fmt, chat, bos, eos, prompt=prompt) == text]
 
-    plain = [(chat, prompt, asked(chat, prompt)) for chat, prompt in ((CHAT, True), (CHAT[:2], False))]
-    whole = [(chat, prompt, asked(chat, prompt)) for chat, prompt in (((_SYSTEM, *CHAT), True),)]
-    same = [
-        fmt
-        for fmt in itertools.chain.from_iterable(map(_variants, BUILT_IN.values()))
-        if all(written(fmt, chat, bos, eos, prompt=prompt) == text for chat, prompt, text in plain)
-    ]
-    for fmt in same:
-        if all(written(fmt, chat, bos, eos, prompt=prompt) == text for chat, prompt, text in whole):
-            return fmt
-    return same[0].model_copy(update={"system": "refuse"}) if same else None
+    variants = itertools.chain.from_iterable(map(_variants, BUILT_IN.values()))
+    plain = same(same(variants, CHAT, prompt=True), CHAT[:2], prompt=False)
+    whole = same(plain, (_SYSTEM, *CHAT), prompt=True)
+    return next(iter(whole or [fmt.model_copy(update={"system": "refuse"}) for fmt in plain]), None)
 
 
 def _variants(fmt: TemplateFormat) -> Iterator[TemplateFormat]:

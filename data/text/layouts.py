@@ -181,12 +181,11 @@ def _unknown(record: Row, source: SourceConfig, kind: str, known: Sequence[str])
 # --- chats ---
 
 
-def _chat(row: Row, source: SourceConfig) -> Row:
-    return {"messages": conversation(row["messages"], repr(source.messages_key))}
+def _chat(column: str) -> Layout:
+    def read(row: Row, source: SourceConfig) -> Row:
+        return {"messages": conversation(row[column], repr(_key(source, column)))}
 
-
-def _sharegpt(row: Row, source: SourceConfig) -> Row:
-    return {"messages": conversation(row["conversations"], repr(_key(source, "conversations")))}
+    return Layout((column,), read)
 
 
 def _prompt_completion(row: Row, source: SourceConfig) -> Row:
@@ -336,8 +335,8 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
             lambda row, source: truth(row["label"]) is not None and _labelled(row) is not None,
             besides=("messages", "conversations", *_ANSWER, *_ALPACA),
         ),
-        "messages": Layout(("messages",), _chat),
-        "sharegpt": Layout(("conversations",), _sharegpt),
+        "messages": _chat("messages"),
+        "sharegpt": _chat("conversations"),
         "prompt_completion": Layout(_ANSWER, _prompt_completion),
         "alpaca": Layout(("instruction", "output"), _alpaca, besides=("input", "history")),
     },

@@ -11,13 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from mixtral_jax.data.records import check_file, exists, files_below, is_directory, is_remote, local_directory, own_name
 
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-FILES = (
-    *_SIDE_FILES,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+FILES = (*_SIDE_FILES, "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 class _Token(BaseModel):

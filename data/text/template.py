@@ -15,15 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mixtral_jax.data.text.formats import (
-    BUILT_IN,
-    CONTENT,
-    EOS,
-    TOOL_TOKENS,
-    TemplateFormat,
-    TurnFormat,
-    with_space,
-)
+from mixtral_jax.data.text.formats import BUILT_IN, CONTENT, EOS, TOOL_TOKENS, TemplateFormat, TurnFormat, with_space
 from mixtral_jax.data.text.jinja import recognise
 from mixtral_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, control_words
 

@@ -4,6 +4,7 @@ A control token (BOS, `<|im_end|>`, `[INST]`) is never made from text: whoever t
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -104,8 +105,9 @@ class SentencePieceTokenizer:
             self.processor = spm.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model ({error})") from None
-        self._added = {} if side is None else added_tokens(side, self.processor.vocab_size())
-        self.vocab_size = max([self.processor.vocab_size() - 1, *self._added.values()]) + 1
+        size = self.processor.vocab_size()
+        self._added = {} if side is None else added_tokens(side, size)
+        self.vocab_size = max([size - 1, *self._added.values()]) + 1
         self._pieces = {id_: piece for piece, id_ in self._added.items()}
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if side is not None:
@@ -113,13 +115,10 @@ class SentencePieceTokenizer:
             self.eos_id = named_id(side, "eos_token", self.id_of, self.eos_id)
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} lacks a BOS or EOS piece: documents cannot be told apart")
-        size = self.processor.vocab_size()
         ask: Any = self.processor
         pieces, control = ask.id_to_piece(list(range(size))), ask.is_control(list(range(size)))
-        self.controls: frozenset[str] = frozenset(
-            piece for piece, is_control in zip(pieces, control, strict=True) if is_control
-        )
-        self.controls |= {piece for piece in self._added if _CONTROL.fullmatch(piece)}
+        added = filter(_CONTROL.fullmatch, self._added)
+        self.controls: frozenset[str] = frozenset([*itertools.compress(pieces, control), *added])
         self.reserve([piece for piece in pieces if _CONTROL.fullmatch(piece)])
 
     @property

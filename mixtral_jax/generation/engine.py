@@ -27,7 +27,6 @@ from mixtral_jax.parallel import (
     axis_max,
     gathered,
     psum,
-    shard_index,
     sharded,
     varying,
 )
@@ -42,6 +41,7 @@ class Aligned(NamedTuple):
 
     tokens_BT: Int[Array, "B T"]  # right-aligned
     pad_B: Int[Array, " B"]  # columns before the prompt; all of them: no prompt, nothing is generated
+    number_B: Int[Array, " B"]  # whose stream of random numbers a row draws from
     eos_N: Int[Array, " N"]  # tokens that end a row
 
 
@@ -57,7 +57,7 @@ class State(NamedTuple):
 _BATCH: Any = P(BATCH_AXES)
 _SLOTS: Any = P(None, BATCH_AXES, "tensor")
 _EVERYWHERE: Any = P()
-_ROWS = Aligned(_BATCH, _BATCH, _EVERYWHERE)
+_ROWS = Aligned(_BATCH, _BATCH, _BATCH, _EVERYWHERE)
 _STATE = State(Cache(_SLOTS, _SLOTS), _BATCH, _BATCH, _EVERYWHERE)
 
 
@@ -68,6 +68,7 @@ def generate(
     max_new_tokens: int = 64,
     eos_id: int | Sequence[int] | None = None,
     lengths: Sequence[int] | np.ndarray | None = None,
+    numbers: Sequence[int] | None = None,
     **drawing: Unpack[Drawing],
 ) -> Any:
     """Continue prompts; what comes back are the new tokens alone, without the prompt.
@@ -77,6 +78,7 @@ def generate(
         max_new_tokens: most tokens per row.
         eos_id: token, or tokens, that end a row; None: every row gets max_new_tokens.
         lengths: of the prompts in an array (B, T), which are padded at the end; each from 1 to T.
+        numbers: of each prompt, by which it draws the same in whatever batch; None: its place in this one.
         drawing: temperature (0, the default, takes the likeliest token), top_k, top_p, seed; see sampling.Drawing.
 
     Returns:
@@ -89,17 +91,17 @@ def generate(
             are drawn as a number that is no token.
     """
     sampler, most = make_sampler(**drawing), _positive("max_new_tokens", max_new_tokens)
-    rows = _read_prompts(model, tokens, lengths, eos_id)
+    rows = _read_prompts(model, tokens, lengths, eos_id, numbers)
     count = len(rows.prompts)
     if not count:
         return np.zeros((0, most), np.int32) if rows.is_array else []
-    columns = round_up(most)
+    columns = _round_up(most)
     batch, slots = _right_align(rows, columns)
     out_BN = _run(
         _gathered(model, batch, slots), batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns
     )
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
-    _refuse_nan(model, out_BN, first=1)
+    _refuse_nan(model, out_BN, rows.numbers, first=1)
     ended = [_until(row, rows.eos) for row in out_BN.tolist()]
     _warn_of_length(model, max(len(p) + len(new) for p, new in zip(rows.prompts, ended, strict=True)))
     if rows.is_array:
@@ -113,17 +115,22 @@ def stream(
     *,
     max_new_tokens: int = 64,
     eos_id: int | Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
+    width: int = 0,
     **drawing: Unpack[Drawing],
 ) -> Iterator[list[int | None]]:
-    """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended."""
-    rows = _read_prompts(model, list(tokens), None, eos_id)
+    """The tokens of `generate`, as they come: for every step each row's token, None for a row that has ended.
+
+    The prompts are padded to `width` tokens at least: calls that have the same share a program.
+    """
+    rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
-    batch, slots = _right_align(rows, round_up(_positive("max_new_tokens", max_new_tokens)))
+    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
     ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
     for number in range(1, max_new_tokens + 1):
         state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
         new = np.asarray(state.token_B)[: len(ended)]
-        _refuse_nan(model, np.where(ended, 0, new)[:, None], first=number)
+        _refuse_nan(model, np.where(ended, 0, new)[:, None], rows.numbers, first=number)
         yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
         length = max(len(p) + number for p, end in zip(rows.prompts, ended, strict=True) if not end)
         if number == 1 or length == model.config.max_position_embeddings + 1:  # once
@@ -196,9 +203,7 @@ def _next(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> Stat
 def _draw(
     logits_BV: jax.Array, cache: Cache, done_B: jax.Array, count: jax.Array, rows: Aligned, sampler: Sampler
 ) -> State:
-    size = logits_BV.shape[0]
-    row_B = shard_index(BATCH_AXES) * size + jnp.arange(size, dtype=jnp.int32)
-    token_B = sample(logits_BV, sampler, row_B, count)
+    token_B = sample(logits_BV, sampler, rows.number_B, count)
     is_nan_B = token_B == logits_BV.shape[1]
     return State(cache, token_B, done_B | _is_end(token_B, rows) | is_nan_B, count + 1)
 
@@ -229,13 +234,16 @@ class _Request(NamedTuple):
     """What the caller gave, read."""
 
     prompts: list[list[int]]
+    numbers: Sequence[int]
     eos: list[int]
     window: int | None
     is_array: bool
     single: bool
 
 
-def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | Sequence[int] | None) -> _Request:
+def _read_prompts(
+    model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | Sequence[int] | None, numbers: Sequence[int] | None
+) -> _Request:
     is_array = isinstance(tokens, np.ndarray | jax.Array)
     table: Any = np.asarray(tokens).tolist() if is_array else list(tokens)
     single = bool(table) and np.ndim(table[0]) == 0
@@ -249,7 +257,8 @@ def _read_prompts(model: Mixtral, tokens: Prompts, lengths: Any, eos_id: int | S
         if min(row) < 0 or max(row) >= vocab:
             raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
     eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
-    return _Request(prompts, eos, model.config.sliding_window, is_array, single)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    return _Request(prompts, numbers, eos, model.config.sliding_window, is_array, single)
 
 
 def _warn_of_length(model: Mixtral, length: int) -> None:
@@ -274,29 +283,31 @@ def _read_lengths(lengths: Any, prompts: list[list[int]]) -> list[int]:
     return found.tolist()
 
 
-def _refuse_nan(model: Mixtral, new_BN: np.ndarray, first: int) -> None:
+def _refuse_nan(model: Mixtral, new_BN: np.ndarray, numbers: Sequence[int], first: int) -> None:
     """`first`: number of the new tokens in the first column."""
     for row, column in np.argwhere(new_BN == model.config.vocab_size)[:1]:
         raise FloatingPointError(
-            f"prompt {row}: the logits of its new token {first + column} are NaN: weights are not finite, or too large "
-            f"for {compute_dtype(model.compute.dtype)}"
+            f"prompt {numbers[row]}: the logits of its new token {first + column} are NaN: weights are not "
+            f"finite, or too large for {compute_dtype(model.compute.dtype)}"
         )
 
 
-def _right_align(request: _Request, new_columns: int) -> tuple[Aligned, int]:
+def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
-    width = round_up(max(map(len, request.prompts)))
+    width = max(width, _round_up(max(map(len, request.prompts))))
     rows = -(-len(request.prompts) // shards) * shards
     tokens_BT: Any = np.zeros((rows, width), np.int32)
     pad_B: Any = np.full(rows, width, np.int32)
+    number_B: Any = np.zeros(rows, np.int32)
+    number_B[: len(request.prompts)] = request.numbers
     eos_N: Any = np.array(request.eos, np.int32)
     for b, prompt in enumerate(request.prompts):
         pad_B[b] = width - len(prompt)
         tokens_BT[b, pad_B[b] :] = prompt
     slots = cache_slots(request.window, width + new_columns)
-    return Aligned(tokens_BT, pad_B, eos_N), slots
+    return Aligned(tokens_BT, pad_B, number_B, eos_N), slots
 
 
 def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
@@ -308,7 +319,7 @@ def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
     return gathered(model, dtype, beside=columns * each // shards)
 
 
-def round_up(size: int) -> int:
+def _round_up(size: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ...: at most half as many again."""
     power = SMALLEST
     while power < size:

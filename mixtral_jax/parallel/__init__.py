@@ -12,7 +12,6 @@ from mixtral_jax.parallel.collectives import (
     platform,
     psum,
     same_variance,
-    shard_index,
     shard_key,
     variance,
     varying,

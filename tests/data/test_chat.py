@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 import tokenizers
 
-from mixtral_jax.data.text.chat import encode_chat, encode_prompt
+from mixtral_jax.data.text.chat import encode_begun, encode_chat, encode_prompt
 from mixtral_jax.data.text.template import BUILT_IN, load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 
@@ -124,6 +124,9 @@ def test_prompt_is_what_stands_before_the_last_answer(name):
     _, template = setup(name)
     ids, trainable = encode_chat(CHAT, template, train_on="last")
     assert encode_prompt(CHAT[:-1], template) == ids[: trainable.index(True)]
+    answer = [token for token, learned in zip(ids, trainable, strict=True) if learned]
+    begun = answer[: -len(template.answer_end)]
+    assert encode_begun(CHAT, template) == encode_prompt(CHAT[:-1], template) + begun
 
 
 def test_tool_round_in_v3():

@@ -7,9 +7,10 @@ import pytest
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records.lump import Census, Lump
 from mixtral_jax.data.text.chat import encode_chat
-from mixtral_jax.data.text.examples import chat_example, preference_pair, tuning_documents
+from mixtral_jax.data.text.examples import tuning_documents
 from mixtral_jax.data.text.layouts import columns, layouts_of, normalise
 from tests.data.test_layouts import CALL, HUMAN, ROUND, SOURCE, TOOL, V3, A, B, Q, turn
+from tests.tuning import chat_example, preference_pair
 
 S = turn("system", "Be kind.")
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]

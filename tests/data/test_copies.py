@@ -19,7 +19,8 @@ from mixtral_jax.data.prepare import PreparedData, entries, prepare
 from mixtral_jax.data.prepare.cache import use_file
 from mixtral_jax.data.prepare.tokenise import process_tokenizer
 from mixtral_jax.data.reader import RowReader
-from mixtral_jax.data.records import file_size, local_copy, staging_room, text_size_estimate
+from mixtral_jax.data.records import file_size, staging_room, text_size_estimate
+from mixtral_jax.data.records.files import local_copy
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.commands import evaluate
 from mixtral_jax.train.preference import references

@@ -16,15 +16,14 @@ from mixtral_jax.data.text import examples
 from mixtral_jax.data.text.chat import Example, encode_chat
 from mixtral_jax.data.text.examples import (
     Documents,
-    chat_example,
     cut_examples,
-    preference_pair,
     text_documents,
     tuning_documents,
 )
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.oracles import cutting
+from tests.tuning import chat_example, preference_pair
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer.model")
@@ -154,7 +153,7 @@ def test_a_piece_across_the_border_is_learned(tmp_path: Path, kind: str, prompt:
     expected = _Oracle(tokenizer, prompt, answer)
     before = 1 + expected.before if prompt else 1
     pair = preference_pair({"prompt": prompt, "chosen": answer, "rejected": "z"}, SOURCE, template)
-    for example in (chat_example({"prompt": prompt, "completion": answer}, SOURCE, template), pair.chosen):
+    for example in (chat_example({"prompt": prompt, "completion": answer}, SOURCE, template), pair[0]):
         assert example.tokens == [tokenizer.bos_id, *expected.ids, tokenizer.eos_id]
         assert example.learned == [n >= before for n in range(len(example.tokens))]
 
@@ -271,7 +270,7 @@ def test_the_sample_pairs_share_their_prompt(name: str) -> None:
                 assert example.tokens == [BOS, *TOKENIZER.encode(record["prompt"] + record[key]), EOS]
             else:
                 assert example.tokens[start:] == [*TOKENIZER.encode(record[key][0]["content"]), EOS]
-                assert example.tokens[:start] == pair.chosen.tokens[: starts[0]]
+                assert example.tokens[:start] == pair[0].tokens[: starts[0]]
 
 
 def test_a_common_prefix_is_the_prompt() -> None:

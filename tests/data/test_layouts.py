@@ -15,12 +15,12 @@ from mixtral_jax.data.prepare import prepare
 from mixtral_jax.data.records.lump import Census
 from mixtral_jax.data.records.sources import read_lumps
 from mixtral_jax.data.text.chat import encode_chat
-from mixtral_jax.data.text.examples import chat_example, preference_pair
 from mixtral_jax.data.text.layouts import LAYOUTS, columns, layouts_of, normalise
 from mixtral_jax.data.text.template import load_template
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from tests.data.test_chat import V3_CONTROLS, CharTokenizer
 from tests.tiny import write_byte_tokenizer
+from tests.tuning import chat_example, preference_pair
 
 SOURCE = SourceConfig(name="s", path="f")
 

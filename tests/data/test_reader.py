@@ -76,10 +76,11 @@ def test_at_64_descriptors_300_shards_are_read_at_random(tmp_path: Path) -> None
     assert int(threads) < 100  # the library's pool of 64 for the whole process, not for a shard
 
 
-def test_the_pool_closes_what_was_read_longest_ago_and_nothing_that_is_read(tmp_path: Path) -> None:
-    from mixtral_jax.data.reader import ShardPool
+def test_the_pool_closes_what_was_read_longest_ago_and_nothing_that_is_read(tmp_path: Path, monkeypatch) -> None:
+    from mixtral_jax.data import reader as reading
 
-    source, pool = shards_of(tmp_path, 5, 2), ShardPool(most=2)
+    monkeypatch.setattr(reading, "_bound", lambda: 2)
+    source, pool = shards_of(tmp_path, 5, 2), reading.ShardPool()
     for path in source.paths:
         pool.read(path, 1)
     assert list(pool._shards) == source.paths[-2:]
@@ -100,7 +101,8 @@ def test_threads_read_the_right_rows_through_a_pool_of_one(tmp_path: Path, monke
     from mixtral_jax.data import reader as reading
 
     source = shards_of(tmp_path, 7, 3)
-    monkeypatch.setattr(reading, "_pool", reading.ShardPool(most=1))
+    monkeypatch.setattr(reading, "_bound", lambda: 1)
+    monkeypatch.setattr(reading, "_pool", reading.ShardPool())
     reader, wrong = RowReader([source]), []
 
     def read(seed: int) -> None:

@@ -132,8 +132,8 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
 
 def test_training_is_repeatable_and_has_mixtrals_settings(tmp_path: Path) -> None:
     files = [str(SAMPLES / f"{language}.val.jsonl.gz") for language in ("fr", "it")]
-    first = train_tokenizer(files, 700, tmp_path / "a.model", progress=False)
-    second = train_tokenizer(files, 700, tmp_path / "b", progress=False)
+    first = train_tokenizer(files, 700, tmp_path / "a.model")
+    second = train_tokenizer(files, 700, tmp_path / "b")
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
     assert first.fingerprint() == second.fingerprint()
     sp = first.processor
@@ -144,13 +144,13 @@ def test_training_is_repeatable_and_has_mixtrals_settings(tmp_path: Path) -> Non
 
 
 def test_the_bundled_tokenizer_can_be_made_again(tmp_path: Path) -> None:
-    train_tokenizer([str(SAMPLES / "*.train.jsonl.gz")], 4096, tmp_path / "a.model", progress=False)
+    train_tokenizer([str(SAMPLES / "*.train.jsonl.gz")], 4096, tmp_path / "a.model")
     assert (tmp_path / "a.model").read_bytes() == MODEL.read_bytes()
 
 
 def test_training_refuses(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("too little text")
-    options: dict[str, Any] = {"vocab_size": 500, "progress": False}
+    options: dict[str, Any] = {"vocab_size": 500}
     with pytest.raises(ValueError, match="cannot train a tokenizer with vocab_size 500"):
         train_tokenizer([f"{tmp_path}/a.txt"], out=tmp_path / "a.model", **options)
     assert not (tmp_path / "a.model").exists()

@@ -16,6 +16,7 @@ import pytest
 
 from mixtral_jax.data.prepare.tokenise import process_tokenizer
 from mixtral_jax.data.prepare.workers import Workers
+from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.train.errors import failure_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,11 +68,11 @@ def test_a_worker_that_is_killed_is_what_the_error_says() -> None:
     with pytest.raises(ChildProcessError, match="a worker was ended by SIGKILL") as caught, Workers(2) as pool:
         for error, code in ((errno.ENOSPC, 74), (errno.EIO, 74), (errno.ENOENT, 2), (errno.EPIPE, 1)):
             with pytest.raises(OSError) as own:  # what a job says comes over whole
-                pool._run(refuse, error)
+                pool._run(refuse, error, print)
             assert own.value.errno == error and failure_of(own.value).exit_code == code
-        pool._run(call, killed_soon)
+        pool._run(call, killed_soon, print)
         time.sleep(0.3)
-        pool._run(len, "x" * 4_000_000)
+        pool._run(len, "x" * 4_000_000, print)
     assert failure_of(caught.value).exit_code == 1 and "data.workers" in failure_of(caught.value).sentence
 
 
@@ -114,4 +115,5 @@ def length_of_file_name(_: str) -> int:
 
 def test_a_tokenizer_is_loaded_once() -> None:
     path = str(SAMPLES / "tokenizer.model")
-    assert process_tokenizer(path) is process_tokenizer(path)
+    fingerprint = load_tokenizer(path).fingerprint()
+    assert process_tokenizer(path, fingerprint) is process_tokenizer(path, fingerprint)

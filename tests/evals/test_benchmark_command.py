@@ -53,6 +53,7 @@ def test_scores_are_printed_and_kept(own_tasks_alone, place: Path, tmp_path: Pat
     [
         (["--tasks", "tiny_leters"], "task tiny_leters is unknown; did you mean tiny_letters?"),
         (["--tasks", "tiny_letters", "--include", "nowhere"], "--include nowhere is no directory"),
+        (["--tasks", "tiny_letters", "--limit", "0"], "limit is 0: it must be at least 1"),
         (["--tasks", "tiny_letters", "mesh.fdsp=2"], "mesh.fdsp"),
         ([], "eval needs CFG"),
     ],

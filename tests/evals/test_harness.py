@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks
+from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks, scoring
 from tests.evals.cases import TASKS, write_model, write_tasks
 
 
@@ -25,6 +25,13 @@ def both(place):
 @pytest.fixture(scope="module")
 def task_files(place):
     return write_tasks(place / "tasks")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHORTEST", 32)
+    monkeypatch.setattr(scoring, "NARROWEST", 64)
+    monkeypatch.setattr(scoring, "_most_rows", lambda *_: 16)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])

@@ -13,8 +13,11 @@ FEW_SHOT, OTHER = (np.random.default_rng(seed).integers(0, VOCAB, 40).tolist() f
 
 
 @pytest.fixture(autouse=True)
-def short_beginnings_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "SHORTEST", 16)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for all rows that share something and for the others."""
+    monkeypatch.setattr(scoring, "SHORTEST", 36)
+    monkeypatch.setattr(scoring, "NARROWEST", 64)
+    monkeypatch.setattr(scoring, "_most_rows", lambda *_: 16)
 
 
 def requests() -> list[Continuation]:
@@ -66,9 +69,8 @@ def test_scores_are_those_of_each_request_alone(model) -> None:
     assert sum(told) == sum(len(each.tokens) for each in requests())
 
 
-def test_on_a_mesh_and_few_at_once(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    if model.config.sliding_window is None:  # one is enough: it takes long to compile
-        pytest.skip("the window's cache is the harder one")
+def test_on_a_mesh_and_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config(vocab_size=VOCAB, sliding_window=11))
     monkeypatch.setattr(scoring, "_most_rows", lambda *_: 4)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2))):
         found = score(model, requests(), longest=LONGEST)

@@ -128,6 +128,8 @@ def test_stream_gives_the_same_tokens_step_by_step() -> None:
     steps = list(stream(model, PROMPTS, **options))
     rows = [[token for token in column if token is not None] for column in zip(*steps, strict=True)]
     assert rows == generate(model, PROMPTS, **options)
+    wide = list(stream(model, PROMPTS, width=24, **{**options, "max_new_tokens": 3}))
+    assert wide == steps[:3]
 
 
 def test_what_a_row_draws_does_not_depend_on_the_others() -> None:
@@ -136,6 +138,7 @@ def test_what_a_row_draws_does_not_depend_on_the_others() -> None:
     together = generate(model, PROMPTS, **options)
     assert together[:1] == generate(model, PROMPTS[:1], **options)
     assert together[0] == generate(model, [PROMPTS[0], [1] * 25], **options)[0]
+    assert together[1:] == generate(model, PROMPTS[1:], numbers=[1, 2], **options)
     assert together != generate(model, PROMPTS, **{**options, "seed": 5})
     same = generate(model, [[1, 2]] * 3, **options)
     assert same[0] != same[1] != same[2]
@@ -213,6 +216,8 @@ def test_a_row_of_nan_is_told_and_harms_no_other(rows: int) -> None:
             generate(model, [*prompts, [1, 96]], max_new_tokens=1, **drawing)
     with pytest.raises(FloatingPointError, match=message):
         list(stream(model, [*prompts, [1, 96]], max_new_tokens=1))
+    with pytest.raises(FloatingPointError, match="prompt 7: the logits"):
+        generate(model, [[1, 96]], numbers=[7], max_new_tokens=1)
     model.layers.moe.router[...] = router_LDE.at[1, 0, 2].set(jnp.nan)
     with pytest.raises(FloatingPointError, match="prompt 0: the logits of its new token 1 are NaN"):
         generate(model, prompts, max_new_tokens=3)

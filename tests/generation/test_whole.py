@@ -83,7 +83,7 @@ def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytes
             ]
             assert steps == want
 
-        rows, slots = engine._right_align(engine._read_prompts(own, PROMPTS, None, 5), 16)
+        rows, slots = engine._right_align(engine._read_prompts(own, PROMPTS, None, 5, None), 16)
         matrices = {p.shape[1:] for _, p in nnx.to_flat_state(nnx.state(model.layers)) if p.ndim > 2}
         layer_by_layer = gathers_in_loop(own, rows, slots)
         once = gathers_in_loop(engine._gathered(own, rows, slots), rows, slots)

@@ -6,8 +6,11 @@ import pytest
 import torch
 import transformers
 
-from mixtral_jax.convert import load
+from mixtral_jax.convert import hf2orbax, load
 from mixtral_jax.generation.engine import generate
+from mixtral_jax.train.read_model import read_tokenizer
+from mixtral_jax.train.text import Codec
+from tests.tiny import write_byte_tokenizer
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -35,3 +38,27 @@ def test_greedy_ids(window: int | None, tmp_path: Path) -> None:
     got = generate(load(tmp_path), PROMPTS, max_new_tokens=NEW, eos_id=2)
     assert got == want
     assert max(len(set(row)) for row in got) > 3  # not one token for ever
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_generation_config_lists_ends_a_text(tmp_path: Path) -> None:
+    """Ids end a text in a Hugging Face directory, and in the Orbax one made of it, as transformers ends it there."""
+    torch.manual_seed(0)
+    theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**SHAPE, "vocab_size": 320})).eval()
+    with torch.no_grad():
+        free = theirs.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    end = free[0, len(PROMPTS[0]) + 4].item()
+    theirs.generation_config.eos_token_id = [319, end]
+    theirs.save_pretrained(tmp_path / "hf")
+    write_byte_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    hf2orbax(tmp_path / "hf", tmp_path / "orbax", progress=False)
+    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        made = again.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=NEW, do_sample=False)
+    want = made[0, len(PROMPTS[0]) :].tolist()
+    assert want[-1] == end and len(want) < NEW
+    for place in ("hf", "orbax"):
+        model = load(tmp_path / place)
+        ends = Codec(model, read_tokenizer(tmp_path / place), None, ["x"]).ends
+        assert {319, end} <= set(ends)
+        assert generate(model, [PROMPTS[0]], max_new_tokens=NEW, eos_id=ends) == [want]

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.convert.compare import compare_tokenizers
-from mixtral_jax.data.text import encode_prompt, load_template, load_tokenizer, tokenizer_files, usual_template
+from mixtral_jax.data.text import (
+    begins_with_bos,
+    encode_prompt,
+    load_template,
+    load_tokenizer,
+    tokenizer_files,
+    usual_template,
+)
 from mixtral_jax.data.text.chat import encode_chat
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers (extra: parity)")
@@ -164,6 +171,7 @@ def test_an_export_gives_our_ids(tmp_path: Path, name: str) -> None:
         assert theirs(text, split_special_tokens=True)["input_ids"] == want, text
         assert [again.bos_id, *again.encode(text)] == want
         assert theirs.decode(want, skip_special_tokens=True) == ours.decode(want)
+    assert begins_with_bos(ours) and begins_with_bos(again)
     assert theirs("Hello  there")["input_ids"] == [ours.bos_id, *ours.encode("Hello  there")]
     template = load_template(form, ours)
     assert load_template(usual_template(again), again).format == template.format

@@ -53,7 +53,8 @@ def test_the_wheel_holds_the_rooms_the_configs_and_the_samples_and_nothing_else(
         for path in SOURCES
     }
     assert inside <= set(names)
-    for folder, kinds in (("configs", (".yaml",)), ("data/samples", (".gz", ".model", ".md", ".txt", ".jsonl"))):
+    samples = (".gz", ".model", ".md", ".txt", ".jsonl")
+    for folder, kinds in (("configs", (".yaml",)), ("data/samples", samples), ("train", (".css", ".js", ".yaml"))):
         shipped = {f"mixtral_jax/{relative(p)}" for p in (ROOT / folder).rglob("*") if p.suffix in kinds}
         assert shipped <= set(names)
 

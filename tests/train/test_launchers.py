@@ -19,9 +19,9 @@ from mixtral_jax import launch
 from mixtral_jax.train.config import load_config
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import sky
-from mixtral_jax.train.launchers.job import Job, Machine, check_mounted, check_shared, engine_name, places, points
+from mixtral_jax.train.launchers.job import Job, Nodes, check_mounted, check_shared, engine_name, places, points
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
-from mixtral_jax.train.launchers.verdict import MOST, Verdict, last_attempt, verdict
+from mixtral_jax.train.launchers.verdict import MOST, MOST_UNSEEN, Verdict, last_attempt, verdict
 from mixtral_jax.train.plan import parse_topology
 from mixtral_jax.train.run.processes import detect
 
@@ -98,12 +98,12 @@ def test_a_checkpoint_that_is_not_whole_is_none(tmp_path):
     assert not verdict(tmp_path, 75, 0).again
 
 
-def test_a_verdict_is_found_where_no_bucket_answers(tmp_path):
+def test_where_no_bucket_answers_it_goes_on_a_while(tmp_path):
     (tmp_path / "config.yaml").write_text("checkpoint: {directory: 'no-such-scheme://bucket/steps'}\n")
-    for _ in range(MOST + 1):  # which says nothing of new checkpoints
-        found = verdict(tmp_path, 75, 0)
-        assert found.again and "not counted" in found.reason
     assert not verdict(tmp_path, 2, 0).again
+    found = [verdict(tmp_path, 75, 0) for _ in range(MOST_UNSEEN + 1)]
+    assert [one.again for one in found] == [True] * MOST_UNSEEN + [False]
+    assert all("checkpoints cannot be listed (" in one.note for one in found)
 
 
 @pytest.mark.usefixtures("_empty_ones_are_whole")
@@ -112,8 +112,10 @@ def test_while_no_checkpoints_can_be_listed_the_count_stands(tmp_path, monkeypat
     assert [verdict(tmp_path, 75, 0).again for _ in range(MOST)] == [True] * MOST
     with monkeypatch.context() as broken:
         broken.setattr("mixtral_jax.train.launchers.verdict.whole_steps", _refused)
-        assert verdict(tmp_path, 75, 0).again
+        assert all(verdict(tmp_path, 75, 0).again for _ in range(MOST + 1))
     assert not verdict(tmp_path, 75, 0).again
+    attempt(tmp_path, 2, checkpoints=[20])  # since when the others are forgotten
+    assert verdict(tmp_path, 75, 0).again and '"unseen": 0' in (tmp_path / "launch" / "restarts.json").read_text()
 
 
 def _refused(*args, **kwargs):
@@ -183,7 +185,7 @@ def test_a_sweep_is_an_array_of_runs(config, tmp_path):
     script = tmp_path / RUNS / "sft-tiny-learning_rate.sweep" / "launch" / "job.sbatch"
     text = script.read_text()
     assert "#SBATCH --array=0-3" in text
-    runs = sorted(p.name for p in (tmp_path / RUNS).iterdir() if (p / "launch" / "run.yaml").exists())
+    runs = sorted(p.name for p in (tmp_path / RUNS).iterdir() if [*p.glob("launch/run-*.yaml")])
     assert runs == [f"sft-tiny-learning_rate={rate}-seed={seed}" for rate in ("1e-4", "3e-4") for seed in (0, 1)]
     assert all(run in text for run in runs)
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
@@ -194,7 +196,7 @@ def test_points_of_a_sweep_differ_in_what_was_swept(config, tmp_path, capsys):
     assert submit("slurm", *config, *words) == 0
     runs = [tmp_path / RUNS / f"sft-tiny-learning_rate={rate}" for rate in ("1e-4", "3e-4")]
     for run in runs:  # as the run writes it
-        (run / "config.yaml").write_text((run / "launch" / "run.yaml").read_text())
+        (run / "config.yaml").write_text(next(run.glob("launch/run-*.yaml")).read_text())
         (run / "STATUS").write_text("{}")
     capsys.readouterr()
     assert launch.main(["runs", "diff", *map(str, runs), "--json"]) == 0
@@ -325,9 +327,13 @@ def test_what_has_ended_for_good_stands_until_it_is_handed_over_anew(cluster, co
     capsys.readouterr()
     assert submit("slurm", *config, "--devices", "1") == 0
     assert f"stands  {run}/launch/final" in capsys.readouterr().out and "nothing is started" in go()[0]
+    (made,) = (run / "launch").glob("run-*.yaml")
     (tmp_path / "fake" / "sbatch").symlink_to("/bin/true")
     assert submit("slurm", *config, "--devices", "1", "--go") == 0
     assert not {"final", "restarts.json"} & {path.name for path in (run / "launch").iterdir()}
+    before = made.read_text()
+    assert submit("slurm", *config, "--devices", "1", "seed=1") == 0  # what a job reads is not changed under it
+    assert made.read_text() == before and len([*(run / "launch").glob("run-*.yaml")]) == 2
 
 
 # --- Kubernetes ---
@@ -415,8 +421,10 @@ def test_an_adapter_to_begin_with_is_a_place_and_copies_are_of_each_machine():
     lora = "lora={rank: 4, alpha: 8, rslora: false, targets: [all-linear], modules_to_save: [], init_from: /adapter}"
     config = load_config(file, [*PATHS, *_sources(file), lora, "data.staging_dir=/tmp/copies"]).config
     found = dict(places(config))
+    several = load_config(file, [*PATHS, *_sources(file), "data.train.0.path=[/data/a,/other/b]"]).config
+    assert {"/data/a", "/other/b"} <= {place for _, place in places(several)}
     assert found["lora.init_from"] == "/adapter" and found["data.staging_dir"] == "/tmp/copies"
-    check_shared(Job(config, Machine(2, 1)))
+    check_shared(Job(config, Nodes(2, 1)))
     with pytest.raises(UserError, match=r"lora\.init_from: /adapter is on nothing that is mounted"):
         check_mounted(config, ["/runs", "/data"], "do")
     check_mounted(config, ["/runs", "/data", "/adapter"], "do")
@@ -469,10 +477,11 @@ def test_rules_of_a_jobset_count_those_of_its_pods(tmp_path, monkeypatch):
     pod = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     by_name = {rule["name"]: rule for rule in spec["failurePolicy"]["rules"]}
     final = int(by_name["final"]["onJobFailureMessagePatterns"][0].rpartition("index ")[2].removesuffix(".*"))
-    moved = int(by_name["disrupted"]["onJobFailureMessagePatterns"][0].rpartition("index ")[2].removesuffix(".*"))
+    moved = by_name["disrupted"]["onJobFailureMessagePatterns"][0].rpartition("index ")[2].removesuffix(".*")
     assert pod[final]["onExitCodes"]["values"] == [2, 3, 4] and by_name["final"]["action"] == "FailJobSet"
-    assert "onPodConditions" in pod[moved]
-    assert pod[2]["onExitCodes"]["values"] == [74, 75, 76, 124]  # no rule of the set: restarts, counted
+    assert "onPodConditions" in pod[1]
+    assert moved == "[12]" and pod[2]["onExitCodes"]["values"] == [75]
+    assert pod[3]["onExitCodes"]["values"] == [74, 76, 124]  # no rule of the set: restarts, counted
 
 
 @pytest.mark.parametrize(
@@ -543,53 +552,18 @@ def test_a_managed_job(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("accelerators", "nodes", "machine"),
-    [("H100:8", 4, Machine(4, 8)), ("A100-80GB", 1, Machine(1, 1)), ("tpu-v6e-16", 1, Machine(4, 4)),
-     ("tpu-v5p-64", 1, Machine(8, 4)), ("tpu-v5litepod-8:1", 1, Machine(1, 8))],
+    ("accelerators", "nodes", "found"),
+    [("H100:8", 4, Nodes(4, 8)), ("A100-80GB", 1, Nodes(1, 1)), ("tpu-v6e-16", 1, Nodes(4, 4)),
+     ("tpu-v5p-64", 1, Nodes(8, 4)), ("tpu-v5litepod-8:1", 1, Nodes(1, 8))],
 )  # fmt: skip
-def test_what_skypilot_calls_a_machine(accelerators, nodes, machine):
-    assert sky.machine(accelerators, nodes) == machine
+def test_what_skypilot_calls_a_machine(accelerators, nodes, found):
+    assert sky.nodes(accelerators, nodes) == found
 
 
 @pytest.mark.parametrize(("accelerators", "nodes"), [("tpu-v6e-16", 2), ("tpu-v9-8", 1), ("H100:x", 1), ("H100:0", 1)])
 def test_what_skypilot_has_no_name_for(accelerators, nodes):
     with pytest.raises(UserError):
-        sky.machine(accelerators, nodes)
-
-
-SKY_CHECK = """
-import sys, yaml, sky
-from sky.utils import common_utils, schemas
-for name in sys.argv[1:]:
-    told = yaml.safe_load(open(name))
-    common_utils.validate_schema(told, schemas.get_task_schema(), "task: ")
-    common_utils.validate_schema(told["resources"], schemas.get_resources_schema(), "resources: ")
-    print(sky.Resources.from_yaml_config(dict(told["resources"])))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "SKY_PYTHON" not in os.environ, reason="SKY_PYTHON names no Python with skypilot 0.14 (94 packages)"
-)
-@pytest.mark.parametrize("accelerators", ["H100:8", "tpu-v6e-16"])
-def test_skypilot_takes_the_task(tmp_path, monkeypatch, accelerators):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
-    words = [
-        *PATHS,
-        *_sources(file),
-        "--accelerators",
-        accelerators,
-        "--mount",
-        "/runs=s3://mine",
-        "--mount",
-        "/data=s3://d",
-    ]
-    assert submit("sky", file, *words, "--image", "me/mixtral:1", "mesh.fsdp=-1") == 0
-    path = next(tmp_path.glob("runs/*/launch/task.yaml"))
-    subprocess.run([os.environ["SKY_PYTHON"], "-c", SKY_CHECK, path], check=True)
+        sky.nodes(accelerators, nodes)
 
 
 XPK = {  # of `xpk workload create --help`
@@ -626,14 +600,20 @@ def test_an_xpk_workload(tmp_path, monkeypatch):
 
 LAUNCHED = Path(__file__).parent / "launched"
 MOUNTED = ["--volume", "runs:/runs", "--volume", "data:/data"]
+HERE = ["output_dir=runs", "data.cache_dir=cache"]
+BUCKETS = ["--mount", "/runs=s3://r", "--mount", "/data=s3://d"]
 EXAMPLES = {
-    "slurm.sbatch": ["slurm", "--nodes", "4", "--time", "24:00:00", "output_dir=runs", "data.cache_dir=cache"],
-    "jobset.yaml": ["k8s", "--topology", "2xv5p-64", "mesh.dcn_data=2", "global_batch_size=1024", "--image", "i",
-                    *MOUNTED],
-    "job.yaml": ["k8s", "--nodes", "4", "--plain-job", "--image", "i", *MOUNTED],
-    "sky.yaml": ["sky", "--accelerators", "tpu-v5p-64", "--image", "i", "--mount", "/runs=s3://r",
-                 "--mount", "/data=s3://d"],
-    "xpk.sh": ["xpk", "--topology", "v5p-64", "--cluster", "c", "--image", "i"],
+    "slurm.sbatch": ["slurm", "pretrain", "--nodes", "4", "--time", "24:00:00", *HERE],
+    "sweep.sbatch": ["slurm", "sft", "--nodes", "4", "--account", "a", *HERE,
+                     "--sweep", "optimizer.learning_rate=1e-5,3e-5"],
+    "chain.sbatch": ["slurm", "dpo", "--nodes", "4", "--chain", "3", "--container", "me/mixtral:cuda", *HERE],
+    "jobset.yaml": ["k8s", "pretrain", "--topology", "2xv5p-64", "mesh.dcn_data=2", "global_batch_size=1024",
+                    "--image", "i", *MOUNTED],
+    "job.yaml": ["k8s", "pretrain", "--nodes", "4", "--plain-job", "--image", "i", *MOUNTED],
+    "sky.yaml": ["sky", "pretrain", "--accelerators", "tpu-v5p-64", "--image", "i", *BUCKETS],
+    "sky-dpo.yaml": ["sky", "dpo", "--accelerators", "H100:8", "--nodes", "4", "--infra", "aws", *BUCKETS],
+    "xpk.sh": ["xpk", "pretrain", "--topology", "v5p-64", "--cluster", "c", "--image", "i"],
+    "xpk-sft.sh": ["xpk", "sft", "--topology", "v5p-64", "--cluster", "c", "--image", "i", "--zone", "z"],
 }  # fmt: skip
 
 
@@ -641,20 +621,45 @@ EXAMPLES = {
 def test_an_example(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mixtral_jax.train.launchers.job._OF_ONE_MACHINE", ())  # pytest's own place may be one
-    for module in ("job", "kubernetes"):  # which grows with every setting
-        monkeypatch.setattr(
-            f"mixtral_jax.train.launchers.{module}.resolved_yaml", lambda config: "stage: pretrain\n...\n"
-        )
-    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
-    engine, *words = EXAMPLES[name]
+    # which grows with every setting
+    monkeypatch.setattr("mixtral_jax.train.launchers.job.resolved_yaml", lambda config: f"stage: {config.stage}\n...\n")
+    (tmp_path / "pyproject.toml").touch()
+    engine, stage, *words = EXAMPLES[name]
+    file = Path(__file__).parents[2] / "configs" / stage / "mixtral-8x7b-v5p-64.yaml"
     assert submit(engine, file, *PATHS, *_sources(file), *words) == 0
-    made = next(p for p in tmp_path.glob("runs/*/launch/*") if p.name != "run.yaml").read_text()
+    made = next(p for p in tmp_path.glob("runs/*/launch/*") if not p.name.startswith("run-")).read_text()
     made = made.replace(str(tmp_path), "/here").replace(sys.executable, "python")
     if os.environ.get("GOLDEN") == "write":
         (LAUNCHED / name).write_text(made)
     assert made == (LAUNCHED / name).read_text()
-    if name.endswith("yaml") and engine == "k8s":
+    if engine == "k8s":
         check(objects(LAUNCHED / name))
+    for script in _scripts(LAUNCHED / name):
+        checked = [Path(sys.executable).with_name("shellcheck"), "--shell", "bash", "-"]
+        subprocess.run(checked, input=script, text=True, check=True)
+
+
+def _scripts(path):
+    """What a shell runs of it."""
+    if path.suffix != ".yaml":
+        return [path.read_text()]
+    return [one[key] for one in objects(path) for key in ("setup", "run") if key in one]
+
+
+SKY_CHECK = """
+import sys, sky
+for name in sys.argv[1:]:
+    task = sky.Task.from_yaml(name)
+    print(task.name, task.num_nodes, [one.job_recovery for one in task.resources])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SKY_PYTHON" not in os.environ, reason="SKY_PYTHON names no Python with skypilot 0.14")
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sky")])
+def test_skypilot_takes_the_task(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    subprocess.run([os.environ["SKY_PYTHON"], "-c", SKY_CHECK, LAUNCHED / name], cwd=tmp_path, check=True)
 
 
 # --- this machine ---

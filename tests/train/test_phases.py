@@ -13,13 +13,14 @@ import pytest
 
 from mixtral_jax.checkpoint import trees
 from mixtral_jax.train import trainer as loop
+from mixtral_jax.train.attempts import add_up, read_attempts
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.hooks.watchdog import PhaseSeconds, Watchdog, limits_of
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.run import directory, heartbeat
 from mixtral_jax.train.run.directory import RunDirectory
-from mixtral_jax.train.run.goodput import Goodput, add_up, read_attempts
+from mixtral_jax.train.run.goodput import Goodput
 from tests.tiny import metrics_of, write_run_file
 
 

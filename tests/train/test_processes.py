@@ -168,7 +168,7 @@ def test_only_process_0_writes_but_each_has_its_log(file, two):
     top = {p.name for p in place(file, "two").iterdir()}
     assert top == {
         "STATUS", "config.yaml", "config.input.yaml", "env.json", "metrics.jsonl", "moe.jsonl", "logs", "checkpoints",
-        "attempts", "tokenizer",
+        "attempts", "report.html", "tokenizer",
     }  # fmt: skip
     steps = list(series(file, "two", "train/loss"))
     assert steps == sorted(set(steps))

@@ -165,8 +165,11 @@ def test_tail_follows_until_the_run_ends(out, call, monkeypatch):
     monkeypatch.setattr(runs, "FOLLOW_SECONDS", 0.02)
     place = out / "a"
     set_status(place, state="training", step=4, time=time.time())
+    follow, begun = runs._follow, threading.Event()
+    monkeypatch.setattr(runs, "_follow", lambda *args: (begun.set(), follow(*args)))
 
     def train():
+        begun.wait()
         with (place / "metrics.jsonl").open("a") as file:
             for text in ('{"step": 5, "x/y": 0.', "5}\n", '{"step": 6, "x/y": NaN}\n'):
                 file.write(text)

@@ -15,7 +15,7 @@ import pytest
 from mixtral_jax import launch
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.launchers import local
-from mixtral_jax.train.launchers.job import Machine
+from mixtral_jax.train.launchers.job import Nodes
 from mixtral_jax.train.launchers.local import Local, Supervisor
 
 # argv: the run's directory, the plan of each attempt by process (`75` ends so, `wait` waits, `deaf` hears no SIGTERM)
@@ -46,7 +46,7 @@ class Stub(SimpleNamespace):
 
 
 def stub(run, *plan):
-    return Stub(run=run, machine=Machine(1, len(plan[0]), len(plan[0])), plan=plan)
+    return Stub(run=run, nodes=Nodes(1, len(plan[0]), len(plan[0])), plan=plan)
 
 
 def until(what, seconds=30):
@@ -70,7 +70,8 @@ def test_it_starts_again_by_the_table_and_ends_with_the_last_word(tmp_path):
 
 
 def test_it_gives_up_without_a_new_checkpoint(tmp_path):
-    assert Supervisor(stub(tmp_path, ["74"]), Local(most=2), lambda line: None).run() == 74
+    said = []
+    assert Supervisor(stub(tmp_path, ["74"]), Local(), said.append).run() == 74 and said[-1].startswith("4 attempts")
 
 
 def test_a_mistake_of_one_process_is_final_though_the_others_had_to_be_killed(tmp_path, monkeypatch):
@@ -87,7 +88,7 @@ def test_one_that_dies_ends_those_that_hang_and_all_start_again(tmp_path, monkey
 
 def test_kills_take_turns_and_come_only_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_PEERS", 0.5)
-    said, how = [], Local(kill_every=0.3, kills=2)
+    said, how = [], Local(kill_every="0.3s", kills=2)
     job = stub(tmp_path, ["wait", "wait"], ["wait", "wait"], ["0", "0"])
     assert Supervisor(job, how, said.append).run() == 0
     assert [line for line in said if line.startswith("kill")] == ["kill 1: process 0", "kill 2: process 1"]

@@ -47,7 +47,7 @@ def test_a_list_of_prompts_reads_as_each_of_them_alone(said: dict[str, Any]) -> 
     want = f"{ANSWER}⟨4200⟩"
     assert text.generate(model(), "Select the", tokenizer=tokenizer) == want
     assert text.generate(model(), ["Select the", "Click"], tokenizer=tokenizer) == [want, want]
-    assert "".join(text.stream(model(), "Select the", tokenizer=tokenizer)) == want
+    assert "".join(text.Codec(model(), tokenizer, None, ["Select the"]).stream(model(), "Select the")) == want
 
 
 def test_generation_ends_where_generation_config_says(said: dict[str, Any]) -> None:
@@ -117,8 +117,8 @@ def test_a_chat_of_a_system_prompt_turns_and_prompts(
     (ids,) = said["ids"]
     assert ids[: len(first("[INST] Be kind.\n\na [/INST]"))] == first("[INST] Be kind.\n\na [/INST]")
     assert ids[-len(tokenizer.encode("[INST] c [/INST]")) :] == tokenizer.encode("[INST] c [/INST]")
-    assert command.generate("m", prompts=["x"], **options) == 0
+    assert command.generate("m", prompt=["x"], **options) == 0
     assert said["ids"] == [first("[INST] Be kind.\n\nx [/INST]")]
     assert capsys.readouterr().out.count(ANSWER.strip()) == 2
     with pytest.raises(UserError, match="--system and --turns belong to a chat: add --chat"):
-        command.generate("m", prompts=["x"], system="Be kind.")
+        command.generate("m", prompt=["x"], system="Be kind.")

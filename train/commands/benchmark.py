@@ -13,11 +13,11 @@ from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.base import newest_step
-from mixtral_jax.train.config import MachineConfig, RunConfig
+from mixtral_jax.train.config import MachineConfig, RunConfig, load_config
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.evals import TaskOptions, find_tasks, results_directory, run_tasks
 from mixtral_jax.train.meetings import agree
-from mixtral_jax.train.read_model import read_model, read_tokenizer, run_config, run_place, run_template
+from mixtral_jax.train.read_model import read_model, read_tokenizer, run_place, run_template
 from mixtral_jax.train.run import RunDirectory, failures_reported, open_files
 
 
@@ -70,7 +70,7 @@ def model_of(checkpoint: str, place: str, config: RunConfig | MachineConfig, tok
 
 def _note(place: Path, step: int, metrics: dict[str, float]) -> None:
     """A line in the run's metrics.jsonl and trackers, unless a process that lives writes there."""
-    run, config = RunDirectory(place), run_config(str(place))
+    run, config = RunDirectory(place), load_config(place / "config.yaml").config
     with contextlib.ExitStack() as opened:
         try:
             run.hold(None)

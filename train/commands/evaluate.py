@@ -23,7 +23,7 @@ from mixtral_jax.train.commands.benchmark import benchmark
 from mixtral_jax.train.commands.long_context import LongContext, long_context
 from mixtral_jax.train.config import DpoStageConfig, MachineConfig, RunConfig, check_sizes
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.evals import TaskOptions
+from mixtral_jax.train.evals import TaskOptions, listing
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.meetings import agree, first_alone
@@ -37,7 +37,7 @@ from mixtral_jax.train.weights import abstract_params
 
 
 def evaluate(
-    checkpoint: str, config: RunConfig | MachineConfig, *, as_json: bool = False, tasks: str | None = None,
+    checkpoint: str | None, config: RunConfig | MachineConfig, *, as_json: bool = False, tasks: str | None = None,
     include: Sequence[str] | None = None, template: str | None = None, out: str | None = None,
     passkey: bool = False, by_length: str | None = None, lengths: Sequence[int] | None = None,
     depths: Sequence[float] | None = None, samples: int | None = None, seed: int | None = None, **options: Any,
@@ -46,17 +46,23 @@ def evaluate(
 
     Args:
         tasks: in place of that the scores of these, comma-separated; the other arguments are for them, see `benchmark`.
+            `list` prints the local ones, and needs no checkpoint.
         passkey, by_length: in place of that what long contexts are worth; see LongContext, as of those that follow.
 
     Raises:
         UserError: as `measure`, `benchmark` and `long_context`; there is neither a run file nor anything else to do.
     """
+    if checkpoint is None and tasks != "list":
+        raise UserError("eval needs a checkpoint")
     asked = LongContext(passkey, by_length, lengths, depths, samples, seed)
-    if passkey or by_length:
+    if checkpoint is not None and (passkey or by_length):
         return long_context(checkpoint, config, asked, out=out, as_json=as_json)
     if asked != LongContext():
         raise UserError("--lengths, --depths, --samples and --seed are for --passkey and --by-length: neither is there")
     chosen = TaskOptions(include=include or (), **options)
+    if checkpoint is None or tasks == "list":
+        print(listing(chosen.data_dir))
+        return ExitCode.DONE
     if tasks is not None:
         names = [name for name in tasks.split(",") if name]
         return benchmark(checkpoint, names, config, chosen, template=template, out=out, as_json=as_json)

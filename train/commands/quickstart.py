@@ -1,4 +1,4 @@
-"""The end of `make quickstart`: what the model learned, measured against gzip, and what it writes.
+"""The end of `make quickstart`: what the model learned, measured against gzip, what it writes, what its routers do.
 
 python -m mixtral_jax.train.commands.quickstart runs/quickstart
 """
@@ -6,6 +6,7 @@ python -m mixtral_jax.train.commands.quickstart runs/quickstart
 import gzip
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from mixtral_jax.convert import load
 from mixtral_jax.data.text import load_tokenizer, texts_of
+from mixtral_jax.train.commands.routing import routing
 from mixtral_jax.train.config import RunConfig, load_config
 from mixtral_jax.train.text import generate
 
@@ -26,15 +28,23 @@ LANGUAGES = {
     "code": "def __init__(self",
 }
 
+_ROUTED = 8000  # tokens of each language, whose routing is shown
+
 
 def main(run_dir: str) -> int:
-    """Print the comparison, samples, and where to go from here; 1 where gzip compresses a language better."""
+    """Print the comparison, samples, where to go from here, and the page of the routers.
+
+    Returns 1 where gzip compresses a language better.
+    """
     config = load_config(Path(run_dir) / "config.yaml").config
     console = Console(highlight=False, soft_wrap=True)
     metrics = last_evaluation(Path(run_dir) / "metrics.jsonl")
     beaten = compare(config, metrics, console)
     write_samples(config, run_dir, console)
     console.print(_NEXT.format(run=run_dir))
+    begun = time.perf_counter()
+    routing(run_dir, tokens=_ROUTED)
+    console.print(f"made in {time.perf_counter() - begun:.0f} s: open it in a browser")
     if not beaten:
         print("exit 1: gzip compresses a language better than the model does", file=sys.stderr)
     return 0 if beaten else 1
@@ -80,7 +90,7 @@ def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
 
 
 _NEXT = """
-Everything is in {run}: metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
+Everything is in {run}: report.html (its page), metrics.jsonl, tensorboard/, checkpoints/, config.yaml, env.json.
 
 What to try next
   .venv/bin/python launch.py generate {run} --prompt "Debian is" --temperature 0.7

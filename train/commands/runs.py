@@ -10,36 +10,31 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from typing import IO, Any
 
 from mixtral_jax.train.console import age, eval_lines, train_line
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run_files import (
+    ENDED,
+    NAMES,
+    TAIL_BYTES,
+    Standing,
+    differences,
+    find_run,
+    flat,
+    is_run,
+    json_object,
+    number,
+    parsed,
+    runs_inside,
+    standing,
+    times_of,
+    whole,
+    yaml_object,
+)
 
-SILENT_SECONDS = 60  # a run that lives writes STATUS every 10
 FOLLOW_SECONDS = 1.0
-TAIL_BYTES = 1 << 18  # of metrics.jsonl, for its last lines
-ENDED = ("done", "preempted", "diverged", "failed", "watchdog")
-SIGNS = ("STATUS", "metrics.jsonl", "env.json", "config.yaml", ".")  # files of a run whose times tell of its clock
-_NAMES = ("run_name", "output_dir")
-
-
-class Row(NamedTuple):
-    """One run, as `ls` shows it; None: not known."""
-
-    run: str
-    state: str
-    step: int | None
-    steps: int | None
-    loss: float | None
-    tokens_per_second: float | None
-    goodput: float | None
-    age: float | None  # seconds since its STATUS was written
-    reason: str
 
 
 def ls(directory: str, *, as_json: bool = False) -> None:
@@ -51,9 +46,11 @@ def ls(directory: str, *, as_json: bool = False) -> None:
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"{root} is no directory: say where runs are, such as runs")
-    places = [root] if _is_run(root) else sorted(filter(_is_run, _inside(root)))
-    newest = max((mtime for place in places for mtime in _times(place).values()), default=0.0)
-    rows = sorted((_row(place, newest) for place in places), key=lambda row: math.inf if row.age is None else row.age)
+    places = [root] if is_run(root) else runs_inside(root)
+    newest = max((mtime for place in places for mtime in times_of(place).values()), default=0.0)
+    rows = sorted(
+        (standing(place, newest) for place in places), key=lambda row: math.inf if row.age is None else row.age
+    )
     if as_json:
         _json([row._asdict() for row in rows])
     elif not rows:
@@ -68,13 +65,13 @@ def diff(a: str, b: str, *, as_json: bool = False) -> None:
     Raises:
         UserError: one of them is no run.
     """
-    places = _run(a), _run(b)
-    settings = [_flat(_yaml(place / "config.yaml"), skip=_NAMES) for place in places]
-    machines = [_flat(_object(place / "env.json"), skip=("command",)) for place in places]
-    lines = [_lines(place) for place in places]
+    places = find_run(a), find_run(b)
+    settings = [flat(yaml_object(place / "config.yaml"), skip=NAMES) for place in places]
+    machines = [flat(json_object(place / "env.json"), skip=("command", "changed_settings")) for place in places]
+    lines = [_Feed(place / "metrics.jsonl").more() for place in places]
     found = {
-        "settings": _differences(*settings),
-        "environment": _differences(*machines),
+        "settings": differences(*settings),
+        "environment": differences(*machines),
         "losses": _parting(*map(_losses, lines)),
         "evaluation": _evaluations(*lines),
     }
@@ -103,14 +100,14 @@ def tail(run: str, *, lines: int = 10, follow: bool = False) -> None:
     Raises:
         UserError: it is no run.
     """
-    place = _run(run)
+    place = find_run(run)
     if lines < 0:
         raise UserError(f"--lines is {lines}: a number of lines is 0 or more")
-    steps, feed = _whole(_yaml(place / "config.yaml").get("steps")), _Feed(place / "metrics.jsonl")
+    steps, feed = whole(yaml_object(place / "config.yaml").get("steps")), _Feed(place / "metrics.jsonl")
     seen = feed.more(None if lines > 1000 else TAIL_BYTES)
     for line in seen[len(seen) - min(lines, len(seen)) :]:
         _say(_told(line, steps))
-    row = _row(place)
+    row = standing(place)
     if not follow or row.state in ENDED:
         _say(_standing(row))
         return
@@ -132,7 +129,7 @@ def _follow(place: Path, feed: "_Feed", steps: int | None) -> None:
     """Lines as they come, until STATUS says that the run has ended, and how."""
     said = ""
     while said not in ENDED:
-        row = _row(place)  # before the lines: behind an end there are no more
+        row = standing(place)  # before the lines: behind an end there are no more
         for line in feed.more():
             _say(_told(line, steps))
         if row.state in (*ENDED, "stopped responding") and row.state != said:
@@ -167,7 +164,7 @@ class _Feed:
         lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True)
         self._read += sum(map(len, lines))
         self._lines += map(hash, lines)
-        return [line for line in map(_parsed, lines) if line and _whole(line.get("step")) is not None]
+        return [line for line in map(parsed, lines) if line and whole(line.get("step")) is not None]
 
     def _find_place(self, stream: IO[bytes], size: int) -> None:
         """Behind the lines that the file has in common with the one before."""
@@ -178,146 +175,8 @@ class _Feed:
         self._read, self._lines = self._began + sum(kept), self._lines[: len(kept)]
 
 
-def _is_run(place: Path) -> bool:
-    """STATUS and metrics.jsonl are a run's alone; others have a config.yaml too."""
-    try:
-        found = {name for name in SIGNS if (place / name).is_file()}
-    except OSError:
-        return False
-    return bool(found & {"STATUS", "metrics.jsonl"}) or {"config.yaml", "env.json"} <= found
-
-
-def _inside(root: Path) -> list[Path]:
-    return [place for place in root.iterdir() if place.is_dir()]
-
-
-def _run(name: str) -> Path:
-    place = Path(name)
-    if not place.is_dir():
-        raise UserError(f"{place} is no directory of a run")
-    if not _is_run(place):
-        inside = ", ".join(sorted(str(other) for other in _inside(place) if _is_run(other))[:5])
-        raise UserError(f"{place} is no run: it has no STATUS{f'; in it are {inside}' if inside else ''}")
-    return place
-
-
-def _row(place: Path, newest: float = 0.0) -> Row:
-    """What the files of a run say; `newest` is the latest time that was seen on its file system."""
-    status, config = _object(place / "STATUS"), _yaml(place / "config.yaml")
-    lines = _lines(place, TAIL_BYTES)
-    state, age = str(status.get("state", "unknown")), _age(place, status, newest)
-    lives = state not in (*ENDED, "unknown") and status.get("exit_code") is None
-    reason = str(status.get("reason") or "")
-    step = _whole(status.get("step"))
-    if (lives and "time" not in status) or step is None:  # before there was a heartbeat STATUS stayed as it began
-        step = max((_whole(line.get("step")) or 0 for line in lines), default=step)
-    if lives and age is not None and age > SILENT_SECONDS:
-        state, reason = "stopped responding", f"{state} at step {step}, and nothing since"
-    return Row(
-        str(place), state, step, _whole(config.get("steps")), _last(lines, "train/loss"),
-        _last(lines, "perf/tokens_per_second"), _float(status.get("goodput")), age, reason,
-    )  # fmt: skip
-
-
-def _age(place: Path, status: Mapping[str, Any], newest: float) -> float | None:
-    """Seconds since STATUS was written, by the clock of its file system, which need not be ours.
-
-    The newest time that was seen there is not in the future. Where all that the run has written looks older than the
-    time in its STATUS, which the run's host wrote, that clock is behind.
-    """
-    times, now = _times(place), time.time()
-    beat = times.get("STATUS", times.get("metrics.jsonl"))
-    if beat is None:
-        return None
-    if "time" not in status:
-        beat = max(beat, times.get("metrics.jsonl", beat))
-    written, last = _seconds(status.get("time")), max(times.values())
-    behind = 0.0
-    if written is not None and written <= now + 1:
-        if beat > now + 1:  # the file system's clock is ahead of ours
-            return max(now - written, 0.0)
-        behind = max(written - last, 0.0)
-    return max(max(now, newest) - beat - behind, 0.0)
-
-
-def _times(place: Path) -> dict[str, float]:
-    """When each of a run's files was written, and the directory last changed."""
-    found = {}
-    for name in SIGNS:
-        with contextlib.suppress(OSError):
-            found[name] = (place / name).stat().st_mtime
-    return found
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where it is not there, or damaged."""
-    with contextlib.suppress(OSError):
-        return _parsed(file.read_bytes()) or {}
-    return {}
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    """The same of YAML."""
-    try:
-        found = YAML(typ="safe").load(file.read_bytes())
-    except (OSError, ValueError, RecursionError, YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None: it is not whole, or no object."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _lines(run: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    return _Feed(run / "metrics.jsonl").more(last_bytes)
-
-
-def _last(lines: list[dict[str, Any]], name: str) -> float | None:
-    return next((value for line in reversed(lines) if (value := _float(line.get(name))) is not None), None)
-
-
 def _losses(lines: list[dict[str, Any]]) -> dict[int, float]:
-    return {line["step"]: loss for line in lines if (loss := _float(line.get("train/loss"))) is not None}
-
-
-def _float(value: Any) -> float | None:
-    try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _seconds(when: Any) -> float | None:
-    """Of the epoch, from such a number or an ISO date."""
-    try:
-        return datetime.fromisoformat(when).timestamp() if isinstance(when, str) else _float(when)
-    except (ValueError, OverflowError, OSError):  # no date, or one that no clock shows
-        return None
-
-
-def _flat(values: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`a.b` -> leaf."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= {f"{key}.{below}": leaf for below, leaf in _flat(value).items()}
-        elif key not in skip:
-            flat[str(key)] = value
-    return flat
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
+    return {line["step"]: loss for line in lines if (loss := number(line.get("train/loss"))) is not None}
 
 
 def _parting(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
@@ -365,13 +224,13 @@ def _told(line: Mapping[str, Any], steps: int | None) -> str:
     return f"step {step}: {', '.join(values)}"
 
 
-def _standing(row: Row) -> str:
+def _standing(row: Standing) -> str:
     """The state of a run in a line."""
     ago = "" if row.age is None else f" ({age(row.age)} ago)"
     return f"{row.state}{ago}{f': {row.reason}' if row.reason else f' at step {row.step}'}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Standing) -> tuple[str, ...]:
     step = "-" if row.step is None else f"{row.step}/{row.steps}" if row.steps else str(row.step)
     speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
     goodput = "-" if row.goodput is None else f"{row.goodput:.1%}"

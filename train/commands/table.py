@@ -156,8 +156,10 @@ COMMANDS = {
         _told("--json", "write the result there too; - for stdout", metavar="FILE")),
     "eval": Command(
         "evaluate", "loss and perplexity of each source of CFG; tasks of lm-evaluation-harness; long contexts",
-        _CHECKPOINT, _CFG_OR_NONE, _JSON,
-        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness in place of CFG's sources", metavar="A,B"),
+        (_CHECKPOINT[0], {**_CHECKPOINT[1], "nargs": "?"}), _CFG_OR_NONE, _JSON,
+        _told("--tasks", "tasks, groups or tags of lm-evaluation-harness, or local_* on files, in place of CFG's "
+              "sources; `list` shows the latter", metavar="A,B"),
+        _told("--data-dir", "where the files of local tasks are; default: as MIXTRAL_JAX_DATA says", metavar="DIR"),
         _told("--include", "directory of task files; may be repeated", action="append", metavar="DIR"),
         _told("--num-fewshot", "examples before each question; default: as the task says", type=int, metavar="N"),
         _told("--limit", "documents of each task; default: all", type=int, metavar="N"),
@@ -180,8 +182,12 @@ COMMANDS = {
               "nowhere", metavar="DIR"), *_JOINING),
     "generate": Command(
         "train.commands.generate:generate", "continue a prompt or answer in a chat", _CHECKPOINT,
-        _told("--prompt", "text to continue; may be repeated", action="append", dest="prompts", metavar="TEXT"),
-        _flag("--chat", "the prompt is a user's message"),
+        _told("--prompt", "text to continue; may be repeated", action="append", metavar="TEXT"),
+        _told("--prompts", "file of prompts or chats to continue, with --out", metavar="FILE"),
+        _told("--out", "file for the continuations, as jsonl; the same command goes on with one begun", metavar="FILE"),
+        _told("--samples", "continuations of each of --prompts", default=1),
+        _told("--batch-size", "how many of them are made at once", default=16),
+        _flag("--chat", "prompts are a user's messages; without one, a conversation"),
         _told("--system", "system prompt of the chat", metavar="TEXT"),
         _told("--turns", "JSON file with the messages of the chat so far", metavar="FILE"),
         _TEMPLATE,
@@ -192,6 +198,18 @@ COMMANDS = {
         _told("--top-p", "sample from the likeliest tokens of this total mass", default=1.0),
         _told("--seed", "the same seed gives the same text", default=0),
         _told("--dtype", "default: float32 on CPU, else bfloat16", choices=("float32", "bfloat16"))),
+    "routing": Command(
+        "train.commands.routing:routing", "what the routers do with text: loads, repetition, what each expert likes",
+        _CHECKPOINT,
+        _told("--data", "text of a domain; may be repeated; or a run file, for its validation sources; default: "
+              "those of the run, else the bundled samples", action="append", metavar="NAME=PATH"),
+        _told("--against", "a checkpoint of the same shape: count what changed since", metavar="CHECKPOINT"),
+        _told("--tokens", "tokens of each domain", default=50_000),
+        _told("--layers", "such as 0,15,31; default: all", metavar="I,J"),
+        _told("--seq-len", "tokens of a row; default: the run's, else 1024", type=int, metavar="N"),
+        _told("--tokenizer", "tokenizer, if the checkpoint directory has none", metavar="PATH"),
+        _told("--out", "where the files go; default: <run>/routing/<step>, or CHECKPOINT-routing", metavar="DIR"),
+        _JSON, *_JOINING),
     "runs ls": Command(
         "train.commands.runs:ls", "the runs in a directory: state, step, loss, speed, goodput, age",
         _told("directory", "where run directories are", nargs="?", default="runs", metavar="DIR"),
@@ -204,6 +222,13 @@ COMMANDS = {
         _told("run", "its directory", metavar="RUN"),
         _told("--lines", "how many", default=10),
         _flag("--follow", "go on with what it says next, until it ends or Ctrl-C")),
+    "report": Command(
+        "train.report:report", "the page of one run, or of several over each other: curves, experts, samples, time",
+        _told("runs", "their directories", nargs="+", metavar="RUN"),
+        _told("--out", "the page; default: report.html in the run's directory, of several in this one", metavar="FILE"),
+        _flag("--watch", "serve it on this machine, anew as the runs come further, until Ctrl-C"),
+        _told("--port", "where --watch does; 0: any that is free", default=0),
+        _told("--smooth", "draw lines as the mean over so many points; bands stay", default=1, metavar="N")),
     "config show": Command("show", "the resolved file, each value with the place that set it", _CFG),
     "config schema": Command(
         "train.commands.tools:schema", "JSON Schema of a stage's file",

@@ -28,7 +28,7 @@ def prepare(config: RunConfig, *, part: str | None = None) -> int:
         UserError: `part` is not I/N; see also data.prepare.
     """
     prepared = prepare_data(config.data, config.seq_len, config.seed, part=parse_part(part))
-    if prepared.complete:
+    if not prepared.missing_parts:
         print(*[prepared.summary(), *prepared.readings()], sep="\n")
     else:
         print(f"still to be made by other machines: {', '.join(prepared.missing_parts)}")

@@ -5,3 +5,4 @@ from mixtral_jax.train.evals.by_length import by_length_tables, long_documents, 
 from mixtral_jax.train.evals.passkey import passkey_accuracy, passkey_table
 from mixtral_jax.train.evals.places import results_directory
 from mixtral_jax.train.evals.scoring import Continuation, Score, score
+from mixtral_jax.train.evals.tasks import listing

@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from mixtral_jax.data.progress import meter
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError, did_you_mean
+from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, rows, with_local
 
 Tasks = Mapping[str, Any]  # the harness's TaskDict
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
@@ -33,6 +33,7 @@ class TaskOptions:
     """How tasks are found and run; the words are those of the harness."""
 
     include: Sequence[str] = ()  # directories of YAML task files
+    data_dir: str | None = None  # of local tasks; None: as the variable MIXTRAL_JAX_DATA says
     num_fewshot: int | None = None  # None: as each task says
     limit: int | None = None  # documents of each task; None: all
     apply_chat_template: bool = False
@@ -43,31 +44,38 @@ class TaskOptions:
 
 
 def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
-    """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data.
+    """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data; local ones before others.
 
     Raises:
-        UserError: lm-eval is not installed, a name is of no task, data are not there, or code would be run.
+        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a
+            number is too small.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks are run by lm-eval, which is not installed: pip install 'mixtral-jax[eval]'")
-    if missing := [directory for directory in options.include if not Path(directory).is_dir()]:
-        raise UserError(f"--include {missing[0]} is no directory of task files")
-    with _manners(options.network):
+    harness()
+    if absent := [directory for directory in options.include if not Path(directory).is_dir()]:
+        raise UserError(f"--include {absent[0]} is no directory of task files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UserError(f"{name} is {number}: it must be at least {least}")
+    with _manners(options.network), own_code_eval():
         from lm_eval.tasks import TaskManager
 
         random.seed(_SEED), np.random.seed(_NUMPY_SEED)
         own = TaskManager(include_path=list(options.include), include_defaults=False)
-        known = own.all_tasks
-        if not all(fnmatch.filter(known, name) for name in names):  # the harness's own are 14,683
+        known = [*rows(), *own.all_tasks]
+        missing = [name for name in names if not fnmatch.filter(known, name)]
+        if not all(name.startswith(PREFIX) for name in missing):  # the harness's own are 14,683
             own = TaskManager(include_path=list(options.include))
-            known = own.all_tasks
+            known = [*rows(), *own.all_tasks]
         for name in names:
             if not fnmatch.filter(known, name):
                 raise UserError(f"task {name} is unknown{did_you_mean(name, known)}")
-        tasks = own.load([found for name in names for found in fnmatch.filter(known, name)])
+        found = [each for name in names for each in fnmatch.filter(known, name)]
+        tasks = own.load(with_local(found, options.data_dir, options.num_fewshot))
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not options.allow_code:
-            raise UserError(f"task {name} runs code that the model writes: add --allow-code where that may be")
+            raise UserError(
+                f"task {name} runs code that the model writes: allow it by --allow-code or eval.tasks.allow_code"
+            )
         shots = task.get_config("num_fewshot")
         if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
@@ -133,7 +141,7 @@ def run_tasks(
         template: of chats, see `load_template`.
         check: called ahead of every batch; may raise.
     """
-    with _manners(options.network):
+    with _manners(options.network), own_code_eval(check):
         from lm_eval import evaluator
 
         from mixtral_jax.train.evals.harness import HarnessModel

@@ -19,6 +19,7 @@ from mixtral_jax.data.text import Tokenizer, begins_with_bos, encode_begun, enco
 from mixtral_jax.generation import stream
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.evals.scoring import Continuation, score
+from mixtral_jax.train.text import Codec
 
 ROWS = 32  # prompts that are continued at once
 
@@ -115,6 +116,8 @@ class HarnessModel(TemplateLM):
         """Of each context the text up to a stop string, without it; rows of like lengths, and settings, together."""
         asked = [(self.tok_encode(context), normalize_gen_kwargs(how, self.max_gen_toks))
                  for context, how in (request.args for request in requests)]  # fmt: skip
+        chats = [context.messages for context, _ in (request.args for request in requests) if isinstance(context, Chat)]
+        ends = Codec(self._model, self._tokenizer, self._template, chats[:1]).ends
         order = sorted(range(len(asked)), key=lambda i: (json.dumps(asked[i][1], sort_keys=True), -len(asked[i][0])))
         texts = [""] * len(asked)
         with self._meter("Generating", len(asked)) as advance:
@@ -122,34 +125,33 @@ class HarnessModel(TemplateLM):
                 how = asked[order[0]][1]
                 now = [i for i in order[:ROWS] if asked[i][1] == how]
                 order = order[len(now) :]
-                answers = self._continue([asked[i][0] for i in now], how, seed=len(order))
+                answers = self._continue([asked[i][0] for i in now], how, ends, now)
                 for i, text in zip(now, answers, strict=True):
                     texts[i] = text
                 advance(len(now))
         return texts
 
-    def _continue(self, prompts: list[list[int]], how: GenKwargs, seed: int) -> list[str]:
+    def _continue(self, prompts: list[list[int]], how: GenKwargs, ends: list[int], numbers: Sequence[int]) -> list[str]:
         """What a row says behind its first stop string is not looked at; once all have one they end."""
         room = self.max_length - (most := how["max_gen_toks"])
         if room < 1:
             raise ValueError(f"{most} new tokens leave no room for a prompt: the model reads {self.max_length}")
         drawing = {name: how[name] for name in ("temperature", "top_k", "top_p") if name in how and how["do_sample"]}
-        stops, ends = how["until"], {self._tokenizer.eos_id}
+        stops, decode = how["until"], self._tokenizer.decode
         look = 2 + max((len(stop.encode()) for stop in stops), default=0)  # tokens that hold a stop string, at most
         new: list[list[int]] = [[] for _ in prompts]
-        stopped = [False] * len(prompts)
-        steps = stream(
-            self._model, [prompt[-room:] for prompt in prompts], max_new_tokens=most, eos_id=sorted(ends), seed=seed,
+        going = set(range(len(prompts)))
+        for tokens in stream(
+            self._model, [prompt[-room:] for prompt in prompts], max_new_tokens=most, eos_id=ends, numbers=numbers,
             **drawing,
-        )  # fmt: skip
-        for tokens in steps:
-            for row, token in enumerate(tokens):
-                if stopped[row] or token is None or token in ends:
-                    stopped[row] = True
+        ):  # fmt: skip
+            for row in sorted(going):
+                if (token := tokens[row]) is None or token in ends:
+                    going.remove(row)
                     continue
                 new[row].append(token)
-                tail = self._tokenizer.decode(new[row][-look:]) if stops else ""
-                stopped[row] = any(stop in tail for stop in stops)
-            if all(stopped):
+                if stops and any(stop in decode(new[row][-look:]) for stop in stops):
+                    going.remove(row)
+            if not going:
                 break
-        return [postprocess_generated_text(self._tokenizer.decode(row), stops, None) for row in new]
+        return [postprocess_generated_text(decode(row), stops, None) for row in new]

@@ -3,8 +3,9 @@
 Nothing is computed twice that requests share. Those that read the same tokens, or the first of them, are one row,
 whichever of its tokens each asks about. Rows that begin alike, with few-shot examples or with one context of several
 answers, are grouped so that the most tokens are saved: the beginning is read once into a cache, and each row goes on
-from there. Rows of like lengths go together and lengths are rounded up, so that few programs serve all. Under
-`jax.set_mesh(mesh)` the same calls run on the whole mesh; every process makes the same ones and has all scores.
+from there. Rows of like lengths go together, and numbers of rows and columns are rounded up: to compile a program takes
+longer than to run many a task. Under `jax.set_mesh(mesh)` the same calls run on the whole mesh; every process makes the
+same ones and has all scores.
 """
 
 import math
@@ -14,16 +15,18 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
 
-from mixtral_jax.generation import Cache, cache_slots, extend, inherit, prompt_states, round_up
+from mixtral_jax.generation import Cache, cache_slots, extend, inherit, prompt_states
 from mixtral_jax.losses import Scores, linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, gathered, platform, sharded, varying
 
-SHORTEST = 64  # tokens; a shorter common beginning is not worth a cache, and programs of its own
+SHORTEST = 64  # tokens; a shorter common beginning is not worth programs of its own
+NARROWEST = 32  # columns; with powers of two from here on there are few programs
 CACHE_BYTES = 2**30  # of one device's rows
 DEEPEST = 64  # beginnings within beginnings that are looked at
 
@@ -168,8 +171,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
 class _Heads(NamedTuple):
     """What groups begin with, right-aligned."""
 
-    tokens_GP: np.ndarray
-    pad_G: np.ndarray  # columns before; all: no group
+    tokens_GP: Any
+    pad_G: Any  # columns before; all: no group
 
     def same(self, other: "_Heads | None") -> bool:
         return other is not None and all(map(np.array_equal, self, other))
@@ -178,13 +181,13 @@ class _Heads(NamedTuple):
 class _Piece(NamedTuple):
     """The last columns of rows, right-aligned behind their heads, and what is asked of them."""
 
-    tokens_BT: np.ndarray
-    pad_B: np.ndarray  # columns of the whole row before its first token
-    parent_B: np.ndarray  # the row's group
-    shift_B: np.ndarray  # column of a token in its head, less its column in the row
-    at_Q: np.ndarray  # b * T + t
-    target_Q: np.ndarray
-    wanted_Q: np.ndarray
+    tokens_BT: Any
+    pad_B: Any  # columns of the whole row before its first token
+    parent_B: Any  # the row's group
+    shift_B: Any  # column of a token in its head, less its column in the row
+    at_Q: Any  # b * T + t
+    target_Q: Any
+    wanted_Q: Any
 
 
 class _Batch(NamedTuple):
@@ -209,7 +212,7 @@ def _batches(groups: Sequence[_Group], most: Callable[[int, int], int]) -> Itera
             size = _size(shared, rows[0])
             now = [row for row in rows[: most(*size) * shards] if _size(shared, row) == size]
             rows = rows[len(now) :]
-            yield _pack([[_Group(shared, now[i::shards])] for i in range(shards)], size)
+            yield _pack([[_Group(shared, now[i::shards])] for i in range(shards)], size, most(*size))
     for size, parts in sorted(small.items(), reverse=True):
         bins: list[list[_Group]] = [[]]
         for part in parts:
@@ -217,24 +220,27 @@ def _batches(groups: Sequence[_Group], most: Callable[[int, int], int]) -> Itera
                 bins.append([])
             bins[-1].append(part)
         for at in range(0, len(bins), shards):
-            yield _pack((bins[at : at + shards] + [[]] * shards)[:shards], size)
+            yield _pack((bins[at : at + shards] + [[]] * shards)[:shards], size, most(*size))
 
 
 def _size(shared: int, row: _Row) -> tuple[int, int]:
     """Columns of what is shared, and behind."""
-    return round_up(shared) if shared else 0, round_up(len(row.tokens) - shared)
+    return _power(shared, 2) if shared else 0, max(NARROWEST, _power(len(row.tokens) - shared, 2))
 
 
-def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
-    """A bin for each device's part of the batch."""
-    (P, T), D = size, len(bins)
+def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int], B: int) -> _Batch:
+    """A bin of up to B rows for each device's part of the batch."""
+    P, T = size
     rows = [[(g, group.shared, row) for g, group in enumerate(bin) for row in group.rows] for bin in bins]
-    G, B = (_power(max(map(len, held))) for held in (bins, rows))
-    Q = _power(max(sum(len(row.asked) for *_, row in held) for held in rows))
-    heads = _Heads(np.zeros((D, G, P), np.int32), np.full((D, G), P, np.int32))
-    piece = _Piece(np.zeros((D, B, T), np.int32), np.full((D, B), P + T, np.int32), *np.zeros((2, D, B), np.int32),
-                   *np.zeros((2, D, Q), np.int32), np.zeros((D, Q), bool))  # fmt: skip
-    slot = np.full((D, Q), -1)
+    G = _power(max(map(len, bins)), 4)
+    Q = _power(max(4 * B, *(sum(len(row.asked) for *_, row in held) for held in rows)), 4)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros((len(bins), *shape), np.int32)
+
+    heads = _Heads(zeros(G, P), zeros(G) + P)
+    piece = _Piece(zeros(B, T), zeros(B) + P + T, zeros(B), zeros(B), zeros(Q), zeros(Q), zeros(Q) > 0)
+    slot = zeros(Q) - 1
     for d, (bin, held) in enumerate(zip(bins, rows, strict=True)):
         for g, (shared, own) in enumerate(bin if P else ()):
             if own:
@@ -255,9 +261,12 @@ def _pack(bins: Sequence[Sequence[_Group]], size: tuple[int, int]) -> _Batch:
     return _Batch(_Heads(*map(flat, heads)) if P else None, _Piece(*map(flat, piece)), flat(slot))
 
 
-def _power(count: int) -> int:
-    """The next power of four, so that few programs are compiled."""
-    return 4 ** (((count - 1).bit_length() + 1) // 2)
+def _power(count: int, base: int) -> int:
+    """The next power."""
+    power = 1
+    while power < count:
+        power *= base
+    return power
 
 
 def _shards() -> int:
@@ -279,7 +288,8 @@ def _most_rows(model: Mixtral, head: int, columns: int) -> int:
 # ---- on the devices --------------------------------------------------------------------------------------------------
 
 _ROWS: Any = P(BATCH_AXES)
-_CACHE: Any = Cache(*(P(None, BATCH_AXES, "tensor"),) * 2)
+_SLOTS: Any = P(None, BATCH_AXES, "tensor")
+_CACHE = Cache(_SLOTS, _SLOTS)
 
 
 @jax.jit
@@ -305,13 +315,13 @@ def _score_rows(model: Mixtral, cache: Cache | None, piece: _Piece) -> Scores:
             column, T = cache.k_LBKSH.shape[3], piece.tokens_BT.shape[1]
             slots = cache_slots(model.config.sliding_window, column + T, piece=T)
             cache = inherit(cache, piece.parent_B, piece.shift_B, column, slots)
-            live_BT = np.ones(piece.tokens_BT.shape, bool)
-            x_BTD, _ = extend(model, cache, piece.tokens_BT, column, piece.pad_B, live_BT)
+            live_BT = jnp.ones_like(piece.tokens_BT, bool)
+            x_BTD, _ = extend(model, cache, piece.tokens_BT, jnp.int32(column), piece.pad_B, live_BT)
         x_QD = x_BTD.reshape(-1, x_BTD.shape[-1])[piece.at_Q]
         scores = linear_logps(
             x_QD, model.head_weight(), piece.target_Q, piece.wanted_Q, chunk=model.compute.loss_chunk,
             vocab=model.config.vocab_size,
         )  # fmt: skip
-        return jax.tree.map(lambda a: axis_max(assemble(a.astype(np.float32), 0, BATCH_AXES), ("context",)), scores)
+        return jax.tree.map(lambda a: axis_max(assemble(a.astype(jnp.float32), 0, BATCH_AXES), ("context",)), scores)
 
-    return sharded(local, model, (cache, piece), (None if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
+    return sharded(local, model, (cache, piece), (P() if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())

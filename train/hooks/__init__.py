@@ -2,7 +2,7 @@
 
 from mixtral_jax.train.hooks.checkpoint import Checkpoint
 from mixtral_jax.train.hooks.due import run_due
-from mixtral_jax.train.hooks.evaluate import BrokenOff, EvalConfig, Evaluate, measure_sources
+from mixtral_jax.train.hooks.evaluate import BrokenOff, EvalConfig, Evaluate, TasksConfig, measure_sources
 from mixtral_jax.train.hooks.ledger import Diverged, Ledger
 from mixtral_jax.train.hooks.log import Log, LogConfig
 from mixtral_jax.train.hooks.moment import Hook, Moment

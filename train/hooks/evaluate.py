@@ -20,6 +20,23 @@ from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.preference import PairSums
 
 
+class TasksConfig(FrozenConfig):
+    """Benchmarks of lm-evaluation-harness on the model as it learns, and after the last step (docs/evaluation.md)."""
+
+    names: tuple[str, ...] = Field(
+        min_length=1, description="tasks, groups or tags of the harness; local_* are those on files of data_dir"
+    )
+    every: int | None = Field(1000, gt=0, description="steps between them; null: only after the last")
+    limit: int | None = Field(None, gt=0, description="documents of each task; null: all")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; null: as the task says")
+    data_dir: str | None = Field(
+        None, description="where the files of local tasks are; null: as the variable MIXTRAL_JAX_DATA says"
+    )
+    include: tuple[str, ...] = Field((), description="directories of more task files")
+    apply_chat_template: bool = Field(False, description="questions are a user's messages, in data.template")
+    allow_code: bool = Field(False, description="tasks may run what the model writes")
+
+
 class EvalConfig(FrozenConfig):
     """Loss, perplexity and bits per byte of each validation source; also measured after the last step."""
 
@@ -28,36 +45,62 @@ class EvalConfig(FrozenConfig):
         None, gt=0, description="batches per source, their rows spread evenly over it; null: its whole text"
     )
     batch_size: int | None = Field(None, gt=0, description="sequences per batch; null: micro_batch_size")
+    tasks: TasksConfig | None = Field(None, description="benchmarks beside the loss; null: none")
 
 
 class BrokenOff(Exception):
     """What asks the run to stop, in the middle of an evaluation."""
 
 
+Benchmark = Callable[[Params, int, Callable[[], None]], Mapping[str, float]]
+
+
 class Evaluate:
-    """The hook: measures every source, and tells `best`."""
+    """The hook: measures every source, and tells `best`; runs the benchmarks, where there are some."""
 
     def __init__(
         self, config: EvalConfig, sources: Mapping[str, EvalSource], eval_step: Callable[[Params, Any], Any],
         put: Callable[[Any], Any], writer: Writer, console: Console, best: Best, phases: Phases | None = None,
-        check: Callable[[], None] = lambda: None, owed: bool = False,
+        check: Callable[[], None] = lambda: None, owed: bool = False, benchmark: Benchmark | None = None,
     ):  # fmt: skip
-        """Ahead of each batch `check` may raise: then nothing is written, and the evaluation is `owed`."""
+        """Ahead of each batch `check` may raise: then nothing is written, and the evaluation is `owed`.
+
+        `benchmark` gives eval/<task>/<metric> of parameters behind a step, and calls what it is given ahead of a batch.
+        """
         self._phases, self._check, self.owed = phases or Phases(), check, owed
         self._first = Phase.FIRST_BATCH
         self._config, self._sources, self._eval_step, self._put = config, sources, eval_step, put
-        self._writer, self._console, self._best = writer, console, best
+        self._writer, self._console, self._best, self._benchmark = writer, console, best, benchmark
 
     def due(self, step: int, last: bool) -> bool:
-        return bool(self._sources) and (last or (self._config.every is not None and step % self._config.every == 0))
+        return self._loss_due(step, last) or self._tasks_due(step, last)
 
     def run(self, moment: Moment) -> None:
         self.owed = True
-        metrics = self.measure(moment.state.params, self._check)
-        self._writer.write(moment.step, metrics)
-        self._console.say(eval_lines(moment.step, metrics, list(self._sources)))
-        self._best.judge(moment.step, metrics, moment.last)
+        step, params = moment.step, moment.state.params
+        metrics = self.measure(params, self._check) if self._loss_due(step, moment.last) else {}
+        scores = self._benchmark_of(params, step) if self._tasks_due(step, moment.last) else {}
+        self._writer.write(step, {**metrics, **scores})
+        if metrics:
+            self._console.say(eval_lines(step, metrics, list(self._sources)))
+            self._best.judge(step, metrics, moment.last)
         self.owed = False
+
+    def _loss_due(self, step: int, last: bool) -> bool:
+        return bool(self._sources) and _is_due(self._config.every, step, last)
+
+    def _tasks_due(self, step: int, last: bool) -> bool:
+        return self._config.tasks is not None and _is_due(self._config.tasks.every, step, last)
+
+    def _benchmark_of(self, params: Params, step: int) -> Mapping[str, float]:
+        assert self._benchmark is not None
+
+        def check() -> None:
+            self._phases.beat()
+            self._check()
+
+        with self._phases.during(Phase.FIRST_BATCH):  # any may be the first of its shape
+            return self._benchmark(params, step, check)
 
     def measure(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""
@@ -71,6 +114,10 @@ class Evaluate:
 
         with self._phases.during(Phase.EVALUATING):
             return measure_sources(ask, self._sources)
+
+
+def _is_due(every: int | None, step: int, last: bool) -> bool:
+    return last or (every is not None and step % every == 0)
 
 
 def measure_sources(ask: Callable[[Any], Any], sources: Mapping[str, EvalSource]) -> dict[str, float]:

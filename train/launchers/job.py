@@ -5,9 +5,8 @@ import io
 import itertools
 import os
 import re
-import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import LiteralScalarString
 
-from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml, run_and_step
 from mixtral_jax.train.errors import UserError
 
 PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens to stand in
-IN_IMAGE = ("python", "-P")
+IN_IMAGE, RUN_FILE = ("python", "-P"), "/etc/mixtral-jax/run.yaml"  # of a container
+Plan = tuple[dict[Path, str], list[list[str]]]  # files for an engine, and the commands that hand them over
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _WRITTEN = ("output_dir", "data.cache_dir", "checkpoint.directory")
 _COPIES = "data.staging_dir"  # which each machine may have for itself
@@ -31,15 +30,15 @@ _NAME_LETTERS = 40  # of xpk; Kubernetes puts up to 23 more behind it
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Nodes that one job has, and what is in each."""
+class Nodes:
+    """Machines that one job has, and what is in each."""
 
-    nodes: int
-    devices: int  # in each node
-    processes: int = 1  # on each node
+    count: int
+    devices: int  # in each
+    processes: int = 1  # on each
 
     def __post_init__(self) -> None:
-        for what, count in (("nodes", self.nodes), ("devices", self.devices), ("processes", self.processes)):
+        for what, count in (("nodes", self.count), ("devices", self.devices), ("processes", self.processes)):
             if count < 1:
                 raise UserError(f"{what} is {count}: a job has at least one")
         if self.devices % self.processes:
@@ -47,15 +46,15 @@ class Machine:
 
     def __str__(self) -> str:
         each = f"{self.devices} device{'s' * (self.devices > 1)}"
-        return f"{self.nodes} node{'s' * (self.nodes > 1)} with {each} and {self.processes} process(es) each"
+        return f"{self.count} node{'s' * (self.count > 1)} with {each} and {self.processes} process(es) each"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run on one machine."""
+    """One run on its nodes."""
 
     config: RunConfig
-    machine: Machine
+    nodes: Nodes
     away: bool = False  # its directory is not seen from here, where the files are made
 
     @property
@@ -69,42 +68,53 @@ class Job:
         return (Path("runs", self.config.run_name).absolute() if self.away else self.run) / "launch"
 
     @property
+    def text(self) -> str:
+        """What the engine gives to the command: the run file, resolved, with the overrides in it."""
+        return resolved_yaml(self.config)
+
+    @property
     def file(self) -> Path:
-        """The run file that the engine gives to the command: resolved, with the overrides in it."""
-        return self.here / "run.yaml"
+        """It as a file, whose name is of its contents: what is submitted later changes none that a job reads."""
+        return self.here / f"run-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}.yaml"
 
     @property
     def name(self) -> str:
         """The run's name as engines take it."""
         return engine_name(self.config.run_name)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the mesh on all devices."""
+        return self.config.mesh.sizes(self.nodes.count * self.nodes.devices)
+
     def command(self, python: Sequence[str] = PYTHON, file: Path | str | None = None) -> list[str]:
         """The words that start one process."""
         return [*python, "-m", "mixtral_jax.launch", self.config.stage, str(file or self.file)]
 
 
-def jobs(
-    path: str, overrides: Sequence[str], sweep: Sequence[str], machine: Machine, *, away: bool = False
-) -> list[Job]:
+def jobs(path: str, overrides: Sequence[str], sweep: Sequence[str], nodes: Nodes, *, away: bool = False) -> list[Job]:
     """One job, or one for each point of the sweep: every combination of the values, each with a run name of its own.
 
     Raises:
-        UserError: the configuration, or the mesh on that machine, is wrong; or a sweep is not `a.b=x,y`.
+        UserError: the configuration, or the mesh on those nodes, is wrong; a sweep is not `a.b=x,y`, or its points have
+            names that an engine cannot tell apart.
     """
     base = load_config(path, overrides).config
     found = []
     for point in points(sweep):
-        config = base
+        own = []
         if point:
-            own = [f"run_name={base.run_name}-{_point_name(point)}"]
+            own = [*point, f"run_name={base.run_name}-{_point_name(point)}"]
             if base.checkpoint.directory:  # which belongs to one run
                 own.append(f"checkpoint.directory={base.checkpoint.directory}/{_point_name(point)}")
-            config = load_config(path, [*overrides, *point, *own]).config
+        job = Job(load_config(path, [*overrides, *own]).config if own else base, nodes, away)
         try:
-            check_sizes(config, config.mesh.sizes(machine.nodes * machine.devices))
+            check_sizes(job.config, job.sizes)
         except ValueError as error:
-            raise UserError(f"{machine}: {error}") from None
-        found.append(Job(config, machine, away))
+            raise UserError(f"{nodes}: {error}") from None
+        found.append(job)
+    if len({job.name for job in found}) < len(found):
+        raise UserError("the points of the sweep have names that an engine cannot tell apart: shorten run_name")
     return found
 
 
@@ -113,7 +123,7 @@ def points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     axes = []
     for text in sweep:
         key, equals, values = text.partition("=")
-        several = [value for value in _split(values) if value]
+        several = [v.strip() for v in re.split(r",(?![^\[({]*[\])}])", values) if v.strip()]  # outside of brackets
         if not (equals and key and several) or len(set(several)) < len(several):
             raise UserError(f"--sweep {text}: KEY=VALUE,VALUE with different values is expected")
         axes.append([f"{key}={value}" for value in several])
@@ -123,15 +133,9 @@ def points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes))
 
 
-def _split(values: str) -> list[str]:
-    """At commas outside of brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", values)]
-
-
 def _point_name(point: Sequence[str]) -> str:
     """`optimizer.learning_rate=1e-4` as `learning_rate=1e-4`, without marks that no directory should have."""
-    keys, values = zip(*(text.split("=", 1) for text in point), strict=True)
-    short = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values, strict=True))
+    short = "-".join(re.sub(r"^[^=]*\.", "", text) for text in point)
     return re.sub(r"[^A-Za-z0-9=._+-]+", "_", short)
 
 
@@ -156,19 +160,33 @@ def check_shared(job: Job) -> None:
     Raises:
         UserError: one that lies on a place which each machine has for itself.
     """
-    if job.machine.nodes == 1:
-        return
     for key, place in places(job.config):
-        if key != _COPIES and _is_of_one_machine(place):
+        if job.nodes.count > 1 and key != _COPIES and _is_of_one_machine(place):
             real = os.path.realpath(place)
-            raise UserError(f"{key}: {real} is a place of this machine alone, and {job.machine.nodes} nodes read it")
+            raise UserError(f"{key}: {real} is a place of this machine alone, and {job.nodes.count} nodes read it")
 
 
 def _is_of_one_machine(place: str) -> bool:
     return os.path.realpath(place).startswith(tuple(f"{above}/" for above in _OF_ONE_MACHINE))
 
 
-def check_mounted(config: RunConfig, mounted: Sequence[str] | None, remedy: str) -> None:
+def mounts(option: str, told: Sequence[str], pattern: str, such: str) -> dict[str, str]:
+    """Sources of what is mounted, by its absolute path in the container; `pattern` has groups `path` and `source`.
+
+    Raises:
+        UserError: one that is none, or two at the same path.
+    """
+    found: dict[str, str] = {}
+    for text in told:
+        match = re.fullmatch(pattern, text)
+        if match is None:
+            raise UserError(f"{option} {text}: {such} is expected")
+        if found.setdefault(match["path"], match["source"]) != match["source"]:
+            raise UserError(f"{option} {text}: another one is mounted at the same path")
+    return found
+
+
+def check_mounted(config: RunConfig, mounted: Iterable[str] | None, remedy: str) -> None:
     """Paths of a run in a container, whose relative ones are those of the project that it was made of.
 
     What is written must outlive it. `mounted` None: what is there is not known.
@@ -192,34 +210,25 @@ def directories(job: Job) -> list[str]:
     """What a container on this file system must see: directories of all paths, and the one that we stand in."""
     found = {os.getcwd()}
     for key, place in places(job.config):
-        if key == _COPIES and job.machine.nodes > 1 and _is_of_one_machine(place):
+        if key == _COPIES and job.nodes.count > 1 and _is_of_one_machine(place):
             continue  # on the other nodes nobody has made it
         named = _GLOB.split(os.path.abspath(place))[0]
         found.add(named if key in (*_WRITTEN, _COPIES) or os.path.isdir(named) else os.path.dirname(named))
     return sorted(found)
 
 
-def places(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Paths of a configuration that are no addresses, by their dotted keys."""
-    data = config.data
-    named: dict[str, str | None] = {"output_dir": config.output_dir, "data.cache_dir": data.cache_dir}
-    named |= {"data.tokenizer": data.tokenizer, "init_from": config.init_from}
-    named |= {"lora.init_from": config.adapters.init_from if config.adapters else None, _COPIES: data.staging_dir}
-    named["resume_from"] = config.resume_from and run_and_step(config.resume_from)[0]
-    named["checkpoint.directory"] = config.checkpoint.directory and str(config.checkpoint.directory)
+def places(config: RunConfig) -> list[tuple[str, str]]:
+    """Paths of a configuration that are no addresses, with their dotted keys."""
+    data, adapters = config.data, config.adapters
+    named = [
+        ("output_dir", config.output_dir), ("data.cache_dir", data.cache_dir), ("data.tokenizer", data.tokenizer),
+        ("init_from", config.init_from), ("lora.init_from", adapters and adapters.init_from),
+        ("resume_from", config.resume_from and run_and_step(config.resume_from)[0]), (_COPIES, data.staging_dir),
+        ("checkpoint.directory", config.checkpoint.directory),
+    ]  # fmt: skip
     for kind in ("train", "validation"):
-        for source in getattr(data, kind):
-            named |= {f"data.{kind}.{source.name}": path for path in source.paths}
-    yield from ((key, place) for key, place in named.items() if place and not is_remote(place))
-
-
-def write(files: Mapping[Path, str]) -> None:
-    """All of them, each whole; their directories are made."""
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-        if text.startswith("#!"):
-            path.chmod(0o755)
+        named += [(f"data.{kind}.{source.name}", path) for source in getattr(data, kind) for path in source.paths]
+    return [(key, str(place)) for key, place in named if place and not is_remote(str(place))]
 
 
 def yaml_text(*objects: Mapping[str, Any]) -> str:
@@ -232,17 +241,7 @@ def yaml_text(*objects: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items() if v not in ({}, None)}
+        return {key: plain for key, v in value.items() if (plain := _plain(v)) not in ({}, None)}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(v) for v in value]
     return LiteralScalarString(value) if isinstance(value, str) and "\n" in value else value
-
-
-def run_file(job: Job) -> dict[Path, str]:
-    """The resolved run file in the run's directory."""
-    return {job.file: resolved_yaml(job.config)}
-
-
-def quoted(words: Sequence[str]) -> str:
-    """For a shell."""
-    return shlex.join(words)

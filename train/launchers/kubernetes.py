@@ -6,24 +6,18 @@ tell a mistake from a preemption. jobset.sigs.k8s.io/docs and kubernetes.io/docs
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixtral_jax.train.config import resolved_yaml
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, Job, check_mounted, yaml_text
+from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, check_mounted, mounts, yaml_text
 from mixtral_jax.train.plan import NODE_GPUS, Topology
 
 CONTAINER, PORT = "train", 8476
-RUN_FILE = "/etc/mixtral-jax/run.yaml"
 # GKE's names of TPU machines: cloud.google.com/kubernetes-engine/docs/how-to/tpus
 _TPU_KINDS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 _HOST_CHIPS = 4  # of a slice of several hosts
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
 _CONFIG_MAP_BYTES = 1 << 20
-_FINAL = [int(code) for code in ExitCode.final() if code]
-AGAIN = [int(code) for code in ExitCode.again()]
 
 
 class Kubernetes(NamedTuple):
@@ -53,142 +47,121 @@ def gke_shape(libtpu: str) -> str:
     return "x".join(sides if "1" in sides else sorted(sides, key=int))
 
 
-def manifest(job: Job, how: Kubernetes, topology: Topology | None = None) -> str:
-    """All objects of one run as YAML. With `topology` on TPU slices, else on the job's nodes of GPUs.
+def manifest(job: Job, how: Kubernetes, topology: Topology | None) -> str:
+    """All objects of one run as YAML, for the slices of a `topology` of TPUs, or for nodes of GPUs.
 
     Raises:
-        UserError: a volume that is none, a path of the run that no volume holds, a plain Job of several slices.
+        UserError: a volume that is none, a path of the run that no volume holds, a plain Job of several slices, a name
+            or a run file that the cluster does not take.
     """
-    run = resolved_yaml(job.config)
-    _check(job, how, topology, len(run.encode()))
-    pod = _pod(job, how, topology)
-    count, slices = (job.machine.nodes, 1) if topology is None else (hosts(topology)[0], topology.slices)
+    tpu = topology if topology is not None and topology.libtpu is not None else None
+    slices = tpu.slices if tpu else 1
+    _check(job, how, slices)
+    count = job.nodes.count // slices
+    labels = {"kueue.x-k8s.io/queue-name": how.queue}
+    about: dict[str, Any] = {"name": job.name, "namespace": how.namespace, "labels": labels}
+    settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"run.yaml": job.text}}
     work = {
-        "parallelism": count, "completions": count, "completionMode": "Indexed", "backoffLimit": 0,
-        "podFailurePolicy": {"rules": _pod_rules(how.plain)}, "template": pod,
+        "parallelism": count, "completions": count, "completionMode": "Indexed",
+        # of a plain Job: what ends otherwise than by a known code, each process three times
+        "backoffLimit": 3 * count if how.plain else 0,
+        "podFailurePolicy": {"rules": _pod_rules(how.plain)}, "template": _pod(job, how, tpu),
     }  # fmt: skip
-    labels = {"kueue.x-k8s.io/queue-name": how.queue} if how.queue else {}
-    about = {"name": job.name, "namespace": how.namespace, "labels": labels}
-    settings = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": about,
-        "data": {"run.yaml": run},
-    }
     if how.plain:
-        work["backoffLimit"] = 3 * count  # what ends otherwise than by a known code: each process three times
-        alone = {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": work}
-        return yaml_text(settings, _service(about, job.name), alone)
-    if topology is not None:  # one child a node pool, which is a slice
-        about = about | {
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-        }
+        head = {"clusterIP": "None", "selector": {"job-name": job.name}, "publishNotReadyAddresses": True}
+        service = {"apiVersion": "v1", "kind": "Service", "metadata": about, "spec": head}  # gives its pods their names
+        return yaml_text(settings, service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": work})
     spec = {
         "network": {"enableDNSHostnames": True},
         "failurePolicy": {"maxRestarts": how.max_restarts, "rules": _set_rules()},
         "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": work}}],
     }
-    return yaml_text(
-        settings, {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": about, "spec": spec}
-    )
+    if tpu:  # one child a node pool, which is a slice
+        alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+        about = about | {"annotations": alone}
+    whole = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": about, "spec": spec}
+    return yaml_text(settings, whole)
 
 
 def _pod_rules(plain: bool) -> list[dict[str, Any]]:
     """In this order; `_set_rules` counts on it. A plain Job replaces the pod itself where it does not fail."""
 
-    def codes(action: str, values: list[int]) -> dict[str, Any]:
-        return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": values}}
+    def codes(action: str, *values: ExitCode) -> dict[str, Any]:
+        told = {"containerName": CONTAINER, "operator": "In", "values": [int(code) for code in values]}
+        return {"action": action, "onExitCodes": told}
 
-    moved = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    final = codes("FailJob", *(code for code in ExitCode.final() if code))
     again = "Ignore" if plain else "FailJob"
-    return [codes("FailJob", _FINAL), {"action": again, **moved}, codes(again, AGAIN)]
+    moved = {"action": again, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    if plain:
+        return [final, moved, codes(again, *ExitCode.again())]
+    # of the pods that a disrupted one has told to save, one may be the first to end
+    others = [code for code in ExitCode.again() if code != ExitCode.STOPPED]
+    return [final, moved, codes(again, ExitCode.STOPPED), codes(again, *others)]
 
 
 def _set_rules() -> list[dict[str, Any]]:
     """By the number of the pod's rule: mistakes end the set, disruptions do not count. Everything else restarts it."""
-
-    def rule(name: str, action: str, index: int) -> dict[str, Any]:
-        pattern = f".*matching FailJob rule at index {index}.*"
-        failed = {"onJobFailureReasons": ["PodFailurePolicy"], "onJobFailureMessagePatterns": [pattern]}
-        return {"name": name, "action": action, **failed}
-
-    return [rule("final", "FailJobSet", 0), rule("disrupted", "RestartJobSetAndIgnoreMaxRestarts", 1)]
+    told = (("final", "FailJobSet", "0"), ("disrupted", "RestartJobSetAndIgnoreMaxRestarts", "[12]"))
+    return [{
+        "name": name, "action": action, "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": [f".*matching FailJob rule at index {index}.*"],
+    } for name, action, index in told]  # fmt: skip
 
 
-def _pod(job: Job, how: Kubernetes, topology: Topology | None) -> dict[str, Any]:
-    device, each = ("nvidia.com/gpu", job.machine.devices)
-    selector: dict[str, str] = {}
-    if topology is not None:
-        device, each = "google.com/tpu", hosts(topology)[1]
-        selector = {
-            "cloud.google.com/gke-tpu-accelerator": _TPU_KINDS[topology.chip.name],
-            "cloud.google.com/gke-tpu-topology": gke_shape(str(topology.libtpu)),
-        }
-    mounts = [{"name": "run", "mountPath": RUN_FILE.rpartition("/")[0]}]
-    volumes: list[dict[str, Any]] = [{"name": "run", "configMap": {"name": job.name}}]
-    for number, (claim, path) in enumerate(map(_volume, how.volumes)):
-        mounts.append({"name": f"volume-{number}", "mountPath": path})
-        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
-    if topology is None:  # NCCL and the workers of data preparation want more than 64 MB of it
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+def _pod(job: Job, how: Kubernetes, tpu: Topology | None) -> dict[str, Any]:
+    held = [("run", RUN_FILE.rpartition("/")[0], {"configMap": {"name": job.name}})]
+    for number, (path, claim) in enumerate(_claims(how).items()):
+        held.append((f"volume-{number}", path, {"persistentVolumeClaim": {"claimName": claim}}))
+    if tpu is None:  # NCCL and the workers of data preparation want more than 64 MB of it
+        held.append(("shm", "/dev/shm", {"emptyDir": {"medium": "Memory"}}))
+    devices = {"google.com/tpu" if tpu else "nvidia.com/gpu": job.nodes.devices}
     container = {
         "name": CONTAINER, "image": how.image, "command": job.command(IN_IMAGE, RUN_FILE),
-        "env": [{"name": name, **value} for name, value in _variables(job, how, topology).items()],
-        "ports": [{"containerPort": PORT}], "volumeMounts": mounts,
-        "resources": {"limits": {device: each}, "requests": {device: each}},
+        "env": [{"name": name, **value} for name, value in _variables(job, how, tpu).items()] or None,
+        "ports": [{"containerPort": PORT}],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path, _ in held],
+        "resources": {"limits": devices, "requests": devices},
     }  # fmt: skip
-    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": how.grace_seconds}
-    spec |= {"nodeSelector": selector} if selector else {}
-    spec |= {"subdomain": job.name} if how.plain else {}
-    return {"spec": spec | {"containers": [container], "volumes": volumes}}
+    selector = tpu and {
+        "cloud.google.com/gke-tpu-accelerator": _TPU_KINDS[tpu.chip.name],
+        "cloud.google.com/gke-tpu-topology": gke_shape(str(tpu.libtpu)),
+    }
+    return {"spec": {
+        "restartPolicy": "Never", "terminationGracePeriodSeconds": how.grace_seconds, "nodeSelector": selector,
+        "subdomain": job.name if how.plain else None, "containers": [container],
+        "volumes": [{"name": name, **what} for name, _, what in held],
+    }}  # fmt: skip
 
 
-def _variables(job: Job, how: Kubernetes, topology: Topology | None) -> dict[str, dict[str, Any]]:
+def _variables(job: Job, how: Kubernetes, tpu: Topology | None) -> dict[str, dict[str, Any]]:
     """What a process cannot know. GKE tells those of a slice who they are; several slices find each other by this."""
     first = f"{job.name}-0.{job.name}" if how.plain else f"{job.name}-slice-0-0.{job.name}"
-    if topology is None:
-        return {
-            "JAX_COORDINATOR_ADDRESS": {"value": f"{first}:{PORT}"},
-            "JAX_NUM_PROCESSES": {"value": str(job.machine.nodes)},
-        }
-    if topology.slices == 1:
+    if tpu is None:
+        told = {"JAX_COORDINATOR_ADDRESS": f"{first}:{PORT}", "JAX_NUM_PROCESSES": str(job.nodes.count)}
+        return {name: {"value": value} for name, value in told.items()}
+    if tpu.slices == 1:
         return {}
     label = "metadata.labels['jobset.sigs.k8s.io/job-index']"
     return {
-        "MEGASCALE_NUM_SLICES": {"value": str(topology.slices)},
+        "MEGASCALE_NUM_SLICES": {"value": str(tpu.slices)},
         "MEGASCALE_SLICE_ID": {"valueFrom": {"fieldRef": {"fieldPath": label}}},
         "MEGASCALE_COORDINATOR_ADDRESS": {"value": first},
     }
 
 
-def _service(about: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A headless one, which gives the pods of a plain Job their names."""
-    spec = {"clusterIP": "None", "selector": {"job-name": name}, "publishNotReadyAddresses": True}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": dict(about), "spec": spec}
+def _claims(how: Kubernetes) -> dict[str, str]:
+    """Persistent volume claims by their paths."""
+    return mounts("--volume", how.volumes, r"(?P<source>[^:]+):(?P<path>/.*?)/*", "CLAIM:/PATH, a claim and its place,")
 
 
-def _volume(text: str) -> tuple[str, str]:
-    claim, colon, path = text.partition(":")
-    if not (claim and colon and path.startswith("/")):
-        raise UserError(f"--volume {text}: CLAIM:/PATH is expected, a persistent volume claim and where it is mounted")
-    return claim, path.rstrip("/")
-
-
-def _check(job: Job, how: Kubernetes, topology: Topology | None, size: int) -> None:
-    if how.plain and topology is not None and topology.slices > 1:
+def _check(job: Job, how: Kubernetes, slices: int) -> None:
+    if how.plain and slices > 1:
         raise UserError("--plain-job: a Job alone has no slices: leave it out, and use JobSet")
     for option, name in (("--namespace", how.namespace), ("--queue", how.queue)):
         if name is not None and not _LABEL.fullmatch(name):
             raise UserError(f"{option} {name!r}: small letters, digits and hyphens are expected, at most 63")
+    size = len(job.text.encode())
     if size > _CONFIG_MAP_BYTES:
         raise UserError(f"the run file has {size} bytes, and a ConfigMap holds {_CONFIG_MAP_BYTES}: shorten it")
-    mounted = [path for _, path in map(_volume, how.volumes)]
-    if len(set(mounted)) < len(mounted):
-        raise UserError("--volume: two are mounted at the same path")
-    check_mounted(job.config, mounted, "put it on a volume with --volume CLAIM:/PATH")
-
-
-def files(job: Job, how: Kubernetes, topology: Topology | None) -> dict[Path, str]:
-    """The manifest, in the launch directory of the run (here, where it is submitted from)."""
-    return {job.here / "job.yaml": manifest(job, how, topology)}
+    check_mounted(job.config, _claims(how), "put it on a volume with --volume CLAIM:/PATH")

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mixtral_jax.data.prepare import search_path
+from mixtral_jax.train.console import duration
 from mixtral_jax.train.errors import ASKING, ExitCode, UserError
-from mixtral_jax.train.launchers.job import Job
-from mixtral_jax.train.launchers.verdict import MOST, last_attempt, read_status, verdict
-from mixtral_jax.train.run import add_up, read_attempts
+from mixtral_jax.train.launchers.job import Job, Plan
+from mixtral_jax.train.launchers.verdict import Verdict, last_attempt, read_status, verdict
+from mixtral_jax.train.plan import Topology
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
 # PR_SET_PDEATHSIG: even a supervisor that is killed leaves no processes that hold the run; jax forbids a preexec_fn
@@ -27,22 +28,40 @@ class Local(NamedTuple):
 
     devices: int = 1  # virtual CPU devices of each
     on_cpu: bool = True
-    kill_every: float | None = None  # seconds of training, so that every attempt comes to a step
+    kill_every: str | None = None  # so much of training, that every attempt comes to a step: 30s
     kills: int | None = None  # at most; None: until the run is done
-    most: int = MOST
 
-    def check(self) -> "Local":
-        """Itself.
+    @property
+    def kill_seconds(self) -> float | None:
+        """`kill_every` as a number."""
+        return None if self.kill_every is None else duration(self.kill_every, "--kill-every", "30s or 2m")
 
-        Raises:
-            UserError: kills that never come.
-        """
-        for option, value in (("--kill-every", self.kill_every), ("--kills", self.kills)):
-            if value is not None and value <= 0:
-                raise UserError(f"{option} is {value:g}: more than 0 is expected")
-        if self.kills is not None and self.kill_every is None:
-            raise UserError(f"--kills {self.kills} without --kill-every, such as 30s")
-        return self
+
+def plan(jobs: Sequence[Job], how: Local, topology: Topology | None) -> Plan:
+    """No file but the run's own, and no command.
+
+    Raises:
+        UserError: kills that never come; accelerators for several processes.
+    """
+    if not how.on_cpu and jobs[0].nodes.processes > 1:
+        raise UserError(f"--accelerators: one process has them all, --processes is {jobs[0].nodes.processes}")
+    for option, value in (("--kill-every", how.kill_seconds), ("--kills", how.kills)):
+        if value is not None and value <= 0:
+            raise UserError(f"{option} is {value:g}: more than 0 is expected")
+    if how.kills is not None and how.kill_every is None:
+        raise UserError(f"--kills {how.kills} without --kill-every, such as 30s")
+    return {}, []
+
+
+def supervise(jobs: Sequence[Job], how: Local) -> int:
+    """One after another; a signal ends them all. The code of the first that did not end well."""
+    codes = []
+    for job in jobs:
+        supervisor = Supervisor(job, how)
+        codes.append(supervisor.run())
+        if supervisor.asked:
+            break
+    return next(filter(None, codes), ExitCode.DONE)
 
 
 class Supervisor:
@@ -60,25 +79,25 @@ class Supervisor:
 
         The first signal is passed on as SIGTERM, on which the run saves, the next as Ctrl-C, on which it ends at once.
         """
-        began, number, code, again = time.monotonic(), 0, int(ExitCode.STOPPED), True
+        began, number, found = time.monotonic(), 0, Verdict(True, ExitCode.STOPPED, "")
         with self._signals():
-            while again and not self.asked:
+            while found.again and not self.asked:
                 number += 1
                 self._before, self._due = last_attempt(self._job.run), None
                 try:
                     ended = self._attempt()
                 finally:  # of no error of ours an orphan is left
                     self._end(self._processes)
-                again, code, reason = verdict(self._job.run, ended, self._before, self._how.most)
-                self._say(f"attempt {number}: {code}, {reason}")
-        self._account(number, time.monotonic() - began)
-        return code if code >= 0 else 128 - code
+                found = verdict(self._job.run, ended, self._before)
+                self._say(f"attempt {number}: {found.short}")
+        self._say(f"{number} attempts, {self._killed} kills, {time.monotonic() - began:.0f} s")  # the run has a table
+        return found.code if found.code >= 0 else 128 - found.code
 
     def _attempt(self) -> int:
         """One start of all processes; the code that says most, as a launcher of several would have it."""
         port = _free_port()
         self._processes = processes = []
-        for index in range(self._job.machine.processes):
+        for index in range(self._job.nodes.processes):
             processes.append(self._start(index, port))
         ends: float | None = None
         while None in [p.poll() for p in processes]:  # all are looked at
@@ -95,7 +114,7 @@ class Supervisor:
         return next((c for c in codes if c in ExitCode.final() and c), None) or min(codes, key=lambda c: (c >= 0, -c))
 
     def _start(self, index: int, port: int) -> subprocess.Popen[bytes]:
-        command, count, how = self._job.command(), self._job.machine.processes, self._how
+        command, count, how = self._job.command(), self._job.nodes.processes, self._how
         if count > 1:
             command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(index)]
         environment = {**os.environ, "PYTHONPATH": search_path()}
@@ -107,12 +126,12 @@ class Supervisor:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
     def _is_due(self) -> bool:
-        if self._how.kill_every is None or self._killed == self._how.kills:
+        if self._how.kill_seconds is None or self._killed == self._how.kills:
             return False
         if self._due is None:
             status = read_status(self._job.run)
             if status.get("state") == "training" and status.get("attempt", 0) > self._before:
-                self._due = time.monotonic() + self._how.kill_every
+                self._due = time.monotonic() + self._how.kill_seconds
         return self._due is not None and time.monotonic() >= self._due
 
     def _kill(self, processes: list[subprocess.Popen[bytes]]) -> None:
@@ -144,13 +163,6 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _account(self, attempts: int, seconds: float) -> None:
-        """What the interruptions cost, by the run's own book."""
-        book = read_attempts(self._job.run / "attempts" / "goodput.jsonl")
-        self._say(f"{attempts} attempts, {self._killed} kills, {seconds:.0f} s")
-        for line in add_up(book).table() if book else ():
-            self._say(line)
 
 
 def _free_port() -> int:

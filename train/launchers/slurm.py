@@ -2,14 +2,15 @@
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, PYTHON, Job, check_shared, directories, quoted, run_file
+from mixtral_jax.train.launchers.job import IN_IMAGE, PYTHON, Job, Plan, check_shared, directories
+from mixtral_jax.train.plan import Topology
 
-VERDICT = "mixtral_jax.train.launchers"
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -28,74 +29,66 @@ class Slurm(NamedTuple):
     lines: tuple[str, ...] = ()  # of #SBATCH
 
 
-def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
-    """One script for a run, or for the points of a sweep as an array.
+def plan(jobs: Sequence[Job], how: Slurm, topology: Topology | None) -> Plan:
+    """One script for a run, or beside the runs of a sweep one for all of them, as an array.
 
     Raises:
-        UserError: a number or a line that SLURM does not take.
+        UserError: a number or a line that SLURM does not take; a path that the nodes do not share; tasks that leave
+            devices idle.
     """
+    nodes = jobs[0].nodes
+    if nodes.processes not in (1, nodes.devices):  # of several on a node each takes the device of its number
+        raise UserError(f"--processes {nodes.processes}: 1 is expected, or one a device: {nodes.devices}")
     if how.chain < 1 or not 1 <= how.warn_seconds <= 65535:
         raise UserError(f"--chain {how.chain} is 1 or more, --warn-seconds {how.warn_seconds} 1 to 65535")
     if how.time and not _TIME.fullmatch(how.time):
         raise UserError(f"--time {how.time}: minutes, H:M:S or D-H:M:S is expected, as sbatch has it")
     if how.chain > 1 and len(jobs) > 1:
         raise UserError("--chain and --sweep: a chain is of one run")
+    for job in jobs:
+        check_shared(job)
+    place = jobs[0].here
+    if len(jobs) > 1:
+        place = jobs[0].run.parent / f"{jobs[0].config.run_name.partition('=')[0]}.sweep" / "launch"
+    path = place / "job.sbatch"
+    command = ["sbatch", *["--dependency=singleton"] * (how.chain > 1), str(path)]
+    return {path: script(jobs, how, place)}, [command] * how.chain
+
+
+def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
+    """What sbatch gets, with its log in `directory`.
+
+    Raises:
+        UserError: a line that SLURM does not take.
+    """
     python = (how.python, "-P") if how.python else IN_IMAGE if how.container else PYTHON
     seen = sorted({place for job in jobs for place in (*directories(job), str(job.here))})
-    inside = _container(how.container, seen) if how.container else ""
+    told = {"image": how.container, "mounts": ",".join(f"{p}:{p}" for p in seen), "workdir": os.getcwd()}  # for pyxis
+    inside = f" {shlex.join(f'--container-{key}={value}' for key, value in told.items())}" if how.container else ""
+    points = [f"run={shlex.quote(str(job.run))}; set -- {shlex.join(job.command(python))}" for job in jobs]
     return "\n".join(["#!/bin/bash", *_directives(jobs, how, directory), _BODY.format(
-        points="\n".join(_point(i, job, python) for i, job in enumerate(jobs)),
-        where=quoted([str(Path.cwd())]), python=quoted(python), verdict=VERDICT,
-        inside=inside, alone=f"mkdir -p {quoted(seen)} && srun --nodes=1 --ntasks=1{inside} " if inside else "",
+        points="\n".join(f"  {index}) {point} ;;" for index, point in enumerate(points)),
+        where=shlex.quote(os.getcwd()), python=shlex.join(python), inside=inside,
+        alone=f"mkdir -p {shlex.join(seen)} && srun --nodes=1 --ntasks=1{inside} " if inside else "",
         requeue="false" if how.chain > 1 else "true",
     )])  # fmt: skip
 
 
-def files(jobs: Sequence[Job], how: Slurm, directory: Path) -> dict[Path, str]:
-    """The script in `directory`, and the run file of each job.
-
-    Raises:
-        UserError: see `script`; a path that the nodes do not share; tasks that leave devices idle.
-    """
-    machine = jobs[0].machine
-    if machine.processes not in (1, machine.devices):  # of several on a node each takes the device of its number
-        raise UserError(f"--processes {machine.processes}: 1 is expected, or one a device: {machine.devices}")
-    for job in jobs:
-        check_shared(job)
-    made = {path: text for job in jobs for path, text in run_file(job).items()}
-    return made | {directory / "job.sbatch": script(jobs, how, directory)}
-
-
-def start(directory: Path, how: Slurm) -> list[list[str]]:
-    """The commands that hand it over."""
-    return [["sbatch", *["--dependency=singleton"] * (how.chain > 1), str(directory / "job.sbatch")]] * how.chain
-
-
 def _directives(jobs: Sequence[Job], how: Slurm, directory: Path) -> list[str]:
-    machine, name = jobs[0].machine, jobs[0].name if len(jobs) == 1 else directory.parent.name
+    nodes, name = jobs[0].nodes, jobs[0].name if len(jobs) == 1 else directory.parent.name
     asked = {
-        "job-name": name, "nodes": machine.nodes, "ntasks-per-node": machine.processes,
-        "gpus-per-node": machine.devices if how.gpus else None, "partition": how.partition, "account": how.account,
+        "job-name": name, "nodes": nodes.count, "ntasks-per-node": nodes.processes,
+        "gpus-per-node": nodes.devices if how.gpus else None, "partition": how.partition, "account": how.account,
         "qos": how.qos, "time": how.time, "signal": f"B:USR1@{how.warn_seconds}", "open-mode": "append",
         "output": f"{str(directory).replace('%', '%%')}/slurm-%j.log",
         "array": f"0-{len(jobs) - 1}" if len(jobs) > 1 else None,
     }  # fmt: skip
-    words = [f"--{key}={quoted([str(value)])}" for key, value in asked.items() if value is not None]
+    words = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     words.append("--no-requeue" if how.chain > 1 else "--requeue")
     for word in (*words, *how.lines):
         if "\n" in word or (not word.startswith("-")):
             raise UserError(f"#SBATCH {word!r}: a line of it begins with - and is one line")
     return [f"#SBATCH {word}" for word in (*words, *how.lines)]
-
-
-def _container(image: str, seen: Sequence[str]) -> str:
-    """For srun with pyxis: the same paths inside as outside."""
-    told = {"image": image, "mounts": ",".join(f"{place}:{place}" for place in seen), "workdir": os.getcwd()}
-    return f" {quoted([f'--container-{key}={value}' for key, value in told.items()])}"
-
-
-def _point(index: int, job: Job, python: Sequence[str]) -> str:
-    return f"  {index}) run={quoted([str(job.run)])}; set -- {quoted(job.command(python))} ;;"
 
 
 _BODY = """
@@ -105,7 +98,7 @@ case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {points}
 esac
 cd {where} || exit 2
-ask() {{ {alone}{python} -m {verdict} "$run" "$@"; }}
+ask() {{ {alone}{python} -m mixtral_jax.train.launchers "$run" "$@"; }}
 if [ -e "$run/launch/final" ]; then  # an earlier job of a chain, or somebody, has ended it for good
   echo "nothing is started: $(cat "$run/launch/final")"; exit 0
 fi

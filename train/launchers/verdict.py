@@ -10,7 +10,7 @@ from mixtral_jax.train.base import checkpoints_of
 from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
 
-MOST = 3  # starts one after another without a new checkpoint
+MOST, MOST_UNSEEN = 3, 10  # starts one after another without a new checkpoint; while nobody can tell
 
 
 class Verdict(NamedTuple):
@@ -19,9 +19,15 @@ class Verdict(NamedTuple):
     again: bool
     code: int
     reason: str
+    note: str = ""  # of how many starts it was one
 
     def __str__(self) -> str:
-        return f"{'again' if self.again else 'final'} {self.code} {self.reason}"
+        return f"{'again' if self.again else 'final'} {self.code} {self.reason}{self.note}"
+
+    @property
+    def short(self) -> str:
+        """Beside what the run has said by itself."""
+        return f"{self.code}, {_named(self.code)}{self.note}"
 
 
 def last_attempt(run: Path) -> int:
@@ -34,43 +40,41 @@ def read_status(run: Path) -> dict[str, Any]:
     return _object(run / "STATUS")
 
 
-def verdict(run: Path, code: int, before: int, most: int = MOST) -> Verdict:
+def verdict(run: Path, code: int, before: int) -> Verdict:
     """Judge the attempt that has just ended, and count it.
 
     STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
     several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
-    `most` times without a new checkpoint; a start is not counted where that cannot be seen, or not be written down.
+    MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed; a start is not
+    counted where that cannot be written down.
 
     Args:
         code: of the processes; negative or above 128: a signal ended them.
         before: the number of the last start when they were started.
     """
     status = read_status(run)
-    said = status.get("exit_code")
+    said, reason = status.get("exit_code"), _named(code)
     if isinstance(said, int) and isinstance(status.get("attempt"), int) and status["attempt"] > before:
         code, reason = said, str(status.get("reason", ""))
-    else:
-        reason = _named(code)
-    if not goes_on(code):
+    if code in ExitCode.final():
         return Verdict(False, code, reason)
+    counted = run / "launch" / "restarts.json"
+    count = {"newest": None, "times": 0, "unseen": 0} | _object(counted)
     try:
         newest = next(whole_steps(checkpoints_of(run)), None)  # in the run's directory, or where its config.yaml says
     except Exception as error:  # of a bucket's client, or of a file that is not whole: a verdict is needed
-        return Verdict(True, code, f"{reason} (not counted: its checkpoints cannot be listed, {type(error).__name__})")
-    counted = run / "launch" / "restarts.json"
-    earlier = _object(counted)
-    times = earlier.get("times", 0) + 1 if earlier.get("newest") == newest else 1
+        kind, most, what = "unseen", MOST_UNSEEN, f"while its checkpoints cannot be listed ({type(error).__name__})"
+    else:
+        kind, most, what = "times", MOST, "without a new checkpoint"
+        count = {"newest": newest, "times": count["times"] if count["newest"] == newest else 0, "unseen": 0}
+    count[kind] += 1
     with contextlib.suppress(OSError):  # a full disk: what was counted before stands
         counted.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(counted, json.dumps({"newest": newest, "times": times}) + "\n")
-    if times > most:
-        return Verdict(False, code, f"{reason}; started again {most} times without a new checkpoint")
-    return Verdict(True, code, f"{reason} (start {times} of {most} without a new checkpoint)" if times > 1 else reason)
-
-
-def goes_on(code: int) -> bool:
-    """Whether the same command may come further: all but what is final by ExitCode."""
-    return code not in ExitCode.final()
+        write_atomically(counted, json.dumps(count) + "\n")
+    if count[kind] > most:
+        return Verdict(False, code, reason, f"; started again {most} times {what}")
+    note = f" (start {count[kind]} of {most} {what})" if count[kind] > 1 or kind == "unseen" else ""
+    return Verdict(True, code, reason, note)
 
 
 def _named(code: int) -> str:
@@ -80,15 +84,8 @@ def _named(code: int) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}

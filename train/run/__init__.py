@@ -5,7 +5,6 @@ from mixtral_jax.train.run.check import kernels_of, sizes_of
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
 from mixtral_jax.train.run.fork import restored
-from mixtral_jax.train.run.goodput import add_up, read_attempts
 from mixtral_jax.train.run.heartbeat import watch
 from mixtral_jax.train.run.masks import mask_lines
 from mixtral_jax.train.run.peers import end, failures_reported

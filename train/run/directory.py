@@ -19,6 +19,7 @@ from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
 from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.meetings import hear
 from mixtral_jax.train.phases import Phase, Phases
+from mixtral_jax.train.report import write_page
 from mixtral_jax.train.run import lease
 from mixtral_jax.train.run.account import Account
 from mixtral_jax.train.run.environment import environment
@@ -172,7 +173,8 @@ class RunDirectory:
         """Write what the attempt is made of: the resolved configuration, the one that was given, the environment."""
         if jax.process_index() != 0:
             return
-        known = environment(mesh) | {"resumed_from": self.resumed_from}
+        changed = config.model_dump(mode="json", exclude_defaults=True)
+        known = environment(mesh) | {"resumed_from": self.resumed_from, "changed_settings": changed}
         files = {"config.yaml": resolved_yaml(config), "env.json": json.dumps(known, indent=2) + "\n"}
         if provenance is not None:
             overrides = "".join(f"# override: {override}\n" for override in provenance.overrides)
@@ -192,6 +194,7 @@ class RunDirectory:
         """One JSON object: state, step, time (seconds since 1970), host, attempt, goodput, reason, exit_code and more.
 
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
+        With an exit code the attempt ends, and leaves the run's page.
 
         Raises:
             OSError: it cannot be written.
@@ -209,7 +212,7 @@ class RunDirectory:
                 "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
             self._replace_status(json.dumps(status) + "\n")
-        return list(account.table())
+        return [*account.table(), *([] if exit_code is None else [write_page(self.path)])]
 
     def _replace_status(self, text: str) -> None:
         place = self.path / "STATUS"
