@@ -80,12 +80,9 @@ def attend(
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
+        bounds = segment_bounds(tiling, queries.segments) if ordered else seen_bounds(tiling, queries, keys, window)
         if part is not None:
             bounds = part_bounds(tiling, places(part, T), window)
-        elif ordered:
-            bounds = segment_bounds(tiling, queries.segments)
-        else:
-            bounds = seen_bounds(tiling, queries, keys, window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
     seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]

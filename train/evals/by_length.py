@@ -71,8 +71,8 @@ def loss_by_length(
     Args:
         documents: as long as the last of the `lengths`, which go up.
     """
-    scored = score_long(model, [document.ids for document in documents], advance=advance)
-    nll_BT = -np.pad(np.stack([own.logps_T for own in scored]), ((0, 0), (1, 0)))  # of BOS nothing is asked
+    whole = score_long(model, [document.ids for document in documents], advance=advance)
+    nll_BT = -np.pad(np.stack([own.logps_T for own in whole]), ((0, 0), (1, 0)))  # of BOS nothing is asked
     bytes_BT = np.stack([document.bytes_T for document in documents])
     stretches = [
         {"from": a, "to": b, **_measures(nll_BT[:, max(a, 1) : b], bytes_BT[:, max(a, 1) : b])}
@@ -80,8 +80,8 @@ def loss_by_length(
     ]
     tail, contexts = lengths[0] // 2, []
     for length in lengths:
+        rows, scored = [[tokenizer.bos_id, *document.ids[1 - length :]] for document in documents], whole
         if length < lengths[-1]:
-            rows = [[tokenizer.bos_id, *document.ids[1 - length :]] for document in documents]
             scored = score_long(model, rows, first=[length - tail] * len(rows), advance=advance)
         nll_BT = -np.stack([own.logps_T[-tail:] for own in scored])
         contexts.append({"length": length, **_measures(nll_BT, bytes_BT[:, -tail:])})
