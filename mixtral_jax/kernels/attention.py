@@ -48,9 +48,8 @@ def attend(
         keys: the same of the S keys, (B, S).
         window: a query at position p sees positions p - window + 1 ... p; None: all up to p.
         backend: how it is computed; "auto" as `choose_attention` says.
-        ordered: the caller's word that queries and keys are the same T tokens and that each segment is a run of
-            neighbours with positions that go up by one, so that tiles off the band can be skipped. Not believed
-            where T != S.
+        ordered: the caller's word that queries and keys are the same tokens and that each segment is a run of
+            neighbours with positions that go up by one: tiles off the band are skipped. Not believed where T != S.
         part: the caller's word that the keys are an ordered row, and the queries this zig-zag part of it.
 
     Raises:
@@ -80,13 +79,13 @@ def attend(
     if chosen == "chunked":
         blocks = block_sizes(T, S, B * N, on_cpu=platform() == "cpu")
         tiling = tile(T, S, *blocks, window=window, ordered=ordered)
-        bounds = segment_bounds(tiling, queries.segments) if ordered else seen_bounds(tiling, queries, keys, window)
         if part is not None:
             bounds = part_bounds(tiling, places(part, T), window)
+        else:
+            bounds = segment_bounds(tiling, queries.segments) if ordered else seen_bounds(tiling, queries, keys, window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
-    seen_BTS = visible(queries, keys, window)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
-    return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, seen_BTS), SAVED)
+    return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, visible(queries, keys, window)), SAVED)
 
 
 def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:

@@ -62,10 +62,10 @@ class Conversation:
         self._warn_of_length(len(ids))
         new: list[int] = []
 
-        how = {"eos_id": self._codec.ends, "numbers": [next(self._answers)], "width": _width(len(ids))}
+        how: dict[str, Any] = {"numbers": [next(self._answers)], "width": _width(len(ids)), **self._options}
 
         def tokens() -> Iterator[int]:
-            for (token,) in stream(self._model, [ids], **how, **self._options):
+            for (token,) in stream(self._model, [ids], eos_id=self._codec.ends, **how):
                 assert token is not None, "the only row has not ended"
                 new.append(token)
                 yield token
