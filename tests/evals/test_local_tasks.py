@@ -160,7 +160,6 @@ def test_the_answer_of_the_most_counts_for_mathematics(tmp_path: Path) -> None:
     instance.resps = [end.format(answer) for answer in ("2", "1", "\\frac{2}{2}", "1 cm")]
     task.apply_filters()
     assert instance.filtered_resps == {"maj@4": end.format("1")}
-    assert task.process_results(task.eval_docs[0], [end.format("\\frac{2}{2}")])["exact_match"] == 1
 
 
 def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
