@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mixtral_jax.generation import Cache, cache_slots, extend
 from mixtral_jax.losses import linear_logps
@@ -21,16 +21,17 @@ PIECE = 1024  # columns at a time
 TOGETHER = 8192  # tokens of the rows that a device has at a time
 
 _ROWS: Any = P(BATCH_AXES)
-_CACHE = Cache(*(P(None, BATCH_AXES, "tensor"),) * 2)
+_SLOTS: Any = P(None, BATCH_AXES, "tensor")
+_CACHE = Cache(_SLOTS, _SLOTS)
 
 
 class Piece(NamedTuple):
-    """Some columns of rows."""
+    """Some columns of rows: (B, T) each, numpy on the host."""
 
-    tokens_BT: Int[np.ndarray, "B T"]
-    targets_BT: Int[np.ndarray, "B T"]  # the tokens that follow
-    wanted_BT: Bool[np.ndarray, "B T"]
-    live_BT: Bool[np.ndarray, "B T"]
+    tokens_BT: Any
+    targets_BT: Any  # the tokens that follow
+    wanted_BT: Any
+    live_BT: Any
 
 
 def score_long(

@@ -176,7 +176,9 @@ def _time(runs: Sequence[Run]) -> Section:
 def _attempts(run: Run) -> str:
     def row(attempt: dict[str, Any]) -> list[str | float | None]:
         began, ended, code = attempt["job_start_time"], attempt["job_end_time"], attempt.get("exit_code")
-        end = f"{code}: {ExitCode(code).meaning}" if code in [*ExitCode] else "no end was noted"
+        end = (
+            f"{code}: {ExitCode(code).meaning}" if isinstance(code, int) and code in [*ExitCode] else "no end was noted"
+        )
         return [
             str(attempt.get("attempt", "?")), _date(began), clock(ended - began), attempt["first_step"],
             attempt["step_count"], attempt.get("undone"), end, str(attempt.get("host", "")),
