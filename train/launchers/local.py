@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from mixtral_jax.data.prepare import search_path
@@ -67,8 +68,8 @@ def supervise(jobs: Sequence[Job], how: Local) -> int:
 class Supervisor:
     """Starts all processes of a run, again and again, until it is done or ended for good."""
 
-    def __init__(self, job: Job, how: Local, say: Callable[[str], None] = print):
-        self._job, self._how, self._say = job, how, say
+    def __init__(self, job: Job, how: Local, say: Callable[[str], None] | None = None):
+        self._job, self._how, self._say = job, how, say or partial(print, flush=True)  # a pipe is read at once
         self._killed, self._before = 0, 0
         self.asked, self._told = 0, 0  # how often a signal came, and was passed on
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -71,7 +71,7 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
         for left in ("final", "restarts.json"):
             (job.here / left).unlink(missing_ok=True)
     for line in _told(found, files, commands, go=options["go"]):
-        print(line)
+        print(line, flush=True)  # ahead of what the supervisor's processes say
     if not options["go"]:
         return ExitCode.DONE
     if name == "local":

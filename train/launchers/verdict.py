@@ -11,6 +11,7 @@ from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
 
 MOST, MOST_UNSEEN = 3, 10  # starts one after another without a new checkpoint; while nobody can tell
+_UNWRITTEN: dict[Path, dict[str, Any]] = {}  # counts that a full disk did not take
 
 
 class Verdict(NamedTuple):
@@ -45,8 +46,8 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
 
     STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
     several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
-    MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed; a start is not
-    counted where that cannot be written down.
+    MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed. Where that cannot
+    be written down this process remembers it: a supervisor on this machine, but not a job's next start.
 
     Args:
         code: of the processes; negative or above 128: a signal ended them.
@@ -59,7 +60,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
     if code in ExitCode.final():
         return Verdict(False, code, reason)
     counted = run / "launch" / "restarts.json"
-    count = {"newest": None, "times": 0, "unseen": 0} | _object(counted)
+    count = {"newest": None, "times": 0, "unseen": 0} | _object(counted) | _UNWRITTEN.pop(counted, {})
     try:
         newest = next(whole_steps(checkpoints_of(run)), None)  # in the run's directory, or where its config.yaml says
     except Exception as error:  # of a bucket's client, or of a file that is not whole: a verdict is needed
@@ -68,9 +69,11 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
         kind, most, what = "times", MOST, "without a new checkpoint"
         count = {"newest": newest, "times": count["times"] if count["newest"] == newest else 0, "unseen": 0}
     count[kind] += 1
-    with contextlib.suppress(OSError):  # a full disk: what was counted before stands
+    try:
         counted.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(counted, json.dumps(count) + "\n")
+    except OSError:  # a full disk
+        _UNWRITTEN[counted] = count
     if count[kind] > most:
         return Verdict(False, code, reason, f"; started again {most} times {what}")
     note = f" (start {count[kind]} of {most} {what})" if count[kind] > 1 or kind == "unseen" else ""
