@@ -24,6 +24,7 @@ from mixtral_jax.train.run import lease
 from mixtral_jax.train.run.account import Account
 from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
+from mixtral_jax.train.run_files import json_object
 
 _STATES = {ExitCode.WATCHDOG: "watchdog", ExitCode.STOPPED: "preempted"}  # of attempts that were ended; others: failed
 
@@ -240,10 +241,7 @@ class RunDirectory:
 
     def _said(self, key: str, default: Any) -> Any:
         """What STATUS says now, if it is of the same type as the default."""
-        try:
-            said = json.loads((self.path / "STATUS").read_text())[key]
-        except (OSError, ValueError, KeyError, TypeError):
-            return default
+        said = json_object(self.path / "STATUS").get(key)
         return said if isinstance(said, type(default)) else default
 
     def write_failure(self, reason: str, exit_code: int) -> None:
