@@ -61,8 +61,8 @@ def read(file: Path, points: int = POINTS, advance: Advance | None = None) -> Hi
         rollbacks += [line for line in lines if "rollback/step" in line]
     for key, values in scores.items():
         score = sorted(values.items(), reverse=True)
-        for _, group in itertools.groupby(score, lambda item: item[0] // width):
-            curves.setdefault(key, Curve()).take(group)
+        for _, part in itertools.groupby(score, lambda item: item[0] // width):
+            curves.setdefault(key, Curve()).take(part)
         last[key] = score[0]
     clock = Clock(*(np.array(found[::-1]) for found in (steps, tokens, times)))
     return History({key: curve.points() for key, curve in curves.items()}, last, clock, rollbacks[::-1])
