@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
         attempt = json.loads(line)
         numbers = [attempt[key] for key in ("first_step", "step_count", "job_start_time", "job_end_time")]
         numbers.append(attempt.get("undone", 0))
-        whole = all(isinstance(x, int | float) for x in (*numbers, *attempt["seconds"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = all(math.isfinite(x) for x in (*numbers, *attempt["seconds"].values()))
+        rises = 0 <= attempt["first_step"] <= attempt["step_count"] and numbers[-1] >= 0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    return attempt if whole else None
+    return attempt if whole and rises else None

@@ -386,6 +386,7 @@ class Trainer:
             self.say(line)
         self.run.release()
         self.say(f"exit {exit_code}: {reason}")
+        self.run.leave_page()
 
     def _position(self, moment: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds beside the state: the position in the data, and what made it."""

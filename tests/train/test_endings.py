@@ -74,6 +74,7 @@ def test_a_status_that_cannot_be_written_makes_no_other_end_of_the_run(run_of, m
     refused.clear()
     assert train() == 0
     assert json.loads((place / "STATUS").read_text())["state"] == "done"
+    assert "exit 0: nothing left to do" in (place / "report.html").read_text()  # the last line too
 
 
 def test_killed_behind_its_last_save_a_run_still_names_its_best(run_of, monkeypatch):

@@ -41,6 +41,7 @@ def test_status_has_the_exit_code_of_the_process(tmp_path, fail, exit_code, reas
     status = json.loads((tmp_path / "STATUS").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", exit_code)
     assert status["reason"].startswith(reason)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_log_keeps_what_was_behind_a_sentence(tmp_path):

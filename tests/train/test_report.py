@@ -1,5 +1,6 @@
 """A run's page: its numbers are the files', of any length, in any state; and a reader can go through it."""
 
+import errno
 import json
 import math
 import signal
@@ -87,7 +88,8 @@ def twin(values: dict[int, float], width: int) -> list[tuple[float, ...]]:
     for steps in buckets.values():
         held = [finite[step] for step in steps]
         middle = (min(steps) + max(steps)) / 2
-        points[middle] = (middle, statistics.median(held), min(held), max(held))
+        middle += 0.25 if middle in values and middle not in finite else 0
+        points[middle] = (middle, statistics.median_low(held), min(held), max(held))
     for step in sorted(set(values) - set(finite), reverse=True):
         same = [
             other for other in values if other // width == step // width and str(values[other]) == str(values[step])
@@ -97,7 +99,7 @@ def twin(values: dict[int, float], width: int) -> list[tuple[float, ...]]:
     return sorted(points.values())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 300, 301, 4321])
+@pytest.mark.parametrize("steps", [1, 2, 300, 301, 700, 4321])
 def test_a_long_run_is_thinned_as_it_says(tmp_path, steps):
     rng = np.random.default_rng(0)
     values = {int(step): float(rng.normal()) for step in np.flatnonzero(rng.random(steps) < 0.8) + 1} | {steps: 0.5}
@@ -118,6 +120,20 @@ def test_steps_that_were_done_again_count_once(tmp_path):
     assert [(p.step, p.value) for p in found.curves["train/loss"]] == [
         *((step, 10.0 + step) for step in range(1, 5)), *((step, 20.0 + step) for step in range(5, 10)),
     ]  # fmt: skip
+
+
+def test_what_is_not_finite_in_the_middle_of_its_bucket_is_seen(tmp_path):
+    lines = [{"step": step, "x": NAN if step == 301 else 1.0} for step in range(1, 800)]
+    found = history.read(write_run(tmp_path / "a", lines) / "metrics.jsonl").curves["x"]
+    assert [(p.step, p.value == 1.0) for p in found if 300 <= p.step <= 302] == [(301, False), (301.25, True)]
+
+
+def test_scores_may_come_in_any_order(tmp_path):
+    """`eval` measures an old checkpoint behind the last step, and one a second time."""
+    scores = [{"step": step, "eval/x/acc": value} for step, value in ((1000, 0.1), (1000, 0.5), (500, 0.25))]
+    found = history.read(write_run(tmp_path / "a", [*metrics(1000), *scores]) / "metrics.jsonl")
+    assert [(p.step, p.value) for p in found.curves["eval/x/acc"]] == [(500, 0.25), (1000, 0.5)]
+    assert found.last["eval/x/acc"] == (1000, 0.5) and len(found.curves["train/loss"]) <= thin.POINTS + 2
 
 
 def attempt(number: int, first: int, last: int, began: float, ended: float, code: int | None) -> dict[str, Any]:
@@ -145,6 +161,12 @@ def test_restarts_lost_steps_and_roll_backs_are_marked(tmp_path):
     ]
     lost = data["marks"][2]  # in time before the second attempt began
     assert (lost["x"]["minutes"], lost["until"]["minutes"]) == (9, 15)
+    assert [mark["x"]["minutes"] for mark in data["marks"][:2]] == [16, pytest.approx(16 + 2 / 3)]  # as they did
+    attempts[0]["job_end_time"] = began + 300  # before the second time of step 11
+    (place / "attempts/goodput.jsonl").write_text("\n".join(map(json.dumps, attempts)))
+    (data,) = (data for data in Reader(page_of(place)).data() if data.get("title") == "Loss")
+    assert (data["marks"][2]["x"]["minutes"], data["marks"][2]["until"]["minutes"]) == (5, 5)
+    assert [*run.lost_steps([attempt(1, 50, 50, 0, 1, 1), attempt(2, 40, 60, 2, 3, 0)])] == []
     assert "75: stopped on request, saved" in html and "no end was noted" in html
 
 
@@ -174,8 +196,9 @@ def test_a_line_may_be_the_mean_of_its_neighbours():
     points = [thin.Point(step, *[float(step % 2)] * 3) for step in range(20)]
     points[10] = thin.Point(10, NAN, NAN, NAN)
     found = thin.smoothed(points, 3)
-    assert found[5] == (5, pytest.approx(1 / 3), 0.0, 1.0) and math.isnan(found[10].value)
-    assert found[0] == (0, 0.5, 0.0, 1.0) and found[9] == (9, 0.5, 0.0, 1.0)
+    assert found[5] == (5, pytest.approx(1 / 3), 1.0, 1.0) and math.isnan(found[10].value)
+    assert found[0] == (0, 0.5, 0.0, 0.0) and found[9] == (9, 0.5, 1.0, 1.0)
+    assert [point.value for point in thin.smoothed(points[:8], 2)] == [0.5] * 7 + [1.0]
     assert thin.smoothed(points[:9], 3) == points[:9] and thin.smoothed(points, 1) == points
 
 
@@ -311,7 +334,7 @@ def test_a_reader_goes_through_it(opened, tmp_path):
     assert browser.errors == [] and all(url.startswith(("file:", "data:")) for url in browser.requests)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     a, b = (write_run(tmp_path / name, metrics(3)) for name in "ab")
 
     def call(*words: object) -> tuple[int, str]:
@@ -331,6 +354,42 @@ def test_the_command(tmp_path, capsys):
         code, said = call(*words)
         assert (code, said.count("\n")) == (2, 1) and sentence in said, said
 
+    def denied(file: Path, text: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(command, "write_atomically", denied)  # root may write anywhere
+    code, said = call(a)
+    assert code == 2 and f"{a / 'report.html'} cannot be written (Permission denied): --out says" in said
+
+
+def test_a_page_that_is_watched_is_made_anew_where_there_is_news(tmp_path, monkeypatch):
+    place, scripts = write_run(tmp_path / "a", metrics(3), STATUS='{"state": "training", "time": 1}'), list[str]()
+    now = [100.0]
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now[0])
+
+    def render(script: str) -> str:
+        scripts.append(script)
+        now[0] += 2  # seconds
+        return script
+
+    latest = serve._Latest([place], render)
+    assert latest.state() in latest.page()
+    (place / "STATUS").write_text('{"state": "training", "time": 2}')  # it lives
+    assert latest.page() == scripts[0] and len(scripts) == 1
+    (place / "STATUS").write_text('{"state": "done", "time": 3, "exit_code": 0}')
+    assert latest.state() in scripts[0]  # it was made too recently
+    now[0] += 20
+    assert latest.state() not in scripts[0]
+    assert latest.page() == scripts[1]
+
+
+def test_a_few_samples_are_read_and_all_count(tmp_path):
+    files = {f"samples__{step}_jsonl": json.dumps({"step": step, "prompt": "a", "text": "b"}) for step in range(9)}
+    place = write_run(tmp_path / "a", metrics(3), **files)
+    assert [*run.read_run(place, "a").samples] == [0, 3, 5, 8]
+    (place / "samples" / "5.jsonl").write_text("x" * 12_345)
+    assert command._size(place, command._READ) > 12_345
+
 
 def test_it_is_served_on_this_machine_alone_and_reloads(tmp_path, browser):
     place, said = write_run(tmp_path / "a", metrics(3)), list[str]()
@@ -344,6 +403,8 @@ def test_it_is_served_on_this_machine_alone_and_reloads(tmp_path, browser):
         time.sleep(0.01)
     address = said[0].split()[0]
     assert address.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "localhost"})) as answer:
+        assert answer.status == 200  # without a port too
     for path, host, code in (("x", None, 404), ("", "evil.example", 403)):
         headers = {} if host is None else {"Host": host}
         with pytest.raises(urllib.error.HTTPError) as error:
@@ -381,10 +442,14 @@ def test_an_attempt_leaves_the_page_of_its_run_however_it_ends(tmp_path, monkeyp
         place.write_failure("it was so", code)
     else:
         assert place.write_status(state, 7, "it was so", code)[-1] == f"the run's page: {place.path / 'report.html'}"
+        place.write_failure("a second Ctrl-C", 130)  # the first end counts
+    assert not (place.path / "report.html").exists()
+    place.leave_page()
     texts = {text for _, text in Reader((place.path / "report.html").read_text()).texts}
     assert {state, "it was so."} <= texts
     monkeypatch.setattr(command, "render", lambda *args, **more: 1 / 0)
-    assert "could not be made: ZeroDivisionError" in place.write_status(state, 7, "", code)[-1]
+    place.leave_page()
+    assert "could not be made: ZeroDivisionError" in place.log.read_text()
     monkeypatch.setattr(command, "_AT_ONCE", 10)
     assert f"mixtral-jax report {place.path} makes it" in place.write_status(state, 7, "", code)[-1]
     assert json.loads((place.path / "STATUS").read_text())["exit_code"] == code

@@ -9,6 +9,7 @@ from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.base import checkpoints_of
 from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
+from mixtral_jax.train.run_files import json_object
 
 MOST, MOST_UNSEEN = 3, 10  # starts one after another without a new checkpoint; while nobody can tell
 _UNWRITTEN: dict[Path, dict[str, Any]] = {}  # counts that a full disk did not take
@@ -38,7 +39,7 @@ def last_attempt(run: Path) -> int:
 
 def read_status(run: Path) -> dict[str, Any]:
     """STATUS of a run; empty where there is none."""
-    return _object(run / "STATUS")
+    return json_object(run / "STATUS")
 
 
 def verdict(run: Path, code: int, before: int) -> Verdict:
@@ -60,7 +61,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
     if code in ExitCode.final():
         return Verdict(False, code, reason)
     counted = run / "launch" / "restarts.json"
-    count = {"newest": None, "times": 0, "unseen": 0} | _object(counted) | _UNWRITTEN.pop(counted, {})
+    count = {"newest": None, "times": 0, "unseen": 0} | json_object(counted) | _UNWRITTEN.pop(counted, {})
     try:
         newest = next(whole_steps(checkpoints_of(run)), None)  # in the run's directory, or where its config.yaml says
     except Exception as error:  # of a bucket's client, or of a file that is not whole: a verdict is needed
@@ -84,11 +85,3 @@ def _named(code: int) -> str:
     with contextlib.suppress(ValueError):
         return ExitCode(code).meaning
     return f"ended by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"status {code}"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}

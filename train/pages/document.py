@@ -79,7 +79,7 @@ def page(
     here = files("mixtral_jax.train.pages")
     style, kit, draw = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js", "lines.js"))
     short_axes = {
-        axis: {kind: [short(x) for x in places] for kind, places in kinds.items()}
+        axis: {kind: [round(x, 1) if kind == "step" else short(x) for x in places] for kind, places in kinds.items()}
         for axis, kinds in (axes or {}).items()
     }
     contents = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections, 1))

@@ -112,21 +112,24 @@ def marks(run: Run, axes: Axes) -> list[Mark]:
     for before, attempt in zip(run.attempts, run.attempts[1:], strict=False):
         code, number = before.get("exit_code"), attempt.get("attempt", "?")
         why = f"exit {code}" if code in [*ExitCode] else "killed"
-        found.append(_mark(f"attempt {number} begins ({why} before)", run, axes, attempt["first_step"]))
+        places = axes.at(run, [attempt["first_step"]]) | axes.times(run, [attempt["job_start_time"]])
+        found.append(Mark(f"attempt {number} begins ({why} before)", _each(places)))
     for index, first, last in lost_steps(run.attempts):
         begins, ends = (axes.at(run, [step]) for step in (first, last))
         # an attempt's lost steps were done before the next one began
         ends |= axes.times(run, [run.attempts[index]["job_end_time"]])
+        # the clock of the steps is that of the second time
+        begins = {kind: [min(at + ends[kind])] for kind, at in begins.items()}
         text = f"steps {first + 1} to {last} were lost and done again"
-        found.append(Mark(text, *({kind: at for kind, (at,) in places.items()} for places in (begins, ends))))
+        found.append(Mark(text, _each(begins), _each(ends)))
     for line in run.history.rollbacks:
         said = f"step {line['rollback/step']} was not finite (loss {line.get('rollback/loss')})"
-        found.append(_mark(f"{said}: back to step {line['step'] - 1}", run, axes, line["step"]))
+        found.append(Mark(f"{said}: back to step {line['step'] - 1}", _each(axes.at(run, [line["step"]]))))
     return found
 
 
-def _mark(text: str, run: Run, axes: Axes, step: int) -> Mark:
-    return Mark(text, {kind: at for kind, (at,) in axes.at(run, [step]).items()})
+def _each(places: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {kind: at for kind, (at,) in places.items()}
 
 
 def _metrics(chart: Chart, runs: Sequence[Run]) -> dict[str, str]:

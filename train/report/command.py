@@ -1,11 +1,14 @@
 """`report RUN…`: the page as a file, or served while the runs go on; and the one that a run leaves at its end."""
 
+import contextlib
+import errno
 import functools
-import os
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_jax.data.progress import meter
+from mixtral_jax.data.records import write_atomically
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.report.page import render
 from mixtral_jax.train.report.run import read_run
@@ -17,6 +20,8 @@ FILE = "report.html"
 _FEWEST_POINTS = 60
 _AT_ONCE = 50_000_000  # bytes, which take two seconds
 _LARGE = ("metrics.jsonl", "moe.jsonl")
+_READ = (*_LARGE, "samples/*", "eval/*/*.json")
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smooth: int) -> None:
@@ -34,21 +39,32 @@ def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smoo
     file = Path(out or (places[0] / FILE if len(places) == 1 else FILE))
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--out {file} is {'a directory' if file.is_dir() else 'in no directory that there is'}")
-    with meter("reading", sum(map(_size, places))) as advance:
+    with meter("reading", sum(_size(place, _LARGE) for place in places)) as advance:
         text = _page(places, smooth, "", advance)
-    _write(file, text)
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        raise UserError(f"{file} cannot be written ({error.strerror}): --out says where the page is to lie") from error
     print(file)
 
 
+def promise_page(place: Path) -> str:
+    """A sentence for the end of a run: where its page will lie, or that there is too much to read."""
+    if (size := _size(place, _READ)) > _AT_ONCE:
+        return f"the run's page: mixtral-jax report {place} makes it, of {size / 1e6:.0f} MB of metrics"
+    return f"the run's page: {place / FILE}"
+
+
 def write_page(place: Path) -> str:
-    """At the end of a run; a sentence that says where it lies, or why there is none: it is no part of the run."""
+    """What was promised; a sentence where it could not be made, as it is no part of the run, else nothing."""
     try:
-        if (size := _size(place)) > _AT_ONCE:
-            return f"the run's page: mixtral-jax report {place} makes it, of {size / 1e6:.0f} MB of metrics"
-        _write(place / FILE, _page([place], 1, ""))
+        if _size(place, _READ) <= _AT_ONCE:
+            write_atomically(place / FILE, _page([place], 1, ""))
     except Exception as error:
         return f"the run's page could not be made: {type(error).__name__}: {error}"
-    return f"the run's page: {place / FILE}"
+    return ""
 
 
 def _page(places: Sequence[Path], smooth: int, script: str, advance: Advance | None = None) -> str:
@@ -59,16 +75,10 @@ def _page(places: Sequence[Path], smooth: int, script: str, advance: Advance | N
     return render(runs, smooth=smooth, script=script)
 
 
-def _size(place: Path) -> int:
+def _size(place: Path, names: Sequence[str]) -> int:
     """Bytes of what takes time to read."""
-    return sum(file.stat().st_size for name in _LARGE if (file := place / name).is_file())
-
-
-def _write(file: Path, text: str) -> None:
-    """So that a reader sees all of it or none."""
-    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    size = 0
+    for file in itertools.chain.from_iterable(map(place.glob, names)):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.train.report.thin import POINTS, Curve, Point
-from mixtral_jax.train.run_files import Advance, lines_backwards, number
+from mixtral_jax.train.run_files import TAIL_BYTES, Advance, lines_backwards, number
 
 STAMPS = ("step", "time", "attempt")  # of every line
-TOKENS = "train/tokens"
+TOKENS, SCORES = "train/tokens", "eval/"
 
 
 class Clock(NamedTuple):
@@ -38,15 +38,19 @@ class History(NamedTuple):
 
 def read(file: Path, points: int = POINTS, advance: Advance | None = None) -> History:
     """The whole file; damaged lines, values that are no numbers and steps that were done again are left out."""
-    newest = next(lines_backwards(file), None)
-    width = bucket_width(0 if newest is None else newest["step"], points)
+    width = bucket_width(max((line["step"] for line in lines_backwards(file, TAIL_BYTES)), default=0), points)
     curves, last, rollbacks = dict[str, Curve](), dict[str, tuple[int, float]](), list[dict[str, Any]]()
+    scores = dict[str, dict[int, float]]()  # they are few, and `eval` scores checkpoints in any order
     steps, tokens, times = array("q"), array("d"), array("d")
     for _, group in itertools.groupby(lines_backwards(file, advance=advance), lambda line: line["step"] // width):
         lines = list(group)
         for key in dict.fromkeys(itertools.chain(*lines)):
             said = ((line["step"], value) for line in lines if (value := number(line.get(key))) is not None)
-            if key not in STAMPS and (bucket := list(said)):
+            if key in STAMPS or not (bucket := list(said)):
+                continue
+            if key.startswith(SCORES):
+                scores[key] = dict(reversed(bucket)) | scores.get(key, {})
+            else:
                 last.setdefault(key, bucket[0])
                 curves.setdefault(key, Curve()).take(bucket)
         for line in lines:
@@ -55,6 +59,11 @@ def read(file: Path, points: int = POINTS, advance: Advance | None = None) -> Hi
                 tokens.append(_or_nan(line[TOKENS]))
                 times.append(_or_nan(line.get("time")))
         rollbacks += [line for line in lines if "rollback/step" in line]
+    for key, values in scores.items():
+        score = sorted(values.items(), reverse=True)
+        for _, part in itertools.groupby(score, lambda item: item[0] // width):
+            curves.setdefault(key, Curve()).take(part)
+        last[key] = score[0]
     clock = Clock(*(np.array(found[::-1]) for found in (steps, tokens, times)))
     return History({key: curve.points() for key, curve in curves.items()}, last, clock, rollbacks[::-1])
 

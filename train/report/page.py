@@ -24,7 +24,7 @@ from mixtral_jax.train.report.evaluations import evaluations
 from mixtral_jax.train.report.experts import Loads
 from mixtral_jax.train.report.run import Axes, Run
 
-_SAMPLED_STEPS, _LAYERS_AT_ONCE = 4, 8
+_LAYERS_AT_ONCE = 8
 _LONGEST_SAMPLE = 600
 _STRIP = 300  # pixels: three in a row of the page
 _CURVES = (
@@ -131,8 +131,6 @@ def _evaluations(run: Run) -> Section:
 def _samples(run: Run) -> Section:
     """Prompts down, steps across."""
     steps = sorted(run.samples)
-    count = min(_SAMPLED_STEPS, len(steps))
-    steps = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
     prompts = dict.fromkeys(prompt for step in steps for prompt in run.samples[step])
     texts = [[prompt, *(run.samples[step].get(prompt, "")[:_LONGEST_SAMPLE] for step in steps)] for prompt in prompts]
     lead = "What the model wrote behind the same beginnings, from left to right as it learned."

@@ -21,7 +21,7 @@ from mixtral_jax.train.run_files import (
     yaml_object,
 )
 
-_LOG_LINES, _LOG_BYTES = 40, 1 << 16
+_LOG_LINES, _LOG_BYTES, _SAMPLED_STEPS = 40, 1 << 16, 4
 _CHANGED = "changed_settings."
 _HOURS = 2 * 3600.0  # from so many seconds on time is in hours
 
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     loads: Loads | None
     attempts: list[dict[str, Any]]
     book: Book
-    samples: dict[int, dict[str, str]]  # step -> prompt -> text
+    samples: dict[int, dict[str, str]]  # step -> prompt -> text, of a few steps
     log: list[str]
 
     @property
@@ -76,8 +76,9 @@ def lost_steps(attempts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int
     """(index of the attempt, first and last step) of what an attempt did and a later one did again."""
     for index, attempt in enumerate(attempts):
         kept = min((later["first_step"] for later in attempts[index + 1 :]), default=attempt["step_count"])
-        if kept < attempt["step_count"]:
-            yield index, max(kept, attempt["first_step"]), attempt["step_count"]
+        first = max(kept, attempt["first_step"])
+        if first < attempt["step_count"]:
+            yield index, first, attempt["step_count"]
 
 
 class Axes:
@@ -114,7 +115,9 @@ class Axes:
 
 def _samples(directory: Path) -> dict[int, dict[str, str]]:
     found = dict[int, dict[str, str]]()
-    for file in sorted(directory.glob("*.jsonl"), key=lambda file: (len(file.stem), file.stem)):
+    files = sorted(directory.glob("*.jsonl"), key=lambda file: (len(file.stem), file.stem))
+    count = min(_SAMPLED_STEPS, len(files))
+    for file in (files[round(i * (len(files) - 1) / max(1, count - 1))] for i in range(count)):
         for line in reversed(list(lines_backwards(file))):
             found.setdefault(line["step"], {})[str(line.get("prompt"))] = str(line.get("text"))
     return found

@@ -1,7 +1,8 @@
 """Curves of a run of any length in a few hundred points, and none of them invented.
 
-Steps are cut into buckets of equal width, of each of which the median, the least and the greatest value are kept. The
-first and the last value of a curve are points of their own too, and so is what is not finite, at its very step.
+Steps are cut into buckets of equal width, of each of which the median (of two in the middle the lower one), the least
+and the greatest value are kept. The first and the last value of a curve are points of their own too, and so is what is
+not finite, at its very step.
 """
 
 import math
@@ -44,7 +45,8 @@ class Curve:
         self._points += [_exactly(step, float(value)) for value, step in odd.items()]
         if values:
             middle = (steps[0] + steps[-1]) / 2
-            self._points.append(Point(middle, statistics.median(values), min(values), max(values)))
+            middle += 0.25 * (middle in odd.values())  # beside what is not finite there
+            self._points.append(Point(middle, statistics.median_low(values), min(values), max(values)))
             self._newest = self._newest or _exactly(steps[0], values[0])
             self._oldest = _exactly(steps[-1], values[-1])
 
@@ -58,7 +60,7 @@ def smoothed(points: Sequence[Point], count: int) -> list[Point]:
     """The mean over `count` points around each; their bounds stay. Curves of few points are left as they are."""
     if count < 2 or len(points) < 4 * count:
         return list(points)
-    around = [points[max(0, i - count // 2) : i + count // 2 + 1] for i in range(len(points))]
+    around = [points[max(0, i - (count - 1) // 2) : i + count // 2 + 1] for i in range(len(points))]
     return [_mean(point, near) for point, near in zip(points, around, strict=True)]
 
 
@@ -67,8 +69,6 @@ def _exactly(step: int, value: float) -> Point:
 
 
 def _mean(point: Point, near: Sequence[Point]) -> Point:
-    finite = [other for other in near if math.isfinite(other.value)]
     if not math.isfinite(point.value):
         return point
-    mean = statistics.fmean(other.value for other in finite)
-    return Point(point.step, mean, min(other.low for other in finite), max(other.high for other in finite))
+    return point._replace(value=statistics.fmean(other.value for other in near if math.isfinite(other.value)))

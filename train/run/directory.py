@@ -19,11 +19,12 @@ from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
 from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.meetings import hear
 from mixtral_jax.train.phases import Phase, Phases
-from mixtral_jax.train.report import write_page
+from mixtral_jax.train.report import promise_page, write_page
 from mixtral_jax.train.run import lease
 from mixtral_jax.train.run.account import Account
 from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
+from mixtral_jax.train.run_files import json_object
 
 _STATES = {ExitCode.WATCHDOG: "watchdog", ExitCode.STOPPED: "preempted"}  # of attempts that were ended; others: failed
 
@@ -194,7 +195,7 @@ class RunDirectory:
         """One JSON object: state, step, time (seconds since 1970), host, attempt, goodput, reason, exit_code and more.
 
         `seconds` says where the time of all attempts went. Returns that as lines to read, on process 0.
-        With an exit code the attempt ends, and leaves the run's page.
+        With an exit code the attempt ends, and another line promises the run's page.
 
         Raises:
             OSError: it cannot be written.
@@ -202,7 +203,6 @@ class RunDirectory:
         if jax.process_index() != 0 or self.replaces or self.handed_over:
             return []
         with self._lock:
-            self.ended |= exit_code is not None
             account = self.goodput.account(self.start, max(self.start, self.step or 0), exit_code, self.undone)
             status = {
                 "state": state, "step": step, "time": round(time.time(), 3), "host": socket.gethostname(),
@@ -212,7 +212,17 @@ class RunDirectory:
                 "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
             self._replace_status(json.dumps(status) + "\n")
-        return [*account.table(), *([] if exit_code is None else [write_page(self.path)])]
+            self.ended |= exit_code is not None
+        return [*account.table(), *([] if exit_code is None else [promise_page(self.path)])]
+
+    def leave_page(self) -> None:
+        """The run's page, once STATUS says how this attempt ended; it takes seconds: behind all that others wait for.
+
+        Why there is none stands in the log.
+        """
+        if self.ended and (failure := write_page(self.path)):
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as log:
+                log.write(f"{failure}\n")
 
     def _replace_status(self, text: str) -> None:
         place = self.path / "STATUS"
@@ -231,20 +241,18 @@ class RunDirectory:
 
     def _said(self, key: str, default: Any) -> Any:
         """What STATUS says now, if it is of the same type as the default."""
-        try:
-            said = json.loads((self.path / "STATUS").read_text())[key]
-        except (OSError, ValueError, KeyError, TypeError):
-            return default
+        said = json_object(self.path / "STATUS").get(key)
         return said if isinstance(said, type(default)) else default
 
     def write_failure(self, reason: str, exit_code: int) -> None:
         """Say in STATUS why this attempt ended, where it can be written, and let go of the run.
 
-        A refused one leaves what the run's says, and so does one of a run that another process has.
+        A refused one leaves what the run's says, and so does one of a run that another process has. The first end
+        counts.
         """
         if jax.process_index() == 0:
             with contextlib.suppress(OSError), self._lock:
-                if not (self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
+                if not (self.ended or self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
                     self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
         self.release()
 
@@ -257,7 +265,6 @@ class RunDirectory:
         self.withdraw()
         if self._before is None:
             return False
-        self.ended = True
         self._replace_status(self._before)
         return True
 

@@ -56,6 +56,9 @@ def failures_reported(place: RunDirectory | None) -> Iterator[None]:
         if several:
             explain(error)
             _tell(code, reason)
+        if place is not None:
+            place.leave_page()
+        if several:
             _end(code)  # without jax's own farewell, which waits for all, and without a save that does
         raise
     finally:
