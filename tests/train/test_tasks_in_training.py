@@ -59,6 +59,7 @@ def evaluations(place: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_scores_are_written_beside_the_loss(config_of, tmp_path, capsys):
     config = config_of("whole")
     trained(config)
