@@ -1,5 +1,7 @@
 """The same checkpoint through the harness's own transformers model: the same requests, the same answers."""
 
+import random
+
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -53,6 +55,15 @@ def test_answers_and_scores_are_those_of_hf(both, task_files, chat) -> None:
         for metric, value in found.scores[name].items():
             if not metric.endswith("stderr"):
                 assert value == pytest.approx(want["results"][name][f"{metric},none"], rel=1e-5), (name, metric)
+
+
+def test_examples_are_the_same_however_often_they_are_asked_for(both, task_files) -> None:
+    model, tokenizer, _ = both
+    options = TaskOptions(include=[str(task_files)], limit=4)
+    tasks, drawn = find_tasks(["tiny_shots"], options), random.getstate()
+    first, second = (run_tasks(model, tokenizer, tasks, options).samples["tiny_shots"] for _ in range(2))
+    assert [sample["arguments"] for sample in first] == [sample["arguments"] for sample in second]
+    assert random.getstate() == drawn  # a run draws from it too
 
 
 def assert_same(mine, other) -> None:
