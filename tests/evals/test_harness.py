@@ -1,6 +1,7 @@
 """The same checkpoint through the harness's own transformers model: the same requests, the same answers."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 
@@ -8,6 +9,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks, scoring
+from mixtral_jax.train.evals.harness import HarnessModel
 from tests.evals.cases import TASKS, write_model, write_tasks
 
 
@@ -64,6 +66,15 @@ def test_examples_are_the_same_however_often_they_are_asked_for(both, task_files
     first, second = (run_tasks(model, tokenizer, tasks, options).samples["tiny_shots"] for _ in range(2))
     assert [sample["arguments"] for sample in first] == [sample["arguments"] for sample in second]
     assert random.getstate() == drawn  # a run draws from it too
+
+
+def test_a_long_answer_gives_signs_of_life(both) -> None:
+    model, tokenizer, _ = both
+    beats: list[int] = []
+    own = HarnessModel(model, tokenizer, "v1", lambda *_: nullcontext(beats.append))
+    how = {"until": [], "max_gen_toks": 40, "do_sample": False}
+    own._continue([[1, 2, 3]], how, [], [0], beats.append)
+    assert beats == [0, 0]
 
 
 def assert_same(mine, other) -> None:
