@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
     DONE = 0  # or nothing left to do
     UNEXPECTED = 1
     USAGE = 2  # usage, configuration, or the format of data
-    NOT_FINITE = 3  # loss or gradient, or updates are skipped for ever; the last good checkpoint stands
+    NOT_FINITE = 3  # loss, gradient or logits, or updates are skipped for ever; the last good checkpoint stands
     DIFFERENT = 4  # `convert verify` found a difference
     STORAGE = 74  # a disk is full or does not answer; the checkpoints that were whole stand
     STOPPED = 75  # on request, and saved
@@ -146,7 +146,8 @@ def failure_of(error: BaseException) -> Failure:
     # a ValueError (or NaN found) by our own code; the same from a library is our bug
     found = isinstance(error, ValueError | FloatingPointError) and is_raised_by_us(error)
     if isinstance(error, ValidationError) or found:
-        return Failure(ExitCode.USAGE, str(error) or type(error).__name__)
+        nan = isinstance(error, FloatingPointError)
+        return Failure(ExitCode.NOT_FINITE if nan else ExitCode.USAGE, str(error) or type(error).__name__)
     return Failure(ExitCode.UNEXPECTED, "")
 
 

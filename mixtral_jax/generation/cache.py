@@ -70,6 +70,7 @@ def extend(
 
     The cache may be empty (zeros, `column` 0). It needs `cache_slots(window, columns, T)` slots. What is not live costs
     no experts; it takes its columns all the same, so that nothing may follow it in its row.
+    Attention is what "auto" chooses, whatever `compute.attention` says: kernels for whole rows do not read a cache.
     """
     slots, window = cache.k_LBKSH.shape[3], model.config.sliding_window
     columns_T = column + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)

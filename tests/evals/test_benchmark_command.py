@@ -1,7 +1,9 @@
 """`eval --tasks`: what is printed and kept, what is said of a name or a package that is not there."""
 
+import importlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from mixtral_jax import launch
 from mixtral_jax.train.commands import benchmark
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.evals import TaskOptions, find_tasks
 from mixtral_jax.train.run import RunDirectory
-from tests.evals.cases import write_model, write_tasks
+from tests.evals.cases import TASKS, write_model, write_tasks
 from tests.tiny import metrics_of, write_run_file
 
 
@@ -52,6 +55,7 @@ def test_scores_are_printed_and_kept(own_tasks_alone, place: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         (["--tasks", "tiny_leters"], "task tiny_leters is unknown; did you mean tiny_letters?"),
+        (["--tasks", ","], "--tasks names none"),
         (["--tasks", "tiny_letters", "--include", "nowhere"], "--include nowhere is no directory"),
         (["--tasks", "tiny_letters", "--limit", "0"], "limit is 0: it must be at least 1"),
         (["--tasks", "tiny_letters", "mesh.fdsp=2"], "mesh.fdsp"),
@@ -66,6 +70,34 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(
     assert message in capsys.readouterr().err
 
 
+def test_a_pattern_finds_tasks_and_not_their_groups_too(own_tasks_alone, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny_all.yaml").write_text("group: tiny_all\ntask: [tiny_choice, tiny_letters]\n")
+    options = TaskOptions(include=[str(place / "tasks"), str(tmp_path)])
+    assert find_tasks(["tiny_*"], options)["tasks"].keys() == {f"tiny_{name}" for name in TASKS}
+    assert find_tasks(["tiny_all"], options)["tasks"].keys() == {"tiny_choice", "tiny_letters"}
+    with pytest.raises(UserError, match="tasks tiny_all,tiny_letters: Duplicate task 'tiny_letters'"):
+        find_tasks(["tiny_all", "tiny_letters"], options)
+
+
+def test_the_hub_is_shut_unless_it_is_asked_for(own_tasks_alone, tmp_path: Path, monkeypatch) -> None:
+    """In a process too that has had the hub's client for long; and all is as it was thereafter."""
+    places = [("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE")]
+    settings = [f"{module}.{name}" for module, name in places]
+    for setting in settings:
+        monkeypatch.setattr(setting, False)
+    (tmp_path / "away.yaml").write_text("task: tiny_away\ncustom_dataset: !function away.rows\ntest_split: test\n")
+    modules = ", ".join(module for module, _ in places)
+    (tmp_path / "away.py").write_text(
+        f"import {modules}\ndef rows(**_):\n    raise OSError(f'shut: {{{settings[0]}}}, {{{settings[1]}}}')\n"
+    )
+    before = dict(os.environ)
+    for network, message in ((False, "True, True; --network lets"), (True, "False, False$")):
+        with pytest.raises(UserError, match=f"^tasks tiny_away: shut: {message}"):
+            find_tasks(["tiny_away"], TaskOptions(include=[str(tmp_path)], network=network))
+    assert not any(getattr(importlib.import_module(module), name) for module, name in places)
+    assert dict(os.environ) == before
+
+
 def test_without_the_harness_the_extra_is_named(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run(place, "--tasks", "boolq") == 2
@@ -76,7 +108,9 @@ def test_a_run_gets_a_line_unless_it_goes_on(tmp_path: Path, capsys, monkeypatch
     place = tmp_path / "runs" / "run"
     place.mkdir(parents=True)
     (place / "config.yaml").write_text(resolved_yaml(load_config(write_run_file(tmp_path)).config))
-    (place / "metrics.jsonl").write_text('{"step": 4, "train/loss": 2.0}\n{"step": 8, "train/loss": 1.0}\n')
+    (place / "metrics.jsonl").write_text(
+        '{"step": 4, "train/loss": 2.0}\n{"step": 8, "train/loss": 1.0}\n{"step": 9, "tr'
+    )
     benchmark._note(place, 4, {"eval/boolq/acc": 0.5})
     assert [line["step"] for line in metrics_of(place)] == [4, 8, 4]
     assert metrics_of(place)[-1]["eval/boolq/acc"] == 0.5

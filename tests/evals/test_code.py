@@ -22,7 +22,7 @@ def test_right_programs_pass() -> None:
     assert passes(f"{function}\nassert add(2, 3) == 5")
     assert not passes(f"{function}\nassert add(2, 3) == 6")
     assert passes(
-        "import re, math, random, hashlib, heapq, datetime\nhashlib.md5(b'')\nif __name__ != '__main__': 1 / 0"
+        "import re, math, random, hashlib, heapq, datetime\nhashlib.md5(b'')\nif __name__ == '__main__': 1 / 0"
     )
     assert passes("import sys\nsys.stdout.close()\nsys.stderr.close()\nprint('é') if False else None")
 
@@ -47,6 +47,9 @@ NASTY = {
     "has programs": "import subprocess; subprocess.run(['true'])",
     "calls home": "import socket; socket.create_connection(('127.0.0.1', 9))",
     "kills its parent": "import os; os.kill(os.getppid(), 9)",
+    "has a database": "import sqlite3; sqlite3.connect({victim!r})",
+    "has programs in its own way": "from multiprocessing.util import spawnv_passfds\n"
+    "spawnv_passfds(b'/bin/true', [b'true'], ())",
     "raises its limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
 }
 

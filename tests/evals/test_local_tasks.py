@@ -175,6 +175,11 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "boolq.jsonl").write_text('{"question": \n')
     with pytest.raises(ValueError, match=r"boolq\.jsonl.*line 1.*malformed JSON"):
         with_local(["local_boolq"], None)
+    for wrong, message in (({"answer": -1}, "answer is -1, of 2 choices"), ({"answer": "B"}, "answer is 'B', of 2"),
+                           ({}, "answer is None")):  # fmt: skip
+        write(tmp_path / "csqa.jsonl", [{"question": "is it?", "choices": ["yes", "no"], **wrong}])
+        with pytest.raises(UserError, match=rf"^local_csqa: .*csqa\.jsonl.*line 1.*{message}"):
+            with_local(["local_csqa"], None)
 
 
 def test_the_list_says_what_is_there(tmp_path: Path) -> None:

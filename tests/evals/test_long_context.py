@@ -134,6 +134,8 @@ def test_the_command_prints_and_writes_both(tmp_path: Path, capsys: pytest.Captu
         (["--seed", "3"], "--lengths, --depths, --samples and --seed are for --passkey and --by-length"),
         (["--passkey", "--lengths", "20"], "a length of 20 is too short: task, key and question alone take"),
         (["--by-length", "nowhere.txt"], "nowhere.txt"),
+        (["--passkey", "--tasks", "boolq"], "--passkey and --by-length go without --tasks"),
+        (["--by-length", "nowhere.txt", "--limit", "3"], "--passkey and --by-length go without --tasks"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str) -> None:

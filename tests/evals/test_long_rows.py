@@ -9,6 +9,7 @@ from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
+from mixtral_jax.train.errors import ExitCode, failure_of
 from mixtral_jax.train.evals.long_rows import score_long
 from mixtral_jax.train.evals.scoring import Score
 from tests.tiny import tiny_config
@@ -62,5 +63,6 @@ def test_rows_are_scored_on_a_mesh() -> None:
 def test_nan_is_told() -> None:
     model = Mixtral(SHAPES["plain"], key=jax.random.key(0))
     model.norm.scale[...] = np.nan
-    with pytest.raises(FloatingPointError, match="logits are NaN"):
+    with pytest.raises(FloatingPointError, match="log-probabilities are NaN") as caught:
         score_long(model, [[1, 2, 3]])
+    assert failure_of(caught.value).exit_code == ExitCode.NOT_FINITE

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (extra: eval)")
 
+from mixtral_jax.train import build
 from mixtral_jax.train import trainer as training
 from mixtral_jax.train.commands.benchmark import benchmark
 from mixtral_jax.train.config import machine_config
@@ -89,6 +90,16 @@ def test_one_that_is_broken_off_is_made_up_for(config_of):
     assert [line["step"] for line in evaluations(broken.run_dir)] == [2]
     assert trained(broken).exit_code == 0
     assert evaluations(broken.run_dir) == evaluations(whole.run_dir)
+
+
+def test_nan_in_a_benchmark_ends_no_run(config_of, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise FloatingPointError("log-probabilities are NaN")
+
+    monkeypatch.setattr(build, "run_tasks", broken)
+    config = config_of("nan")
+    assert trained(config).exit_code == 0
+    assert [line["step"] for line in evaluations(config.run_dir)] == [2, 4, 6]
 
 
 def test_what_is_wrong_is_said_before_the_run_begins(config_of, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.data.prepare import digest
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import make_mesh
@@ -19,6 +18,7 @@ from mixtral_jax.train.evals import TaskOptions, find_tasks, results_directory, 
 from mixtral_jax.train.meetings import agree
 from mixtral_jax.train.read_model import read_model, read_tokenizer, run_place, run_template
 from mixtral_jax.train.run import RunDirectory, failures_reported, open_files
+from mixtral_jax.train.run_files import lines_backwards
 
 
 def benchmark(
@@ -38,7 +38,7 @@ def benchmark(
         own, tasks = run_template(checkpoint), find_tasks(names, options)
         tokenizer, place = read_tokenizer(checkpoint), newest_step(checkpoint)
         directory = Path(out) if out else results_directory(checkpoint, place)
-        agree(tasks=digest(sorted(tasks["tasks"])), checkpoint=Path(place).name)
+        agree(checkpoint=Path(place).name)
         with model_of(checkpoint, place, config, tokenizer) as model:
             results = run_tasks(model, tokenizer, tasks, options, template=template or own)
     if jax.process_index() > 0:
@@ -78,7 +78,6 @@ def _note(place: Path, step: int, metrics: dict[str, float]) -> None:
             print(f"note: nothing is added to metrics.jsonl: {error}", file=sys.stderr)
             return
         opened.callback(run.release)
-        lines = (json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines())
-        newest = max((line["step"] for line in lines), default=step)
+        newest = max((line["step"] for line in lines_backwards(run.metrics)), default=step)
         writer, _ = open_files(run, config, max(newest, step), False, opened)
         writer.write(step, metrics)

@@ -55,16 +55,20 @@ def evaluate(
     if checkpoint is None and tasks != "list":
         raise UserError("eval needs a checkpoint")
     asked = LongContext(passkey, by_length, lengths, depths, samples, seed)
+    chosen = TaskOptions(include=include or (), **options)
     if checkpoint is not None and (passkey or by_length):
+        if tasks is not None or (chosen, template) != (TaskOptions(), None):
+            raise UserError("--passkey and --by-length go without --tasks, --limit, --template and their like")
         return long_context(checkpoint, config, asked, out=out, as_json=as_json)
     if asked != LongContext():
         raise UserError("--lengths, --depths, --samples and --seed are for --passkey and --by-length: neither is there")
-    chosen = TaskOptions(include=include or (), **options)
     if checkpoint is None or tasks == "list":
         print(listing(chosen.data_dir))
         return ExitCode.DONE
     if tasks is not None:
         names = [name for name in tasks.split(",") if name]
+        if not names:
+            raise UserError("--tasks names none")
         return benchmark(checkpoint, names, config, chosen, template=template, out=out, as_json=as_json)
     if not isinstance(config, RunConfig):
         raise UserError("eval needs CFG, whose data.validation it measures, or --tasks, --passkey or --by-length")

@@ -15,7 +15,7 @@ from rich.console import Console
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.prepare import digest, write_atomically
 from mixtral_jax.data.progress import meter
-from mixtral_jax.data.records import source_files
+from mixtral_jax.data.records import source_files, text_size_estimate
 from mixtral_jax.data.text import texts_of
 from mixtral_jax.train.base import newest_step
 from mixtral_jax.train.commands.benchmark import model_of
@@ -76,7 +76,14 @@ def long_context(
                     )
             if sources:
                 texts = (text for source in sources for text in texts_of(source))
-                documents, lengths = long_documents(texts, tokenizer, lengths, samples)
+                size = sum(text_size_estimate(file) for source in sources for file in source_files(source))
+                with _meter("reading", size) as advance:
+                    documents, lengths = long_documents(texts, tokenizer, lengths, samples, advance)
+                agree(documents=digest([document.ids for document in documents]))
+                if len(documents) < samples and jax.process_index() == 0:
+                    print(
+                        f"note: {len(documents)} documents, not {samples}, have {lengths[-1]} tokens", file=sys.stderr
+                    )
                 with _meter("documents", sum(lengths) * len(documents)) as advance:
                     found["by_length"] = loss_by_length(model, tokenizer, documents, lengths, advance=advance)
     if jax.process_index() > 0:

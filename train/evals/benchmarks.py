@@ -2,8 +2,10 @@
 
 import contextlib
 import fnmatch
+import importlib
 import json
 import logging
+import math
 import os
 import random
 import sys
@@ -15,17 +17,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.data.prepare import digest, write_atomically
 from mixtral_jax.data.progress import meter
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError, did_you_mean
-from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, rows, with_local
+from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, passes, rows, with_local
+from mixtral_jax.train.meetings import agree
 
 Tasks = Mapping[str, Any]  # the harness's TaskDict
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
 _SEED, _NUMPY_SEED, _SHOTS_SEED = 0, 1234, 1234  # those of the harness's own command line
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Settings, since variables of the environment are read once, when these are imported, which may be long ago.
+_OFFLINE = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("evaluate.config", "HF_EVALUATE_OFFLINE"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,13 @@ class TaskOptions:
 
 
 def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
-    """The tasks, groups and tags of these names (`mmlu_*` is a name too), with their data; local ones before others.
+    """The tasks, groups and tags of these names, with their data; local ones before others. All processes call this.
+
+    `*` stands for what is in the names of tasks, not of groups and tags, whose tasks it would find again.
 
     Raises:
-        UserError: lm-eval is not installed, a name is of no task, data are not there, code would be run, or a
-            number is too small.
+        UserError: lm-eval is not installed, a name is of no task, data are not there or not those of the other
+            processes, code would be run, or cannot be, or a number is too small.
     """
     harness()
     if absent := [directory for directory in options.include if not Path(directory).is_dir()]:
@@ -57,30 +67,49 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
         if (number := getattr(options, name)) is not None and number < least:
             raise UserError(f"{name} is {number}: it must be at least {least}")
     with _manners(options.network), own_code_eval():
-        from lm_eval.tasks import TaskManager
-
-        random.seed(_SEED), np.random.seed(_NUMPY_SEED)
-        own = TaskManager(include_path=list(options.include), include_defaults=False)
-        known = [*rows(), *own.all_tasks]
-        missing = [name for name in names if not fnmatch.filter(known, name)]
-        if not all(name.startswith(PREFIX) for name in missing):  # the harness's own are 14,683
-            own = TaskManager(include_path=list(options.include))
-            known = [*rows(), *own.all_tasks]
-        for name in names:
-            if not fnmatch.filter(known, name):
-                raise UserError(f"task {name} is unknown{did_you_mean(name, known)}")
-        found = [each for name in names for each in fnmatch.filter(known, name)]
-        tasks = own.load(with_local(found, options.data_dir, options.num_fewshot))
+        tasks = _loaded(names, options)
     for name, task in tasks["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not options.allow_code:
-            raise UserError(
-                f"task {name} runs code that the model writes: allow it by --allow-code or eval.tasks.allow_code"
-            )
+        if getattr(task, "UNSAFE_CODE", False):
+            _check_code(name, options.allow_code)
         shots = task.get_config("num_fewshot")
         if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
-        task.set_fewshot_seed(seed=_SHOTS_SEED)
+    documents = [(name, len(docs := task.eval_docs), docs[:1], docs[-1:])
+                 for name, task in sorted(tasks["tasks"].items())]  # fmt: skip
+    agree(tasks=digest(sorted(tasks["tasks"])), documents=digest(repr(documents)))
     return tasks
+
+
+def _loaded(names: Sequence[str], options: TaskOptions) -> Tasks:
+    from lm_eval.tasks import TaskManager
+
+    def matching(name: str) -> list[str]:
+        return [name] if name in (*rows(), *own.all_tasks) else fnmatch.filter((*rows(), *own.all_subtasks), name)
+
+    own = TaskManager(include_path=list(options.include), include_defaults=False)
+    if not all(matching(name) or name.startswith(PREFIX) for name in names):  # the harness's own are 14,683
+        own = TaskManager(include_path=list(options.include))
+    for name in names:
+        if not matching(name):
+            raise UserError(f"task {name} is unknown{did_you_mean(name, (*rows(), *own.all_tasks))}")
+    found = dict.fromkeys(each for name in names for each in matching(name))
+    try:
+        return own.load(with_local(list(found), options.data_dir, options.num_fewshot))
+    except UserError:
+        raise
+    except Exception as error:  # task files and the hub's client fail in every way
+        away = isinstance(error, OSError) and not options.network
+        hint = "; --network lets tasks fetch data from the hub" if away else ""
+        raise UserError(f"tasks {','.join(names)}: {str(error) or type(error).__name__}{hint}") from error
+
+
+def _check_code(name: str, allowed: bool) -> None:
+    if not allowed:
+        raise UserError(
+            f"task {name} runs code that the model writes: allow it by --allow-code or eval.tasks.allow_code"
+        )
+    if not passes(""):
+        raise UserError(f"task {name} runs programs, and on this machine not even an empty one runs to its end")
 
 
 @dataclass(frozen=True)
@@ -112,11 +141,12 @@ class Results:
         return "\n".join(lines)
 
     def write(self, directory: Path, **about: Any) -> None:
-        """results.json, with what else is known `about` them, and samples_<task>.jsonl."""
+        """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite."""
         directory.mkdir(parents=True, exist_ok=True)
         tasks = {
             task: {"shots": self.shots.get(task), "documents": self.documents.get(task),
-                   "version": self.versions.get(task), "scores": own}
+                   "version": self.versions.get(task),
+                   "scores": {name: value if math.isfinite(value) else None for name, value in own.items()}}
             for task, own in self.scores.items()
         }  # fmt: skip
         for task, samples in self.samples.items():
@@ -139,13 +169,15 @@ def run_tasks(
 
     Args:
         template: of chats, see `load_template`.
-        check: called ahead of every batch; may raise.
+        check: called at every batch, every few tokens that are written, and every document of programs; may raise.
     """
     with _manners(options.network), own_code_eval(check):
         from lm_eval import evaluator
 
         from mixtral_jax.train.evals.harness import HarnessModel
 
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(seed=_SHOTS_SEED)  # each evaluation goes on drawing where the one before ended
         found = evaluator.evaluate(
             HarnessModel(model, tokenizer, template, _metered(check)), tasks, limit=options.limit,
             bootstrap_iters=BOOTSTRAPS, system_instruction=options.system,
@@ -185,16 +217,20 @@ def _named(own: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _manners(network: bool) -> Iterator[None]:
-    """The harness quiet, in one process and, unless told, without the hub: it is not there, or it is asked by name.
-
-    Raises:
-        UserError: data are not there.
-    """
-    os.environ |= {"DISABLE_MULTIPROC": "1", "TQDM_DISABLE": "1"} | ({} if network else dict.fromkeys(_OFFLINE, "1"))
+    """The harness quiet, in one process, with its command's seeds, and the hub shut unless told; all is put back."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except (OSError, ConnectionError) as error:
-        hint = "" if network else "; --network lets tasks fetch data from the hub"
-        raise UserError(f"the data of a task cannot be read: {error}{hint}") from error
+    drawn, numpys = random.getstate(), np.random.get_state()
+    random.seed(_SEED), np.random.seed(_NUMPY_SEED)
+    with contextlib.ExitStack() as after:
+        after.callback(np.random.set_state, numpys)
+        after.callback(random.setstate, drawn)
+        for name in ("DISABLE_MULTIPROC", "TQDM_DISABLE"):
+            before = os.environ.get(name)
+            after.callback(os.environ.pop if before is None else os.environ.__setitem__, name, before or "")
+            os.environ[name] = "1"
+        for module, setting in _OFFLINE:
+            holder = importlib.import_module(module)
+            after.callback(setattr, holder, setting, getattr(holder, setting))
+            setattr(holder, setting, not network)
+        after.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield

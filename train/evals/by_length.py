@@ -27,9 +27,12 @@ class Document(NamedTuple):
 
 
 def long_documents(
-    texts: Iterable[str], tokenizer: Tokenizer, lengths: Sequence[int], samples: int
-) -> tuple[list[Document], list[int]]:
+    texts: Iterable[str], tokenizer: Tokenizer, lengths: Sequence[int], samples: int,
+    advance: Callable[[int], Any] = lambda utf8_bytes: None,
+) -> tuple[list[Document], list[int]]:  # fmt: skip
     """Up to `samples` documents of the largest of the lengths that any has, cut to it; and the lengths up to it.
+
+    `advance` is told of the bytes of text that are done.
 
     Raises:
         UserError: none is as long as the shortest.
@@ -37,6 +40,7 @@ def long_documents(
     longest, found = max(lengths), list[Document]()
     for text in texts:
         found = sorted([*found, _encoded(text, tokenizer, longest)], key=lambda document: -len(document.ids))[:samples]
+        advance(len(text.encode()))
         if len(found) == samples and len(found[-1].ids) == longest:
             break
     most = len(found[0].ids) if found else 0

@@ -22,6 +22,7 @@ from mixtral_jax.train.evals.scoring import Continuation, score
 from mixtral_jax.train.text import Codec
 
 ROWS = 32  # prompts that are continued at once
+_BEAT = 16  # tokens of theirs after which the meter hears of it
 
 
 class Chat(str):
@@ -125,13 +126,16 @@ class HarnessModel(TemplateLM):
                 how = asked[order[0]][1]
                 now = [i for i in order[:ROWS] if asked[i][1] == how]
                 order = order[len(now) :]
-                answers = self._continue([asked[i][0] for i in now], how, ends, now)
+                answers = self._continue([asked[i][0] for i in now], how, ends, now, advance)
                 for i, text in zip(now, answers, strict=True):
                     texts[i] = text
                 advance(len(now))
         return texts
 
-    def _continue(self, prompts: list[list[int]], how: GenKwargs, ends: list[int], numbers: Sequence[int]) -> list[str]:
+    def _continue(
+        self, prompts: list[list[int]], how: GenKwargs, ends: list[int], numbers: Sequence[int],
+        advance: Callable[[int], None],
+    ) -> list[str]:  # fmt: skip
         """What a row says behind its first stop string is not looked at; once all have one they end."""
         room = self.max_length - (most := how["max_gen_toks"])
         if room < 1:
@@ -141,10 +145,11 @@ class HarnessModel(TemplateLM):
         look = 2 + max((len(stop.encode()) for stop in stops), default=0)  # tokens that hold a stop string, at most
         new: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
-        for tokens in stream(
-            self._model, [prompt[-room:] for prompt in prompts], max_new_tokens=most, eos_id=ends, numbers=numbers,
-            **drawing,
-        ):  # fmt: skip
+        cut = [prompt[-room:] for prompt in prompts]
+        steps = stream(self._model, cut, max_new_tokens=most, eos_id=ends, numbers=numbers, **drawing)
+        for count, tokens in enumerate(steps, 1):
+            if count % _BEAT == 0:
+                advance(0)  # may raise: on all processes alike, whose tokens are the same
             for row in sorted(going):
                 if (token := tokens[row]) is None or token in ends:
                     going.remove(row)

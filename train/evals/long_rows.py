@@ -1,6 +1,5 @@
 """How likely a model finds the tokens of long rows: piece by piece, in memory that does not grow with the logits."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,15 +13,11 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.generation import Cache, cache_slots, extend
 from mixtral_jax.losses import linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
-from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, axis_size, sharded, varying
-from mixtral_jax.train.evals.scoring import Score
+from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, axis_size, gathered, sharded, varying
+from mixtral_jax.train.evals.scoring import CACHE, CACHE_BYTES, ROWS, Score, batch_shards, refuse_nan
 
 PIECE = 1024  # columns at a time
 TOGETHER = 8192  # tokens of the rows that a device has at a time
-
-_ROWS: Any = P(BATCH_AXES)
-_SLOTS: Any = P(None, BATCH_AXES, "tensor")
-_CACHE = Cache(_SLOTS, _SLOTS)
 
 
 class Piece(NamedTuple):
@@ -54,14 +49,14 @@ def score_long(
         advance: told of the tokens that are done since the last time.
 
     Raises:
-        FloatingPointError: logits of a wanted token are NaN.
+        FloatingPointError: a log-probability is NaN.
     """
     first = [1] * len(rows) if first is None else first
-    longest, mesh = max(map(len, rows)) - 1, jax.sharding.get_abstract_mesh()
+    longest = max(map(len, rows)) - 1
     piece = min(piece, -(-longest // 16) * 16)
     width = -(-longest // piece) * piece
-    shards = 1 if mesh.empty else math.prod(mesh.shape[a] for a in BATCH_AXES)
-    together = min(max(1, TOGETHER // width), -(-len(rows) // shards)) * shards
+    together = min(max(1, TOGETHER // width), -(-len(rows) // batch_shards())) * batch_shards()
+    gathered_model = gathered(model, compute_dtype(model.compute.dtype), beside=CACHE_BYTES)
     found: list[Score] = []
     for start in range(0, len(rows), together):
         batch, places = rows[start : start + together], first[start : start + together]
@@ -69,12 +64,11 @@ def score_long(
         cache, scores = _empty(model, together, cache_slots(model.config.sliding_window, width, piece)), []
         for at in range(0, width, piece):
             part = Piece(*(a[:, at : at + piece] for a in whole))
-            new, cache = _score_piece(model, cache, part, jnp.int32(at))
+            new, cache = _score_piece(gathered_model, cache, part, jnp.int32(at))
             scores.append(np.asarray(new))
             advance(sum(min(max(len(row) - at, 0), piece) for row in batch))
         logp_BT, best_BT = np.concatenate(scores, axis=2)
-        if np.isnan(logp_BT).any():
-            raise FloatingPointError("logits are NaN: weights are not finite, or too large for the compute dtype")
+        refuse_nan(model, logp_BT)
         wanted = [slice(place - 1, len(row) - 1) for place, row in zip(places, batch, strict=True)]
         found += [Score(logp_BT[b, own], best_BT[b, own] > 0) for b, own in enumerate(wanted)]
     return found
@@ -100,7 +94,7 @@ def _empty(model: Mixtral, rows: int, slots: int) -> Cache:
         zeros = jnp.zeros((config.num_hidden_layers, row_B.shape[0], heads, slots, config.head_dim), dtype)
         return Cache(*(varying(zeros, (*BATCH_AXES, "tensor")),) * 2)
 
-    return sharded(local, model, (jnp.zeros(rows),), (_ROWS,), _CACHE)
+    return sharded(local, model, (jnp.zeros(rows),), (ROWS,), CACHE)
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -122,4 +116,4 @@ def _score_piece(
         equal = partial(axis_max, axes=("context",))
         return equal(assemble(found, 1, BATCH_AXES)), jax.tree.map(equal, cache)
 
-    return sharded(local, model, (cache, piece, column), (_CACHE, Piece(*(_ROWS,) * 4), P()), (P(), _CACHE))
+    return sharded(local, model, (cache, piece, column), (CACHE, Piece(*(ROWS,) * 4), P()), (P(), CACHE))

@@ -86,11 +86,15 @@ def score(
         waiting.append((batch.slot_Q, found))
     while waiting:
         fetch()
-    if np.isnan(logps).any():
-        raise FloatingPointError(
-            f"log-probabilities are NaN: weights are not finite, or too large for {compute_dtype(model.compute.dtype)}"
-        )
+    refuse_nan(model, logps)
     return [Score(logps[a:b], best[a:b]) for a, b in pairwise(ends)]
+
+
+def refuse_nan(model: Mixtral, logps: np.ndarray) -> None:
+    """Raises FloatingPointError."""
+    if np.isnan(logps).any():
+        dtype = compute_dtype(model.compute.dtype)
+        raise FloatingPointError(f"log-probabilities are NaN: weights are not finite, or too large for {dtype}")
 
 
 # ---- on the host: what is computed with what -------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def _batches(groups: Sequence[_Group], most: Callable[[int, int], int]) -> Itera
 
     `most`: rows of a device's part of a batch, by the columns that they share and those behind.
     """
-    shards, small = _shards(), dict[tuple[int, int], list[_Group]]()
+    shards, small = batch_shards(), dict[tuple[int, int], list[_Group]]()
     for shared, rows in groups:
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         size = _size(shared, rows[0])
@@ -269,7 +273,7 @@ def _power(count: int, base: int) -> int:
     return power
 
 
-def _shards() -> int:
+def batch_shards() -> int:
     """Parts of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[a] for a in BATCH_AXES)
@@ -287,9 +291,9 @@ def _most_rows(model: Mixtral, head: int, columns: int) -> int:
 
 # ---- on the devices --------------------------------------------------------------------------------------------------
 
-_ROWS: Any = P(BATCH_AXES)
+ROWS: Any = P(BATCH_AXES)
 _SLOTS: Any = P(None, BATCH_AXES, "tensor")
-_CACHE = Cache(_SLOTS, _SLOTS)
+CACHE = Cache(_SLOTS, _SLOTS)
 
 
 @jax.jit
@@ -300,7 +304,7 @@ def _read_heads(model: Mixtral, heads: _Heads) -> Cache:
         _, cache = prompt_states(model, *heads, slots=heads.tokens_GP.shape[1])
         return jax.tree.map(lambda a: axis_max(a, ("context",)), cache)
 
-    return sharded(local, model, (heads,), (_Heads(_ROWS, _ROWS),), _CACHE)
+    return sharded(local, model, (heads,), (_Heads(ROWS, ROWS),), CACHE)
 
 
 @jax.jit
@@ -324,4 +328,4 @@ def _score_rows(model: Mixtral, cache: Cache | None, piece: _Piece) -> Scores:
         )  # fmt: skip
         return jax.tree.map(lambda a: axis_max(assemble(a.astype(jnp.float32), 0, BATCH_AXES), ("context",)), scores)
 
-    return sharded(local, model, (cache, piece), (P() if cache is None else _CACHE, _Piece(*(_ROWS,) * 7)), P())
+    return sharded(local, model, (cache, piece), (P() if cache is None else CACHE, _Piece(*(ROWS,) * 7)), P())

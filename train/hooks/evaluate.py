@@ -63,9 +63,9 @@ class Evaluate:
         put: Callable[[Any], Any], writer: Writer, console: Console, best: Best, phases: Phases | None = None,
         check: Callable[[], None] = lambda: None, owed: bool = False, benchmark: Benchmark | None = None,
     ):  # fmt: skip
-        """Ahead of each batch `check` may raise: then nothing is written, and the evaluation is `owed`.
+        """At each batch `check` may raise: then nothing is written, and the evaluation is `owed`.
 
-        `benchmark` gives eval/<task>/<metric> of parameters behind a step, and calls what it is given ahead of a batch.
+        `benchmark` gives eval/<task>/<metric> of parameters behind a step, and calls what it is given at each batch.
         """
         self._phases, self._check, self.owed = phases or Phases(), check, owed
         self._first = Phase.FIRST_BATCH
@@ -80,7 +80,8 @@ class Evaluate:
         step, params = moment.step, moment.state.params
         metrics = self.measure(params, self._check) if self._loss_due(step, moment.last) else {}
         scores = self._benchmark_of(params, step) if self._tasks_due(step, moment.last) else {}
-        self._writer.write(step, {**metrics, **scores})
+        if metrics or scores:  # else what is owed is due no more, since the file has changed
+            self._writer.write(step, {**metrics, **scores})
         if metrics:
             self._console.say(eval_lines(step, metrics, list(self._sources)))
             self._best.judge(step, metrics, moment.last)
@@ -100,7 +101,11 @@ class Evaluate:
             self._check()
 
         with self._phases.during(Phase.FIRST_BATCH):  # any may be the first of its shape
-            return self._benchmark(params, step, check)
+            try:
+                return self._benchmark(params, step, check)
+            except FloatingPointError as error:  # on all processes alike; whether training goes on, its step says
+                self._console.say(f"  no scores of tasks: {error}")
+                return {}
 
     def measure(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """eval/* and eval/<source>/* of these parameters; nothing is written. Empty without sources."""

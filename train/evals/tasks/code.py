@@ -1,6 +1,6 @@
 """pass@k of programs that a model wrote: each candidate runs in a process of its own, and can do little there.
 
-It guards against what models write by accident, not against an attacker, who needs a machine of his own.
+It guards against what models write by mistake, and is no sandbox: whoever wants to gets out of it.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from typing import Any
 CPU_SECONDS, WALL_SECONDS = 5, 30  # a sleeper ends by the latter; a machine that is busy needs more than it computes
 _LIMITS = {"CPU": CPU_SECONDS, "AS": 2 << 30, "FSIZE": 1 << 20, "NOFILE": 32, "NPROC": 64, "CORE": 0}
 # Runs what stands on stdin behind a first line, and writes that line to where stdout was once all of it has run: who
-# leaves early, in whatever way, has not. The line cannot be read any more by then. A new user and network namespace,
-# where the system gives one, has no network, and takes root's right to raise the limits. The hook stays for good.
+# leaves early, in whatever way, has not. A new user and network namespace, where the system gives one, has no network,
+# and takes root's right to raise the limits. The hook stays for good.
 _RUNNER = f"""
-import ctypes, os, resource, sys
+import _posixsubprocess, ctypes, os, resource, signal, sys
 def main():
     mark, _, program = sys.stdin.read().partition("\\n")
     out, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
@@ -35,14 +35,16 @@ def main():
         except ValueError:  # macOS has no limit of memory
             pass
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    closed = {{"os", "shutil", "subprocess", "socket", "ctypes", "pty", "resource", "fcntl", "tempfile"}}
+    closed = {{"os", "shutil", "subprocess", "socket", "ctypes", "pty", "resource", "fcntl", "tempfile", "sqlite3"}}
+    unheard = {{"_dbm", "_gdbm"}}  # C, which opens files by itself
     harmless = {{"os.listdir", "os.scandir", "os.walk", "os.putenv", "os.unsetenv"}}
     def refuse(event, args):
-        if event == "open" and args[2] & writes or (
+        if event == "open" and args[2] & writes or event == "import" and args[0] in unheard or (
             event.partition(".")[0] in closed and event not in harmless):
             raise PermissionError(event)
     sys.addaudithook(refuse)
-    exec(compile(program, "candidate", "exec"), {{"__name__": "__main__"}})
+    _posixsubprocess.fork_exec = os.setsid = signal.pidfd_send_signal = None  # no hook hears of them
+    exec(compile(program, "candidate", "exec"), {{}})  # as the hub's scorer: __name__ is not __main__
     os.write(out, mark.encode())
     os._exit(0)
 main()
@@ -52,16 +54,17 @@ main()
 def passes(program: str) -> bool:
     """Whether a program runs to its end: without an exception or an exit, within the limits.
 
-    It has 5 s of a core (30 s by the clock), 2 GiB, an empty directory, nothing on stdin, and one process: it can
-    neither start others, nor write to files, nor change any, nor reach a network. Its group is killed at the end.
+    It has 5 s of a core (30 s by the clock), 2 GiB, an empty directory, nothing on stdin, and one process: by Python's
+    own means it neither starts others, nor changes files, nor reaches a network. Its group is killed at the end.
     """
-    mark = secrets.token_hex(16)
+    mark, libraries = secrets.token_hex(16), {"LD_LIBRARY_PATH"} & os.environ.keys()  # without which no Python starts
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
         told.write(f"{mark}\n{program}".encode(errors="replace"))
         told.seek(0)
         child = subprocess.Popen(
-            [sys.executable, "-P", "-I", "-B", "-X", "utf8", "-c", _RUNNER], cwd=empty, env={"OMP_NUM_THREADS": "1"},
-            stdin=told, stdout=said, stderr=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-P", "-I", "-B", "-X", "utf8", "-c", _RUNNER], cwd=empty,
+            env={"OMP_NUM_THREADS": "1"} | {name: os.environ[name] for name in libraries}, stdin=told, stdout=said,
+            stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
             child.wait(WALL_SECONDS)

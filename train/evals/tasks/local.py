@@ -104,10 +104,11 @@ def _built(name: str, row: Row, directory: Path, examples: int) -> Any:
             f"{name}: {directory} has no {row.file}.parquet, .jsonl or .jsonl.gz, nor a directory of that name: it is "
             f"the split {test} of {hub} on the Hugging Face hub (licence: {row.licence})"
         )
-    splits = {test: _read(place, test, row)}
-    if examples and shots and (beside := _place(directory, row, shots, tested=False)):
-        splits[shots] = _read(beside, shots, row)
+    beside = _place(directory, row, shots, tested=False) if examples and shots else None
     try:
+        splits = {test: _read(place, test, row)}
+        if shots and beside:
+            splits[shots] = _read(beside, shots, row)
         if row.part is None:
             return _task(name, row, bases[0], splits)
         group = Group.from_config({"group": name, "aggregate_metric_list": [{"metric": "acc"}]})
@@ -185,7 +186,14 @@ def _read(place: Path, split: str, row: Row) -> list[dict[str, Any]]:
         Census(skip=False),
     )
     lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (), census))
-    return [_as_on_the_hub(found, row.letters) for lump in lumps for _, found in lump.parse(census)]
+    found = []
+    for lump in lumps:
+        for number, record in lump.parse(census):
+            try:
+                found.append(_as_on_the_hub(record, row.letters))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{lump.where(number)}: {error!r}") from error
+    return found
 
 
 def _as_on_the_hub(row: dict[str, Any], letters: bool) -> dict[str, Any]:
@@ -196,5 +204,7 @@ def _as_on_the_hub(row: dict[str, Any], letters: bool) -> dict[str, Any]:
     if letters and isinstance(row.get("choices"), list):
         labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
         choices = {"text": row["choices"], "label": labels}
-        return {**row, "question_stem": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}
+        if answer not in range(len(labels)):
+            raise ValueError(f"answer is {answer!r}, of {len(labels)} choices, the first of which is 0")
+        return {**row, "question_stem": row["question"], "choices": choices, "answerKey": labels[answer]}
     return row
