@@ -204,7 +204,7 @@ def _as_on_the_hub(row: dict[str, Any], letters: bool) -> dict[str, Any]:
     if letters and isinstance(row.get("choices"), list):
         labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
         choices = {"text": row["choices"], "label": labels}
-        if answer not in range(len(labels)):
+        if not isinstance(answer, int) or answer not in range(len(labels)):
             raise ValueError(f"answer is {answer!r}, of {len(labels)} choices, the first of which is 0")
         return {**row, "question_stem": row["question"], "choices": choices, "answerKey": labels[answer]}
     return row
