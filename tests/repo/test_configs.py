@@ -55,7 +55,8 @@ def toy_overrides(directory: Path, file: RunConfig) -> list[str]:
         "steps=2", "seq_len=32", "global_batch_size=8", "micro_batch_size=null", "mesh={}", "optimizer.warmup_steps=0",
         "compute.attention=auto", "compute.moe.matmul=auto", "compute.moe.transport=auto",
         "compute.moe.chunk_tokens=null",
-        f"data.tokenizer={directory / pieces}", f"data.train={sources}", f"data.validation={sources}",
+        f"data.tokenizer={directory / pieces}", f"data.train={sources}", "data.phases=null",
+        f"data.validation={sources}",
         f"data.cache_dir={directory / 'cache'}", "data.workers=1", "eval.batches=1", "log.wandb=null",
         "checkpoint.directory=null", "sample.max_new_tokens=2",
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def long_context(
                     )
             if sources:
                 texts = (text for source in sources for text in texts_of(source))
-                size = sum(text_size_estimate(file) for source in sources for file in source_files(source))
+                size = sum(text_size_estimate(source_files(source)) for source in sources)
                 with _meter("reading", size) as advance:
                     documents, lengths = long_documents(texts, tokenizer, lengths, samples, advance)
                 agree(documents=digest([document.ids for document in documents]))
