@@ -26,6 +26,7 @@ from mixtral_jax.train.errors import StorageError, UserError
 from mixtral_jax.train.text import Codec
 from tests.sources import ROOT
 from tests.tiny import tiny_config, tiny_model, write_byte_tokenizer
+from tests.tuning import preference_pair
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "temperature": 1.0, "seed": 3}
 MANY: dict[str, Any] = {"samples": 2, "batch_size": 3, **OPTIONS}
@@ -173,7 +174,6 @@ import os, signal, sys
 from pathlib import Path
 from mixtral_jax.train.commands import batch
 from tests.train import test_batch
-from tests.tuning import preference_pair
 generate, calls = batch.generate, []
 def killing(*args, **options):
     calls.append(1)
