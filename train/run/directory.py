@@ -26,6 +26,7 @@ from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
 from mixtral_jax.train.run_files import json_object
 
+_IN_ORDER = (ExitCode.DONE, ExitCode.NOT_FINITE, ExitCode.STOPPED)  # how a run ends that has not failed
 _STATES = {ExitCode.WATCHDOG: "watchdog", ExitCode.STOPPED: "preempted"}  # of attempts that were ended; others: failed
 
 
@@ -247,12 +248,13 @@ class RunDirectory:
     def write_failure(self, reason: str, exit_code: int) -> None:
         """Say in STATUS why this attempt ended, where it can be written, and let go of the run.
 
-        A refused one leaves what the run's says, and so does one of a run that another process has. The first end
-        counts.
+        A refused one leaves what the run's says, and so does one of a run that another process has. An end in order
+        stands, whatever comes behind it.
         """
         if jax.process_index() == 0:
             with contextlib.suppress(OSError), self._lock:
-                if not (self.ended or self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
+                in_order = self.ended and self._said("exit_code", -1) in _IN_ORDER
+                if not (in_order or self._is_taken_back(exit_code) or lease.is_of_others(self.path)):
                     self.write_status(_STATES.get(ExitCode(exit_code), "failed"), self._reached, reason, exit_code)
         self.release()
 
