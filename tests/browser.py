@@ -92,6 +92,8 @@ class Browser:
 
     def open(self, page: Path | str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """A file, or an address, until it is loaded and drawn; `errors` and `requests` begin anew."""
+        self.call("Page.navigate", url="about:blank")  # the page before asks and says no more
+        self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
         self.errors, self.requests = [], []
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.dark(dark)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.launch import _count
+from mixtral_jax.train.commands.table import _count
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan import plan, run
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology

@@ -52,8 +52,17 @@ class Terminal:
         os.write(self.side, text.encode())
 
 
-def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
     it = Terminal(tmp_path)
+    yield it
+    it.process.kill()
+    it.process.wait()
+    os.close(it.side)
+
+
+def test_a_chat_on_a_terminal(tmp_path: Path, terminal: Terminal) -> None:
+    it = terminal
     it.until("> ")
     it.type("hello\n")
     it.until("hello\r\n")
@@ -70,9 +79,9 @@ def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
     it.until("> ")
     it.type("half a line\x03")
     it.until("Ctrl-C again, or Ctrl-D, ends")
+    it.until("> ")  # typed before it, between two prompts, Ctrl-D would be lost
     it.type("\x04")
     assert it.process.wait(60) == 0
-    os.close(it.side)
     system, asked, answer = read_turns(str(tmp_path / "chat.json"))
     assert system["content"] == "Be kind." and asked == {"role": "user", "content": "hello"}
     assert answer["finish"] == "interrupted" and answer["content"]
