@@ -20,6 +20,7 @@ from mixtral_jax.parallel import (
     psum,
     same_variance,
     transposed,
+    turned,
     variance,
     varying,
     zeros,
@@ -125,10 +126,10 @@ def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weight
     return weights_c[:, None] * (jnp.exp(logits_cV - lse_c[:, None]) - onehot_cV)
 
 
-def _gradients(x_cD: jax.Array, w_DV: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of x and, in fp32, of W."""
+def _gradients(x_cD: jax.Array, w_VD: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of x and, in fp32, of W, which comes transposed."""
     dlogits_cV, x_Dc = dlogits_cV.astype(x_cD.dtype), transposed(x_cD)
-    dx_cD = jnp.einsum("cV,DV->cD", dlogits_cV, w_DV)
+    dx_cD = jnp.dot(dlogits_cV, w_VD, preferred_element_type=jnp.float32).astype(x_cD.dtype)
     return dx_cD, jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 
 
@@ -196,6 +197,7 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
 def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) -> tuple[CrossEntropy, Any]:
     """The sums, and where it is wanted the gradients of the loss with respect to x and W."""
     chunk, vocab, entropy = static
+    w_VD = turned(w_DV) if wanted else None
 
     def one(carry, xtw):
         total, dw_DV = carry
@@ -204,7 +206,7 @@ def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) 
         column_c, lse_c, target_c, best_c = _softmax_parts(logits_cV, targets_c)
         dx_cD = None
         if wanted:
-            dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, weights_c))
+            dx_cD, more_DV = _gradients(x_cD, w_VD, _dlogits(logits_cV, lse_c, column_c, weights_c))
             dw_DV += more_DV
         sums = _sums(lse_c, target_c, best_c, weights_c, _entropy(logits_cV, lse_c, entropy))
         return (jax.tree.map(jnp.add, total, sums), dw_DV), dx_cD
@@ -248,12 +250,13 @@ def _logps_fwd(static, x_MD, w_DV, targets_M, used):
 
 def _logps_bwd(static, saved, g):
     (chunk, vocab), (x_MD, w_DV, targets_M, used) = static, saved
+    w_VD = turned(w_DV)
 
     def one(dw_DV, xtg):
         x_cD, targets_c, g_c = xtg
         logits_cV = _logits(x_cD, w_DV, vocab)
         column_c, lse_c, _, _ = _softmax_parts(logits_cV, targets_c)
-        dx_cD, more_DV = _gradients(x_cD, w_DV, _dlogits(logits_cV, lse_c, column_c, -g_c))
+        dx_cD, more_DV = _gradients(x_cD, w_VD, _dlogits(logits_cV, lse_c, column_c, -g_c))
         return dw_DV + more_DV, dx_cD
 
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g.logp_M))

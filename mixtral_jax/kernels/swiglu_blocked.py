@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
-from mixtral_jax.parallel import same_variance, transposed, zeros
+from mixtral_jax.parallel import bits, from_bits, same_variance, transposed, turned, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
 SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs
@@ -69,8 +69,11 @@ def _over_blocks(rows: int, start: jax.Array, size: jax.Array, body: Any, carry:
 
 
 _slice = partial(jax.lax.dynamic_slice_in_dim, axis=0)
-_put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _put(held: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(held, bits(rows), start, axis=0)
 
 
 def _inside(sizes_E: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
@@ -87,10 +90,6 @@ def _product(x_bI: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
     return y_bO.astype(x_bI.dtype)
 
 
-def _transpose_product(dy_bO: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
-    return _product(dy_bO, w_IO.T, None if low is None else Low(low.b.T, low.a.T))
-
-
 def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
     """x^T (dy B^T) and (x A)^T dy, fp32."""
     g_br, u_br = (_dot(left, right).astype(x_bI.dtype) for left, right in ((dy_bO, low.b.T), (x_bI, low.a)))
@@ -101,13 +100,19 @@ def _flat(w: Weights) -> Weights:
     return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1))
 
 
+def _back(w: Weights) -> Weights:
+    """The matrices of the transposed products, dy W^T and (dy B^T) A^T."""
+    low13, low2 = (None if low is None else Low(low.b.T, low.a.T) for low in (w.low13, w.low2))
+    return Weights(*turned((w.w13, w.w2)), low13, low2)
+
+
 @jax.custom_vjp
 def _ffn(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.Array) -> jax.Array:
     return _forward(x_RD, gate_R, weights, sizes_E)[0]
 
 
 def _forward(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """y, and h with some rows of no meaning behind the last."""
+    """y, and the bits of h with some rows of no meaning behind the last."""
     rows = x_RD.shape[0]
     x_RD, gate_R = _inside(sizes_E, x_RD, gate_R)
 
@@ -125,9 +130,9 @@ def _forward(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.
         return _over_blocks(x_RD.shape[0], start, size, one_block, buffers), None
 
     h_shape = (x_RD.shape[0], 2 * weights.w2.shape[1])
-    buffers = tuple(zeros(shape, x_RD.dtype, x_RD) for shape in (x_RD.shape, h_shape))
+    buffers = tuple(bits(zeros(shape, x_RD.dtype, x_RD)) for shape in (x_RD.shape, h_shape))
     (y_RD, h_R2F), _ = jax.lax.scan(group, buffers, (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E))
-    return y_RD[:rows], h_R2F
+    return from_bits(y_RD[:rows], x_RD.dtype), h_R2F
 
 
 def _vjp_forward(x_RD, gate_R, weights, sizes_E):
@@ -148,30 +153,32 @@ def _vjp_backward(saved, dy_RD):
     def group(rows_gradients, inputs):
         w, start, size = inputs
         w = _flat(w)
+        back = _back(w)
 
         def one_block(block, row, carry):
             dx_RD, dgate_R, sums = carry
             # the rows past the group's end count as zeros in dw, and their dx is overwritten by the next group
             mine_b1 = (row + jnp.arange(block) < start + size)[:, None]
             x_bD, dy_bD = _slice(x_RD, row, block), jnp.where(mine_b1, _slice(dy_RD, row, block), 0)
-            da_bF = _transpose_product(dy_bD, w.w2, w.low2)
-            dh_b2F, a_bF, dgate_b = swiglu_gradient(_slice(h_R2F, row, block), da_bF, _slice(gate_R, row, block))
-            dx_RD = _put(dx_RD, _transpose_product(dh_b2F, w.w13, w.low13), row)
+            h_b2F = from_bits(_slice(h_R2F, row, block), x_RD.dtype)
+            da_bF = _product(dy_bD, back.w2, back.low2)
+            dh_b2F, a_bF, dgate_b = swiglu_gradient(h_b2F, da_bF, _slice(gate_R, row, block))
+            dx_RD = _put(dx_RD, _product(dh_b2F, back.w13, back.low13), row)
             sums = jax.tree.map(jnp.add, sums, _gradients(w, wanted, x_bD, dh_b2F, a_bF, dy_bD))
             return dx_RD, _put(dgate_R, dgate_b, row), sums
 
         like = _only(wanted, w._replace(w2=w.w2.T))
         sums = jax.tree.map(lambda leaf: zeros(leaf.shape, jnp.float32, x_RD), like)
         *rows_gradients, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (*rows_gradients, sums))
-        sums = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, like)
+        sums = jax.tree.map(lambda total, leaf: bits(total.astype(leaf.dtype)), sums, like)
         return tuple(rows_gradients), sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
 
     inputs = (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
-    none = tuple(zeros(x.shape, x.dtype, x_RD) for x in (x_RD, gate_R))
+    none = tuple(bits(zeros(x.shape, x.dtype, x_RD)) for x in (x_RD, gate_R))
     (dx_RD, dgate_R), dw = jax.lax.scan(group, none, inputs)
-    dw = jax.tree.map(lambda total, leaf: total.reshape(leaf.shape), dw, _only(wanted, weights))
-    inside_R1 = (jnp.arange(rows) < jnp.sum(sizes_E))[:, None]
-    return jnp.where(inside_R1, dx_RD[:rows], 0), dgate_R[:rows], dw, None
+    dw = jax.tree.map(lambda held, leaf: from_bits(held, leaf.dtype).reshape(leaf.shape), dw, _only(wanted, weights))
+    dx_RD, dgate_R = (from_bits(held[:rows], x.dtype) for held, x in ((dx_RD, x_RD), (dgate_R, gate_R)))
+    return jnp.where((jnp.arange(rows) < jnp.sum(sizes_E))[:, None], dx_RD, 0), dgate_R, dw, None
 
 
 def _only(wanted: Any, values: Weights) -> Any:

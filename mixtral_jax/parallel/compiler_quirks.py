@@ -185,6 +185,12 @@ row_major.defvjp(lambda w: (row_major(w), None), lambda _, g: (row_major(g),))
 
 # A product with a transposed left side goes to Eigen and not to YNNPACK: a third slower on a CPU.
 SLOW_ON_TRANSPOSED_LEFT = Habit("jaxlib", "0.10.2")
+# And in bf16 with a transposed right side too: Eigen has no products of that format, and takes twice as long.
+SLOW_ON_TRANSPOSED_RIGHT = Habit("jaxlib", "0.10.2")
+# A bf16 left side that is transposed just before the product is widened to fp32, unless its layout is pinned.
+WIDENS_TRANSPOSED = Habit("jaxlib", "0.10.2")
+# A bf16 buffer that is written in parts goes to fp32 and back, all of it, for each part.
+WIDENS_UPDATED = Habit("jaxlib", "0.10.2")
 # Comparisons that make a mask are repeated for every head, inside each use of the scores.
 REPEATS_COMPARISONS = Habit("jaxlib", "0.10.2")
 # What is read of a buffer that a loop writes over is read again behind the first write, and so from a copy.
@@ -202,7 +208,23 @@ def barrier(habit: Habit, arrays: Any) -> Any:
 
 def transposed(arrays: Any) -> Any:
     """Each array with its last two dimensions exchanged, made before the product that takes it."""
-    return barrier(SLOW_ON_TRANSPOSED_LEFT, jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), arrays))
+    return barrier(SLOW_ON_TRANSPOSED_LEFT, jax.tree.map(_laid_out, arrays))
+
+
+def _laid_out(a: jax.Array) -> jax.Array:
+    flipped = jnp.swapaxes(a, -1, -2)
+    pinned = a.dtype.itemsize == 2 and WIDENS_TRANSPOSED.here and jax.default_backend() == "cpu"
+    return with_layout_constraint(flipped, Layout(tuple(range(a.ndim)))) if pinned else flipped
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """What a buffer of x holds where it is written in parts: x, or the bits of a 16-bit float."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if WIDENS_UPDATED.here and x.dtype.itemsize == 2 else x
+
+
+def from_bits(held: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x of bits(x)."""
+    return held if held.dtype == dtype else jax.lax.bitcast_convert_type(held, dtype)
 
 
 def take_chosen(values_ME: Float[Array, "M E"], chosen_MC: Int[Array, "M C"]) -> Float[Array, "M C"]:

@@ -13,7 +13,7 @@ from tests.bench.worker import PLATFORM
 
 Results = dict[str, dict[str, Any]]
 MAXTEXT, MAXTEXT_VENV = "tests.bench.theirs_maxtext", Path(".venv-maxtext")
-OURS = ("tests.bench.ours", "tests.bench.tuning_ours")
+OURS = ("tests.bench.ours", "tests.bench.tuning_ours", "tests.bench.speedrun_step")
 
 
 class Worker:

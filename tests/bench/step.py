@@ -1,12 +1,14 @@
 """The training step beside the others, in turn and in one run."""
 
 import statistics
+from typing import Any
 
-from tests.bench.rounds import MAXTEXT, MAXTEXT_VENV, beside, faster
-from tests.bench.shapes import SHAPES
+from tests.bench.rounds import MAXTEXT, MAXTEXT_VENV, Results, beside, faster
+from tests.bench.shapes import SHAPES, Shape
 
-OURS, CAPACITY = "mixtral-jax", "mixtral-jax, capacity 1.25"
+OURS, OURS_BF16, CAPACITY = "mixtral-jax", "mixtral-jax, bf16", "mixtral-jax, capacity 1.25"
 EXPERTS = ("grouped_mm", "eager")
+TUNED = "transformers, grouped_mm, tuned"  # theirs_tuned.py says how
 MAXTEXT_SHAPES = ("XS", "S")  # for which its options were chosen
 MAXTEXT_NOTE = """
 MaxText ({versions}) is written for TPU and GPU: on a CPU its dropless experts run as `ragged_dot` (its
@@ -21,18 +23,39 @@ def section(shapes: list[str], steps: int) -> str:
 
 def _table(shape: str, steps: int) -> str:
     s = SHAPES[shape]
-    others = {CAPACITY: ["tests.bench.ours", shape, "capacity=1.25"]}
-    others |= {f"transformers, {name}": ["tests.bench.theirs", shape, f"experts={name}"] for name in EXPERTS}
+
+    def command(who: str, *options: str) -> list[str]:
+        return [f"tests.bench.{who}", shape, *options]
+
+    others = {CAPACITY: command("ours", "capacity=1.25")}
+    others |= {f"transformers, {name}": command("theirs", f"experts={name}") for name in EXPERTS}
+    others[TUNED] = command("theirs_tuned", "experts=grouped_mm")
     with_maxtext = shape in MAXTEXT_SHAPES and (MAXTEXT_VENV / "stamp").exists()
     if with_maxtext:
         others |= {f"MaxText, {mode}": [MAXTEXT, shape, mode] for mode in ("capacity", "dropless")}
-    results = beside(OURS, ["tests.bench.ours", shape], others, steps)
-    ours, useful = results[OURS], results[OURS]["flops"] / results[OURS]["seconds"]
-    more = 100 * (1 / statistics.median(results[CAPACITY]["ratios"]) - 1)
-    rows = [
+    bf16 = "dtype=bfloat16"
+    halves = {"transformers, grouped_mm, bf16": command("theirs", "experts=grouped_mm", bf16)}
+    halves[f"{TUNED}, bf16"] = command("theirs_tuned", "experts=grouped_mm", bf16)
+    halves["transformers, grouped_mm, fp32"] = command("theirs", "experts=grouped_mm")
+    halves["mixtral-jax, fp32"] = command("ours")
+    tables = [
         f"### Shape {shape}: hidden {s.hidden}, ffn {s.ffn}, {s.layers} layers, {s.heads}/{s.kv_heads} heads, "
-        f"{s.experts} experts top-{s.top_k}, vocabulary {s.vocab}, sequence {s.seq_len}, batch {s.batch}\n",
-        "| full training step, fp32 | seconds | tokens/s | ours is faster by | peak memory, GB |",
+        f"{s.experts} experts top-{s.top_k}, vocabulary {s.vocab}, sequence {s.seq_len}, batch {s.batch}\n"
+    ]
+    results = beside(OURS, command("ours"), others, steps)
+    dropless = 100 * (1 / statistics.median(results[CAPACITY]["ratios"]) - 1)
+    tables += [*_rows("fp32", s, results), f"\nDropless takes {dropless:+.0f} % more time than capacity 1.25. "]
+    tables[-1] += _rate("fp32", results[OURS])
+    if with_maxtext:
+        tables.append(MAXTEXT_NOTE.format(versions=results["MaxText, dropless"]["versions"]))
+    results = beside(OURS_BF16, command("ours", bf16), halves, steps)
+    tables += [*_rows("bf16", s, results), "\n" + _rate("bf16", results[OURS_BF16])]
+    return "\n".join(tables)
+
+
+def _rows(precision: str, s: Shape, results: Results) -> list[str]:
+    rows = [
+        f"| full training step, {precision} | seconds | tokens/s | ours is faster by | peak memory, GB |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, run in results.items():
@@ -40,12 +63,12 @@ def _table(shape: str, steps: int) -> str:
             f"| {name} | {run['seconds']:.2f} | {s.tokens / run['seconds']:,.0f} | {faster(run)} | "
             f"{run['peak_bytes'] / 1e9:.2f} |"
         )
-    rows.append(
-        f"\nDropless takes {more:+.0f} % more time than capacity 1.25. Useful "
-        f"FLOPs: {useful / 1e9:.0f} GFLOP/s, {100 * useful / ours['matmul_flops_per_second']:.0f} % of XLA's own fp32 "
-        f"matmul ({ours['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s) in the same processes. Compile: "
-        f"{ours['compile_seconds']:.1f} s.\n"
+    return rows
+
+
+def _rate(precision: str, ours: dict[str, Any]) -> str:
+    useful, rate = ours["flops"] / ours["seconds"], ours["matmul_flops_per_second"]
+    return (
+        f"Useful FLOPs: {useful / 1e9:.0f} GFLOP/s, {100 * useful / rate:.0f} % of XLA's own {precision} matmul "
+        f"({rate / 1e9:.0f} GFLOP/s) in the same processes. Compile: {ours['compile_seconds']:.1f} s.\n"
     )
-    if with_maxtext:
-        rows.append(MAXTEXT_NOTE.format(versions=results["MaxText, dropless"]["versions"]))
-    return "\n".join(rows)

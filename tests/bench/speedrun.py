@@ -1,0 +1,117 @@
+"""`make speedrun`: the quickstart's task as an open record, the fewest bits per byte for 180 seconds of two cores.
+
+python -m tests.bench.speedrun [CONFIG] [a.b=c ...] [--dev] [--seeds 1] [--part 0.5] [--write "the change in one line"]
+
+The present record is configs/pretrain/quickstart.yaml, whose `steps` were its 180 seconds. An entry is another file, or
+changes of that one. Both are trained in turn, a step each, and the entry gets as many steps as the record's would have
+taken; then it is trained with each seed and evaluated. `--dev`: on a twentieth of the training texts that is held back,
+for choosing; without it on the validation texts, for a record. docs/speedrun.md has the rules and the table.
+"""
+
+import argparse
+import datetime
+import gzip
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mixtral_jax.train.config import load_config
+from tests.bench.rounds import in_turn
+
+RECORD = "configs/pretrain/quickstart.yaml"
+DOC = Path("docs/speedrun.md")
+BUDGET, HELD_BACK = 180, 20  # seconds; one of so many documents
+QUIET = ("log.tensorboard=false", "log.progress=false", "checkpoint.every=1000000")
+
+
+def main() -> int:
+    """Measure an entry, print its row of the table, and write it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry", nargs="*", help="a file, and what is changed of it (default: the record itself)")
+    parser.add_argument("--dev", action="store_true", help="on texts held back of the training texts")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--part", type=float, default=1.0, help="of the budget")
+    parser.add_argument("--pairs", type=int, default=40, help="steps of each that are timed")
+    parser.add_argument(
+        "--anchor", action="store_true", help="by the clock, not by the record's steps: a quiet machine"
+    )
+    parser.add_argument("--write", metavar="CHANGE", help="the entry's row into docs/speedrun.md")
+    args = parser.parse_args()
+    config, changes = split(args.entry)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = budget(Path(folder), config, changes, args.pairs, anchor=args.anchor)
+        steps = round(steps * args.part)
+        data = held_back(Path(folder)) if args.dev else ()
+        scores = [
+            trained(Path(folder) / f"{seed}", config, (*changes, *data), steps, seed) for seed in range(args.seeds)
+        ]
+    line = row(args.write or " ".join(args.entry) or "the record", steps, scores)
+    print(line, flush=True)
+    if args.write:
+        DOC.write_text(DOC.read_text(encoding="utf-8").rstrip("\n") + f"\n{line}\n", encoding="utf-8")
+    return 0
+
+
+def split(words: list[str]) -> tuple[str, tuple[str, ...]]:
+    """The file of an entry, and the changes."""
+    files = [word for word in words if "=" not in word] or [RECORD]
+    assert len(files) == 1, f"one file, not {files}"
+    return files[0], tuple(word for word in words if "=" in word)
+
+
+def budget(folder: Path, config: str, changes: tuple[str, ...], pairs: int, *, anchor: bool) -> int:
+    """Steps of the entry that take as long as all of the record's."""
+    module = "tests.bench.speedrun_step"
+    entry = [module, str(folder / "entry"), config, *changes]
+    if anchor:
+        return round(BUDGET / in_turn({"entry": entry}, pairs)["entry"]["seconds"])
+    timed = in_turn({"record": [module, str(folder / "record"), RECORD], "entry": entry}, pairs)
+    steps = load_config(RECORD).config.steps
+    assert steps
+    return round(steps * timed["record"]["seconds"] / timed["entry"]["seconds"])
+
+
+def held_back(folder: Path) -> tuple[str, ...]:
+    """The training texts without every twentieth document, and these as validation texts: as overrides."""
+    data = load_config(RECORD).config.data
+    lists: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
+    for source in data.train:
+        lines = gzip.decompress(Path(source.path).read_bytes()).splitlines(keepends=True)
+        own = itertools.cycle([True] + [False] * (HELD_BACK - 1))
+        parts = {"validation": [], "train": []}
+        for line in lines:
+            parts["validation" if next(own) else "train"].append(line)
+        for part, texts in parts.items():
+            file = folder / f"{source.name}.{part}.jsonl"
+            file.write_bytes(b"".join(texts))
+            weight = {"weight": source.weight} if part == "train" else {}
+            lists[part].append({"name": source.name, "path": str(file), **weight})
+    return tuple(f"data.{part}={json.dumps(sources)}" for part, sources in lists.items())
+
+
+def trained(folder: Path, config: str, changes: tuple[str, ...], steps: int, seed: int) -> dict[str, float]:
+    """Bits per byte by source, behind the last step."""
+    last = (f"steps={steps}", f"eval.every={steps}", f"seed={seed}", "run_name=run", f"output_dir={folder}")
+    command = [sys.executable, "-P", "launch.py", "pretrain", config, *changes, *QUIET, *last]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {name: value for line in lines for name, value in line.items() if name.endswith("/bits_per_byte")}
+    return {name.split("/")[1]: value for name, value in found.items() if name.count("/") == 2}
+
+
+def row(change: str, steps: int, scores: list[dict[str, float]]) -> str:
+    """A line of the table: means over the seeds, and how far apart these are."""
+    means = [statistics.mean(score.values()) for score in scores]
+    each = [f"{statistics.mean(score[name] for score in scores):.3f}" for name in scores[0]]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    spread = f"{statistics.mean(means):.4f} ({min(means):.4f} to {max(means):.4f})"
+    cells = (f"{datetime.date.today()}", change, spread, *each, f"{steps:,}", commit.strip())
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
