@@ -12,6 +12,7 @@
 #   make lint         ruff and mypy
 #   make tensorboard  the curves of all runs in a browser (RUNS=runs), by TensorBoard in an environment of its own
 #   make bench        measure beside transformers, TRL and MaxText, and write docs/benchmarks.md (FORM=full: all of it)
+#   make speedrun   the quickstart's task as a race: an entry's bits per byte for 180 seconds (ENTRY="a.b=c")
 #   make gpu-check    kernels, curve, speed and memory on one GPU in under eight minutes, as tables in gpu-check.md
 
 # The first of these that runs and is new enough; a name alone may be pyenv's, which runs what is selected only.
@@ -33,13 +34,14 @@ TESTS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 REHEARSE_ARGS ?=
+ENTRY ?=
 RUNS ?= runs
 MINUTES ?= 30
 SEED ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help quickstart demo demo-small test test-new three-steps python-new test-slow soak rehearse lint format tensorboard \
-	bench gpu-check clean
+	bench speedrun gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -128,6 +130,9 @@ $(VENV)-tensorboard/stamp:
 bench: $(VENV)/test.stamp $(VENV)/parity.stamp
 	-$(MAKE) $(VENV)-maxtext/stamp
 	$(RUN) -m tests.bench.run --form $(FORM)
+
+speedrun: $(VENV)/core.stamp
+	$(RUN) -m tests.bench.speedrun $(ENTRY)
 
 $(VENV)-maxtext/stamp: tests/bench/requirements-maxtext.txt
 	rm -rf $(VENV)-maxtext

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.kernels import Backend, Tokens, attend
+from mixtral_jax.kernels import Backend, Tokens, attend, linear
 from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
 from mixtral_jax.parallel import Part, axis_index, axis_size, gather_row, psum
@@ -47,9 +47,9 @@ class Attention(nnx.Module):
                 adapter = Adapter(lora, inputs, outputs, key=jax.random.fold_in(own_key, 1), stack=layers, dtype=dtype)
                 setattr(self, f"{name}_lora", adapter)
 
-    def _linear(self, name: str, x: jax.Array, letters: str, rng: jax.Array | None) -> jax.Array:
+    def _linear(self, name: str, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """A projection and its adapter, if it has one."""
-        y = jnp.einsum(letters, x, gather_weight(getattr(self, name), x.dtype))
+        y = linear(x, gather_weight(getattr(self, name), x.dtype))
         adapter = getattr(self, f"{name}_lora", None)
         if adapter is None:
             return y
@@ -65,10 +65,10 @@ class Attention(nnx.Module):
         rng: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The output, summed over the heads of all devices, and what `attend` kept. `rng`: of adapter dropout."""
-        q, k, v = (self._linear(name, x_BTD, "BTD,DNH->BTNH", rng) for name in ("query", "key", "value"))
+        q, k, v = (self._linear(name, x_BTD, rng) for name in ("query", "key", "value"))
         q, k = apply_rope(q, angles_BTh), apply_rope(k, angles_BTh)
         y_BTNH, kept = attend(*map(checkpoint_name, (q, k, v), ("query", "key", "value")))
-        out_BTD = psum(self._linear("output", y_BTNH, "BTNH,NHD->BTD", rng), ("tensor",))
+        out_BTD = psum(self._linear("output", y_BTNH, rng), ("tensor",))
         return checkpoint_name(out_BTD, "attention_output"), kept
 
 

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mixtral_jax.kernels import in_rows, transposed, turned
 from mixtral_jax.parallel import (
     TOKEN_AXES,
     axis_index,
     axis_max,
     axis_size,
+    bits,
+    from_bits,
     psum,
     same_variance,
-    transposed,
-    turned,
     variance,
     varying,
     zeros,
@@ -120,6 +121,10 @@ def _chunks(a: jax.Array, size: int) -> jax.Array:
     return a.reshape(-1, size, *a.shape[1:])
 
 
+def _joined(dx_ncD: jax.Array, x_MD: jax.Array) -> jax.Array:
+    return from_bits(dx_ncD, x_MD.dtype).reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
+
+
 def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weights_c: jax.Array) -> jax.Array:
     """Of the weighted sum of -log p(target): w (p - onehot)."""
     onehot_cV = column_c[:, None] == jnp.arange(logits_cV.shape[1])[None, :]
@@ -127,10 +132,10 @@ def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weight
 
 
 def _gradients(x_cD: jax.Array, w_VD: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of x and, in fp32, of W, which comes transposed."""
+    """The bits of that of x and, in fp32, that of W, which comes transposed."""
     dlogits_cV, x_Dc = dlogits_cV.astype(x_cD.dtype), transposed(x_cD)
     dx_cD = jnp.dot(dlogits_cV, w_VD, preferred_element_type=jnp.float32).astype(x_cD.dtype)
-    return dx_cD, jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
+    return bits(dx_cD), jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 
 
 def _logits(x_cD: jax.Array, w_DV: jax.Array, vocab: int | None) -> jax.Array:
@@ -197,7 +202,7 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
 def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) -> tuple[CrossEntropy, Any]:
     """The sums, and where it is wanted the gradients of the loss with respect to x and W."""
     chunk, vocab, entropy = static
-    w_VD = turned(w_DV) if wanted else None
+    w_DV, w_VD = in_rows(w_DV), turned(w_DV)
 
     def one(carry, xtw):
         total, dw_DV = carry
@@ -213,11 +218,11 @@ def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) 
 
     start = CrossEntropy(*(zeros((), jnp.float32, x_MD),) * 3), zeros(w_DV.shape, jnp.float32, x_MD) if wanted else None
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M))
-    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD) if wanted else None
+    no_dx_cD = bits(zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)) if wanted else None
     (total, dw_DV), dx_ncD = _over_chunks(one, no_dx_cD, start, used, chunks)
     if not wanted:
         return _reduced(total), None
-    return _reduced(total), (dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype))
+    return _reduced(total), (_joined(dx_ncD, x_MD), dw_DV.astype(w_DV.dtype))
 
 
 def _cross_entropy_bwd(static, saved, g):
@@ -250,7 +255,7 @@ def _logps_fwd(static, x_MD, w_DV, targets_M, used):
 
 def _logps_bwd(static, saved, g):
     (chunk, vocab), (x_MD, w_DV, targets_M, used) = static, saved
-    w_VD = turned(w_DV)
+    w_DV, w_VD = in_rows(w_DV), turned(w_DV)
 
     def one(dw_DV, xtg):
         x_cD, targets_c, g_c = xtg
@@ -260,9 +265,9 @@ def _logps_bwd(static, saved, g):
         return dw_DV + more_DV, dx_cD
 
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, g.logp_M))
-    no_dx_cD = zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)
+    no_dx_cD = bits(zeros(chunks[0].shape[1:], x_MD.dtype, x_MD))
     dw_DV, dx_ncD = _over_chunks(one, no_dx_cD, zeros(w_DV.shape, jnp.float32, x_MD), used, chunks)
-    return dx_ncD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV.astype(w_DV.dtype), None, None
+    return _joined(dx_ncD, x_MD), dw_DV.astype(w_DV.dtype), None, None
 
 
 _logps.defvjp(_logps_fwd, _logps_bwd)

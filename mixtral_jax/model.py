@@ -28,7 +28,6 @@ from mixtral_jax.parallel import (
     psum,
     shard_key,
     sharded,
-    turned,
 )
 
 # What the backward pass of a layer finds saved; the rest it computes again. The routing is saved by all of them, the
@@ -275,7 +274,7 @@ class Mixtral(nnx.Module):
         """The output matrix in the compute dtype: this device's shard of the vocabulary."""
         dtype = compute_dtype(self.compute.dtype)
         if self.config.tie_word_embeddings:
-            return turned(gather(self.embed.weight, dtype))
+            return gather(self.embed.weight, dtype).T
         return gather(self.head.weight, dtype)
 
 

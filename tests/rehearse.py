@@ -18,6 +18,7 @@ from pathlib import Path
 OVERRIDES = (
     "eval.every=null", "data.validation=[]", "checkpoint.every=2", "checkpoint.keep_last=2", "log.every=1",
     "log.tensorboard=false", "optimizer.warmup_steps=2", "optimizer.schedule=constant",
+    "optimizer.learning_rate=3e-4",  # at the quickstart's a rounding in the last bit grows tenfold in a few steps
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mixtral_jax.kernels.products import transposed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel import same_variance
 
@@ -208,7 +209,7 @@ def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]
     def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
         q, g, delta, lse, tokens, first, stop = block
         # Products over the rows take these transposes: turning the probabilities instead is what costs on a CPU.
-        q_T, g_T = quirks.transposed((q, g))
+        q_T, g_T = transposed((q, g))
 
         def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state

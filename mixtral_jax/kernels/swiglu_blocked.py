@@ -16,7 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
-from mixtral_jax.parallel import bits, from_bits, same_variance, transposed, turned, zeros
+from mixtral_jax.kernels.products import transposed, turned
+from mixtral_jax.parallel import bits, from_bits, same_variance, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
 SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs
@@ -103,7 +104,7 @@ def _flat(w: Weights) -> Weights:
 def _back(w: Weights) -> Weights:
     """The matrices of the transposed products, dy W^T and (dy B^T) A^T."""
     low13, low2 = (None if low is None else Low(low.b.T, low.a.T) for low in (w.low13, w.low2))
-    return Weights(*turned((w.w13, w.w2)), low13, low2)
+    return Weights(turned(w.w13), turned(w.w2), low13, low2)
 
 
 @jax.custom_vjp

@@ -13,12 +13,11 @@ from mixtral_jax.parallel.collectives import (
     psum,
     same_variance,
     shard_key,
-    turned,
     variance,
     varying,
     zeros,
 )
-from mixtral_jax.parallel.compiler_quirks import bits, from_bits, take_chosen, transposed
+from mixtral_jax.parallel.compiler_quirks import bits, from_bits, take_chosen
 from mixtral_jax.parallel.context import Part, gather_row, places, zigzag
 from mixtral_jax.parallel.mesh import (
     BATCH_AXES,

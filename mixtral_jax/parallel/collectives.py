@@ -40,14 +40,6 @@ def platform() -> str:
     return machine().platform
 
 
-def turned(matrices: Any) -> Any:
-    """Each matrix transposed, to be the right side of products: laid out anew where that makes them faster."""
-    flipped = jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), matrices)
-    if platform() != "cpu" or any(a.dtype.itemsize > 2 for a in jax.tree.leaves(flipped)):
-        return flipped
-    return quirks.barrier(quirks.SLOW_ON_TRANSPOSED_RIGHT, flipped)
-
-
 def inside() -> bool:
     """Whether this code is being traced for one device of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

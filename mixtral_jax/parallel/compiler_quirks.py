@@ -185,9 +185,7 @@ row_major.defvjp(lambda w: (row_major(w), None), lambda _, g: (row_major(g),))
 
 # A product with a transposed left side goes to Eigen and not to YNNPACK: a third slower on a CPU.
 SLOW_ON_TRANSPOSED_LEFT = Habit("jaxlib", "0.10.2")
-# And in bf16 with a transposed right side too: Eigen has no products of that format, and takes twice as long.
-SLOW_ON_TRANSPOSED_RIGHT = Habit("jaxlib", "0.10.2")
-# A bf16 left side that is transposed just before the product is widened to fp32, unless its layout is pinned.
+# And one of bf16 with a side that does not lie in rows takes fp32, or has no instructions of that format.
 WIDENS_TRANSPOSED = Habit("jaxlib", "0.10.2")
 # A bf16 buffer that is written in parts goes to fp32 and back, all of it, for each part.
 WIDENS_UPDATED = Habit("jaxlib", "0.10.2")
@@ -204,17 +202,6 @@ SORTS_FOR_SCATTERS = Habit("libtpu", "0.0.50.1")
 def barrier(habit: Habit, arrays: Any) -> Any:
     """`arrays`, all of them made before any is used."""
     return jax.lax.optimization_barrier(arrays) if habit.here else arrays
-
-
-def transposed(arrays: Any) -> Any:
-    """Each array with its last two dimensions exchanged, made before the product that takes it."""
-    return barrier(SLOW_ON_TRANSPOSED_LEFT, jax.tree.map(_laid_out, arrays))
-
-
-def _laid_out(a: jax.Array) -> jax.Array:
-    flipped = jnp.swapaxes(a, -1, -2)
-    pinned = a.dtype.itemsize == 2 and WIDENS_TRANSPOSED.here and jax.default_backend() == "cpu"
-    return with_layout_constraint(flipped, Layout(tuple(range(a.ndim)))) if pinned else flipped
 
 
 def bits(x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixtral_jax.kernels import native_bf16, transposed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.collectives import gather_shards
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -89,9 +90,24 @@ def sorts():
 
 def slow_on_a_transposed_left():
     """Whether a product with x^T misses the fast library of XLA on CPUs."""
-    run = jax.jit(lambda x, g: jnp.dot(quirks.transposed(x), g, preferred_element_type=fp32))
+    run = jax.jit(lambda x, g: jnp.dot(transposed(x), g, preferred_element_type=fp32))
     arrays = (jax.ShapeDtypeStruct((512, n), fp32) for n in (256, 896))
     return "ynn" not in run.lower(*arrays).compile().as_text()
+
+
+def widens_a_transposed():
+    """Whether a product in bf16 with x^T is computed in fp32."""
+    run = jax.jit(lambda x, g: jnp.dot(transposed(x), g, preferred_element_type=fp32))
+    arrays = (jax.ShapeDtypeStruct((512, n), bf16) for n in (256, 896))
+    return "f32[256,512]" in run.lower(*arrays).compile().as_text()
+
+
+def widens_an_updated():
+    """Whether a buffer goes to fp32 and back where a part of it is written."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    run = jax.jit(lambda x, part, at: put(quirks.bits(x), quirks.bits(part), at, axis=0), donate_argnums=0)
+    arrays = (jax.ShapeDtypeStruct((rows, 256), bf16) for rows in (4096, 64))
+    return "f32[4096,256]" in run.lower(*arrays, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
 
 
 def hoists_an_invariant():
@@ -118,12 +134,16 @@ CASES = {
     "HOISTS_CASTS": hoists_a_cast,
     "SORTS_FOR_SCATTERS": sorts,
     "SLOW_ON_TRANSPOSED_LEFT": slow_on_a_transposed_left,
+    "WIDENS_TRANSPOSED": widens_a_transposed,
+    "WIDENS_UPDATED": widens_an_updated,
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_habit_is_there_and_its_work_around_works(monkeypatch, name):
     habit = getattr(quirks, name)
+    if name == "WIDENS_TRANSPOSED" and not native_bf16():
+        pytest.skip("this processor has no products of bf16: all are computed in fp32")
     assert not CASES[name]()
     monkeypatch.setattr(quirks, name, quirks.Habit("jaxlib", "0", gone="0"))
     assert CASES[name]() == habit.here, f"{name}: is it gone? say so in mixtral_jax/parallel/compiler_quirks.py"
