@@ -14,3 +14,4 @@ from mixtral_jax.data.prepare.glance import check_first_records, first_documents
 from mixtral_jax.data.prepare.inventory import Entry, drop, entries
 from mixtral_jax.data.prepare.prepared import PreparedData, prepare
 from mixtral_jax.data.prepare.workers import search_path
+from mixtral_jax.data.records import replace_or_overwrite

@@ -38,6 +38,7 @@ from mixtral_jax.data.records.staging import (
     digest,
     kept,
     locked,
+    replace_or_overwrite,
     scratch,
     stage_in,
     staging_room,

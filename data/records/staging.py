@@ -87,6 +87,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def replace_or_overwrite(path: Path, content: str) -> None:
+    """The same, and on a full disk over what stands there, whose blocks are its own: of ASCII, and for few readers."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        if error.errno not in (*_FULL, errno.EFBIG) or not path.exists():
+            raise
+        with path.open("r+") as file:
+            file.truncate(file.write(content))
+
+
 @contextlib.contextmanager
 def locked(path: Path, waiting: str = "", say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Holds a lock file; the system drops the lock when the process ends, however it ends."""

@@ -49,7 +49,7 @@ def test_a_status_that_is_a_directory_is_refused_before_anything_is_trained(run_
 def test_a_status_that_cannot_be_written_makes_no_other_end_of_the_run(run_of, monkeypatch, capsys, asked):
     """Exit 2 would be final. Of a run that is done, the same command again says so in STATUS."""
     place, train = run_of()
-    write, refused = directory.write_atomically, []
+    write, refused = directory.replace_or_overwrite, []
 
     def refusing(file, text):
         if file.name == "STATUS" and refused:
@@ -62,7 +62,7 @@ def test_a_status_that_cannot_be_written_makes_no_other_end_of_the_run(run_of, m
             return asked
         return None
 
-    monkeypatch.setattr(directory, "write_atomically", refusing)
+    monkeypatch.setattr(directory, "replace_or_overwrite", refusing)
     monkeypatch.setattr(training.Interrupts, "requested", requested)
     if asked:
         assert train() == 75

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,13 +20,24 @@ from mixtral_jax import launch
 from mixtral_jax.train.config import load_config
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import sky
-from mixtral_jax.train.launchers.job import Job, Nodes, check_mounted, check_shared, engine_name, places, points
+from mixtral_jax.train.launchers.job import (
+    Job,
+    Nodes,
+    check_mounted,
+    check_shared,
+    directories,
+    engine_name,
+    places,
+    points,
+    yaml_text,
+)
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
 from mixtral_jax.train.launchers.verdict import MOST, MOST_UNSEEN, Verdict, last_attempt, verdict
 from mixtral_jax.train.plan import parse_topology
 from mixtral_jax.train.run.processes import detect
 
 PRESETS = {"pretrain": "mixtral-8x7b-v5p-64", "sft": "mixtral-8x7b-v5p-64", "dpo": "mixtral-8x7b-v5p-64"}
+MOUNTED = ("--volume", "runs:/runs", "--volume", "data:/data")
 PATHS = ("data.tokenizer=/data/tokenizer.model", "data.cache_dir=/runs/cache", "output_dir=/runs/all")
 
 
@@ -122,14 +134,24 @@ def _refused(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["pathlib.Path.mkdir", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
 def test_a_verdict_is_found_on_a_full_disk(tmp_path, monkeypatch, where):
     attempt(tmp_path, 1)
-    assert verdict(tmp_path, 74, 0).again
-    counted = (tmp_path / "launch" / "restarts.json").read_text()
+    (tmp_path / "launch").mkdir()
+    counted = tmp_path / "launch" / "restarts.json"
+    counted.write_text("{}\n")  # as submit leaves it
     monkeypatch.setattr(where, _refused)
-    assert verdict(tmp_path, 74, 0).again
-    assert (tmp_path / "launch" / "restarts.json").read_text() == counted
+    for times in range(1, MOST + 1):
+        assert verdict(tmp_path, 74, 0).again
+        assert json.loads(counted.read_text())["times"] == times  # the next start is another process
+    assert not verdict(tmp_path, 74, 0).again
+
+
+def test_where_nothing_can_be_counted_only_storage_is_final(tmp_path):
+    attempt(tmp_path, 1)
+    (tmp_path / "launch").touch()  # no directory
+    assert verdict(tmp_path, 75, 0).again
+    assert "cannot be counted" in str(verdict(tmp_path, 74, 0)) and not verdict(tmp_path, 74, 0).again
 
 
 def test_points_of_a_sweep():
@@ -141,6 +163,7 @@ def test_points_of_a_sweep():
         ("a=2", "b=[1,2]"),
         ("a=2", "b=[3]"),
     ]
+    assert points(["a={b: 1, c: [2]},{b: [1], c: 3}"]) == [("a={b: 1, c: [2]}",), ("a={b: [1], c: 3}",)]
     for bad in (["a"], ["a="], ["=1"], ["a=1,1"], ["a=1", "a=2"]):
         with pytest.raises(UserError, match="--sweep"):
             points(bad)
@@ -154,19 +177,61 @@ def test_names_that_engines_take():
         engine_name("!!")
 
 
+def test_a_name_stays_one_where_yaml_is_1_1():
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 1)
+    told = {"names": ["on", "Yes", "n", "1", "null", "a-b", "2026-11-30"]}
+    assert yaml.load(yaml_text(told)) == told
+
+
+PLACES = [  # what a run names, what is mounted (None: not known), and what is said of it
+    ("output_dir=/runs/../gone", ["/runs"], "output_dir: /gone is on nothing"),
+    ("output_dir=/runs/../gone/../runs", ["/runs"], None),
+    (f"data.tokenizer=../{Path.cwd().name}/README.md", ["/runs", "/data"], "/README.md is not in the project"),
+    ("data.tokenizer=./runs/t.model", ["/runs", "/data"], "data.tokenizer: runs/t.model is not in the project"),
+    ("data.train.0.path=file:///tmp/x", ["/runs", "/data"], ": /tmp/x is on nothing"),
+    ("data.train.0.path=~/x", ["/runs", "/data"], "/x is on nothing"),
+    ("output_dir=/tmp", None, "output_dir: /tmp is inside of the container"),
+    ("output_dir=/mixtral-jax/runs", None, "output_dir: /mixtral-jax/runs is inside of the container"),
+    ("data.train.0.path=/tmp/x", None, ": /tmp/x is on nothing"),
+    ("data.train.0.path=/mixtral-jax/data/samples/sft.jsonl", None, None),
+]
+
+
+@pytest.mark.parametrize(("word", "mounted", "sentence"), PLACES, ids=[word for word, *_ in PLACES])
+def test_a_path_is_judged_by_where_it_leads(word, mounted, sentence):
+    file = Path("configs/sft/tiny.yaml")
+    config = load_config(file, [*PATHS, "output_dir=/runs", *_sources(file), word]).config
+    if sentence is None:
+        return check_mounted(config, mounted and [*mounted, "/data"], "do")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_mounted(config, mounted and [*mounted, "/data"], "do")
+
+
+def test_directories_of_a_source_are_those_that_it_names(tmp_path):
+    file = Path("configs/sft/tiny.yaml")
+    config = load_config(file, ["data.train.0.path=[file:///tmp/a/x.jsonl,~/corpus/a.jsonl]"]).config
+    assert {"/tmp/a", os.path.expanduser("~/corpus")} <= set(directories(Job(config, Nodes(1, 1))))
+
+
 # --- SLURM ---
 
 RUNS = "a b's 100%"
 
 
 @pytest.fixture
-def config(tmp_path):
+def _shared(monkeypatch):
+    """pytest's own place may be one of this machine."""
+    monkeypatch.setattr("mixtral_jax.train.launchers.job._OF_ONE_MACHINE", ("/shm",))
+
+
+@pytest.fixture
+def config(tmp_path, _shared):
     """A file whose run lies in a directory of its own."""
     return ["configs/sft/tiny.yaml", f"output_dir={tmp_path / RUNS}"]
 
 
-def test_the_script_of_a_run(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mixtral_jax.train.launchers.job._OF_ONE_MACHINE", ())
+def test_the_script_of_a_run(config, tmp_path, capsys):
     words = ["--nodes", "2", "--devices", "4", "--time", "01:00:00", "--partition", "gpu", "--sbatch=--exclusive"]
     assert submit("slurm", *config, *words) == 0
     said = capsys.readouterr().out
@@ -174,17 +239,17 @@ def test_the_script_of_a_run(config, tmp_path, capsys, monkeypatch):
     text = script.read_text()
     assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=4", "#SBATCH --signal=B:USR1@180", "#SBATCH --requeue",
             "#SBATCH --exclusive", "#SBATCH --partition=gpu"} <= set(text.splitlines())  # fmt: skip
-    assert "mesh data 8" in said and "--go" in said and f"sbatch {shlex.quote(str(script))}" in said
+    assert "mesh data 8" in said and "--go" in said and f"=singleton {shlex.quote(str(script))}" in said
     assert "MiB a device before activations" in said
     subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_a_sweep_is_an_array_of_runs(config, tmp_path):
+def test_a_sweep_is_an_array_of_runs(config, tmp_path, capsys):
     assert submit("slurm", *config, "--sweep", "optimizer.learning_rate=1e-4,3e-4", "--sweep", "seed=0,1") == 0
     script = tmp_path / RUNS / "sft-tiny-learning_rate.sweep" / "launch" / "job.sbatch"
     text = script.read_text()
-    assert "#SBATCH --array=0-3" in text
+    assert "#SBATCH --array=0-3" in text and "singleton" not in capsys.readouterr().out
     runs = sorted(p.name for p in (tmp_path / RUNS).iterdir() if [*p.glob("launch/run-*.yaml")])
     assert runs == [f"sft-tiny-learning_rate={rate}-seed={seed}" for rate in ("1e-4", "3e-4") for seed in (0, 1)]
     assert all(run in text for run in runs)
@@ -225,6 +290,8 @@ def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config,
     ("words", "sentence"),
     [
         (["--time", "soon"], "--time soon: minutes"),
+        (["--time", "3"], "--time 3 is not longer than --warn-seconds 180"),
+        (["--time", "0:1:0", "--warn-seconds", "60"], "not longer than --warn-seconds 60"),
         (["--warn-seconds", "0"], "--warn-seconds 0"),
         (["--partition", "a\nb"], "one line"),
         (["--sweep", "seed"], "--sweep seed: KEY=VALUE"),
@@ -234,13 +301,12 @@ def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config,
         (["--devices", "4", "--processes", "2"], "--processes 2: 1 is expected, or one a device: 4"),
         (["--chain", "2", "--sweep", "seed=0,1"], "a chain is of one run"),
         (["--sbatch", "exclusive"], "begins with -"),
-        (
-            ["--nodes", "2", "--devices", "1", "output_dir=/tmp/runs"],
-            "output_dir: /tmp/runs is a place of this machine",
-        ),
+        (["output_dir=/shm/runs"], "output_dir: /shm/runs is a place of this machine"),
+        (["data.train.0.path=file:///shm"], ": /shm is a place of this machine"),
         (["data.no_such=1"], "data.no_such"),
     ],
 )
+@pytest.mark.usefixtures("_shared")
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, capsys, words, sentence):
     assert submit("slurm", "configs/sft/tiny.yaml", f"output_dir={tmp_path / 'runs'}", *words) == 2
     assert sentence in capsys.readouterr().err
@@ -249,7 +315,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, capsys, wor
 
 FAKES = {
     "srun": """#!/bin/bash
-trap 'echo told; sleep 0.2; exit $(cat "$FAKE/later")' USR1
+trap 'echo told "${SRUN_CPUS_PER_TASK-}"; sleep 0.2; exit $(cat "$FAKE/later")' USR1
 echo started "$@"
 [ -e "$FAKE/waits" ] && while :; do sleep 0.05; done
 exit "$(cat "$FAKE/code")"
@@ -270,6 +336,7 @@ def cluster(tmp_path, config, monkeypatch):
     monkeypatch.setenv("FAKE", str(fake))
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     assert submit("slurm", *config, "--devices", "1") == 0
     run = tmp_path / RUNS / "sft-tiny"
 
@@ -293,7 +360,7 @@ def cluster(tmp_path, config, monkeypatch):
 def test_a_signal_ahead_of_the_limit_is_handed_on_and_the_job_requeued(cluster):
     go, _ = cluster
     out, code, requeued = go(told=75)
-    assert "told" in out and "again 75" in out and code == 75 and requeued
+    assert "told 12\n" in out and "again 75" in out and code == 75 and requeued
 
 
 def test_a_signal_before_anything_has_begun_starts_nothing(cluster):
@@ -316,21 +383,33 @@ def test_a_mistake_is_not_requeued_and_ends_a_chain(cluster):
     go, run = cluster
     out, code, requeued = go(code=2)
     assert "final 2 usage" in out and code == 2 and not requeued
-    assert "nothing is started: 2 usage" in go()[0]
+    out, code, _ = go()
+    assert "nothing is started: 2 usage" in out and code == 2  # what depends on this job starts nothing either
     assert (run / "launch" / "final").exists()
+
+
+def test_one_that_is_refused_where_another_has_the_run_leaves_it_its_requeue(cluster):
+    go, run = cluster
+    script = run / "launch" / "job.sbatch"
+    script.write_text(script.read_text().replace("ask() {", "ask() { echo final 2 refused; return; "))
+    (run / "LEASE").touch()
+    assert go(code=2)[1:] == (2, False) and not (run / "launch" / "final").exists()
+    (run / "LEASE").unlink()
+    assert go(code=2)[1:] == (2, False) and (run / "launch" / "final").read_text() == "2 refused\n"
 
 
 def test_what_has_ended_for_good_stands_until_it_is_handed_over_anew(cluster, config, tmp_path, capsys):
     go, run = cluster
     go(code=2)
-    (run / "launch" / "restarts.json").write_text("{}")
+    (run / "launch" / "restarts.json").write_text('{"times": 3}')
     capsys.readouterr()
     assert submit("slurm", *config, "--devices", "1") == 0
     assert f"stands  {run}/launch/final" in capsys.readouterr().out and "nothing is started" in go()[0]
+    assert "times" in (run / "launch" / "restarts.json").read_text()
     (made,) = (run / "launch").glob("run-*.yaml")
     (tmp_path / "fake" / "sbatch").symlink_to("/bin/true")
     assert submit("slurm", *config, "--devices", "1", "--go") == 0
-    assert not {"final", "restarts.json"} & {path.name for path in (run / "launch").iterdir()}
+    assert not (run / "launch" / "final").exists() and (run / "launch" / "restarts.json").read_text() == "{}\n"
     before = made.read_text()
     assert submit("slurm", *config, "--devices", "1", "seed=1") == 0  # what a job reads is not changed under it
     assert made.read_text() == before and len([*(run / "launch").glob("run-*.yaml")]) == 2
@@ -484,33 +563,51 @@ def test_rules_of_a_jobset_count_those_of_its_pods(tmp_path, monkeypatch):
     assert pod[3]["onExitCodes"]["values"] == [74, 76, 124]  # no rule of the set: restarts, counted
 
 
+def test_a_job_alone_counts_all_but_stops_and_disruptions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
+    words = [*PATHS, *_sources(file), "--nodes", "4", "--image", "i", *MOUNTED, "--plain-job", "--max-restarts", "5"]
+    assert submit("k8s", file, *words) == 0
+    spec = objects(next(tmp_path.glob("runs/*/launch/job.yaml")))[2]["spec"]
+    rules = spec["podFailurePolicy"]["rules"]
+    ignored = [rule for rule in rules if rule["action"] == "Ignore"]
+    assert spec["backoffLimit"] == 20 and len(ignored) == 2 and "onPodConditions" in ignored[0]
+    assert ignored[1]["onExitCodes"]["values"] == [75]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         ([], "--image"),
         (["--image", "i"], "on nothing that is mounted: put it on a volume with --volume CLAIM:/PATH"),
-        (["--image", "", "--volume", "r:/"], "a container image is expected"),
+        (["--image", "", *MOUNTED], "a container image is expected"),
         (
-            ["--image", "i", "--volume", "r:/", "data.cache_dir=cache"],
+            ["--image", "i", *MOUNTED, "data.cache_dir=cache"],
             "data.cache_dir: cache is inside of the container",
         ),
-        (["--image", "i", "--volume", "r:/", "init_from=runs/x"], "init_from: runs/x is not in the project"),
-        (["--image", "i", "--volume", "r:/", "--volume", "s:/"], "at the same path"),
-        (["--image", "i", "--volume", "r:/", "--namespace", "A_b"], "--namespace 'A_b'"),
-        (["--image", "i", "--volume", "r:/", "--queue", "a b"], "--queue 'a b'"),
-        (["--image", "i", "--volume", "r:/", "--grace-seconds", "-1"], "--grace-seconds is -1"),
+        (["--image", "i", *MOUNTED, "init_from=runs/x"], "init_from: runs/x is not in the project"),
+        (["--image", "i", "--volume", "r:/runs", "--volume", "s:/runs/"], "at the same path"),
+        (["--image", "i", *MOUNTED, "--namespace", "A_b"], "--namespace 'A_b'"),
+        (["--image", "i", *MOUNTED, "--queue", "a b"], "--queue 'a b'"),
+        (["--image", "i", *MOUNTED, "--grace-seconds", "-1"], "--grace-seconds is -1"),
         (
-            ["--image", "i", "--volume", "r:/", "--plain-job", "--topology", "2xv5p-64", "mesh.dcn_data=2"],
+            ["--image", "i", *MOUNTED, "--plain-job", "--topology", "2xv5p-64", "--nodes", "16", "mesh.dcn_data=2"],
             "has no slices",
         ),
         (["--image", "i", "--volume", "runs"], "CLAIM:/PATH"),
+        (["--image", "i", "--volume", "My_Claim:/runs"], "--volume My_Claim:/runs: CLAIM:/PATH"),
+        (["--image", "i", "--volume", "r:/a:b"], "--volume r:/a:b: CLAIM:/PATH"),
+        (["--image", "i", "--volume", "r:/dev/shm/"], "/dev/shm holds what a container needs"),
+        (["--image", "i", "--volume", "r:/"], "/ holds what a container needs"),
+        (["--image", "i", *MOUNTED, "--topology", "v5p-64"], "--nodes 4: --topology v5p-64 has 8"),
+        (["--image", "i", *MOUNTED, "--topology", "v5p-64", "--nodes", "8", "--devices", "2"], "v5p-64 has 4"),
         (
-            ["--image", "i", "--volume", "runs:/runs", "--volume", "d:/data", "data.staging_dir=/nvme/copies"],
+            ["--image", "i", *MOUNTED, "data.staging_dir=/nvme/copies"],
             "data.staging_dir: /nvme/copies is on nothing that is mounted",
         ),
-        (["--image", "i", "--volume", "r:/", "output_dir=runs"], "goes with it"),
-        (["--image", "i", "--volume", "r:/", "--topology", "v9-1"], "unknown topology"),
-        (["--image", "i", "--volume", "r:/", "--topology", "v5p-128", "mesh.fsdp=4"], "devices"),
+        (["--image", "i", *MOUNTED, "output_dir=runs"], "goes with it"),
+        (["--image", "i", *MOUNTED, "--topology", "v9-1"], "unknown topology"),
+        (["--image", "i", *MOUNTED, "--topology", "v5p-128", "--nodes", "16", "mesh.fsdp=4"], "devices"),
     ],
 )
 def test_a_cluster_that_could_not_run_it(tmp_path, monkeypatch, capsys, words, sentence):
@@ -544,11 +641,16 @@ def test_a_managed_job(tmp_path, monkeypatch):
     assert submit("sky", file, *words) == 0
     task = YAML(typ="safe").load(next(tmp_path.glob("runs/*/launch/task.yaml")))
     assert task["resources"]["job_recovery"] == {
-        "max_restarts_on_errors": 3,
+        "max_restarts_on_errors": 0,  # which would cover 2, 3 and 4
         "recover_on_exit_codes": [74, 75, 76, 124],
     }
+    assert task["resources"]["use_spot"] is True
     assert task["num_nodes"] == 4 and task["run"].endswith("pretrain /etc/mixtral-jax/run.yaml")
     assert Path(task["file_mounts"]["/etc/mixtral-jax/run.yaml"]).exists()
+    assert submit("sky", file, *words, "--image", "i", "--on-demand") == 0
+    task = YAML(typ="safe").load(next(tmp_path.glob("runs/*/launch/task.yaml")))
+    assert task["resources"]["use_spot"] is False and task["run"].startswith("cd /mixtral-jax && ")
+    assert "\nWORKDIR /mixtral-jax\n" in (Path(__file__).parents[2] / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(
@@ -572,10 +674,11 @@ XPK = {  # of `xpk workload create --help`
 }  # fmt: skip
 
 
-def test_an_xpk_workload(tmp_path, monkeypatch):
+def test_an_xpk_workload(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = Path(__file__).parents[2] / "configs/pretrain/mixtral-8x7b-v5p-64.yaml"
     words = ["--topology", "v5p-64", "--cluster", "c", "--image", "i", "--zone", "z"]
+    told_by_shape = ["mesh.dcn_data=2", "global_batch_size=1024", "--topology", "2xv5p:4x4x2", *words[2:]]
     assert submit("xpk", file, *words) == 2  # its runs would be in the container
     assert submit("xpk", file, *PATHS, *_sources(file), *words) == 0
     script = next(tmp_path.glob("runs/*/launch/xpk.sh"))
@@ -590,6 +693,8 @@ def test_an_xpk_workload(tmp_path, monkeypatch):
     assert (
         set(options) <= XPK and options["restart-on-exit-codes"] == "74,75,76,124" and options["tpu-type"] == "v5p-64"
     )
+    assert submit("xpk", file, *PATHS, *_sources(file), *told_by_shape) == 2
+    assert "xpk: --topology 2xv5p:4x4x2: name the slice by its size" in capsys.readouterr().err
     decoding = options["command"].partition(" > ")[0]
     assert subprocess.run(["sh", "-c", decoding], capture_output=True, text=True, check=True).stdout.startswith(
         "stage:"
@@ -599,7 +704,6 @@ def test_an_xpk_workload(tmp_path, monkeypatch):
 # --- one example of each: GOLDEN=write makes the files anew ---
 
 LAUNCHED = Path(__file__).parent / "launched"
-MOUNTED = ["--volume", "runs:/runs", "--volume", "data:/data"]
 HERE = ["output_dir=runs", "data.cache_dir=cache"]
 BUCKETS = ["--mount", "/runs=s3://r", "--mount", "/data=s3://d"]
 EXAMPLES = {
@@ -617,17 +721,17 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("_shared")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mixtral_jax.train.launchers.job._OF_ONE_MACHINE", ())  # pytest's own place may be one
     # which grows with every setting
     monkeypatch.setattr("mixtral_jax.train.launchers.job.resolved_yaml", lambda config: f"stage: {config.stage}\n...\n")
     (tmp_path / "pyproject.toml").touch()
     engine, stage, *words = EXAMPLES[name]
     file = Path(__file__).parents[2] / "configs" / stage / "mixtral-8x7b-v5p-64.yaml"
     assert submit(engine, file, *PATHS, *_sources(file), *words) == 0
-    made = next(p for p in tmp_path.glob("runs/*/launch/*") if not p.name.startswith("run-")).read_text()
+    made = next(p for p in tmp_path.glob("runs/*/launch/*") if not re.match("run-|restarts", p.name)).read_text()
     made = made.replace(str(tmp_path), "/here").replace(sys.executable, "python")
     if os.environ.get("GOLDEN") == "write":
         (LAUNCHED / name).write_text(made)

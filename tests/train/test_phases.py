@@ -240,7 +240,7 @@ def test_a_disk_that_cannot_hold_status_holds_nothing_up(tmp_path, monkeypatch, 
         time.sleep(60)
 
     place = RunDirectory(tmp_path)
-    monkeypatch.setattr(directory, "write_atomically", broken)
+    monkeypatch.setattr(directory, "replace_or_overwrite", broken)
     began = time.monotonic()
     with heartbeat.Heartbeat(place):
         place.begin()

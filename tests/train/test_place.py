@@ -124,14 +124,14 @@ def test_checkpoints_on_a_disk_that_is_gone_are_refused(run, how):
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOENT])
 def test_a_status_that_cannot_be_written_is_a_fault_of_the_storage(run, monkeypatch, code):
     """As when the ticket for a file server has run out: the same command goes on once there is another."""
-    written = directories.write_atomically
+    written = directories.replace_or_overwrite
 
     def refuse(path, text):
         if path.name == "STATUS":
             raise OSError(code, os.strerror(code), str(path))
         written(path, text)
 
-    monkeypatch.setattr(directories, "write_atomically", refuse)
+    monkeypatch.setattr(directories, "replace_or_overwrite", refuse)
     ended, said = run("steps=3")
     assert ended == 74 and "STATUS could not be written" in said.splitlines()[-1]
     monkeypatch.undo()

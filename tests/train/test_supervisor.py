@@ -125,6 +125,20 @@ def test_one_that_comes_between_two_starts_is_heard(tmp_path, monkeypatch):
     assert not (tmp_path / "attempts" / "2").exists()
 
 
+def test_a_sweep_that_is_stopped_has_not_done_its_work(tmp_path, monkeypatch):
+    judged = local.verdict
+    monkeypatch.setattr(local, "verdict", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), judged(*args))[1])
+    first, second = stub(tmp_path / "a", ["0"]), stub(tmp_path / "b", ["0"])
+    assert local.supervise([first, second], Local()) == 75 and not (tmp_path / "b").exists()
+    assert local.supervise([first], Local()) == 0
+
+
+def test_one_process_is_alone_in_an_allocation_of_many(tmp_path):
+    (tmp_path / "plan").write_text("import sys; sys.exit(sys.argv[1:] != ['--num-processes', '1'])")
+    job = SimpleNamespace(run=tmp_path, nodes=Nodes(1, 1), command=lambda: [sys.executable, str(tmp_path / "plan")])
+    assert Supervisor(job, Local(), lambda line: None).run() == 0
+
+
 SUPERVISE = """
 import sys
 sys.path.insert(0, {root!r})

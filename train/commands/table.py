@@ -251,13 +251,14 @@ COMMANDS = {
               dest="volumes", metavar="CLAIM:/PATH"),
         _told("--namespace", "of the objects", default="default"), _told("--queue", "of Kueue"),
         _told("--grace-seconds", "for the save when a pod is taken away", default=300),
-        _told("--max-restarts", "of a JobSet; disruptions are not counted", default=10),
+        _told("--max-restarts", "of the run; disruptions are not counted", default=10),
         _flag("--plain-job", "without JobSet", dest="plain")),
     "submit sky": Command(
         "submit", "a managed job of SkyPilot", *_SUBMITTING, _NODES[0],
         _told("--accelerators", "of each node, such as H100:8, or a TPU slice, such as tpu-v6e-16", required=True),
         _told("--infra", "where, such as aws or gcp/us-central1"),
-        _told("--image", "container that has this project; default: the working directory is installed"),
+        _told("--image", "container that the Dockerfile made; default: the working directory is installed"),
+        _flag("--on-demand", "machines that nobody takes away", dest="spot", action="store_false"),
         _told("--mount", "bucket for run, cache and data; may be repeated", action="append", dest="mounts",
               metavar="/PATH=URL")),
     "submit xpk": Command(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.scalarstring import LiteralScalarString
+from ruamel.yaml.scalarstring import LiteralScalarString, SingleQuotedScalarString
 
 from mixtral_jax.data.records import is_remote
 from mixtral_jax.train.config import RunConfig, check_sizes, load_config, resolved_yaml, run_and_step
@@ -20,11 +20,14 @@ from mixtral_jax.train.errors import UserError
 
 PYTHON = (sys.executable, "-P")  # which puts no directory first that it happens to stand in
 IN_IMAGE, RUN_FILE = ("python", "-P"), "/etc/mixtral-jax/run.yaml"  # of a container
+IMAGE_DIR = "/mixtral-jax"  # WORKDIR of the Dockerfile
 Plan = tuple[dict[Path, str], list[list[str]]]  # files for an engine, and the commands that hand them over
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+_NEEDED = ("/", "/dev/shm", IMAGE_DIR, os.path.dirname(RUN_FILE))  # in a container: nothing is mounted over it
+_YAML_1_1 = re.compile("y|n|yes|no|on|off", re.IGNORECASE)  # which others read as true and false
 _WRITTEN = ("output_dir", "data.cache_dir", "checkpoint.directory")
 _COPIES = "data.staging_dir"  # which each machine may have for itself
-_NOT_IN_IMAGE = ("runs", ".cache")  # .dockerignore, .gitignore
+_OF_IMAGE, _NOT_IN_IMAGE = (IMAGE_DIR, "/root"), ("runs", ".cache", "..")  # .dockerignore, .gitignore
 _GLOB = re.compile(r"[*?\[]")
 _NAME_LETTERS = 40  # of xpk; Kubernetes puts up to 23 more behind it
 
@@ -123,7 +126,7 @@ def points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     axes = []
     for text in sweep:
         key, equals, values = text.partition("=")
-        several = [v.strip() for v in re.split(r",(?![^\[({]*[\])}])", values) if v.strip()]  # outside of brackets
+        several = [value.strip() for value in _outside_brackets(values) if value.strip()]
         if not (equals and key and several) or len(set(several)) < len(several):
             raise UserError(f"--sweep {text}: KEY=VALUE,VALUE with different values is expected")
         axes.append([f"{key}={value}" for value in several])
@@ -131,6 +134,18 @@ def points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     if len(set(named)) < len(named):
         raise UserError(f"--sweep names {next(k for k in named if named.count(k) > 1)} twice: give all its values once")
     return list(itertools.product(*axes))
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """Parted at commas: `1,[2,{a: 3, b: 4}]` is two."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[({") - (letter in "])}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _point_name(point: Sequence[str]) -> str:
@@ -155,33 +170,36 @@ def engine_name(name: str) -> str:
 
 
 def check_shared(job: Job) -> None:
-    """Paths that every node must see.
+    """Paths that every node must see; the machine that submits is none of them.
 
     Raises:
         UserError: one that lies on a place which each machine has for itself.
     """
     for key, place in places(job.config):
-        if job.nodes.count > 1 and key != _COPIES and _is_of_one_machine(place):
-            real = os.path.realpath(place)
-            raise UserError(f"{key}: {real} is a place of this machine alone, and {job.nodes.count} nodes read it")
+        if key != _COPIES and _lies_in(real := os.path.realpath(place), _OF_ONE_MACHINE):
+            raise UserError(f"{key}: {real} is a place of this machine alone, and the nodes of the job must see it")
 
 
-def _is_of_one_machine(place: str) -> bool:
-    return os.path.realpath(place).startswith(tuple(f"{above}/" for above in _OF_ONE_MACHINE))
+def _lies_in(place: str, directories: Iterable[str]) -> bool:
+    """Whether a path is one of them, or in one."""
+    return f"{place}/".startswith(tuple(f"{above}/" for above in directories))
 
 
 def mounts(option: str, told: Sequence[str], pattern: str, such: str) -> dict[str, str]:
     """Sources of what is mounted, by its absolute path in the container; `pattern` has groups `path` and `source`.
 
     Raises:
-        UserError: one that is none, or two at the same path.
+        UserError: one that is none, or hides what is there, or two at the same path.
     """
     found: dict[str, str] = {}
     for text in told:
         match = re.fullmatch(pattern, text)
         if match is None:
             raise UserError(f"{option} {text}: {such} is expected")
-        if found.setdefault(match["path"], match["source"]) != match["source"]:
+        path = os.path.normpath(match["path"])
+        if path in _NEEDED:
+            raise UserError(f"{option} {text}: {path} holds what a container needs: mount it elsewhere")
+        if found.setdefault(path, match["source"]) != match["source"]:
             raise UserError(f"{option} {text}: another one is mounted at the same path")
     return found
 
@@ -194,15 +212,16 @@ def check_mounted(config: RunConfig, mounted: Iterable[str] | None, remedy: str)
     Raises:
         UserError: one that goes with the container, or is not in it, or is on nothing that is mounted.
     """
-    for key, place in places(config):
-        if key == _COPIES and (not place.startswith("/") or _is_of_one_machine(place)):
+    for key, told in places(config):
+        place = os.path.normpath(told)
+        inside, passing = not place.startswith("/"), _lies_in(place, _OF_ONE_MACHINE)
+        if key == _COPIES and (inside or passing):
             continue  # they may go with the container
-        if not place.startswith("/"):
-            if key in _WRITTEN:
-                raise UserError(f"{key}: {place} is inside of the container and goes with it: {remedy}")
-            if place.split("/")[0] in _NOT_IN_IMAGE or not os.path.exists(_GLOB.split(place)[0] or "."):
-                raise UserError(f"{key}: {place} is not in the project, of which the container is made: {remedy}")
-        elif mounted is not None and not any(f"{place}/".startswith(f"{path.rstrip('/')}/") for path in mounted):
+        if key in _WRITTEN and (inside or (mounted is None and _lies_in(place, (*_OF_ONE_MACHINE, *_OF_IMAGE)))):
+            raise UserError(f"{key}: {place} is inside of the container and goes with it: {remedy}")
+        if inside and (_lies_in(place, _NOT_IN_IMAGE) or not os.path.exists(_GLOB.split(place)[0] or ".")):
+            raise UserError(f"{key}: {place} is not in the project, of which the container is made: {remedy}")
+        if not inside and (passing if mounted is None else not _lies_in(place, mounted)):
             raise UserError(f"{key}: {place} is on nothing that is mounted: {remedy}")
 
 
@@ -210,7 +229,7 @@ def directories(job: Job) -> list[str]:
     """What a container on this file system must see: directories of all paths, and the one that we stand in."""
     found = {os.getcwd()}
     for key, place in places(job.config):
-        if key == _COPIES and job.nodes.count > 1 and _is_of_one_machine(place):
+        if key == _COPIES and job.nodes.count > 1 and _lies_in(os.path.realpath(place), _OF_ONE_MACHINE):
             continue  # on the other nodes nobody has made it
         named = _GLOB.split(os.path.abspath(place))[0]
         found.add(named if key in (*_WRITTEN, _COPIES) or os.path.isdir(named) else os.path.dirname(named))
@@ -227,8 +246,10 @@ def places(config: RunConfig) -> list[tuple[str, str]]:
         ("checkpoint.directory", config.checkpoint.directory),
     ]  # fmt: skip
     for kind in ("train", "validation"):
-        named += [(f"data.{kind}.{source.name}", path) for source in getattr(data, kind) for path in source.paths]
-    return [(key, str(place)) for key, place in named if place and not is_remote(str(place))]
+        of_kind = [(f"data.{kind}.{source.name}", path) for source in getattr(data, kind) for path in source.paths]
+        named += [(key, os.path.expanduser(path.removeprefix("file://"))) for key, path in of_kind]
+    paths = [(key, str(place).removeprefix("file://")) for key, place in named if place]
+    return [(key, path) for key, path in paths if not is_remote(path)]
 
 
 def yaml_text(*objects: Mapping[str, Any]) -> str:
@@ -244,4 +265,6 @@ def _plain(value: Any) -> Any:
         return {key: plain for key, v in value.items() if (plain := _plain(v)) not in ({}, None)}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(v) for v in value]
+    if isinstance(value, str) and _YAML_1_1.fullmatch(value):
+        return SingleQuotedScalarString(value)
     return LiteralScalarString(value) if isinstance(value, str) and "\n" in value else value

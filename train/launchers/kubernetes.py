@@ -17,6 +17,7 @@ CONTAINER, PORT = "train", 8476
 _TPU_KINDS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 _HOST_CHIPS = 4  # of a slice of several hosts
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
+_VOLUME = r"(?P<source>[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?):(?P<path>/[^:]*)"
 _CONFIG_MAP_BYTES = 1 << 20
 
 
@@ -63,8 +64,7 @@ def manifest(job: Job, how: Kubernetes, topology: Topology | None) -> str:
     settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"run.yaml": job.text}}
     work = {
         "parallelism": count, "completions": count, "completionMode": "Indexed",
-        # of a plain Job: what ends otherwise than by a known code, each process three times
-        "backoffLimit": 3 * count if how.plain else 0,
+        "backoffLimit": how.max_restarts * count if how.plain else 0,  # one that ends takes the others with it
         "podFailurePolicy": {"rules": _pod_rules(how.plain)}, "template": _pod(job, how, tpu),
     }  # fmt: skip
     if how.plain:
@@ -93,11 +93,10 @@ def _pod_rules(plain: bool) -> list[dict[str, Any]]:
     final = codes("FailJob", *(code for code in ExitCode.final() if code))
     again = "Ignore" if plain else "FailJob"
     moved = {"action": again, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    if plain:
-        return [final, moved, codes(again, *ExitCode.again())]
     # of the pods that a disrupted one has told to save, one may be the first to end
+    stopped = codes(again, ExitCode.STOPPED)
     others = [code for code in ExitCode.again() if code != ExitCode.STOPPED]
-    return [final, moved, codes(again, ExitCode.STOPPED), codes(again, *others)]
+    return [final, moved, stopped, *([] if plain else [codes(again, *others)])]
 
 
 def _set_rules() -> list[dict[str, Any]]:
@@ -152,7 +151,7 @@ def _variables(job: Job, how: Kubernetes, tpu: Topology | None) -> dict[str, dic
 
 def _claims(how: Kubernetes) -> dict[str, str]:
     """Persistent volume claims by their paths."""
-    return mounts("--volume", how.volumes, r"(?P<source>[^:]+):(?P<path>/.*?)/*", "CLAIM:/PATH, a claim and its place,")
+    return mounts("--volume", how.volumes, _VOLUME, "CLAIM:/PATH, a claim and its place,")
 
 
 def _check(job: Job, how: Kubernetes, slices: int) -> None:

@@ -62,6 +62,7 @@ def supervise(jobs: Sequence[Job], how: Local) -> int:
         codes.append(supervisor.run())
         if supervisor.asked:
             break
+    codes += [ExitCode.STOPPED] * (len(codes) < len(jobs))  # some have not begun
     return next(filter(None, codes), ExitCode.DONE)
 
 
@@ -116,8 +117,9 @@ class Supervisor:
 
     def _start(self, index: int, port: int) -> subprocess.Popen[bytes]:
         command, count, how = self._job.command(), self._job.nodes.processes, self._how
+        command += ["--num-processes", str(count)]  # whatever an allocation around us says
         if count > 1:
-            command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(index)]
+            command += ["--coordinator", f"127.0.0.1:{port}", "--process-id", str(index)]
         environment = {**os.environ, "PYTHONPATH": search_path()}
         if how.on_cpu:
             flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={how.devices}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.launchers.job import IN_IMAGE, RUN_FILE, Job, Nodes, check_mounted, mounts, yaml_text
+from mixtral_jax.train.launchers.job import IMAGE_DIR, IN_IMAGE, RUN_FILE, Job, Nodes, check_mounted, mounts, yaml_text
 from mixtral_jax.train.launchers.kubernetes import hosts
 from mixtral_jax.train.plan import Topology, parse_topology
 
@@ -21,7 +21,7 @@ class Sky(NamedTuple):
     infra: str | None = None  # aws, gcp/us-central1
     image: str | None = None  # of a container that has this project; None: the working directory is installed
     mounts: tuple[str, ...] = ()  # /PATH=s3://BUCKET, in which run, cache and data lie
-    max_restarts: int = 3  # after errors of other codes
+    spot: bool = True
 
 
 def task(job: Job, how: Sky, topology: Topology | None) -> str:
@@ -36,17 +36,19 @@ def task(job: Job, how: Sky, topology: Topology | None) -> str:
         raise UserError("sky: there is no pyproject.toml here: submit from the project's directory, or give --image")
     slices = how.accelerators.startswith("tpu-")
     setup = f"python -m pip install --quiet '.[{'tpu' if slices else 'cuda'}]' --constraint constraints.txt"
+    start = shlex.join(job.command(IN_IMAGE, RUN_FILE))
     return yaml_text({
         "name": job.name, "num_nodes": 1 if slices else job.nodes.count,
         "resources": {
-            "accelerators": how.accelerators, "infra": how.infra, "use_spot": True,
+            "accelerators": how.accelerators, "infra": how.infra, "use_spot": how.spot,
             "image_id": f"docker:{how.image}" if how.image else None,
-            "job_recovery": {"max_restarts_on_errors": how.max_restarts, "recover_on_exit_codes": _AGAIN},
+            # more than 0 would start again behind 2, 3 and 4, too
+            "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": _AGAIN},
         },
         "workdir": None if how.image else ".",
         "file_mounts": {RUN_FILE: str(job.file)}
         | {path: {"source": source, "mode": "MOUNT_CACHED"} for path, source in buckets.items()},
-        "setup": None if how.image else setup, "run": shlex.join(job.command(IN_IMAGE, RUN_FILE)),
+        "setup": None if how.image else setup, "run": f"cd {IMAGE_DIR} && {start}" if how.image else start,
     })  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def workload(job: Job, how: Xpk, topology: Topology | None) -> str:
     check_mounted(job.config, None, "name an absolute path on a storage that xpk attaches to the workload")
     if topology is None or topology.libtpu is None:
         raise UserError("xpk: --topology names no TPU slice, such as v5p-64: use submit k8s for GPUs")
-    kind = topology.name.rpartition("x")[2] if topology.slices > 1 else topology.name
+    kind = re.sub(r"^\d+x", "", topology.name)
     if ":" in kind:
         raise UserError(f"xpk: --topology {topology.name}: name the slice by its size, such as v5p-64")
     run = base64.b64encode(job.text.encode()).decode()  # letters that no shell on the way touches

@@ -11,7 +11,7 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.launchers.job import IN_IMAGE, PYTHON, Job, Plan, check_shared, directories
 from mixtral_jax.train.plan import Topology
 
-_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+_TIME = re.compile(r"((?P<days>\d+)-)?(?P<rest>\d+(:\d+){0,2})|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
 class Slurm(NamedTuple):
@@ -41,8 +41,8 @@ def plan(jobs: Sequence[Job], how: Slurm, topology: Topology | None) -> Plan:
         raise UserError(f"--processes {nodes.processes}: 1 is expected, or one a device: {nodes.devices}")
     if how.chain < 1 or not 1 <= how.warn_seconds <= 65535:
         raise UserError(f"--chain {how.chain} is 1 or more, --warn-seconds {how.warn_seconds} 1 to 65535")
-    if how.time and not _TIME.fullmatch(how.time):
-        raise UserError(f"--time {how.time}: minutes, H:M:S or D-H:M:S is expected, as sbatch has it")
+    if how.time and 0 < _seconds(how.time) <= how.warn_seconds:
+        raise UserError(f"--time {how.time} is not longer than --warn-seconds {how.warn_seconds}: it would only begin")
     if how.chain > 1 and len(jobs) > 1:
         raise UserError("--chain and --sweep: a chain is of one run")
     for job in jobs:
@@ -51,8 +51,19 @@ def plan(jobs: Sequence[Job], how: Slurm, topology: Topology | None) -> Plan:
     if len(jobs) > 1:
         place = jobs[0].run.parent / f"{jobs[0].config.run_name.partition('=')[0]}.sweep" / "launch"
     path = place / "job.sbatch"
-    command = ["sbatch", *["--dependency=singleton"] * (how.chain > 1), str(path)]
+    # behind all jobs of its name: a chain, and what is submitted again while the run is under way
+    command = ["sbatch", *["--dependency=singleton"] * (len(jobs) == 1), str(path)]
     return {path: script(jobs, how, place)}, [command] * how.chain
+
+
+def _seconds(time: str) -> int:
+    """Of a limit; 0: there is none."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time {time}: minutes, H:M:S or D-H:M:S is expected, as sbatch has it")
+    parts = [int(part) for part in (match["rest"] or "0").split(":")]
+    units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
+    return int(match["days"] or 0) * 86400 + sum(count * unit for count, unit in zip(parts, units, strict=False))
 
 
 def script(jobs: Sequence[Job], how: Slurm, directory: Path) -> str:
@@ -100,8 +111,10 @@ esac
 cd {where} || exit 2
 ask() {{ {alone}{python} -m mixtral_jax.train.launchers "$run" "$@"; }}
 if [ -e "$run/launch/final" ]; then  # an earlier job of a chain, or somebody, has ended it for good
-  echo "nothing is started: $(cat "$run/launch/final")"; exit 0
+  read -r code why <"$run/launch/final"
+  echo "nothing is started: $code $why"; exit "${{code:-2}}"  # what waits for this job learns how the run ended
 fi
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun inherits it no more
 told='' steps='' code=75
 trap 'told=1; [ -z "$steps" ] || kill -USR1 "$steps"' USR1 TERM  # srun hands it on: all save, and end with 75
 before=$(ask attempt) || exit 2
@@ -121,6 +134,8 @@ if [ "$what" = again ]; then
   if {requeue}; then scontrol requeue "$SLURM_JOB_ID"; fi
   exit "$code"
 fi
-echo "$code $why" >"$run/launch/final"
+if [ "$code" != 2 ] || [ ! -e "$run/LEASE" ]; then  # refused where another job has the run: that one goes on
+  echo "$code $why" >"$run/launch/final"
+fi
 exit "$code"
 """

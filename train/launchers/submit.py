@@ -11,7 +11,7 @@ from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import kubernetes, local, sky, slurm
 from mixtral_jax.train.launchers.job import Job, Nodes, Plan, jobs
-from mixtral_jax.train.plan import Topology, memory_line, parse_topology, passing_line
+from mixtral_jax.train.plan import NODE_GPUS, Topology, memory_line, parse_topology, passing_line
 
 Options = Mapping[str, Any]
 
@@ -67,9 +67,12 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
         raise UserError(f"--go: {engine.client} is not installed here: hand the files over where it is")
     files = {job.file: job.text for job in found} | files
     _write(files)
-    for job in found if options["go"] else ():  # what an earlier submission came to
-        for left in ("final", "restarts.json"):
-            (job.here / left).unlink(missing_ok=True)
+    for job in () if engine.away else found:
+        if options["go"]:  # what an earlier submission came to
+            (job.here / "final").unlink(missing_ok=True)
+        counted = job.here / "restarts.json"
+        if options["go"] or not counted.exists():
+            write_atomically(counted, "{}\n")  # which a disk that is full by then lets change
     for line in _told(found, files, commands, go=options["go"]):
         print(line, flush=True)  # ahead of what the supervisor's processes say
     if not options["go"]:
@@ -87,7 +90,11 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
 def _nodes(name: str, options: Options, topology: Topology | None) -> Nodes:
     if topology is not None:
         each, chips = kubernetes.hosts(topology)
-        return Nodes(each * topology.slices, chips)
+        count = each * topology.slices
+        for option, default, has in (("nodes", 1, count), ("devices", NODE_GPUS, chips)):
+            if (told := options.get(option, default)) not in (default, has):
+                raise UserError(f"--{option} {told}: --topology {topology.name} has {has}: leave one of them out")
+        return Nodes(count, chips)
     if name == "xpk":
         raise UserError("xpk: --topology is needed, such as v5p-64")
     if name == "sky":

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.data.prepare import replace_or_overwrite
 from mixtral_jax.train.base import checkpoints_of
 from mixtral_jax.train.checkpoints import whole_steps
 from mixtral_jax.train.errors import ExitCode
 from mixtral_jax.train.run_files import json_object
 
 MOST, MOST_UNSEEN = 3, 10  # starts one after another without a new checkpoint; while nobody can tell
-_UNWRITTEN: dict[Path, dict[str, Any]] = {}  # counts that a full disk did not take
 
 
 class Verdict(NamedTuple):
@@ -47,8 +46,8 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
 
     STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
     several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
-    MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed. Where that cannot
-    be written down this process remembers it: a supervisor on this machine, but not a job's next start.
+    MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed. A full disk takes
+    the count over the last one; where it cannot be written at all, a run that storage has failed does not go on.
 
     Args:
         code: of the processes; negative or above 128: a signal ended them.
@@ -61,7 +60,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
     if code in ExitCode.final():
         return Verdict(False, code, reason)
     counted = run / "launch" / "restarts.json"
-    count = {"newest": None, "times": 0, "unseen": 0} | json_object(counted) | _UNWRITTEN.pop(counted, {})
+    count = {"newest": None, "times": 0, "unseen": 0} | json_object(counted)
     try:
         newest = next(whole_steps(checkpoints_of(run)), None)  # in the run's directory, or where its config.yaml says
     except Exception as error:  # of a bucket's client, or of a file that is not whole: a verdict is needed
@@ -72,9 +71,10 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
     count[kind] += 1
     try:
         counted.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(counted, json.dumps(count) + "\n")
-    except OSError:  # a full disk
-        _UNWRITTEN[counted] = count
+        replace_or_overwrite(counted, json.dumps(count) + "\n")
+    except OSError as error:
+        if code == ExitCode.STORAGE:
+            return Verdict(False, code, reason, f"; its starts cannot be counted ({error.strerror or error})")
     if count[kind] > most:
         return Verdict(False, code, reason, f"; started again {most} times {what}")
     note = f" (start {count[kind]} of {most} {what})" if count[kind] > 1 or kind == "unseen" else ""

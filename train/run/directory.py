@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.data.prepare import replace_or_overwrite, write_atomically
 from mixtral_jax.train.config import Provenance, RunConfig, resolved_yaml
-from mixtral_jax.train.errors import FULL, ExitCode, StorageError, UserError, failure_of
+from mixtral_jax.train.errors import ExitCode, StorageError, UserError, failure_of
 from mixtral_jax.train.meetings import hear
 from mixtral_jax.train.phases import Phase, Phases
 from mixtral_jax.train.report import promise_page, write_page
@@ -212,7 +212,7 @@ class RunDirectory:
                 "data": self._said("data", {}) if self.account is None else self.account.last,
                 "reason": reason, "exit_code": exit_code,
             }  # fmt: skip
-            self._replace_status(json.dumps(status) + "\n")
+            replace_or_overwrite(self.path / "STATUS", json.dumps(status) + "\n")
             self.ended |= exit_code is not None
         return [*account.table(), *([] if exit_code is None else [promise_page(self.path)])]
 
@@ -224,16 +224,6 @@ class RunDirectory:
         if self.ended and (failure := write_page(self.path)):
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as log:
                 log.write(f"{failure}\n")
-
-    def _replace_status(self, text: str) -> None:
-        place = self.path / "STATUS"
-        try:
-            write_atomically(place, text)
-        except OSError as error:
-            if error.errno not in FULL or not place.exists():
-                raise
-            with place.open("r+") as file:  # no room for a second one: over the first
-                file.truncate(file.write(text))
 
     @property
     def _reached(self) -> int:
@@ -267,7 +257,7 @@ class RunDirectory:
         self.withdraw()
         if self._before is None:
             return False
-        self._replace_status(self._before)
+        replace_or_overwrite(self.path / "STATUS", self._before)
         return True
 
     def forget_results(self) -> None:
