@@ -245,7 +245,8 @@ def check_base_shape(config: RunConfig) -> list[str]:
 
 
 def newest_step(path: str) -> str:
-    """The newest whole checkpoint of a run's directory, wherever the run keeps them; any other path as it is.
+    """The newest whole checkpoint of a run's directory, wherever the run keeps them; of `best` the step for which it
+    stands; any other path as it is.
 
     Raises:
         UserError: it is a run, and none of its checkpoints is whole.
@@ -253,6 +254,8 @@ def newest_step(path: str) -> str:
     if is_remote(path):
         return path
     place, file = Path(path), Path(path) / "config.yaml"
+    if place.is_symlink() and is_training_checkpoint(place):  # it will stand for another one
+        return str(place.parent / place.readlink())
     if not file.is_file() or (place / "config.json").exists():  # a model directory may hold a config.yaml of others
         newest = newest_whole_step(place)
         return path if newest == place else str(newest)

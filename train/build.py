@@ -108,7 +108,7 @@ def build(
     if mesh is not None:
         check_sizes(config, mesh.shape)
     stage_in(config.data.staging_dir, config.data.staging_bytes)
-    tokenizer, tasks = load_tokenizer(config.data.tokenizer), _tasks(config.eval.tasks)
+    tokenizer, tasks = load_tokenizer(config.data.tokenizer), _tasks(config)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)
     account = _account(config, found, prepared, say)
@@ -203,8 +203,9 @@ def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list
     )  # fmt: skip
 
 
-def _tasks(told: TasksConfig | None) -> Tasks | None:
-    return None if told is None else find_tasks(told.names, task_options(told))
+def _tasks(config: RunConfig) -> Tasks | None:
+    told, longest = config.eval.tasks, config.model.max_position_embeddings
+    return None if told is None else find_tasks(told.names, task_options(told), longest=longest)
 
 
 def task_options(tasks: TasksConfig) -> TaskOptions:

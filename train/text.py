@@ -46,8 +46,13 @@ def generate(
     return texts[0] if single else texts
 
 
+def behind(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> str:
+    """Text behind that of `lead`, with the leading space that shows only after others."""
+    return tokenizer.decode([*lead, *tokens])[len(tokenizer.decode(lead)) :]
+
+
 def grow(tokenizer: Tokenizer, lead: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Text behind that of `lead`, token by token; a character of several tokens comes when it is complete."""
+    """The same, token by token; a character of several tokens comes when it is complete."""
     ids = list(lead)
     shown = len(tokenizer.decode(ids))
     text = ""
@@ -87,12 +92,12 @@ class Codec:
         self.ends = list(dict.fromkeys(ends))
         self.warn_of_control_words(prompts)
 
-    def encode(self, prompt: str | Chat) -> list[int]:
-        """BOS and the text, or the chat up to the header of its answer."""
+    def encode(self, prompt: str | Chat, tools: Sequence[Any] = ()) -> list[int]:
+        """BOS and the text, or the chat, with its tools, up to the header of its answer."""
         if isinstance(prompt, str):
             return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
         assert self._template is not None
-        return encode_prompt(prompt, self._template)
+        return encode_prompt(prompt, self._template, tools=tools)
 
     def warn_of_control_words(self, prompts: Sequence[str | Chat]) -> None:
         """Whether they hold what looks like a mark of the template."""
@@ -128,15 +133,14 @@ class Codec:
 
     def text(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> str:
         """The new tokens as text."""
-        lead, shown = self._parts(prompt, ids, new)
-        return self._tokenizer.decode([*lead, *shown])[len(self._tokenizer.decode(lead)) :]
+        return behind(self._tokenizer, *self._parts(prompt, ids, new))
 
     def grow(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> Iterator[str]:
         """The same, piece by piece."""
         return grow(self._tokenizer, *self._parts(prompt, ids, new))
 
     def _parts(self, prompt: str | Chat, ids: Sequence[int], new: Iterable[int]) -> tuple[Sequence[int], Iterable[int]]:
-        """What stands before the text, whose leading space shows only after others; its tokens, not what ends it."""
+        """What stands before the text; its tokens, not what ends it."""
         return (ids[1:] if isinstance(prompt, str) else []), (token for token in new if token not in self.ends)
 
 

@@ -13,7 +13,7 @@ from mixtral_jax.data.text.examples import (
 )
 from mixtral_jax.data.text.export import begins_with_bos, tokenizer_facts, tokenizer_files
 from mixtral_jax.data.text.layouts import VERSION as LAYOUT_VERSION
-from mixtral_jax.data.text.layouts import columns, layouts_of
+from mixtral_jax.data.text.layouts import columns, layouts_of, with_beside
 from mixtral_jax.data.text.messages import turns
 from mixtral_jax.data.text.passkey import KEYS, passkey_ids
 from mixtral_jax.data.text.side_files import ends_of, read_by_name

@@ -93,11 +93,24 @@ def normalise(record: Row, source: SourceConfig, kind: str, layouts: Sequence[st
     else:
         raise ValueError(_unknown(record, source, kind, known))
     shape = layout.read(row, source)
-    if shape is not None and "system" in row:
+    return name, None if shape is None else _beside(row, shape)
+
+
+def with_beside(record: Row, source: SourceConfig, shape: Row) -> Row:
+    """`messages` or a `prompt` of a record, with the system prompt and the tools of columns of their own.
+
+    Raises:
+        ValueError: what the columns hold is neither.
+    """
+    return _beside(_filled(record, source), shape)
+
+
+def _beside(row: Row, shape: Row) -> Row:
+    if "system" in row:
         _put_system(row["system"], shape)
-    if shape is not None and "tools" in row:
+    if "tools" in row:
         shape["tools"] = functions(row["tools"], "'tools'")
-    return name, shape
+    return shape
 
 
 def _put_system(text: Any, shape: Row) -> None:

@@ -126,41 +126,42 @@ def stream(
     rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
     batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
-    ended, whole, state = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots), None
+    ended, whole = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots)
+    state, seen = _start(whole, batch, sampler, slots=slots)
     for number in range(1, max_new_tokens + 1):
-        state = _start(whole, batch, sampler, slots=slots) if state is None else _step(whole, state, batch, sampler)
-        new = np.asarray(state.token_B)[: len(ended)]
+        new, done = np.asarray(seen)[:, : len(ended)]
         _refuse_nan(model, np.where(ended, 0, new)[:, None], rows.numbers, first=number)
         yield [None if end else int(token) for token, end in zip(new, ended, strict=True)]
         length = max(len(p) + number for p, end in zip(rows.prompts, ended, strict=True) if not end)
         if number == 1 or length == model.config.max_position_embeddings + 1:  # once
             _warn_of_length(model, length)
-        ended = np.asarray(state.done_B)[: len(ended)]
-        if ended.all():
+        ended = done > 0
+        if ended.all() or number == max_new_tokens:
             return
+        state, seen = _step(whole, state, batch, sampler)
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnames="slots")
-def _start(model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int) -> State:
-    """Prefill, and the first token."""
+def _start(model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int) -> tuple[State, Int[Array, "2 B"]]:
+    """Prefill, and the first token; with what `_seen` shows."""
 
-    def local(model: Mixtral, rows: Aligned, sampler: Sampler) -> State:
-        return _equal(_first(model, rows, sampler, slots))
+    def local(model: Mixtral, rows: Aligned, sampler: Sampler) -> tuple[State, jax.Array]:
+        return _seen(_first(model, rows, sampler, slots))
 
-    return sharded(local, model, (rows, sampler), (_ROWS, P()), _STATE)
+    return sharded(local, model, (rows, sampler), (_ROWS, P()), (_STATE, P()))
 
 
 @partial(jax.jit, donate_argnames="state")
-def _step(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
+def _step(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> tuple[State, Int[Array, "2 B"]]:
     """One token more."""
 
-    def local(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
-        return _equal(_next(model, _varying(state), rows, sampler))
+    def local(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> tuple[State, jax.Array]:
+        return _seen(_next(model, _varying(state), rows, sampler))
 
-    return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), _STATE)
+    return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), (_STATE, P()))
 
 
 @partial(jax.jit, static_argnames=("slots", "columns"))
@@ -222,9 +223,10 @@ def _varying(state: State) -> State:
     return State(cache, varying(state.token_B, TOKEN_AXES), varying(state.done_B, TOKEN_AXES), state.drawn)
 
 
-def _equal(state: State) -> State:
-    """The devices along `context` all hold the same: say so."""
-    return jax.tree.map(lambda a: axis_max(a, ("context",)), state)
+def _seen(state: State) -> tuple[State, jax.Array]:
+    """With the newest tokens, and which rows have ended, of all rows on every device: a process reads only its own."""
+    state = jax.tree.map(lambda a: axis_max(a, ("context",)), state)  # they hold the same: say so
+    return state, assemble(jnp.stack([state.token_B, state.done_B.astype(jnp.int32)]), 1, BATCH_AXES)
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from mixtral_jax import launch
 from mixtral_jax.train.commands import benchmark
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.evals import TaskOptions, find_tasks
+from mixtral_jax.train.evals import TaskOptions, benchmarks, find_tasks
 from mixtral_jax.train.run import RunDirectory
 from tests.evals.cases import TASKS, write_model, write_tasks
 from tests.tiny import metrics_of, write_run_file
@@ -46,7 +46,7 @@ def test_scores_are_printed_and_kept(own_tasks_alone, place: Path, tmp_path: Pat
     printed = json.loads(capsys.readouterr().out)
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert kept["tasks"]["tiny_letters"]["scores"]["acc"] == printed["eval/tiny_letters/acc"]
-    assert (kept["tasks"]["tiny_letters"]["documents"], kept["options"]["limit"]) == (2, 2)
+    assert (kept["tasks"]["tiny_letters"]["documents"], kept["tasks"]["tiny_letters"]["options"]["limit"]) == (2, 2)
     samples = (tmp_path / "out" / "samples_tiny_letters.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["resps"]) for line in samples] == [2, 2]
 
@@ -59,6 +59,8 @@ def test_scores_are_printed_and_kept(own_tasks_alone, place: Path, tmp_path: Pat
         (["--tasks", "tiny_letters", "--include", "nowhere"], "--include nowhere is no directory"),
         (["--tasks", "tiny_letters", "--limit", "0"], "limit is 0: it must be at least 1"),
         (["--tasks", "tiny_letters", "mesh.fdsp=2"], "mesh.fdsp"),
+        (["--tasks", "tiny_letters", "--out", f"{__file__}/x"], "x cannot be made (Not a directory): --out names"),
+        (["--tasks", "tiny_letters", "--template", "v1"], "are for chats: add --apply-chat-template"),
         ([], "eval needs CFG"),
     ],
 )  # fmt: skip
@@ -73,10 +75,43 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(
 def test_a_pattern_finds_tasks_and_not_their_groups_too(own_tasks_alone, place: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny_all.yaml").write_text("group: tiny_all\ntask: [tiny_choice, tiny_letters]\n")
     options = TaskOptions(include=[str(place / "tasks"), str(tmp_path)])
-    assert find_tasks(["tiny_*"], options)["tasks"].keys() == {f"tiny_{name}" for name in TASKS}
-    assert find_tasks(["tiny_all"], options)["tasks"].keys() == {"tiny_choice", "tiny_letters"}
+    assert find_tasks(["tiny_*"], options, longest=128)["tasks"].keys() == {f"tiny_{name}" for name in TASKS}
+    assert find_tasks(["tiny_all"], options, longest=128)["tasks"].keys() == {"tiny_choice", "tiny_letters"}
     with pytest.raises(UserError, match="tasks tiny_all,tiny_letters: Duplicate task 'tiny_letters'"):
-        find_tasks(["tiny_all", "tiny_letters"], options)
+        find_tasks(["tiny_all", "tiny_letters"], options, longest=128)
+
+
+def test_an_answer_has_room_behind_a_prompt(own_tasks_alone, place: Path) -> None:
+    options = TaskOptions(include=[str(place / "tasks")])
+    assert find_tasks(["tiny_written"], options, longest=13)["tasks"]
+    with pytest.raises(UserError, match=r"^task tiny_written writes 12 tokens, no room .* the model reads 12"):
+        find_tasks(["tiny_written"], options, longest=12)
+
+
+def test_scores_of_several_filters_have_their_errors_behind_them() -> None:
+    own = {"alias": "a", "acc,none": 1.0, "acc_stderr,none": 0.1, "match,strict": 0.5, "match_stderr,strict": 0.2,
+           "match,loose": 0.75, "match_stderr,loose": "N/A"}  # fmt: skip
+    found = benchmarks._named(own)
+    assert found == {
+        "acc": 1.0,
+        "acc_stderr": 0.1,
+        "match,strict": 0.5,
+        "match,strict_stderr": 0.2,
+        "match,loose": 0.75,
+    }
+    table = benchmarks.Results({"a": found}, {}, {}, {}, {}).table().splitlines()
+    assert [line.split()[1:] for line in table[1:]] == [
+        ["acc", "1.0000", "0.1000"], ["match,strict", "0.5000", "0.2000"], ["match,loose", "0.7500"]
+    ]  # fmt: skip
+
+
+def test_another_task_joins_those_that_are_there(tmp_path: Path) -> None:
+    for task, score in (("a", 0.25), ("b", 0.5), ("b", 0.75)):
+        benchmarks.Results({task: {"acc": score}}, {}, {}, {}, {}).write(tmp_path, checkpoint="c")
+    kept = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert {task: (each["scores"]["acc"], each["checkpoint"]) for task, each in kept.items()} == {
+        "a": (0.25, "c"), "b": (0.75, "c")
+    }  # fmt: skip
 
 
 def test_the_hub_is_shut_unless_it_is_asked_for(own_tasks_alone, tmp_path: Path, monkeypatch) -> None:
@@ -93,7 +128,7 @@ def test_the_hub_is_shut_unless_it_is_asked_for(own_tasks_alone, tmp_path: Path,
     before = dict(os.environ)
     for network, message in ((False, "True, True; --network lets"), (True, "False, False$")):
         with pytest.raises(UserError, match=f"^tasks tiny_away: shut: {message}"):
-            find_tasks(["tiny_away"], TaskOptions(include=[str(tmp_path)], network=network))
+            find_tasks(["tiny_away"], TaskOptions(include=[str(tmp_path)], network=network), longest=128)
     assert not any(getattr(importlib.import_module(module), name) for module, name in places)
     assert dict(os.environ) == before
 

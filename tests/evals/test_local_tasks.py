@@ -182,6 +182,17 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
             with_local(["local_csqa"], None)
 
 
+def test_subjects_that_no_task_has_are_told(tmp_path: Path) -> None:
+    found = documents("mmlu", 4)
+    for rows_, message in (
+        ([*found, {**found[0], "subject": "Anatomy"}], "subject 'Anatomy' is none of the 57; did you mean anatomy?"),
+        ([], "mmlu.jsonl is not like .* it has no rows"),
+    ):
+        write(tmp_path / "mmlu.jsonl", rows_)
+        with pytest.raises(UserError, match=message):
+            with_local([f"{PREFIX}mmlu"], str(tmp_path))
+
+
 def test_the_list_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "mmlu_sample.jsonl", documents("mmlu", 2))
     head, *found = (re.split(r"  +", line) for line in listing(str(tmp_path)).splitlines())

@@ -13,6 +13,7 @@ from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.data.text.passkey import FILLER, NEEDLE, Passkey, passkey_ids, passkey_text, write_samples
 from mixtral_jax.generation import generate
 from mixtral_jax.launch import main
+from mixtral_jax.train.commands import long_context
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.evals import long_documents, loss_by_length, passkey_accuracy
 from tests.conftest import ROOT
@@ -125,11 +126,24 @@ def test_the_command_prints_and_writes_both(tmp_path: Path, capsys: pytest.Captu
         assert keys < json.loads((tmp_path / "out" / f"{name}.json").read_text()).keys()
 
 
+def test_documents_and_the_place_are_looked_at_before_the_model(tmp_path, capsys, monkeypatch) -> None:
+    write_model(tmp_path / "hf")
+    (tmp_path / "short.txt").write_text("short")
+    monkeypatch.setattr(long_context, "model_of", None)
+    for options, message in (
+        (["--by-length", str(tmp_path / "short.txt")], "the longest document has 6 tokens"),
+        (["--out", str(tmp_path / "short.txt")], "short.txt cannot be made (File exists): --out names where to write"),
+    ):
+        assert main(["eval", str(tmp_path / "hf"), "--passkey", "--lengths", "400", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--passkey", "--depths", "0,1.5"], "--depths has 1.5: they are from 0 to 1"),
         (["--passkey", "--lengths", "1"], "--lengths has 1: a text has at least 2 tokens"),
+        (["--by-length", "x.txt", "--seed", "0"], "--depths and --seed are for --passkey, which is not there"),
         (["--passkey", "--samples", "0"], "--samples is 0: it is at least 1"),
         (["--seed", "3"], "--lengths, --depths, --samples and --seed are for --passkey and --by-length"),
         (["--passkey", "--lengths", "20"], "a length of 20 is too short: task, key and question alone take"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from mixtral_jax import launch
 from mixtral_jax.convert import save_hf
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.parallel import MeshConfig, make_mesh
+from mixtral_jax.train.commands import routing as command
 from mixtral_jax.train.evals.routing import Options, measure
 from mixtral_jax.train.evals.routing.pieces import pieces
 from mixtral_jax.train.evals.routing.tally import Spread, meeting
@@ -107,6 +109,14 @@ def test_a_mesh_counts_the_same(tokenizer):
     for name in ("share_LCE", "repeat_any_L", "dropped_L"):
         np.testing.assert_array_equal(getattr(spread.all, name), getattr(alone.all, name))
     np.testing.assert_allclose(spread.all.entropy_L, alone.all.entropy_L, rtol=1e-5)
+
+
+def test_a_mesh_of_another_machine_gives_way_to_this_one_unless_it_is_named(capsys):
+    config = SimpleNamespace(mesh=MeshConfig(fsdp=16))
+    assert command._mesh(config, named=False).shape["data"] == 8
+    assert "note: the run's mesh: 8 devices are not a multiple of 16" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not a multiple of 16"):
+        command._mesh(config, named=True)
 
 
 def test_some_layers_alone(tokenizer):

@@ -1,5 +1,6 @@
 """Cached decoding against the full forward pass, token by token."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ComputeConfig, MoeConfig
+from mixtral_jax.generation import engine
 from mixtral_jax.generation.cache import cache_slots, decode, prefill
 from mixtral_jax.generation.engine import generate, stream
 from mixtral_jax.generation.few_rows import few_rows_swiglu
@@ -255,13 +257,19 @@ def test_what_is_refused(prompts: list, options: dict, message: str) -> None:
     [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "expert": 4, "context": 2}],
     ids=["data2-fsdp2-tensor2", "expert4-context2"],
 )
-def test_on_a_mesh(sizes: dict[str, int]) -> None:
+def test_on_a_mesh(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tiny_config(vocab_size=96))
     options = dict(max_new_tokens=4, eos_id=5)
     want = generate(model, PROMPTS, **options)
     drawn = generate(model, PROMPTS, temperature=1.0, **options)
     mesh = make_mesh(MeshConfig(**sizes))
     placed = jax.tree.map(jax.device_put, model, _as_model(model, param_shardings(model, mesh)))
+
+    def read(x: Any) -> np.ndarray:
+        assert not isinstance(x, jax.Array) or x.is_fully_replicated  # else no process of several could
+        return np.asarray(x)
+
+    monkeypatch.setattr(engine, "np", SimpleNamespace(**{**vars(np), "asarray": read}))
     with jax.set_mesh(mesh):
         assert generate(placed, PROMPTS, **options) == want
         assert generate(placed, PROMPTS, temperature=1.0, **options) == drawn

@@ -13,7 +13,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import load_config as load_shape
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.train import base as room
-from mixtral_jax.train.base import adapter_weights, check_base, check_base_shape, pin_base
+from mixtral_jax.train.base import adapter_weights, check_base, check_base_shape, newest_step, pin_base
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run.check import check_place
@@ -34,6 +34,15 @@ def far(tmp_path, monkeypatch):
     there = tmp_path / "far"
     monkeypatch.setattr(room, "is_remote", lambda path: "://" in str(path) or str(path).startswith(str(there)))
     return there
+
+
+def test_best_is_the_step_that_it_stands_for(tmp_path):
+    steps, elsewhere = tmp_path / "checkpoints", tmp_path / "mine"
+    for item in ("state", "meta"):
+        (steps / "4" / item).mkdir(parents=True)
+    (steps / "best").symlink_to("4")
+    elsewhere.symlink_to(steps / "4")
+    assert newest_step(str(steps / "best")) == newest_step(str(elsewhere)) == str(steps / "4")
 
 
 def tuned(tmp_path, stage="sft", **changes):

@@ -202,6 +202,8 @@ def test_after_kill_9_the_second_start_gives_the_same_bytes(tmp_path: Path) -> N
         ('{"prompt": 3}', "line 2: 'prompt' is neither text nor messages"),
         (r'{"prompt": "\ud800"}', "line 2: .*surrogates not allowed"),
         (r'{"prompt": "a", "id": "\ud800"}', "line 2: .*surrogates not allowed"),
+        ('{"prompt": "a", "system": "s"}', "line 2: 'system' and 'tools' have no place in plain text"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "x"}', "line 2: 'tools' is text, but not JSON"),
         ('{"messages": []}', "line 2: 'messages' asks nothing"),
         ('{"messages": [{"role": "usr", "content": "a"}]}', r"line 2: messages\[0\]: unknown role 'usr'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: 'messages' asks nothing"),
@@ -218,6 +220,20 @@ def test_an_option_out_of_range_leaves_nothing(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     with pytest.raises(ValueError, match="temperature is -1"):
         run(tmp_path, temperature=-1)
+    assert not list(tmp_path.glob("*out.jsonl*"))
+
+
+def test_a_system_prompt_and_tools_of_their_own_columns_are_asked_with(tmp_path: Path) -> None:
+    """As runs read them."""
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
+    function = {"name": "f", "parameters": {}}
+    write_prompts(tmp_path, [{"prompt": "a", "system_prompt": "s"}, {"messages": [user], "functions": [function]}])
+    first, second = batch.read_prompts(str(tmp_path / "prompts.jsonl"), [], chat=True)
+    assert (first.asked, first.tools) == ([system, user], ())
+    assert second.asked == [user] and second.tools[0]["function"] == function
+    model, codec = model_and_codec(tmp_path, [first, second])
+    with pytest.raises(UserError, match=r"prompts\.jsonl, line 2: template v1 cannot tell the model of tools"):
+        batch.complete(model, codec, [first, second], tmp_path / "out.jsonl", **MANY)
     assert not list(tmp_path.glob("*out.jsonl*"))
 
 
@@ -241,7 +257,8 @@ def test_files_of_other_formats(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         (["--prompts", "p"], "--prompts FILE and --out FILE belong together"),
-        (["--samples", "2"], "--samples belongs to --prompts FILE --out FILE"),
+        (["--samples", "2"], "--samples and --batch-size belong to --prompts FILE --out FILE"),
+        (["--batch-size", "2"], "--samples and --batch-size belong to --prompts FILE --out FILE"),
         (["--prompts", "p", "--out", "o", "--prompt", "x"], "--prompt and --prompts: give one of them"),
         (["--prompts", "p", "--out", "o", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
         (["--prompts", "p", "--out", "nodir/o"], "--out nodir/o is a directory, or in none that is there"),

@@ -66,6 +66,11 @@ def test_several_prompts_and_standard_input(
     assert both.endswith(capsys.readouterr().out)
 
 
+def test_a_chat_format_is_of_a_chat(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["generate", str(trained.parent / "runs" / "run"), "--prompt", "x", "--template", "v1"]) == 2
+    assert "--template is a chat's, and the prompts are text: add --chat" in capsys.readouterr().err
+
+
 def test_chat_shows_the_answer_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(trained.parent / "runs" / "run")
     assert launch.main(["generate", run, "--chat", "--prompt", "hello", "--max-new-tokens", "4"]) == 0

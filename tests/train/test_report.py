@@ -248,12 +248,17 @@ def test_what_is_missing_or_damaged_is_left_out(tmp_path, files):
 
 def test_separate_evaluations_are_shown(tmp_path):
     lines = [*metrics(5), {"step": 5, "eval/mmlu/acc": 0.5, "eval/mmlu/acc_stderr": 0.125, "eval/de/loss": 1.0}]
+    lines[-1] |= {"eval/sums/exact_match,strict": 0.375, "eval/sums/exact_match,strict_stderr": 0.0625}
     passkey = {"lengths": [128, 256], "depths": [0.0, 1.0], "samples": 20, "accuracy": [[1, 0.5], [0.25, 0]]}
     by_length = {"position": [{"from": 0, "to": 128, "tokens": 999, "nll": 3.25, "bits_per_byte": None}]}
     files = {"eval__5__passkey_json": json.dumps(passkey), "eval__5__by_length_json": json.dumps(by_length)}
-    read = Reader(page_of(write_run(tmp_path / "a", lines, **files)))
+    html = page_of(write_run(tmp_path / "a", lines, **files))
+    assert chart(html, "Tasks: exact match").keys() == {"sums,strict"}
+    read = Reader(html)
     texts = [text for _, text in read.texts]
     assert texts[(at := texts.index("mmlu")) : at + 5] == ["mmlu", "acc", "0.5", "0.125", "5"]
+    assert texts[(at := texts.index("sums")) : at + 5] == ["sums", "exact_match,strict", "0.375", "0.0625", "5"]
+    assert texts.count("sums") == 1
     assert [texts[texts.index("3.25") - i] for i in (3, 2, 1)] == ["0", "128", "999"]
     (heat,) = (data for data in read.data() if data.get("rows") == ["0 %", "100 %"])
     assert heat["values"][""].split() == ["100", "50", "25", "0"] and heat["columns"] == ["128", "256"]
@@ -349,6 +354,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         "no directory of a run": [tmp_path / "c"], f"in it are {a}, {b}": [tmp_path],
         "in no directory that there is": [a, "--out", tmp_path / "c" / "x.html"], "is a directory": [a, "--out", b],
         "--smooth is 0": [a, "--smooth", 0], "--port 70000": [a, "--watch", "--port", 70000],
+        "--port is for --watch": [a, "--port", 80], "leave out --out": [a, "--watch", "--out", "x.html"],
     }  # fmt: skip
     for sentence, words in refused.items():
         code, said = call(*words)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from mixtral_jax.train.evals.routing.page import render
 from mixtral_jax.train.evals.routing.result import Changed, Coloured, Domain, Liking, Result
+from mixtral_jax.train.pages import charts
 from tests.train.test_pages import NASTY, SHOWN, Reader, tip
 
 PIECES = ("<s>", " the", " cat", "\n", "", "日", NASTY)
@@ -102,6 +104,15 @@ def test_the_table_marks_what_is_above_chance() -> None:
             share = each.repeat_first_L[layer]
             above = share - 0.02 > max(each.loads_first_L[layer], given.chance_first)
             assert cell == (f"<strong>{100 * share:.1f}</strong>" if above else f"{100 * share:.1f}")
+
+
+def test_shares_that_are_even_are_no_deviation() -> None:
+    """Where all experts are chosen; the last digits differ."""
+    given = result(experts=2, top_k=2, names=("a",))
+    shares = 0.5 + np.tile([1e-16, -1e-16], (3, 1))
+    domain, all_ = (replace(each, either_LE=shares) for each in (*given.domains, given.all))
+    maps = render(replace(given, domains=(domain,), all=all_))
+    assert maps.count(charts._picture(np.full((3, 2), 127, np.uint8), True)) == 2
 
 
 def test_a_large_model_makes_a_page_of_some_megabytes() -> None:

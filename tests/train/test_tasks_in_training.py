@@ -108,7 +108,9 @@ def test_what_is_wrong_is_said_before_the_run_begins(config_of, tmp_path, monkey
         ({"names": ("local_csqa",)}, r"^local_csqa: .* has no csqa\.parquet"),
         ({"names": ("local_bolq",)}, r"^task local_bolq is unknown.*local_boolq"),
         ({"names": ("local_humaneval",)}, r"runs code that the model writes"),
+        ({"names": ("local_gsm8k",)}, r"^task local_gsm8k writes 256 tokens, no room for a prompt: the model reads 64"),
     ):
+        (tmp_path / "gsm8k.jsonl").write_text(json.dumps(documents("gsm8k", 1)[0]))
         (tmp_path / "humaneval.jsonl").write_text(json.dumps(documents("humaneval", 1)[0]))
         config = config_of("wrong", **changes)
         with pytest.raises(UserError, match=problem):

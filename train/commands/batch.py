@@ -13,7 +13,7 @@ from mixtral_jax.convert import arrays_identity
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import Census, Place, digest, file_format, read_lumps, source_files, write_atomically
-from mixtral_jax.data.text import turns
+from mixtral_jax.data.text import turns, with_beside
 from mixtral_jax.generation import generate
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import AGAIN, StorageError, UserError
@@ -25,6 +25,7 @@ class Prompt(NamedTuple):
 
     record: Mapping[str, Any]
     asked: str | Chat
+    tools: Sequence[Any]
     place: Place
 
 
@@ -32,10 +33,10 @@ def read_prompts(file: str, before: Sequence[Mapping[str, Any]], *, chat: bool) 
     """Records with `prompt` (text or messages) or `messages`, in every format of data.train; lines of a text file.
 
     A chat that ends with an answer asks for another one. With `chat` a text is a user's message. `before` stands in
-    front of every chat.
+    front of every chat, and before that a record's own `system`; `tools` are read as runs read them.
 
     Raises:
-        UserError: a record has neither, or is none; the sentence names its file and line.
+        UserError: a record has neither, or is none, or a text has these; the sentence names its file and line.
     """
     source, found = SourceConfig(name="prompts", path=file), []
     for name in source_files(source):
@@ -46,7 +47,7 @@ def read_prompts(file: str, before: Sequence[Mapping[str, Any]], *, chat: bool) 
                     lines = [{"prompt": line} for line in re.split("\r?\n", record["text"]) if line.strip()]
                 try:
                     _dump(lines).encode()  # JSON can spell half of a surrogate pair
-                    found += [Prompt(each, _asked(each, before, chat), lump.where(number)) for each in lines]
+                    found += [Prompt(each, *_asked(each, source, before, chat), lump.where(number)) for each in lines]
                 except ValueError as error:
                     raise UserError(f"{lump.where(number)}: {error}") from None
     if not found:
@@ -54,14 +55,19 @@ def read_prompts(file: str, before: Sequence[Mapping[str, Any]], *, chat: bool) 
     return found
 
 
-def _asked(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]], chat: bool) -> str | Chat:
+def _asked(
+    record: dict[str, Any], source: SourceConfig, before: Sequence[Mapping[str, Any]], chat: bool
+) -> tuple[str | Chat, Sequence[Any]]:
+    """With its tools."""
     column = next((c for c in ("messages", "prompt") if record.get(c) is not None), None)
     if column is None:
         raise ValueError(f"neither 'prompt' nor 'messages' (it has {', '.join(map(repr, record)) or 'nothing'})")
     asked = turns(record[column], repr(column))
     if isinstance(asked, str):
+        if not chat and with_beside(record, source, {"prompt": asked}) != {"prompt": asked}:
+            raise ValueError("'system' and 'tools' have no place in plain text: --chat makes it a user's message")
         if not chat:
-            return asked
+            return asked, ()
         asked = [{"role": "user", "content": asked}]
     if not isinstance(asked, list):
         raise ValueError(f"{column!r} is neither text nor messages")
@@ -69,7 +75,8 @@ def _asked(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]], chat:
         asked = asked[:-1]
     if not asked:
         raise ValueError(f"{column!r} asks nothing")
-    return [*before, *asked]
+    whole = with_beside(record, source, {"messages": [*before, *asked]})
+    return whole["messages"], whole.get("tools", ())
 
 
 def complete(
@@ -90,7 +97,7 @@ def complete(
     ids = []
     for prompt in prompts:
         try:
-            ids.append(codec.encode(prompt.asked))
+            ids.append(codec.encode(prompt.asked, prompt.tools))
         except ValueError as error:
             raise UserError(f"{prompt.place}: {error}") from None
     count = len(prompts)
@@ -138,7 +145,7 @@ def _line(
     codec: Codec, prompts: Sequence[Prompt], ids: Sequence[list[int]], number: int, new: list[int], mark: str
 ) -> bytes:
     sample, index = divmod(number, len(prompts))
-    record, asked, _ = prompts[index]
+    record, asked, *_ = prompts[index]
     line = {
         "index": index, "sample": sample, "prompt": asked, "completion": codec.text(asked, ids[index], new),
         "finish": codec.finish(new), "tokens": len(new), "record": record,

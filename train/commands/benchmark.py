@@ -12,7 +12,7 @@ from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.base import newest_step
-from mixtral_jax.train.config import MachineConfig, RunConfig, load_config
+from mixtral_jax.train.config import MachineConfig, RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.evals import TaskOptions, find_tasks, results_directory, run_tasks
 from mixtral_jax.train.meetings import agree
@@ -35,9 +35,9 @@ def benchmark(
         UserError: as find_tasks and read_model; no tokenizer is found, or it does not fit the model.
     """
     with failures_reported(None):
-        own, tasks = run_template(checkpoint), find_tasks(names, options)
-        tokenizer, place = read_tokenizer(checkpoint), newest_step(checkpoint)
-        directory = Path(out) if out else results_directory(checkpoint, place)
+        own, place = run_template(checkpoint), newest_step(checkpoint)
+        tasks = find_tasks(names, options, longest=shape_of(place).max_position_embeddings)
+        tokenizer, directory = read_tokenizer(checkpoint), results_directory(checkpoint, place, out)
         agree(checkpoint=Path(place).name)
         with model_of(checkpoint, place, config, tokenizer) as model:
             results = run_tasks(model, tokenizer, tasks, options, template=template or own)
@@ -47,8 +47,9 @@ def benchmark(
     if directory is not None:
         results.write(directory, checkpoint=checkpoint, options=vars(options))
         print(f"scores and samples are in {directory}", file=sys.stderr)
-    if not out and (run := run_place(checkpoint)) is not None:
-        _note(run, int(Path(place).name), results.metrics)
+    step = Path(place).name
+    if not out and (run := run_place(checkpoint)) is not None and step.isdigit():  # else a copy under another name
+        _note(run, int(step), results.metrics)
     return ExitCode.DONE
 
 

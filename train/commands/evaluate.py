@@ -69,6 +69,8 @@ def evaluate(
         names = [name for name in tasks.split(",") if name]
         if not names:
             raise UserError("--tasks names none")
+        if not chosen.apply_chat_template and (template is not None or not chosen.fewshot_as_multiturn):
+            raise UserError("--template and --no-fewshot-as-multiturn are for chats: add --apply-chat-template")
         return benchmark(checkpoint, names, config, chosen, template=template, out=out, as_json=as_json)
     if not isinstance(config, RunConfig):
         raise UserError("eval needs CFG, whose data.validation it measures, or --tasks, --passkey or --by-length")

@@ -58,6 +58,8 @@ def generate(
         typed = [""] if texts is None else texts
         asked: list[Any] = [[*before, {"role": "user", "content": each}] if chat else each for each in typed]
         asked = [each.asked for each in file] or asked or [before]
+        if template is not None and all(isinstance(each, str) for each in asked):
+            raise UserError("--template is a chat's, and the prompts are text: add --chat")
         model = _model(checkpoint, dtype)
         codec = Codec(model, found, template or own, asked)
         if out is not None:
@@ -98,8 +100,8 @@ def _texts(prompt: Sequence[str] | None, before: Sequence[Any], chat: bool) -> l
 def _check_files(prompt: Any, prompts: str | None, out: str | None, samples: int, batch_size: int) -> None:
     if (prompts is None) != (out is None):
         raise UserError("--prompts FILE and --out FILE belong together")
-    if prompts is None and samples != 1:
-        raise UserError("--samples belongs to --prompts FILE --out FILE")
+    if prompts is None and (samples, batch_size) != (1, 16):
+        raise UserError("--samples and --batch-size belong to --prompts FILE --out FILE")
     if prompts is not None and prompt is not None:
         raise UserError("--prompt and --prompts: give one of them")
     for option, value in (("--samples", samples), ("--batch-size", batch_size)):

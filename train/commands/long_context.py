@@ -16,12 +16,13 @@ from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.prepare import digest, write_atomically
 from mixtral_jax.data.progress import meter
 from mixtral_jax.data.records import source_files, text_size_estimate
-from mixtral_jax.data.text import texts_of
+from mixtral_jax.data.text import Tokenizer, texts_of
 from mixtral_jax.train.base import newest_step
 from mixtral_jax.train.commands.benchmark import model_of
-from mixtral_jax.train.config import MachineConfig, RunConfig, load_config
+from mixtral_jax.train.config import MachineConfig, RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.evals import (
+    Document,
     by_length_tables,
     long_documents,
     loss_by_length,
@@ -60,14 +61,15 @@ def long_context(
     with failures_reported(None):
         tokenizer, place = read_tokenizer(checkpoint), newest_step(checkpoint)
         sources = _sources(asked.by_length) if asked.by_length else []
-        directory = Path(out) if out else results_directory(checkpoint, place)
+        directory = results_directory(checkpoint, place, out)
         agree(asked=digest([repr(asked)]), checkpoint=Path(place).name)
+        most, samples = shape_of(place).max_position_embeddings, asked.samples or 20
+        lengths = sorted(set(asked.lengths or _doubling(most)))
+        if lengths[-1] > most and jax.process_index() == 0:
+            print(f"note: the model was made for {most} tokens, its max_position_embeddings", file=sys.stderr)
+        documents, known = _documents(sources, tokenizer, lengths, samples) if sources else ([], [])
         found: dict[str, Any] = {}
         with model_of(checkpoint, place, config, tokenizer) as model:
-            most, samples = model.config.max_position_embeddings, asked.samples or 20
-            lengths = sorted(set(asked.lengths or _doubling(most)))
-            if lengths[-1] > most and jax.process_index() == 0:
-                print(f"note: the model was made for {most} tokens, its max_position_embeddings", file=sys.stderr)
             if asked.passkey:
                 depths, seed = sorted(set(asked.depths or (0.0, 0.25, 0.5, 0.75, 1.0))), asked.seed or 0
                 with _meter("passkeys", sum(lengths) * len(depths) * samples) as advance:
@@ -75,22 +77,12 @@ def long_context(
                         model, tokenizer, lengths=lengths, depths=depths, samples=samples, seed=seed, advance=advance
                     )
             if sources:
-                texts = (text for source in sources for text in texts_of(source))
-                size = sum(text_size_estimate(source_files(source)) for source in sources)
-                with _meter("reading", size) as advance:
-                    documents, lengths = long_documents(texts, tokenizer, lengths, samples, advance)
-                agree(documents=digest([document.ids for document in documents]))
-                if len(documents) < samples and jax.process_index() == 0:
-                    print(
-                        f"note: {len(documents)} documents, not {samples}, have {lengths[-1]} tokens", file=sys.stderr
-                    )
-                with _meter("documents", sum(lengths) * len(documents)) as advance:
-                    found["by_length"] = loss_by_length(model, tokenizer, documents, lengths, advance=advance)
+                with _meter("documents", sum(known) * len(documents)) as advance:
+                    found["by_length"] = loss_by_length(model, tokenizer, documents, known, advance=advance)
     if jax.process_index() > 0:
         return ExitCode.DONE
     _show(checkpoint, found, as_json)
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, result in found.items():
             write_atomically(directory / f"{name}.json", json.dumps({"checkpoint": checkpoint, **result}))
             print(f"written: {directory / name}.json", file=sys.stderr)
@@ -101,6 +93,8 @@ def _check(asked: LongContext) -> None:
     for length in asked.lengths or ():
         if length < 2:
             raise UserError(f"--lengths has {length}: a text has at least 2 tokens")
+    if not asked.passkey and (asked.depths, asked.seed) != (None, None):
+        raise UserError("--depths and --seed are for --passkey, which is not there")
     for depth in asked.depths or ():
         if not 0 <= depth <= 1:
             raise UserError(f"--depths has {depth}: they are from 0 to 1")
@@ -121,6 +115,19 @@ def _sources(path: str) -> list[SourceConfig]:
     for source in sources:
         source_files(source)
     return list(sources)
+
+
+def _documents(
+    sources: Sequence[SourceConfig], tokenizer: Tokenizer, lengths: Sequence[int], samples: int
+) -> tuple[list[Document], list[int]]:
+    """Those that are long enough, the same for all processes, and the lengths that they have."""
+    texts = (text for source in sources for text in texts_of(source))
+    with _meter("reading", sum(text_size_estimate(source_files(source)) for source in sources)) as advance:
+        documents, known = long_documents(texts, tokenizer, lengths, samples, advance)
+    agree(documents=digest([document.ids for document in documents]))
+    if len(documents) < samples and jax.process_index() == 0:
+        print(f"note: {len(documents)} documents, not {samples}, have {known[-1]} tokens", file=sys.stderr)
+    return documents, known
 
 
 def _doubling(most: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from mixtral_jax import data as data_room
 from mixtral_jax.config import ComputeConfig, MixtralConfig
 from mixtral_jax.data.config import DataConfig, SourceConfig
 from mixtral_jax.data.prepare import first_documents, write_atomically
+from mixtral_jax.data.progress import say
 from mixtral_jax.data.records import is_remote, stage_in
 from mixtral_jax.data.text import Tokenizer, load_template
 from mixtral_jax.parallel import BATCH_AXES, MeshConfig, make_mesh
@@ -85,7 +87,7 @@ def routing(
         agree(checkpoint=Path(places[0]).name, text=_checksum(documents))
         if first:
             directory.mkdir(parents=True, exist_ok=True)
-        mesh = make_mesh(config.mesh if config else MeshConfig())
+        mesh = _mesh(config, named is not None)
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
         largest = min(_BATCH_TOKENS, max(sum(map(len, own)) for own in documents.values()))
         options = options._replace(rows=math.ceil(largest / options.seq_len / shards) * shards)
@@ -99,6 +101,18 @@ def routing(
     if first:
         _write(result, directory, as_json)
     return 0
+
+
+def _mesh(config: RunConfig | None, named: bool) -> Mesh | None:
+    """The run's; of this machine, as of `eval --tasks`, where there is none, or nobody named it and it does not fit."""
+    try:
+        return make_mesh(config.mesh if config else MeshConfig())
+    except ValueError as error:
+        if named:
+            raise
+        if jax.process_index() == 0:
+            say(f"note: the run's {error}; all devices here are taken for mesh.data")
+        return make_mesh(MeshConfig())
 
 
 def _write(result: Result, directory: Path, as_json: bool) -> None:

@@ -24,8 +24,10 @@ from mixtral_jax.model import Mixtral
 from mixtral_jax.train.errors import UserError, did_you_mean
 from mixtral_jax.train.evals.tasks import PREFIX, harness, own_code_eval, passes, rows, with_local
 from mixtral_jax.train.meetings import agree
+from mixtral_jax.train.run_files import json_object
 
 Tasks = Mapping[str, Any]  # the harness's TaskDict
+ERROR = "_stderr"  # behind the name of a metric
 BOOTSTRAPS = 1000  # resamples for the standard error of a metric that has no formula for it
 _SEED, _NUMPY_SEED, _SHOTS_SEED = 0, 1234, 1234  # those of the harness's own command line
 # Settings, since variables of the environment are read once, when these are imported, which may be long ago.
@@ -51,14 +53,15 @@ class TaskOptions:
     allow_code: bool = False  # what the model writes may be run
 
 
-def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
+def find_tasks(names: Sequence[str], options: TaskOptions, *, longest: int) -> Tasks:
     """The tasks, groups and tags of these names, with their data; local ones before others. All processes call this.
 
-    `*` stands for what is in the names of tasks, not of groups and tags, whose tasks it would find again.
+    `*` stands for what is in the names of tasks, not of groups and tags, whose tasks it would find again. `longest` are
+    the tokens that the model reads, see `HarnessModel`.
 
     Raises:
         UserError: lm-eval is not installed, a name is of no task, data are not there or not those of the other
-            processes, code would be run, or cannot be, or a number is too small.
+            processes, code would be run, or cannot be, a number is too small, or an answer too long for the model.
     """
     harness()
     if absent := [directory for directory in options.include if not Path(directory).is_dir()]:
@@ -68,9 +71,13 @@ def find_tasks(names: Sequence[str], options: TaskOptions) -> Tasks:
             raise UserError(f"{name} is {number}: it must be at least {least}")
     with _manners(options.network), own_code_eval():
         tasks = _loaded(names, options)
+    from mixtral_jax.train.evals.harness import check_room
+
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             _check_code(name, options.allow_code)
+        if task.OUTPUT_TYPE == "generate_until":
+            check_room(name, task.config.generation_kwargs or {}, longest)
         shots = task.get_config("num_fewshot")
         if shots is None or (options.num_fewshot is not None and shots != 0):  # 0 in a task's file is meant so
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
@@ -133,18 +140,22 @@ class Results:
         lines = [f"{'task':{width}}  shots  documents  {'metric':24}   value  stderr"]
         for task, own in self.scores.items():
             for metric, value in own.items():
-                if not metric.endswith("_stderr"):
-                    error = own.get(f"{metric}_stderr")
+                if not metric.endswith(ERROR):
+                    error = own.get(metric + ERROR)
                     shown = "" if error is None else f"  {error:.4f}"
                     counts = f"{self.shots.get(task, ''):>5}  {self.documents.get(task, ''):>9}"
                     lines.append(f"{task:{width}}  {counts}  {metric:24}  {value:.4f}{shown}")
         return "\n".join(lines)
 
     def write(self, directory: Path, **about: Any) -> None:
-        """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite."""
+        """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite.
+
+        Other tasks that are there stay.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        tasks = {
-            task: {"shots": self.shots.get(task), "documents": self.documents.get(task),
+        former = json_object(file := directory / "results.json").get("tasks")
+        tasks = (former if isinstance(former, dict) else {}) | {
+            task: {**about, "shots": self.shots.get(task), "documents": self.documents.get(task),
                    "version": self.versions.get(task),
                    "scores": {name: value if math.isfinite(value) else None for name, value in own.items()}}
             for task, own in self.scores.items()
@@ -152,8 +163,7 @@ class Results:
         for task, samples in self.samples.items():
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
-        text = json.dumps({**about, "tasks": tasks}, indent=2, default=str)
-        write_atomically(directory / "results.json", text + "\n")
+        write_atomically(file, json.dumps({"tasks": tasks}, indent=2, default=str) + "\n")
 
 
 def run_tasks(
@@ -208,11 +218,18 @@ def _metered(check: Callable[[], None]) -> Callable[..., Any]:
 
 
 def _named(own: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by `metric`, and where it has been measured behind several filters by `metric,filter`."""
-    found = {key: value for key, value in own.items() if "," in key and isinstance(value, int | float)}
-    short = [key.split(",")[0] for key in found]
-    return {name if short.count(name) == 1 else key: float(value)
-            for (key, value), name in zip(found.items(), short, strict=True)}  # fmt: skip
+    """Scores by `metric`, and where it has been measured behind several filters by `metric,filter`; each with its
+    `_stderr` behind that.
+    """
+    metrics = [key.partition(",")[0] for key in own]
+    found = {}
+    for key, value in own.items():
+        metric, comma, behind = key.partition(",")
+        name = metric.removesuffix(ERROR)
+        if comma and isinstance(value, int | float):
+            whole = name if metrics.count(name) == 1 else f"{name},{behind}"
+            found[whole + metric[len(name) :]] = float(value)
+    return found
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ become ids by our own templates.
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
@@ -18,11 +18,30 @@ from lm_eval.models.utils import GenKwargs, normalize_gen_kwargs, postprocess_ge
 from mixtral_jax.data.text import Tokenizer, begins_with_bos, encode_begun, encode_prompt, load_template
 from mixtral_jax.generation import stream
 from mixtral_jax.model import Mixtral
+from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.evals.scoring import Continuation, score
-from mixtral_jax.train.text import Codec
+from mixtral_jax.train.text import Codec, behind
 
 ROWS = 32  # prompts that are continued at once
 _BEAT = 16  # tokens of theirs after which the meter hears of it
+
+
+class Asked(NamedTuple):
+    """What is to be continued, and how."""
+
+    ids: list[int]
+    lead: list[int]  # what the text of the answer goes on from: of a chat BOS, unless its last answer is begun
+    how: GenKwargs
+
+
+def check_room(task: str, how: dict[str, Any], longest: int) -> None:
+    """Whether a task that writes leaves room for a prompt in the `longest` tokens that the model reads.
+
+    Raises:
+        UserError: it does not.
+    """
+    if (most := normalize_gen_kwargs(how, HarnessModel.max_gen_toks)["max_gen_toks"]) >= longest:
+        raise UserError(f"task {task} writes {most} tokens, no room for a prompt: the model reads {longest}")
 
 
 class Chat(str):
@@ -115,37 +134,38 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Of each context the text up to a stop string, without it; rows of like lengths, and settings, together."""
-        asked = [(self.tok_encode(context), normalize_gen_kwargs(how, self.max_gen_toks))
-                 for context, how in (request.args for request in requests)]  # fmt: skip
+        asked = [self._asked(*request.args) for request in requests]
         chats = [context.messages for context, _ in (request.args for request in requests) if isinstance(context, Chat)]
         ends = Codec(self._model, self._tokenizer, self._template, chats[:1]).ends
-        order = sorted(range(len(asked)), key=lambda i: (json.dumps(asked[i][1], sort_keys=True), -len(asked[i][0])))
+        order = sorted(range(len(asked)), key=lambda i: (json.dumps(asked[i].how, sort_keys=True), -len(asked[i].ids)))
         texts = [""] * len(asked)
         with self._meter("Generating", len(asked)) as advance:
             while order:
-                how = asked[order[0]][1]
-                now = [i for i in order[:ROWS] if asked[i][1] == how]
+                now = [i for i in order[:ROWS] if asked[i].how == asked[order[0]].how]
                 order = order[len(now) :]
-                answers = self._continue([asked[i][0] for i in now], how, ends, now, advance)
+                answers = self._continue([asked[i] for i in now], ends, now, advance)
                 for i, text in zip(now, answers, strict=True):
                     texts[i] = text
                 advance(len(now))
         return texts
 
+    def _asked(self, context: str, how: dict[str, Any]) -> Asked:
+        ids = self.tok_encode(context)
+        anew = isinstance(context, Chat) and context.messages[-1]["role"] != "assistant"
+        return Asked(ids, [self._tokenizer.bos_id] if anew else ids, normalize_gen_kwargs(how, self.max_gen_toks))
+
     def _continue(
-        self, prompts: list[list[int]], how: GenKwargs, ends: list[int], numbers: Sequence[int],
-        advance: Callable[[int], None],
-    ) -> list[str]:  # fmt: skip
+        self, asked: Sequence[Asked], ends: list[int], numbers: Sequence[int], advance: Callable[[int], None]
+    ) -> list[str]:
         """What a row says behind its first stop string is not looked at; once all have one they end."""
+        how, tokenizer = asked[0].how, self._tokenizer
         room = self.max_length - (most := how["max_gen_toks"])
-        if room < 1:
-            raise ValueError(f"{most} new tokens leave no room for a prompt: the model reads {self.max_length}")
         drawing = {name: how[name] for name in ("temperature", "top_k", "top_p") if name in how and how["do_sample"]}
-        stops, decode = how["until"], self._tokenizer.decode
+        stops = how["until"]
         look = 2 + max((len(stop.encode()) for stop in stops), default=0)  # tokens that hold a stop string, at most
-        new: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        cut = [prompt[-room:] for prompt in prompts]
+        new: list[list[int]] = [[] for _ in asked]
+        going = set(range(len(asked)))
+        cut = [each.ids[-room:] for each in asked]
         steps = stream(self._model, cut, max_new_tokens=most, eos_id=ends, numbers=numbers, **drawing)
         for count, tokens in enumerate(steps, 1):
             if count % _BEAT == 0:
@@ -155,8 +175,11 @@ class HarnessModel(TemplateLM):
                     going.remove(row)
                     continue
                 new[row].append(token)
-                if stops and any(stop in decode(new[row][-look:]) for stop in stops):
+                before, *tail = [asked[row].lead[-1], *new[row]][-look - 1 :]
+                said = behind(tokenizer, [before], tail) if stops else ""
+                if any(stop in said for stop in stops):
                     going.remove(row)
             if not going:
                 break
-        return [postprocess_generated_text(decode(row), stops, None) for row in new]
+        texts = [behind(tokenizer, each.lead, row) for each, row in zip(asked, new, strict=True)]
+        return [postprocess_generated_text(text, stops, None) for text in texts]

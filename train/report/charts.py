@@ -12,7 +12,9 @@ from mixtral_jax.train.report.thin import Point, smoothed
 
 
 class Chart(NamedTuple):
-    """`lines`: what each is called -> its metric; a * in a metric stands for a name, which is the line's."""
+    """`lines`: what each is called -> its metric; a * in a metric stands for a name, which is the line's,
+    with a filter behind it where a task's metric has several.
+    """
 
     title: str
     lines: Mapping[str, str]
@@ -139,8 +141,8 @@ def _metrics(chart: Chart, runs: Sequence[Run]) -> dict[str, str]:
         if "*" not in metric:
             found[label] = metric
             continue
-        pattern = re.compile(re.escape(metric).replace(r"\*", "([^/]+)"))
-        found |= {match[1]: match[0] for match in map(pattern.fullmatch, keys) if match}
+        pattern = re.compile(re.escape(metric).replace(r"\*", "([^/]+)") + r"(,.+(?<!_stderr))?")
+        found |= {match[1] + (match[2] or ""): match[0] for match in map(pattern.fullmatch, keys) if match}
     return found
 
 

@@ -33,7 +33,11 @@ def report(runs: Sequence[str], *, out: str | None, watch: bool, port: int, smoo
     places = list(dict.fromkeys(map(find_run, runs)))
     if smooth < 1:
         raise UserError(f"--smooth is {smooth}: a line is the mean over 1 point or more")
+    if port and not watch:
+        raise UserError("--port is for --watch, which is not there")
     if watch:
+        if out is not None:
+            raise UserError("--watch serves the page and writes none: leave out --out")
         serve(places, port, functools.partial(_page, places, smooth), functools.partial(print, flush=True))
         return
     file = Path(out or (places[0] / FILE if len(places) == 1 else FILE))

@@ -29,6 +29,7 @@ from mixtral_jax.train.pages import (
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 _FLOW_FROM = 1.2
+_ROUNDING = 1e-6  # percent
 _EVEN, _LOADS = "chance, even loads", "chance, these loads"
 Value = Callable[[Domain], np.ndarray]
 
@@ -100,7 +101,7 @@ def _shares(result: Result) -> Section:
     for view, values_of in views.items():
         values = [(each, *values_of(each)) for each in (*result.domains, result.all)]
         values = [(each, 100 * share, 100 * band) for each, share, band in values]
-        far = min(even, max(np.abs(share - even).max() for _, share, _ in values))
+        far = min(even, max(_ROUNDING, *(np.abs(share - even).max() for _, share, _ in values)))
         maps = [
             heat_map(
                 f"{each.name}: {each.tokens:,} tokens of {each.documents:,} documents",

@@ -12,7 +12,7 @@ from mixtral_jax.config import FrozenConfig
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.records import Census, read_lumps, source_files
 from mixtral_jax.train.config import read_tree
-from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.errors import UserError, did_you_mean
 from mixtral_jax.train.evals.tasks.code import own_code_eval
 
 PREFIX = "local_"  # else `boolq` would sometimes be the hub's and sometimes a file
@@ -109,9 +109,15 @@ def _built(name: str, row: Row, directory: Path, examples: int) -> Any:
         splits = {test: _read(place, test, row)}
         if shots and beside:
             splits[shots] = _read(beside, shots, row)
+        if not splits[test]:
+            raise ValueError("it has no rows")
         if row.part is None:
             return _task(name, row, bases[0], splits)
         group = Group.from_config({"group": name, "aggregate_metric_list": [{"metric": "acc"}]})
+        known = [base["dataset_name"] for base in bases]
+        for part in (r[row.part] for found in splits.values() for r in found):
+            if part not in known:
+                raise ValueError(f"{row.part} {part!r} is none of the {len(known)}{did_you_mean(part, known)}")
         for base in bases:
             own = {key: [r for r in found if r[row.part] == base["dataset_name"]] for key, found in splits.items()}
             if own[test]:
