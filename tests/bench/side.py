@@ -10,8 +10,8 @@ def tuning(steps: int) -> str:
     """SFT, LoRA and DPO at shape S."""
     head = (
         "Shape S, 8 rows of 256 tokens a step (4 pairs for DPO, whose reference's forward pass counts), TRL's other "
-        "settings its own (in bf16 as its default is: autocast beside fp32 weights). The LoRA step stands beside our SFT "
-        "step. Every row is full, so that TRL's packing saves nothing here.\n"
+        "settings its own (in bf16 as its default is: autocast beside fp32 weights). The LoRA step stands beside our "
+        "SFT step. Every row is full, so that TRL's packing saves nothing here.\n"
     )
     tables = [_tuning(f"fp32, {title}", share, steps, "float32") for title, share in PROMPTS.items()]
     title, share = next(iter(PROMPTS.items()))
