@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--dev", action="store_true", help="on texts held back of the training texts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--part", type=float, default=1.0, help="of the budget")
-    parser.add_argument("--pairs", type=int, default=40, help="steps of each that are timed; 0: the entry costs as much")
+    parser.add_argument("--pairs", type=int, default=40, help="steps of each that are timed; 0: it costs as much")
     parser.add_argument(
         "--anchor", action="store_true", help="by the clock, not by the record's steps: a quiet machine"
     )
