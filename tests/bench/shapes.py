@@ -1,6 +1,7 @@
 """The shapes at which steps are measured: synthetic tokens, fp32, dropless, balance loss on."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
@@ -40,12 +41,14 @@ class Options(NamedTuple):
     attention: str = "auto"
     experts: str = "auto"
     capacity: float | None = None
+    packing: bool = False  # TRL's
 
     @classmethod
     def of(cls, words: list[str]) -> "Options":
         """Those that a command line names."""
         named = dict(word.split("=") for word in words)
-        return cls(**named | ({"capacity": float(named["capacity"])} if "capacity" in named else {}))
+        kinds: dict[str, Callable[[str], Any]] = {"capacity": float, "packing": lambda word: word == "true"}
+        return cls(**{name: kinds.get(name, str)(word) for name, word in named.items()})
 
 
 def parse(text: str) -> Shape:

@@ -9,18 +9,22 @@ PROMPTS = {"two thirds of each row is prompt, as in the bundled chats": "0.667",
 def tuning(steps: int) -> str:
     """SFT, LoRA and DPO at shape S."""
     head = (
-        "Shape S, 8 rows of 256 tokens a step (4 pairs for DPO, whose reference's forward pass counts), fp32, TRL's "
-        "other settings its own. The LoRA step stands beside our SFT step.\n"
+        "Shape S, 8 rows of 256 tokens a step (4 pairs for DPO, whose reference's forward pass counts), TRL's other "
+        "settings its own (in bf16 as its default is: autocast beside fp32 weights). The LoRA step stands beside our "
+        "SFT step. Every row is full, so that TRL's packing saves nothing here.\n"
     )
-    return "\n".join([head, *(_tuning(title, share, steps) for title, share in PROMPTS.items())])
+    tables = [_tuning(f"fp32, {title}", share, steps, "float32") for title, share in PROMPTS.items()]
+    title, share = next(iter(PROMPTS.items()))
+    return "\n".join([head, *tables, _tuning(f"bf16, {title}", share, steps, "bfloat16")])
 
 
-def _tuning(title: str, share: str, steps: int) -> str:
-    def command(module: str, kind: str) -> list[str]:
-        return [f"tests.bench.tuning_{module}", "S", kind, share]
+def _tuning(title: str, share: str, steps: int, dtype: str) -> str:
+    def command(module: str, kind: str, *options: str) -> list[str]:
+        return [f"tests.bench.tuning_{module}", "S", kind, share, f"dtype={dtype}", *options]
 
     results, batch = {}, SHAPES["S"].batch
-    for kind, others in (("sft", {"mixtral-jax, lora": command("ours", "lora")}), ("dpo", {})):
+    packed = {"TRL, sft, packing": command("theirs", "sft", "packing=true")}
+    for kind, others in (("sft", {**packed, "mixtral-jax, lora": command("ours", "lora")}), ("dpo", {})):
         others = {f"TRL, {kind}": command("theirs", kind), **others}
         results |= beside(f"mixtral-jax, {kind}", command("ours", kind), others, steps)
     rows = [

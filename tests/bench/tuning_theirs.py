@@ -74,11 +74,11 @@ def words_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w2;", eos_token="w1;", unk_token="w0;")
 
 
-def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str, dtype: str = "float32") -> Any:
+def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str, options: Options) -> Any:
     """SFTTrainer on rows of seq_len tokens, or DPOTrainer on half as many pairs of them; `share` of each is prompt."""
     rng, T, prompt = np.random.default_rng(0), shape.seq_len, int(shape.seq_len * share)
     common = dict(
-        output_dir=directory, report_to=[], use_cpu=DEVICE == "cpu", bf16=dtype == "bfloat16", max_steps=steps,
+        output_dir=directory, report_to=[], use_cpu=DEVICE == "cpu", bf16=options.dtype == "bfloat16", max_steps=steps,
         save_strategy="no", learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True,
     )  # fmt: skip
 
@@ -99,7 +99,8 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
         {"input_ids": rng.integers(3, shape.vocab, T).tolist(), "completion_mask": mask}
         for _ in range(shape.batch * steps)
     ]
-    sft = SFTConfig(per_device_train_batch_size=shape.batch, completion_only_loss=True, **common)
+    how = dict(completion_only_loss=True, packing=options.packing, per_device_train_batch_size=shape.batch)
+    sft = SFTConfig(**how, **common)
     adapters = LoraConfig(**LORA) if kind == "lora" else None
     return SFTTrainer(
         model, args=sft, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters
@@ -110,7 +111,7 @@ def prepare(shape: Shape, kind: str, share: float, directory: str, options: Opti
     """The trainer as a function that takes one step of it."""
     torch.manual_seed(0)
     gate = Gate()
-    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, directory, options.dtype)
+    trainer = trainer_of(shape, STEPS_AT_MOST, kind, share, directory, options)
     trainer.add_callback(gate)
     gate.run(trainer.train)
     return gate.step

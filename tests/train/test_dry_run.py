@@ -12,7 +12,7 @@ from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.config.schema import RunConfig, check_sizes
 from mixtral_jax.train.plan.placement import human_bytes, memory_line, resident
-from mixtral_jax.train.run import check
+from mixtral_jax.train.run import check, screen
 from mixtral_jax.train.run.screen import batch_line, fallback_lines, model_line
 from mixtral_jax.train.weights import abstract_params, leaves
 from tests.tiny import write_run_file
@@ -101,6 +101,15 @@ def test_a_kernel_that_falls_back_is_one_line_with_the_reason(tmp_path: Path, mo
     assert line.endswith("triton needs bfloat16 (compute.dtype is float32)")
     half = config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": "bfloat16"})})
     assert fallback_lines(half, ONE) == []
+
+
+@pytest.mark.parametrize(("native", "dtype", "lines"), [(True, "auto", 1), (False, "auto", 0), (True, "float32", 0)])
+def test_products_of_bf16_are_offered_where_the_processor_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, dtype: str, lines: int
+) -> None:
+    monkeypatch.setattr(screen, "native_bf16", lambda: native)
+    config = load_config(write_run_file(tmp_path, compute={"dtype": dtype})).config
+    assert sum("compute.dtype=bfloat16" in line for line in fallback_lines(config, ONE)) == lines
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from mixtral_jax.kernels import AttentionShape, choose_attention, choose_matmul
+from mixtral_jax.kernels import AttentionShape, choose_attention, choose_matmul, native_bf16
 from mixtral_jax.parallel import Machine, machine
 from mixtral_jax.train.plan import has_cuda_plugin, has_libtpu
 from mixtral_jax.train.run import OPTIONAL, installed
@@ -98,7 +98,8 @@ def devices() -> tuple[list[str], list[str]]:
     except Exception as error:  # whatever a broken driver raises is what the user came to see
         return [], [f"jax cannot compute: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    lines = [f"{jax.device_count()} x {jax.default_backend()} ({kinds})"]
+    products = ", with products of bfloat16" if native_bf16() and jax.default_backend() == "cpu" else ""
+    lines = [f"{jax.device_count()} x {jax.default_backend()} ({kinds}{products})"]
     return lines, [] if answer == 64.0 else [f"the sum of 64 ones came out as {answer} on {kinds}"]
 
 

@@ -12,6 +12,7 @@ from mixtral_jax.config import MixtralConfig
 from mixtral_jax.data.prepare import PreparedData
 from mixtral_jax.data.preview import mixture_lines
 from mixtral_jax.data.rows import Position
+from mixtral_jax.kernels import native_bf16
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
 from mixtral_jax.train.checkpoints import Say
@@ -135,7 +136,10 @@ def kernels_line(config: RunConfig, sizes: dict[str, int]) -> str:
 def fallback_lines(config: RunConfig, sizes: dict[str, int]) -> list[str]:
     """One for each kernel that is not the fastest of this kind of machine: why."""
     chosen = kernels_of(config, sizes).items()
-    return [f"note: {name} falls back on {choice.kernel}: {choice.why}" for name, choice in chosen if choice.fallback]
+    lines = [f"note: {name} falls back on {choice.kernel}: {choice.why}" for name, choice in chosen if choice.fallback]
+    if jax.default_backend() == "cpu" and native_bf16() and config.compute.dtype == "auto":
+        lines.append("note: this processor has products of bfloat16: compute.dtype=bfloat16 makes wide models faster")
+    return lines
 
 
 def router_line(config: RunConfig) -> str:
