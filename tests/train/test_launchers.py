@@ -321,12 +321,13 @@ echo started "$@"
 exit "$(cat "$FAKE/code")"
 """,
     "scontrol": '#!/bin/bash\necho scontrol "$@" >>"$FAKE/requeued"\n',
+    "squeue": '#!/bin/bash\ncat "$FAKE/state" 2>/dev/null || echo RUNNING\n',
 }
 
 
 @pytest.fixture
 def cluster(tmp_path, config, monkeypatch):
-    """Runs the script of a run with an srun and a scontrol of ours; returns its output and code, and the run."""
+    """Runs the script of a run with SLURM's programs as we make them; returns its output and code, and the run."""
     fake = tmp_path / "fake"
     fake.mkdir()
     for name, text in FAKES.items():
@@ -340,7 +341,7 @@ def cluster(tmp_path, config, monkeypatch):
     assert submit("slurm", *config, "--devices", "1") == 0
     run = tmp_path / RUNS / "sft-tiny"
 
-    def go(code=0, told=None):
+    def go(code=0, told=None, by=signal.SIGUSR1):
         (fake / "code").write_text(str(code))
         process = subprocess.Popen([run / "launch" / "job.sbatch"], stdout=subprocess.PIPE, text=True)
         if told is not None:
@@ -350,7 +351,7 @@ def cluster(tmp_path, config, monkeypatch):
                 if line.startswith("started"):
                     break
             time.sleep(0.3)
-            process.send_signal(signal.SIGUSR1)
+            process.send_signal(by)
         out, _ = process.communicate(timeout=120)
         return out, process.returncode, (fake / "requeued").exists()
 
@@ -361,6 +362,14 @@ def test_a_signal_ahead_of_the_limit_is_handed_on_and_the_job_requeued(cluster):
     go, _ = cluster
     out, code, requeued = go(told=75)
     assert "told 12\n" in out and "again 75" in out and code == 75 and requeued
+
+
+@pytest.mark.parametrize(("by", "requeued"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+def test_a_cancelled_job_is_saved_and_not_requeued_but_one_behind_its_limit_is(cluster, tmp_path, by, requeued):
+    go, _ = cluster
+    (tmp_path / "fake" / "state").write_text("COMPLETING\n")
+    out, code, again = go(told=75, by=by)
+    assert code == 75 and again == requeued and ("nothing starts it again" in out) != requeued
 
 
 def test_a_signal_before_anything_has_begun_starts_nothing(cluster):

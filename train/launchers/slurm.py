@@ -115,8 +115,9 @@ if [ -e "$run/launch/final" ]; then  # an earlier job of a chain, or somebody, h
   echo "nothing is started: $code $why"; exit "${{code:-2}}"  # what waits for this job learns how the run ended
 fi
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun inherits it no more
-told='' steps='' code=75
-trap 'told=1; [ -z "$steps" ] || kill -USR1 "$steps"' USR1 TERM  # srun hands it on: all save, and end with 75
+told='' warned='' steps='' code=75
+trap 'told=1 warned=1; [ -z "$steps" ] || kill -USR1 "$steps"' USR1  # srun hands it on: all save, and end with 75
+trap 'told=1; [ -z "$steps" ] || kill -USR1 "$steps"' TERM
 before=$(ask attempt) || exit 2
 if [ -z "$told" ]; then
   srun --kill-on-bad-exit=0{inside} "$@" &
@@ -131,7 +132,12 @@ said=$(ask "$code" "$before")
 echo "${{said:?no verdict on code $code: see above}}"
 read -r what code why <<<"$said"
 if [ "$what" = again ]; then
-  if {requeue}; then scontrol requeue "$SLURM_JOB_ID"; fi
+  # behind scancel a job is completing while this runs; behind its limit, too, but of that it was warned
+  if [ -z "$warned" ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = COMPLETING ]; then
+    echo "cancelled: nothing starts it again"
+  elif {requeue}; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
   exit "$code"
 fi
 if [ "$code" != 2 ] || [ ! -e "$run/LEASE" ]; then  # refused where another job has the run: that one goes on
