@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -32,3 +33,8 @@ def module(name: str) -> Any:
 
 
 torch, transformers = module("torch"), module("transformers")
+
+
+def often(values: Iterable[Any], keep: Callable[[Any], bool]) -> list[Any]:
+    """Values of a parametrization; those that are not kept run with the slow tests only."""
+    return [value if keep(value) else pytest.param(value, marks=pytest.mark.slow) for value in values]

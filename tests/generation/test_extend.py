@@ -7,6 +7,7 @@ import pytest
 
 from mixtral_jax.generation.cache import Cache, cache_slots, extend
 from mixtral_jax.model import Mixtral
+from tests.optional import often
 from tests.tiny import tiny_config
 
 COLUMNS, PADS = 24, (0, 9, 20)
@@ -20,7 +21,7 @@ step = jax.jit(extend)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("pieces", [(8, 8, 8), (7, 1, 5, 11), (24,)], ids=str)
+@pytest.mark.parametrize("pieces", often([(8, 8, 8), (7, 1, 5, 11), (24,)], lambda p: len(p) == 4), ids=str)
 def test_hidden_states_are_those_of_the_whole_row(name: str, pieces: tuple[int, ...]) -> None:
     model, rows = Mixtral(SHAPES[name], key=jax.random.key(0)), len(PADS)
     tokens_BT = np.random.default_rng(0).integers(1, 97, (rows, COLUMNS)).astype(np.int32)

@@ -15,6 +15,7 @@ from mixtral_jax.model import Mixtral, Noise, abstract_model, next_token_sums
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.parallel.sharding import param_shardings
 from tests.lora_models import FP32, adapted, flat_params, merged, rebuilt
+from tests.optional import often
 from tests.tiny import random_batch, tiny_config
 
 VOCAB = 62
@@ -55,7 +56,7 @@ def assert_equals_merged(config: MixtralConfig, lora: LoraConfig, leaves: dict) 
         assert difference <= 1e-5 * np.linalg.norm(want_grad), name
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", often(TARGETS, lambda target: target in ("attention.output", "moe.w3")))
 def test_one_adapter_equals_its_merged_weights(target: str) -> None:
     _, leaves = adapted(SPARSE, ALL)
     silent = {k: v * (k.startswith(f"layers.{target}_lora")) if k.endswith("_lora.b") else v for k, v in leaves.items()}

@@ -9,7 +9,7 @@ from mixtral_jax.kernels import grouped as kernel
 from mixtral_jax.kernels.activation import swiglu
 from mixtral_jax.kernels.swiglu_blocked import Low, blocked_swiglu
 from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
-from tests.optional import torch
+from tests.optional import often, torch
 from tests.oracles import mixtral as oracle
 
 R, D, F, E = 21, 6, 10, 4
@@ -78,7 +78,7 @@ def low_rank_numbers(rng, rank=3):
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("sizes", [(300, 0, 129, 64), (700, 1, 0, 40)])
+@pytest.mark.parametrize("sizes", often([(300, 0, 129, 64), (700, 1, 0, 40)], lambda sizes: sizes[0] == 300))
 def test_low_rank_factors_equal_their_merged_matrices(sizes, which):
     """Value, and the gradients of x, of the factors (by the chain rule through W + A B) and of the matrices."""
     rows, rng = 750, np.random.default_rng(2)

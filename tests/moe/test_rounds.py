@@ -19,6 +19,7 @@ from mixtral_jax.moe.transport import buffer_of, exchange_experts
 from mixtral_jax.parallel.collectives import varying
 from mixtral_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from tests.mesh_cases import CONFIG, FAST_TO_COMPILE, make_batches
+from tests.optional import often
 from tests.oracles import moe as oracle
 from tests.programs import equations
 
@@ -108,7 +109,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.transport}-expert{c.expert}-{c.factor}")
+@pytest.mark.parametrize(
+    "case",
+    often(CASES, lambda c: c.expert != 8 or c.factor in (1.0, 0.5)),
+    ids=lambda c: f"{c.transport}-expert{c.expert}-{c.factor}",
+)
 def test_rounds_change_no_number(case, load):
     """Values bit for bit, gradients to 1e-5, and how many of a device's rows went in a second round is known."""
     (y, again), grads = result(case, load)
