@@ -21,6 +21,11 @@ WORDS = ["le", "chat", "is", "on", "die", "Matte", "und", "el", "perro", "il", "
 TOY_MODEL = "{preset: tiny, vocab_size: 300, hidden_size: 32, head_dim: 8, num_attention_heads: 4, num_hidden_layers: 2, intermediate_size: 16}"  # noqa: E501 - one YAML value
 
 
+def named(path: Path) -> str:
+    """Of a test's parameter."""
+    return path.relative_to(ROOT).as_posix()
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tokenizer and a few records of every kind."""
@@ -68,7 +73,7 @@ def test_there_is_something_to_test() -> None:
     assert FILES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=named)
 def test_a_shipped_file_is_complete_and_says_what_it_is(path: Path, tmp_path: Path) -> None:
     config, _ = load_config(path)
     assert config.stage == path.parent.name
