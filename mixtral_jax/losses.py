@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels import in_rows, transposed, turned
+from mixtral_jax.kernels import bits, both_ways, from_bits, transposed
 from mixtral_jax.parallel import (
     TOKEN_AXES,
     axis_index,
     axis_max,
     axis_size,
-    bits,
-    from_bits,
     psum,
     same_variance,
     variance,
@@ -131,10 +129,10 @@ def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weight
     return weights_c[:, None] * (jnp.exp(logits_cV - lse_c[:, None]) - onehot_cV)
 
 
-def _gradients(x_cD: jax.Array, w_VD: jax.Array, dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradients(x_cD: jax.Array, w_VD: Callable[[], jax.Array], dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The bits of that of x and, in fp32, that of W, which comes transposed."""
     dlogits_cV, x_Dc = dlogits_cV.astype(x_cD.dtype), transposed(x_cD)
-    dx_cD = jnp.dot(dlogits_cV, w_VD, preferred_element_type=jnp.float32).astype(x_cD.dtype)
+    dx_cD = jnp.dot(dlogits_cV, w_VD(), preferred_element_type=jnp.float32).astype(x_cD.dtype)
     return bits(dx_cD), jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 
 
@@ -202,7 +200,7 @@ def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
 def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) -> tuple[CrossEntropy, Any]:
     """The sums, and where it is wanted the gradients of the loss with respect to x and W."""
     chunk, vocab, entropy = static
-    w_DV, w_VD = in_rows(w_DV), turned(w_DV)
+    w_DV, w_VD = both_ways(w_DV)
 
     def one(carry, xtw):
         total, dw_DV = carry
@@ -255,7 +253,7 @@ def _logps_fwd(static, x_MD, w_DV, targets_M, used):
 
 def _logps_bwd(static, saved, g):
     (chunk, vocab), (x_MD, w_DV, targets_M, used) = static, saved
-    w_DV, w_VD = in_rows(w_DV), turned(w_DV)
+    w_DV, w_VD = both_ways(w_DV)
 
     def one(dw_DV, xtg):
         x_cD, targets_c, g_c = xtg

@@ -4,6 +4,7 @@ On a CPU with instructions for bf16, products of two bf16 matrices that lie in r
 six times the rate of fp32; all others are computed in fp32 (compiler_quirks.WIDENS_TRANSPOSED).
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,23 @@ def in_rows(a: jax.Array) -> jax.Array:
 def turned(w: jax.Array) -> jax.Array:
     """The last two dimensions exchanged, for the right side of a product."""
     return in_rows(jnp.swapaxes(w, -1, -2))
+
+
+def both_ways(w: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """`w`, and its transpose where a loop comes to use both: made ahead of the loop where it has to lie in rows."""
+    back = turned(w)
+    return in_rows(w), (lambda: back) if _wants_rows(w) else (lambda: turned(w))
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """What a buffer of x holds where it is written in parts: x, or on a CPU the bits of a 16-bit float."""
+    widened = quirks.WIDENS_UPDATED.here and x.dtype.itemsize == 2 and platform() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if widened else x
+
+
+def from_bits(held: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x of bits(x)."""
+    return held if held.dtype == dtype else jax.lax.bitcast_convert_type(held, dtype)
 
 
 def transposed(arrays: Any) -> Any:

@@ -16,8 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
-from mixtral_jax.kernels.products import transposed, turned
-from mixtral_jax.parallel import bits, from_bits, same_variance, zeros
+from mixtral_jax.kernels.products import bits, from_bits, transposed, turned
+from mixtral_jax.parallel import same_variance, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
 SAVED = "expert_hidden"  # name of what the backward pass needs besides the inputs

@@ -17,7 +17,7 @@ from mixtral_jax.parallel.collectives import (
     varying,
     zeros,
 )
-from mixtral_jax.parallel.compiler_quirks import bits, from_bits, take_chosen
+from mixtral_jax.parallel.compiler_quirks import take_chosen
 from mixtral_jax.parallel.context import Part, gather_row, places, zigzag
 from mixtral_jax.parallel.mesh import (
     BATCH_AXES,

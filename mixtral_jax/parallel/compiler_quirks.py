@@ -204,16 +204,6 @@ def barrier(habit: Habit, arrays: Any) -> Any:
     return jax.lax.optimization_barrier(arrays) if habit.here else arrays
 
 
-def bits(x: jax.Array) -> jax.Array:
-    """What a buffer of x holds where it is written in parts: x, or the bits of a 16-bit float."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if WIDENS_UPDATED.here and x.dtype.itemsize == 2 else x
-
-
-def from_bits(held: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x of bits(x)."""
-    return held if held.dtype == dtype else jax.lax.bitcast_convert_type(held, dtype)
-
-
 def take_chosen(values_ME: Float[Array, "M E"], chosen_MC: Int[Array, "M C"]) -> Float[Array, "M C"]:
     """values[m, chosen[m, c]], by a selection, whose transpose is one too."""
     if not SORTS_FOR_SCATTERS.here:

@@ -21,9 +21,10 @@ def arrays(*shapes, dtype=bf16):
 def wide_products(run, *args):
     """The products with an fp32 operand, and the buffers that are widened to be written in parts."""
     text = jax.jit(run).lower(*args).compile().as_text()
-    assert " dot(" in text
-    bodies = re.findall(r"^%\S+ \((.*?)\) -> \S+ \{\n(.*?)\n\}", text, re.DOTALL | re.MULTILINE)
-    wide = [heading for heading, body in bodies if " dot(" in body and "f32[" in heading]
+    kinds = dict(re.findall(r"(%\S+) = (\w+)\[", text))
+    pairs = re.findall(r" dot\((?:\S+ )?(%[^\s,]+), (?:\S+ )?(%[^\s,)]+)\)", text)
+    wide = [pair for pair in pairs if "f32" in map(kinds.get, pair)]
+    assert pairs
     return wide + re.findall(r"f32\S+ dynamic-update-slice\(%convert", text)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mixtral_jax.kernels import native_bf16, transposed
+from mixtral_jax.kernels import bits, native_bf16, transposed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.collectives import gather_shards
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -105,7 +105,7 @@ def widens_a_transposed():
 def widens_an_updated():
     """Whether a buffer goes to fp32 and back where a part of it is written."""
     put = jax.lax.dynamic_update_slice_in_dim
-    run = jax.jit(lambda x, part, at: put(quirks.bits(x), quirks.bits(part), at, axis=0), donate_argnums=0)
+    run = jax.jit(lambda x, part, at: put(bits(x), bits(part), at, axis=0), donate_argnums=0)
     arrays = (jax.ShapeDtypeStruct((rows, 256), bf16) for rows in (4096, 64))
     return "f32[4096,256]" in run.lower(*arrays, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
 

@@ -321,7 +321,7 @@ echo started "$@"
 exit "$(cat "$FAKE/code")"
 """,
     "scontrol": '#!/bin/bash\necho scontrol "$@" >>"$FAKE/requeued"\n',
-    "squeue": '#!/bin/bash\ncat "$FAKE/state" 2>/dev/null || echo RUNNING\n',
+    "squeue": '#!/bin/bash\n[ "$3" = "$(cat "$FAKE/cancelled" 2>/dev/null)" ] && echo COMPLETING || echo RUNNING\n',
 }
 
 
@@ -367,9 +367,20 @@ def test_a_signal_ahead_of_the_limit_is_handed_on_and_the_job_requeued(cluster):
 @pytest.mark.parametrize(("by", "requeued"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
 def test_a_cancelled_job_is_saved_and_not_requeued_but_one_behind_its_limit_is(cluster, tmp_path, by, requeued):
     go, _ = cluster
-    (tmp_path / "fake" / "state").write_text("COMPLETING\n")
+    (tmp_path / "fake" / "cancelled").write_text("7")
     out, code, again = go(told=75, by=by)
-    assert code == 75 and again == requeued and ("nothing starts it again" in out) != requeued
+    assert code == 75 and again == requeued and ("does not start it again" in out) != requeued
+
+
+def test_a_task_of_an_array_speaks_of_itself(cluster, tmp_path, monkeypatch):
+    go, _ = cluster
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    (tmp_path / "fake" / "cancelled").write_text("7_0")
+    assert not go(told=75, by=signal.SIGTERM)[2]
+    (tmp_path / "fake" / "cancelled").unlink()
+    assert go(told=75, by=signal.SIGTERM)[2]
+    assert (tmp_path / "fake" / "requeued").read_text() == "scontrol requeue 7_0\n"
 
 
 def test_a_signal_before_anything_has_begun_starts_nothing(cluster):

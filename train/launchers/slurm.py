@@ -132,11 +132,13 @@ said=$(ask "$code" "$before")
 echo "${{said:?no verdict on code $code: see above}}"
 read -r what code why <<<"$said"
 if [ "$what" = again ]; then
+  this=$SLURM_JOB_ID  # one task of an array has the number of the whole
+  [ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || this=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
   # behind scancel a job is completing while this runs; behind its limit, too, but of that it was warned
-  if [ -z "$warned" ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = COMPLETING ]; then
-    echo "cancelled: nothing starts it again"
+  if [ -z "$warned" ] && [ "$(squeue -h -j "$this" -o %T)" = COMPLETING ]; then
+    echo "cancelled, or preempted for good: this script does not start it again"
   elif {requeue}; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$this"
   fi
   exit "$code"
 fi

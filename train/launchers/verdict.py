@@ -47,7 +47,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
     STATUS is believed where it is that of a later start than `before` and says how it ended: the code of a launcher of
     several processes may be that of the one that was killed. 0, 2, 3 and 4 are final. Everything else goes on, at most
     MOST times without a new checkpoint, and MOST_UNSEEN times while the checkpoints cannot be listed. A full disk takes
-    the count over the last one; where it cannot be written at all, a run that storage has failed does not go on.
+    the count over the last one; where it cannot be written at all, only what has saved and stopped (75) goes on.
 
     Args:
         code: of the processes; negative or above 128: a signal ended them.
@@ -73,7 +73,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
         counted.parent.mkdir(parents=True, exist_ok=True)
         replace_or_overwrite(counted, json.dumps(count) + "\n")
     except OSError as error:
-        if code == ExitCode.STORAGE:
+        if code != ExitCode.STOPPED:  # what may fail again and again has to be counted
             return Verdict(False, code, reason, f"; its starts cannot be counted ({error.strerror or error})")
     if count[kind] > most:
         return Verdict(False, code, reason, f"; started again {most} times {what}")
