@@ -41,8 +41,10 @@ def turned(w: jax.Array) -> jax.Array:
 
 def both_ways(w: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """`w`, and its transpose where a loop comes to use both: made ahead of the loop where it has to lie in rows."""
+    if not _wants_rows(w):
+        return w, lambda: turned(w)
     back = turned(w)
-    return in_rows(w), (lambda: back) if _wants_rows(w) else (lambda: turned(w))
+    return in_rows(w), lambda: back
 
 
 def bits(x: jax.Array) -> jax.Array:

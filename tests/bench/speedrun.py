@@ -41,8 +41,8 @@ def main() -> int:
     )
     parser.add_argument("--write", metavar="CHANGE", help="the entry's row into docs/speedrun.md")
     args = parser.parse_args()
-    if args.write and (args.dev or args.part != 1):
-        parser.error("--write is for the whole budget and the validation texts")
+    if args.write and (args.dev or args.part != 1 or args.seeds < 3):
+        parser.error("--write is for the whole budget, three seeds and the validation texts")
     config, changes = split(args.entry)
     with tempfile.TemporaryDirectory() as folder:
         steps = budget(Path(folder), config, changes, args.pairs, anchor=args.anchor)
