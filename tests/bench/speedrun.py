@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from mixtral_jax.train.config import load_config
+from mixtral_jax.train.errors import UserError
 from tests.bench.rounds import in_turn
 
 RECORD = "configs/pretrain/quickstart.yaml"
@@ -43,7 +44,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.write and (args.dev or args.part != 1 or args.seeds < 3):
         parser.error("--write is for the whole budget, three seeds and the validation texts")
-    config, changes = split(args.entry)
+    if min(args.seeds, args.pairs + 1) < 1 or args.part <= 0 or (args.anchor and not args.pairs):
+        parser.error("--seeds is 1 or more, --pairs 0 or more (with --anchor 1), --part above 0")
+    try:
+        config, changes = split(args.entry)
+    except (UserError, ValueError, OSError) as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         steps = budget(Path(folder), config, changes, args.pairs, anchor=args.anchor)
         steps = round(steps * args.part)
@@ -59,10 +65,17 @@ def main() -> int:
 
 
 def split(words: list[str]) -> tuple[str, tuple[str, ...]]:
-    """The file of an entry, and the changes."""
-    files = [word for word in words if "=" not in word] or [RECORD]
-    assert len(files) == 1, f"one file, not {files}"
-    return files[0], tuple(word for word in words if "=" in word)
+    """The file of an entry, and the changes.
+
+    Raises:
+        UserError: they are no configuration of a pretraining.
+    """
+    files, changes = [word for word in words if "=" not in word] or [RECORD], [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise UserError(f"an entry is one file, not {' and '.join(files)}")
+    if (stage := load_config(files[0], changes).config.stage) != "pretrain":
+        raise UserError(f"{files[0]} is of stage {stage}: the race is pretraining")
+    return files[0], tuple(changes)
 
 
 def budget(folder: Path, config: str, changes: tuple[str, ...], pairs: int, *, anchor: bool) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import ours, rounds, step, tuning_ours
+from tests.bench import ours, rounds, speedrun, step, tuning_ours
 from tests.bench.run import write_section
 from tests.bench.shapes import SHAPES, Options, parse
 
@@ -90,6 +90,35 @@ def test_the_table_of_steps(monkeypatch):
     assert "| mixtral-jax | 2.00 | 1,024 | 1.00x | 2.00 |" in table
     assert "| transformers, eager | 4.00 | 512 | 2.00x (2.00 to 2.00) | 2.00 |" in table
     assert "+25 % more time than capacity" in table and "50 % of XLA's own" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nosuch.yaml"], "nosuch.yaml does not exist"),
+        (["optimizer.lerning_rate=1"], "lerning_rate"),
+        (["configs/sft/tiny.yaml"], "is of stage sft"),
+        (["a.yaml", "b.yaml"], "one file, not a.yaml and b.yaml"),
+        (["--pairs", "-1"], "--pairs 0 or more"),
+        (["--seeds", "0"], "--seeds is 1 or more"),
+        (["--dev", "--write", "x"], "three seeds and the validation texts"),
+    ],
+)
+def test_an_entry_that_cannot_race_is_told_in_a_sentence(monkeypatch, capsys, words, sentence):
+    monkeypatch.setattr(speedrun, "in_turn", None)  # nothing is begun
+    monkeypatch.setattr("sys.argv", ["speedrun", *words])
+    with pytest.raises(SystemExit) as ended:
+        speedrun.main()
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_texts_held_back_are_a_twentieth_and_none_is_trained_on(tmp_path):
+    speedrun.held_back(tmp_path)
+    for file in tmp_path.glob("*.train.jsonl"):
+        trained, held = (
+            set(Path(f"{str(file)[:-12]}.{part}.jsonl").read_text().splitlines()) for part in ("train", "validation")
+        )
+        assert held and not trained & held and len(trained) > 15 * len(held)
 
 
 def test_a_section_replaces_itself_and_nothing_else(tmp_path):
