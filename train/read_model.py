@@ -114,6 +114,7 @@ def run_place(checkpoint: str) -> Path | None:
         raise UserError(f"{checkpoint} does not exist: it should be a checkpoint, a run or a model directory")
     inside = (path / arrays.STATE).exists() or path.name == "checkpoints"  # a config.yaml above others is not ours
     for place in (path, *(path.parents[:2] if inside else ())):
-        if (place / "config.yaml").is_file():
+        # a model directory may hold a config.yaml of others
+        if (place / "config.yaml").is_file() and not (place / "config.json").exists():
             return place
     return None

@@ -22,6 +22,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 KEYS = (10_000, 100_000)  # five digits
+NEAR, FAR = 30, 210  # words of filler
 
 
 class Passkey(NamedTuple):
@@ -60,21 +61,36 @@ def passkey_ids(tokenizer: Tokenizer, key: int, length: int, depth: float) -> Pa
 
 
 def write_samples(directory: Path) -> None:
-    """passkey.{near,short,train,val}.jsonl.gz: no filler, up to 16 and up to 210 words; no key is in two of them.
+    """passkey.{same,near,train,val}.jsonl.gz: three steps to retrieval, and 100 prompts to look at.
 
-    Without filler there is no task either, and all that follows the first mention is learned, so that most tokens teach
-    to copy: a small model needs hundreds of steps for that where nothing but long prompts asks for it.
+    A small model learns where to look before it learns in which order to read: `same` has keys of one digit five
+    times, for which it is enough to see the number at all, from far away too. `near` has all keys, no task and at most
+    30 words of filler in between, at all distances: were there one, that distance would be learned. `train` has up to
+    210 words, most often few; `val` as many of each number. No key of `near`, `train` and `val` is in two of them.
     """
     rng = np.random.default_rng(0)
-    keys = rng.permutation(np.arange(*KEYS)).tolist()
-    for name, count, most in (("near", 4000, 0), ("short", 2000, 16), ("train", 3000, 210), ("val", 100, 210)):
-        own, keys, words = keys[:count], keys[count:], rng.integers(0, most, count, endpoint=True)
-        numbers = zip(own, words.tolist(), rng.integers(0, words, endpoint=True).tolist(), strict=True)
-        records = [passkey_text(key, before, n - before) if most else _near(key) for key, n, before in numbers]
+    keys = iter(rng.permutation(np.arange(*KEYS)).tolist())
+
+    def few() -> int:
+        return int(np.exp(rng.uniform(0, np.log(FAR + 2))) - 1)
+
+    def any_number(most: int) -> int:
+        return int(rng.integers(0, most, endpoint=True))
+
+    def placed(key: int, words: int) -> dict[str, str]:
+        before = any_number(words)
+        return passkey_text(key, before, words - before)
+
+    def near(key: int, words: int) -> dict[str, str]:
+        record = passkey_text(key, 0, words)
+        return {**record, "prompt": record["prompt"].removeprefix(f"{TASK}\n")}
+
+    made = {
+        "same": [placed(11_111 * (1 + any_number(8)), few()) for _ in range(1000)],
+        "near": [near(next(keys), any_number(NEAR)) for _ in range(8000)],
+        "train": [placed(next(keys), few() if i % 2 else any_number(FAR)) for i in range(8000)],
+        "val": [placed(next(keys), any_number(FAR)) for _ in range(100)],
+    }
+    for name, records in made.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (directory / f"passkey.{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
-
-
-def _near(key: int) -> dict[str, str]:
-    said, again = f"{NEEDLE.format(key=key)}\n{QUESTION} {key}".split(f" {key} is", 1)
-    return {"prompt": said, "completion": f" {key} is{again}"}

@@ -1,7 +1,7 @@
 """`make bench`: measure beside the others, in turn and in one run, and write docs/benchmarks.md.
 
 python -m tests.bench.run [--form short|full] [--only step tuning generation growth long data] [--shapes S M L]
-    [--steps 8] [--tokenizer PATH]
+    [--dtypes float32 bfloat16] [--steps 8] [--tokenizer PATH]
 """
 
 import argparse
@@ -17,6 +17,9 @@ from tests.bench import feeding, growth, side, step
 from tests.bench.shapes import SHAPES
 
 DOC = Path("docs/benchmarks.md")
+IN_TURN = (
+    "What is compared lives at the same time, two processes that take one step each in turn: median, least and most."
+)
 TITLES = {
     "step": "The training step",
     "tuning": "Fine-tuning beside TRL",
@@ -31,7 +34,7 @@ def sections(full: bool, args: argparse.Namespace) -> dict[str, Callable[[], str
     """What each section runs: in full, or enough to see whether something broke."""
     shapes, steps = args.shapes, args.steps or (8 if full else 3)
     return {
-        "step": lambda: step.section(shapes or (["S", "M", "L"] if full else ["S"]), steps),
+        "step": lambda: step.section(shapes or (["S", "M", "L"] if full else ["S"]), args.dtypes, steps),
         "tuning": lambda: side.tuning(steps),
         "generation": lambda: side.generation(256 if full else 64, calls=steps),
         "growth": lambda: growth.section(steps=3),
@@ -46,25 +49,26 @@ def main() -> int:
     parser.add_argument("--form", choices=("short", "full"), default="short", help="how much to run (default short)")
     parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="sections to run")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="shapes of the section step")
+    parser.add_argument("--dtypes", nargs="+", choices=step.DTYPES, default=step.DTYPES, help="of section step")
     parser.add_argument("--steps", type=int, help="steps (or calls) of each, in turn with those of the other")
     parser.add_argument("--tokenizer", help="of section data (default: the bundled one)")
     args = parser.parse_args()
     for name, run in sections(args.form == "full", args).items():
         if name in args.only:
-            text = f"{heading()}\n\n{run()}"
+            how = f" {IN_TURN}" if name in ("step", "tuning", "generation") else ""
+            text = f"{heading()}{how} `python -m tests.bench.run {' '.join(sys.argv[1:])}`\n\n{run()}"
             print(text, flush=True)
             write_section(DOC, name, text)
     return 0
 
 
 def heading() -> str:
-    """When, where, with what, and how to repeat it."""
+    """When, where, and with what."""
     packages = ("jax", "flax", "torch", "transformers", "trl")
     names = ", ".join(f"{package} {version(package)}" for package in packages)
     return (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{names}. What is compared lives at the same time, two processes that take one step each in turn: median, "
-        f"least and most. `python -m tests.bench.run {' '.join(sys.argv[1:])}`"
+        f"{names}."
     )
 
 

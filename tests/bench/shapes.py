@@ -41,13 +41,16 @@ class Options(NamedTuple):
     attention: str = "auto"
     experts: str = "auto"
     capacity: float | None = None
+    autocast: bool = False  # torch's, to bf16
     packing: bool = False  # TRL's
+    checkpointing: bool = True  # TRL's
 
     @classmethod
     def of(cls, words: list[str]) -> "Options":
         """Those that a command line names."""
         named = dict(word.split("=") for word in words)
-        kinds: dict[str, Callable[[str], Any]] = {"capacity": float, "packing": lambda word: word == "true"}
+        flags = dict.fromkeys(("autocast", "packing", "checkpointing"), lambda word: word == "true")
+        kinds: dict[str, Callable[[str], Any]] = {"capacity": float, **flags}
         return cls(**{name: kinds.get(name, str)(word) for name, word in named.items()})
 
 

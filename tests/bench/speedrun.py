@@ -13,19 +13,25 @@ import datetime
 import gzip
 import itertools
 import json
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 from mixtral_jax.train.config import load_config
 from mixtral_jax.train.errors import UserError
+from mixtral_jax.train.run.environment import git_commit
 from tests.bench.rounds import in_turn
 
 RECORD = "configs/pretrain/quickstart.yaml"
 DOC = Path("docs/speedrun.md")
 BUDGET, HELD_BACK = 180, 20  # seconds; one of so many documents
+SAME = ("data.tokenizer", "data.train", "data.validation", "data.staging_dir", "eval.batches", "init_from")
+LEAST_ROW = 64
 QUIET = ("log.tensorboard=false", "log.progress=false", "checkpoint.every=1000000")
 
 
@@ -57,7 +63,7 @@ def main() -> int:
         scores = [
             trained(Path(folder) / f"{seed}", config, (*changes, *data), steps, seed) for seed in range(args.seeds)
         ]
-    line = row(args.write or " ".join(args.entry) or "the record", steps, scores)
+    line = row(": ".join(filter(None, (args.write, " ".join(args.entry) or "the record"))), steps, scores)
     print(line, flush=True)
     if args.write:
         DOC.write_text(DOC.read_text(encoding="utf-8").rstrip("\n") + f"\n{line}\n", encoding="utf-8")
@@ -68,13 +74,20 @@ def split(words: list[str]) -> tuple[str, tuple[str, ...]]:
     """The file of an entry, and the changes.
 
     Raises:
-        UserError: they are no configuration of a pretraining.
+        UserError: they are no configuration of a pretraining, or against the rules.
     """
     files, changes = [word for word in words if "=" not in word] or [RECORD], [word for word in words if "=" in word]
     if len(files) > 1:
         raise UserError(f"an entry is one file, not {' and '.join(files)}")
-    if (stage := load_config(files[0], changes).config.stage) != "pretrain":
-        raise UserError(f"{files[0]} is of stage {stage}: the race is pretraining")
+    entry, record = load_config(files[0], changes).config, load_config(RECORD).config
+    if entry.stage != "pretrain":
+        raise UserError(f"{files[0]} is of stage {entry.stage}: the race is pretraining")
+    for key in SAME:
+        theirs, own = (attrgetter(key)(config) for config in (record, entry))
+        if theirs != own:
+            raise UserError(f"{key} is the record's in every entry")
+    if entry.seq_len < LEAST_ROW:
+        raise UserError(f"seq_len is {entry.seq_len}: rows have {LEAST_ROW} tokens or more")
     return files[0], tuple(changes)
 
 
@@ -124,10 +137,18 @@ def row(change: str, steps: int, scores: list[dict[str, float]]) -> str:
     """A line of the table: means over the seeds, and how far apart these are."""
     means = [statistics.mean(score.values()) for score in scores]
     each = [f"{statistics.mean(score[name] for score in scores):.3f}" for name in scores[0]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    commit = git_commit() or ""
+    commit = commit[:7] + "+" * commit.endswith("+")  # of a changed tree
     spread = f"{statistics.mean(means):.4f} ({min(means):.4f} to {max(means):.4f})"
-    cells = (f"{datetime.date.today()}", change, spread, *each, f"{steps:,}", commit.strip())
+    cells = (f"{datetime.date.today()}", change, spread, *each, f"{steps:,}", commit, processor())
     return "| " + " | ".join(cells) + " |"
+
+
+def processor() -> str:
+    """As Linux names it, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", file.read_text(encoding="utf-8")) if file.exists() else None
+    return found[1].strip() if found else platform.machine()
 
 
 if __name__ == "__main__":

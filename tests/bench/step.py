@@ -1,11 +1,14 @@
 """The training step beside the others, in turn and in one run."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from tests.bench.rounds import MAXTEXT, MAXTEXT_VENV, Results, beside, faster
 from tests.bench.shapes import SHAPES, Shape
+from tests.bench.theirs_tuned import can_be_tuned
 
+DTYPES = ("float32", "bfloat16")
 OURS, OURS_BF16, CAPACITY = "mixtral-jax", "mixtral-jax, bf16", "mixtral-jax, capacity 1.25"
 EXPERTS = ("grouped_mm", "eager")
 TUNED = "transformers, grouped_mm, tuned"  # theirs_tuned.py says how
@@ -16,41 +19,55 @@ Pallas kernels only interpreted), with the options that were fastest here; capac
 """
 
 
-def section(shapes: list[str], steps: int) -> str:
-    """A table for each shape."""
-    return "\n".join(_table(shape, steps) for shape in shapes)
+def section(shapes: list[str], dtypes: Sequence[str], steps: int) -> str:
+    """For each shape a table of each dtype."""
+    made = {"float32": _fp32, "bfloat16": _bf16}
+    return "\n".join("\n".join([_title(shape), *(made[dtype](shape, steps) for dtype in dtypes)]) for shape in shapes)
 
 
-def _table(shape: str, steps: int) -> str:
+def _title(shape: str) -> str:
     s = SHAPES[shape]
+    return (
+        f"### Shape {shape}: hidden {s.hidden}, ffn {s.ffn}, {s.layers} layers, {s.heads}/{s.kv_heads} heads, "
+        f"{s.experts} experts top-{s.top_k}, vocabulary {s.vocab}, sequence {s.seq_len}, batch {s.batch}\n"
+    )
 
+
+def _fp32(shape: str, steps: int) -> str:
     def command(who: str, *options: str) -> list[str]:
         return [f"tests.bench.{who}", shape, *options]
 
     others = {CAPACITY: command("ours", "capacity=1.25")}
     others |= {f"transformers, {name}": command("theirs", f"experts={name}") for name in EXPERTS}
-    others[TUNED] = command("theirs_tuned", "experts=grouped_mm")
+    if can_be_tuned():
+        others[TUNED] = command("theirs_tuned", "experts=grouped_mm")
     with_maxtext = shape in MAXTEXT_SHAPES and (MAXTEXT_VENV / "stamp").exists()
     if with_maxtext:
         others |= {f"MaxText, {mode}": [MAXTEXT, shape, mode] for mode in ("capacity", "dropless")}
-    bf16 = "dtype=bfloat16"
-    halves = {"transformers, grouped_mm, bf16": command("theirs", "experts=grouped_mm", bf16)}
-    halves[f"{TUNED}, bf16"] = command("theirs_tuned", "experts=grouped_mm", bf16)
-    halves["transformers, grouped_mm, fp32"] = command("theirs", "experts=grouped_mm")
-    halves["mixtral-jax, fp32"] = command("ours")
-    tables = [
-        f"### Shape {shape}: hidden {s.hidden}, ffn {s.ffn}, {s.layers} layers, {s.heads}/{s.kv_heads} heads, "
-        f"{s.experts} experts top-{s.top_k}, vocabulary {s.vocab}, sequence {s.seq_len}, batch {s.batch}\n"
-    ]
     results = beside(OURS, command("ours"), others, steps)
     dropless = 100 * (1 / statistics.median(results[CAPACITY]["ratios"]) - 1)
-    tables += [*_rows("fp32", s, results), f"\nDropless takes {dropless:+.0f} % more time than capacity 1.25. "]
-    tables[-1] += _rate("fp32", results[OURS])
+    lines = _rows("fp32", SHAPES[shape], results)
+    lines.append(f"\nDropless takes {dropless:+.0f} % more time than capacity 1.25. {_rate('fp32', results[OURS])}")
     if with_maxtext:
-        tables.append(MAXTEXT_NOTE.format(versions=results["MaxText, dropless"]["versions"]))
-    results = beside(OURS_BF16, command("ours", bf16), halves, steps)
-    tables += [*_rows("bf16", s, results), "\n" + _rate("bf16", results[OURS_BF16])]
-    return "\n".join(tables)
+        lines.append(MAXTEXT_NOTE.format(versions=results["MaxText, dropless"]["versions"]))
+    return "\n".join(lines)
+
+
+def _bf16(shape: str, steps: int) -> str:
+    """Beside theirs in bf16, and beside fp32 on both sides."""
+    ours, options, bf16 = ["tests.bench.ours", shape], [shape, "experts=grouped_mm"], "dtype=bfloat16"
+    theirs = ["tests.bench.theirs", *options]
+    others = {
+        "transformers, grouped_mm, bf16": [*theirs, bf16],
+        "transformers, grouped_mm, autocast": [*theirs, "autocast=true"],
+        "transformers, eager, autocast": ["tests.bench.theirs", shape, "experts=eager", "autocast=true"],
+        "transformers, grouped_mm, fp32": theirs,
+        "mixtral-jax, fp32": ours,
+    }
+    if can_be_tuned():
+        others[f"{TUNED}, bf16"] = ["tests.bench.theirs_tuned", *options, bf16]
+    results = beside(OURS_BF16, [*ours, bf16], others, steps)
+    return "\n".join([*_rows("bf16", SHAPES[shape], results), "\n" + _rate("bf16", results[OURS_BF16])])
 
 
 def _rows(precision: str, s: Shape, results: Results) -> list[str]:

@@ -1,7 +1,7 @@
 """The same training step in transformers: `python -m tests.bench.theirs SHAPE [OPTIONS]`, a step for a line of input.
 
 `experts` is one of transformers' implementations: eager, batched_mm or grouped_mm. dtype bfloat16 is also that of
-weights and moments, which is what a user gets by typing it.
+weights and moments, which is what a user gets by typing it; with `autocast` both are fp32 and products bf16.
 """
 
 import sys
@@ -37,12 +37,15 @@ def prepare(shape: Shape, options: Options) -> Callable[[int], float]:
     attention = "sdpa" if options.attention == "auto" else options.attention
     model = model_of(shape, attn_implementation=attention, experts_implementation=options.experts)
     model = model.to(getattr(torch, options.dtype)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    how = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **how)  # as transformers' Trainer does
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=options.autocast)
 
     def step(index: int) -> float:
         numbers = np.random.default_rng(index).integers(0, shape.vocab, (shape.batch, shape.seq_len))
         tokens = torch.tensor(numbers, device=DEVICE)
-        loss = model(input_ids=tokens, labels=tokens).loss
+        with autocast:
+            loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -80,6 +80,7 @@ def trainer_of(shape: Shape, steps: int, kind: str, share: float, directory: str
     common = dict(
         output_dir=directory, report_to=[], use_cpu=DEVICE == "cpu", bf16=options.dtype == "bfloat16", max_steps=steps,
         save_strategy="no", learning_rate=LEARNING_RATE, max_length=T, disable_tqdm=True,
+        gradient_checkpointing=options.checkpointing,
     )  # fmt: skip
 
     def words(count: int) -> str:

@@ -114,6 +114,17 @@ def test_another_task_joins_those_that_are_there(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_part_does_not_take_the_place_of_the_whole(tmp_path: Path) -> None:
+    def write(score: float, limit: int | None) -> None:
+        results = benchmarks.Results({"a": {"acc": score}}, {}, {}, {}, {"a": [{"score": score}]})
+        results.write(tmp_path, options={"limit": limit})
+
+    for score, limit, kept in ((0.1, 5, 0.1), (0.2, 6, 0.2), (0.3, None, 0.3), (0.4, 5, 0.3), (0.5, None, 0.5)):
+        write(score, limit)
+        assert json.loads((tmp_path / "results.json").read_text())["tasks"]["a"]["scores"]["acc"] == kept
+        assert json.loads((tmp_path / "samples_a.jsonl").read_text()) == {"score": kept}
+
+
 def test_the_hub_is_shut_unless_it_is_asked_for(own_tasks_alone, tmp_path: Path, monkeypatch) -> None:
     """In a process too that has had the hub's client for long; and all is as it was thereafter."""
     places = [("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE")]

@@ -69,6 +69,7 @@ def test_a_key_is_found_where_greedy_decoding_writes_it(monkeypatch) -> None:
         return Passkey(prompt, answer if depth else [*answer[:2], answer[2] % 96 + 1])
 
     monkeypatch.setattr("mixtral_jax.train.evals.passkey.passkey_ids", ask)
+    assert passkey_accuracy(model, None, lengths=[9], depths=[0], samples=1, seed=-1)["seed"] == -1
     found = passkey_accuracy(model, None, lengths=[9, 16], depths=[0, 1], samples=2, seed=0)
     assert found == {"lengths": [9, 16], "depths": [0, 1], "samples": 2, "seed": 0, "accuracy": [[0, 0], [1, 1]]}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax import launch
+from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.convert import save_hf
 from mixtral_jax.data.text import load_tokenizer
 from mixtral_jax.parallel import MeshConfig, make_mesh
@@ -186,6 +187,7 @@ def saved(tmp_path_factory):
     for name, model in models.items():
         save_hf(model, place / name)
         write_byte_tokenizer(place / name / "tokenizer.json")
+    (place / "model" / "config.yaml").write_text("base_model: another's\n")  # a file of somebody else
     shutil.copytree(place / "model", place / "bare")
     (place / "bare" / "tokenizer.json").unlink()
     shutil.copytree(place / "model", place / "renamed")
@@ -210,6 +212,14 @@ def test_the_command_writes_a_page_and_its_numbers(saved, capsys):
     assert result["notes"] == ["few has 13 tokens, fewer than the 100 that were asked for."]
     assert result["all"]["changed"] == {"first": [0, 0], "any": [0, 0], "gate": [0, 0]}
     assert (saved / "model-routing" / "routing.html").read_text().startswith("<!doctype html>")
+
+
+def test_kernels_of_the_machine_that_trained_are_not_asked_for(saved, monkeypatch):
+    compute = ComputeConfig(attention="splash", moe=MoeConfig(matmul="megablox"))
+    run = SimpleNamespace(compute=compute, mesh=MeshConfig(), seq_len=SEQ_LEN)
+    monkeypatch.setattr("mixtral_jax.train.commands.routing.run_config", lambda checkpoint: run)
+    data = ["--data", f"many={saved / 'lines.jsonl'}", "--tokens", "100", "--out", str(saved / "elsewhere")]
+    assert launch.main(["routing", str(saved / "model"), *data]) == 0
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,12 @@ def test_the_table_of_steps(monkeypatch):
         return {name: {**facts, "times": [t] * steps, "seconds": t} for name, t in times.items()}
 
     monkeypatch.setattr(rounds, "in_turn", in_turn)
-    table = step.section(["M"], steps=3)
+    table = step.section(["M"], step.DTYPES, steps=3)
     assert "| mixtral-jax | 2.00 | 1,024 | 1.00x | 2.00 |" in table
     assert "| transformers, eager | 4.00 | 512 | 2.00x (2.00 to 2.00) | 2.00 |" in table
     assert "+25 % more time than capacity" in table and "50 % of XLA's own" in table
+    assert "| mixtral-jax, bf16 | 4.00 |" in table
+    assert "bf16" not in step.section(["M"], ["float32"], steps=3)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,9 @@ def test_the_table_of_steps(monkeypatch):
         (["nosuch.yaml"], "nosuch.yaml does not exist"),
         (["optimizer.lerning_rate=1"], "lerning_rate"),
         (["configs/sft/tiny.yaml"], "is of stage sft"),
+        (["eval.batches=1"], "eval.batches is the record's in every entry"),
+        (["data.tokenizer=other.model"], "data.tokenizer is the record's"),
+        (["seq_len=32"], "rows have 64 tokens or more"),
         (["a.yaml", "b.yaml"], "one file, not a.yaml and b.yaml"),
         (["--pairs", "-1"], "--pairs 0 or more"),
         (["--seeds", "0"], "--seeds is 1 or more"),

@@ -1,5 +1,6 @@
 """Continuations of a file of prompts: what its lines hold, and that a killed command goes on with the same ones."""
 
+import errno
 import fcntl
 import functools
 import gzip
@@ -154,6 +155,26 @@ def test_two_do_not_write_one_file(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StorageError, match="written by another process"):  # may be one that is being killed
             run(tmp_path)
+
+
+def test_without_locks_of_the_file_system_one_process_may_write(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_prompts(tmp_path)
+    monkeypatch.setattr(batch, "generate", say_by_number([]))
+    error = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(batch.fcntl, "flock", lambda *_: (_ for _ in ()).throw(error))
+    assert len(run(tmp_path)) == 8
+    assert "has no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_the_precision_is_the_one_that_is_computed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prompts(tmp_path)
+    monkeypatch.setattr(batch, "generate", say_by_number([]))
+    monkeypatch.setattr(batch, "write_atomically", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path)
+    assert the_model().compute.dtype == "auto"
+    with (tmp_path / ".out.jsonl.incomplete").open() as file:
+        assert json.loads(file.readline())["dtype"] == "float32"
 
 
 def test_a_signal_asks_for_the_same_command(

@@ -5,13 +5,15 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mixtral_jax import launch
 from mixtral_jax.train import trainer as loop
-from mixtral_jax.train.commands import demo
+from mixtral_jax.train.commands import demo, quickstart
 from mixtral_jax.train.config.load import load_config
 from tests.tiny import metrics_of
 
@@ -63,3 +65,13 @@ def test_reward_accuracy_counts_strict_gains():
     before = np.array([[-1.0, -2.0], [-1.0, -1.0], [-5.0, -1.0]])
     after = np.array([[-1.0, -2.0], [-1.0, -1.5], [-4.0, -1.0]])
     assert demo.reward_accuracy(before, after) == pytest.approx(2 / 3)
+
+
+def test_brackets_that_a_model_writes_are_no_markup(monkeypatch, capsys):
+    written = "self.a[i] = b[key] # [/etc/apt]"
+    monkeypatch.setattr(quickstart, "load", lambda run: None)
+    monkeypatch.setattr(quickstart, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(quickstart, "generate", lambda model, prompts, **how: [written] * len(prompts))
+    config = SimpleNamespace(data=SimpleNamespace(tokenizer=""))
+    quickstart.write_samples(config, "runs/quickstart", Console(soft_wrap=True))
+    assert capsys.readouterr().out.count(written) == len(quickstart.LANGUAGES)

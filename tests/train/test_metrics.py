@@ -35,6 +35,14 @@ def test_a_resumed_run_drops_what_a_killed_one_logged_later(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_evaluation_that_is_made_up_takes_the_place_of_its_own_line_alone(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 2, "eval/loss": 1.0}, {"step": 2, "eval/boolq/acc": 0.5}, {"step": 1, "eval/loss": 3.0}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sinks.JsonLines(file, start_step=2, again="eval/loss").close()
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines[1:]
+
+
 class Tracker:
     def __init__(self, fails_at=None):
         self.seen, self.closed, self._fails_at = [], False, fails_at

@@ -203,9 +203,16 @@ def test_force_moves_checkpoints_that_lie_elsewhere_too(run, tmp_path):
 
 
 def test_force_with_a_step_moves_the_later_ones_aside(run):
+    results = ("samples/1.jsonl", "samples/2.jsonl", "eval/1/passkey.json", "eval/2/passkey.json", "routing/2/x.html")
+    for name in results:
+        (run.place / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.place / name).write_text("of the first branch")
     assert run("resume=1")[0] == 2
     code, said = run("--force", "resume=1")
     assert code == 0 and "checkpoints 2 were moved to" in said and "resuming from checkpoint 1" in said
+    assert "samples and evaluations of later steps were moved to" in said
+    aside = run.place / "results.old-1"
+    assert all((run.place / name).exists() != (aside / name).exists() == ("2" in name) for name in results)
     assert (run.place / "checkpoints.old-1" / "2" / "meta").is_dir() and (run.place / "checkpoints/2/meta").is_dir()
 
 

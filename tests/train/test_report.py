@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -264,6 +266,13 @@ def test_separate_evaluations_are_shown(tmp_path):
     assert heat["values"][""].split() == ["100", "50", "25", "0"] and heat["columns"] == ["128", "256"]
 
 
+def test_a_source_that_is_measured_no_more_is_not_among_those_of_today(tmp_path):
+    lines = [*metrics(3), {"step": 1, "eval/old/loss": 3.25, "eval/loss": 3.25}, {"step": 3, "eval/new/loss": 1.5}]
+    lines[-1] |= {"eval/loss": 1.5}
+    texts = [text for _, text in Reader(page_of(write_run(tmp_path / "a", lines))).texts]
+    assert "Sources, after step 3" in texts and "new" in texts and "old" not in texts
+
+
 def test_runs_lie_over_each_other_and_the_best_comes_first(tmp_path):
     places = []
     for rate, loss in ((0.1, 3.0), (0.01, 1.0), (1.0, NAN)):
@@ -423,6 +432,26 @@ def test_it_is_served_on_this_machine_alone_and_reloads(tmp_path, browser):
         file.write(json.dumps({"step": 4321, "train/loss": 1.0}) + "\n")
     browser.wait("document.querySelector('.tiles')?.innerText.includes('4,321')")
     assert browser.errors == []
+
+
+def test_a_reader_who_goes_away_is_no_error(tmp_path, capfd):
+    place, said, asked = write_run(tmp_path / "a", metrics(3)), list[str](), threading.Event()
+
+    def render(script):
+        asked.set()
+        time.sleep(0.3)
+        return "x" * 10_000_000  # more than the system holds for a reader
+
+    threading.Thread(target=serve.serve, args=([place], 0, render, said.append), daemon=True).start()
+    while not said:
+        time.sleep(0.01)
+    port = int(said[0].split()[0].rstrip("/").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as reader:
+        reader.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        asked.wait(10)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as a closed tab does
+    time.sleep(1)
+    assert capfd.readouterr().err == ""
 
 
 def test_watching_ends_with_ctrl_c(tmp_path):

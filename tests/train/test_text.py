@@ -91,6 +91,13 @@ def test_a_file_of_turns(tmp_path: Path, content: str) -> None:
     assert [turn["role"] for turn in turns] == ["user", "assistant"][: content.count('"role"')]
 
 
+@pytest.mark.parametrize("beside", [{"system": "S"}, {"tools": [{"name": "f"}]}])
+def test_what_stands_beside_the_turns_is_not_dropped(tmp_path: Path, beside: dict[str, Any]) -> None:
+    (tmp_path / "t").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}], **beside}))
+    with pytest.raises(UserError, match="stands beside the messages: --prompts FILE --chat reads it"):
+        command.read_turns(str(tmp_path / "t"))
+
+
 @pytest.mark.parametrize("content", ["", "[]", "hello", '["a"]', '{"text": "a"}', "3"])
 def test_a_file_without_turns_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "t").write_text(content)

@@ -15,7 +15,7 @@ from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import Census, Place, digest, file_format, read_lumps, source_files, write_atomically
 from mixtral_jax.data.text import turns, with_beside
 from mixtral_jax.generation import generate
-from mixtral_jax.model import Mixtral
+from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.errors import AGAIN, StorageError, UserError
 from mixtral_jax.train.text import Chat, Codec
 
@@ -84,9 +84,10 @@ def complete(
 ) -> None:
     """Write one line for each prompt and sample to `out`: index, sample, prompt, completion, finish, tokens, record.
 
-    A batch has prompts of like lengths, the longest first. What stands in a line depends on seed, index and sample, not
-    on its batch (but for the rounding of logits). Until all is there, lines gather in .NAME.incomplete; its first
-    says what they are made of, of which each line has a digest. Where `out` is made of the same nothing is left to do.
+    A batch has prompts of like lengths, the longest first. What stands in a line depends on seed, index, sample and the
+    number of prompts, not on its batch (but for the rounding of logits). Until all is there, lines gather in
+    .NAME.incomplete; its first says what they are made of, of which each line has a digest. Where `out` is made of the
+    same nothing is left to do.
 
     Raises:
         UserError: a prompt breaks a rule of its template, or what lies there is made of other weights, prompts or
@@ -104,7 +105,8 @@ def complete(
     work = sorted(range(count * samples), key=lambda number: -len(ids[number % count]))
     rows = min(batch_size, len(work))  # few programs: every batch has as many
     made_of = {
-        "weights": arrays_identity(nnx.to_pure_dict(nnx.state(model))), "dtype": model.compute.dtype,
+        "weights": arrays_identity(nnx.to_pure_dict(nnx.state(model))),
+        "dtype": compute_dtype(model.compute.dtype).name,
         "prompts": digest([ids, _dump([prompt.record for prompt in prompts])]),
         "ends": codec.ends, "samples": samples, "batch_size": batch_size, **options,
     }  # fmt: skip
@@ -158,8 +160,10 @@ def _begun(stream: BinaryIO, name: Path, made_of: dict[str, Any]) -> list[bytes]
     """The whole lines behind the first one, which is written where it is not there yet; the file ends behind them."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise StorageError(f"{name} is being written by another process; when that has ended {AGAIN}") from None
+    except OSError as error:
+        say(f"note: the file system of {name} has no locks ({error.strerror}): let one process alone write it")
     stream.seek(0)
     lines = stream.read().splitlines(keepends=True)
     lines = lines[: len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))]

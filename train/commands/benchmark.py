@@ -49,7 +49,10 @@ def benchmark(
         print(f"scores and samples are in {directory}", file=sys.stderr)
     step = Path(place).name
     if not out and (run := run_place(checkpoint)) is not None and step.isdigit():  # else a copy under another name
-        _note(run, int(step), results.metrics)
+        if options.limit is None:
+            _note(run, int(step), results.metrics)
+        else:
+            print("note: nothing is added to metrics.jsonl, as --limit leaves documents out", file=sys.stderr)
     return ExitCode.DONE
 
 

@@ -47,7 +47,7 @@ def main(base: str, sft: str, dpo: str, exported: str) -> int:
         for who, texts in answers.items():
             console.print(f"    {who:5}{texts[number]}", markup=False)
     elsewhere, agrees = _load_elsewhere(exported, preferred, answers["DPO"][0])
-    console.print(elsewhere)
+    console.print(elsewhere, markup=False)
     console.print(_NEXT.format(exported=exported))
     failed = [] if agrees else ["transformers answers differently from the exported directory"]
     if not losses[1]["eval/loss"] < losses[0]["eval/loss"]:

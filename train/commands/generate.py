@@ -143,7 +143,10 @@ def read_turns(file: str) -> list[dict[str, Any]]:
             found = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise UserError(f"--turns {file} is no JSON ({error})") from None
-    found = found.get("messages", [found]) if isinstance(found, dict) else found
+    if isinstance(found, dict):
+        if beside := [key for key in ("system", "tools") if found.get(key) and "messages" in found]:
+            raise UserError(f"--turns {file}: {beside[0]!r} stands beside the messages: --prompts FILE --chat reads it")
+        found = found.get("messages", [found])
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
         raise UserError(f'--turns {file} must hold messages, such as [{{"role": "user", "content": "Hello"}}]')
     return found

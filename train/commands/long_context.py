@@ -78,7 +78,8 @@ def long_context(
                     )
             if sources:
                 with _meter("documents", sum(known) * len(documents)) as advance:
-                    found["by_length"] = loss_by_length(model, tokenizer, documents, known, advance=advance)
+                    result = loss_by_length(model, tokenizer, documents, known, advance=advance)
+                    found["by_length"] = {"data": asked.by_length, **result}
     if jax.process_index() > 0:
         return ExitCode.DONE
     _show(checkpoint, found, as_json)

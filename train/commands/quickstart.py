@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mixtral_jax.convert import load
@@ -86,7 +87,7 @@ def write_samples(config: RunConfig, run_dir: str, console: Console) -> None:
     )  # fmt: skip
     console.print("\nWhat it writes (temperature 0.5), three minutes after knowing nothing:")
     for (language, prompt), answer in zip(LANGUAGES.items(), answers, strict=True):
-        console.print(f"  [bold]{language:4}[/bold] {' '.join((prompt + answer).split())}")
+        console.print(f"  [bold]{language:4}[/bold] {escape(' '.join((prompt + answer).split()))}")
 
 
 _NEXT = """

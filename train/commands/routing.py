@@ -70,6 +70,9 @@ def routing(
     named = load_config(data[0]).config if data and len(data) == 1 and "=" not in data[0] else None
     config = named or run_config(checkpoint)
     compute = config.compute if config else ComputeConfig()
+    if named is None:  # the run's own kernels may be of another machine
+        moe = compute.moe.model_copy(update={"matmul": "auto"})
+        compute = compute.model_copy(update={"attention": "auto", "moe": moe})
     set_xla_flags(compute.xla_flags)
     initialize(**joining)
     first = jax.process_index() == 0

@@ -150,17 +150,22 @@ class Results:
     def write(self, directory: Path, **about: Any) -> None:
         """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite.
 
-        Other tasks that are there stay.
+        Other tasks that are there stay, and so does one of which this is only a part (`limit`).
         """
         directory.mkdir(parents=True, exist_ok=True)
-        former = json_object(file := directory / "results.json").get("tasks")
-        tasks = (former if isinstance(former, dict) else {}) | {
+        found = json_object(file := directory / "results.json").get("tasks")
+        former = found if isinstance(found, dict) else {}
+        limited = about.get("options", {}).get("limit") is not None
+        whole = {task for task, own in former.items() if limited and own.get("options", {}).get("limit") is None}
+        tasks = former | {
             task: {**about, "shots": self.shots.get(task), "documents": self.documents.get(task),
                    "version": self.versions.get(task),
                    "scores": {name: value if math.isfinite(value) else None for name, value in own.items()}}
-            for task, own in self.scores.items()
+            for task, own in self.scores.items() if task not in whole
         }  # fmt: skip
         for task, samples in self.samples.items():
+            if task in whole:
+                continue
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
         write_atomically(file, json.dumps({"tasks": tasks}, indent=2, default=str) + "\n")

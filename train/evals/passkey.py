@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mixtral_jax.data.text import KEYS, Tokenizer, passkey_ids
 from mixtral_jax.model import Mixtral
+from mixtral_jax.seeds import hashed
 from mixtral_jax.train.evals.long_rows import score_long
 
 
@@ -33,7 +34,7 @@ def passkey_accuracy(
     Raises:
         ValueError: a length that has no room for the task, or a depth that is not from 0 to 1.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(hashed(seed) if seed < 0 else seed)  # any integer is a seed
     found: list[np.ndarray] = []
     for length in lengths:
         keys = [(int(key), depth) for depth in depths for key in rng.integers(*KEYS, samples)]

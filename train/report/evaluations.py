@@ -22,8 +22,11 @@ def evaluations(place: Path, last: Mapping[str, tuple[int, float]]) -> Iterator[
     sources = {name: of for name, of in sorted(found.items(), key=lambda item: item[0] != _ALL) if "loss" in of}
     if sources:
         metrics = sorted({metric for of in sources.values() for metric in of})
-        rows = [[name, *(of.get(metric, (0, None))[1] for metric in metrics)] for name, of in sources.items()]
         step = max(step for of in sources.values() for step, _ in of.values())
+        rows = [
+            [name, *(of[metric][1] if metric in of and of[metric][0] == step else None for metric in metrics)]
+            for name, of in sources.items() if of["loss"][0] == step  # others are of the run no more
+        ]  # fmt: skip
         yield table(["source", *metrics], rows, caption=f"Sources, after step {step}")
     tasks = [
         [name, metric, value, of.get(metric + _ERROR, (0, None))[1], step]
@@ -56,7 +59,8 @@ def _by_length(found: Mapping[str, Any], step: str) -> Iterator[str]:
         columns = list(dict.fromkeys(name for part in parts for name in part))
         rows = [[number(part.get(name)) for name in columns] for part in parts]
         if rows:
-            yield table(columns, rows, caption=f"Loss {title}, after step {step}")
+            of = f" of {found['data']}" if isinstance(found.get("data"), str) else ""
+            yield table(columns, rows, caption=f"Loss {title}{of}, after step {step}")
 
 
 def _list(found: Mapping[str, Any], key: str) -> Sequence[Any]:

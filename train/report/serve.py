@@ -40,12 +40,13 @@ def serve(places: Sequence[Path], port: int, render: Callable[[str], str], say: 
             if self.path not in ("/", "/state"):
                 return self.send_error(404)
             body = (latest.state() if self.path == "/state" else latest.page()).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", f"text/{'plain' if self.path == '/state' else 'html'}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the reader has gone
+                self.send_response(200)
+                self.send_header("Content-Type", f"text/{'plain' if self.path == '/state' else 'html'}; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
             """Nothing: a line for each question of the page is too many."""

@@ -265,6 +265,18 @@ class RunDirectory:
         for file in (self.metrics, self.moe, *self.samples.glob("*.jsonl"), *self.tensorboard.glob("*.tfevents.*")):
             file.unlink(missing_ok=True)
 
+    def set_results_aside(self, step: int) -> list[str]:
+        """Samples, evaluations and routing of steps behind `step`, which will be those of others; what was done."""
+        found = [each for kind in ("samples", "eval", "routing") for each in sorted((self.path / kind).glob("*"))]
+        later = [each for each in found if each.stem.isdigit() and int(each.stem) > step]
+        if not later:
+            return []
+        aside = free_name(self.path / "results")
+        for each in later:
+            (aside / each.parent.name).mkdir(parents=True, exist_ok=True)
+            os.rename(each, aside / each.parent.name / each.name)
+        return [f"samples and evaluations of later steps were moved to {aside}"]
+
 
 def _refused(key: str, place: Path, error: OSError) -> UserError:
     kind = StorageError if failure_of(error).exit_code == ExitCode.STORAGE else UserError

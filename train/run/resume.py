@@ -107,6 +107,8 @@ def where_to_start(
             note_owner(directory, whose)
         else:
             moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
+            if moved:
+                moved += place.set_results_aside(place.start)
         remove = partial(checkpoints.discard_unfinished, directory)
         checkpoints.patiently(f"{directory} could not be tidied", remove, say)
         if found is None or found.trunk:

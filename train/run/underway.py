@@ -37,7 +37,7 @@ def open_files(
     if (wandb := config.log.wandb) is not None:
         described = config.model_dump(mode="json")
         makers.append(lambda: Wandb(run.path, wandb.model_dump(), config.run_name, described))
-    lines = JsonLines(run.metrics, start, run.attempt, again="eval/" if owed else "")
+    lines = JsonLines(run.metrics, start, run.attempt, again="eval/loss" if owed else "")
     metrics = Writer(lines, open_trackers(makers))
     opened.enter_context(closing(metrics))
     counts = None if config.model.is_dense else opened.enter_context(closing(JsonLines(run.moe, start)))
