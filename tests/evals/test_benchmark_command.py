@@ -115,12 +115,15 @@ def test_another_task_joins_those_that_are_there(tmp_path: Path) -> None:
 
 
 def test_a_part_does_not_take_the_place_of_the_whole(tmp_path: Path) -> None:
-    def write(score: float, limit: int | None) -> None:
+    def write(score: float, limit: int | None, checkpoint: str) -> list[str]:
         results = benchmarks.Results({"a": {"acc": score}}, {}, {}, {}, {"a": [{"score": score}]})
-        results.write(tmp_path, options={"limit": limit})
+        return results.write(tmp_path, options={"limit": limit}, checkpoint=checkpoint)
 
-    for score, limit, kept in ((0.1, 5, 0.1), (0.2, 6, 0.2), (0.3, None, 0.3), (0.4, 5, 0.3), (0.5, None, 0.5)):
-        write(score, limit)
+    for score, limit, checkpoint, kept in (
+        (0.1, 5, "x", 0.1), (0.2, 6, "x", 0.2), (0.3, None, "x", 0.3), (0.4, 5, "x", 0.3), (0.5, None, "x", 0.5),
+        (0.6, 5, "y", 0.6),
+    ):  # fmt: skip
+        assert write(score, limit, checkpoint) == (["a"] if kept != score else [])
         assert json.loads((tmp_path / "results.json").read_text())["tasks"]["a"]["scores"]["acc"] == kept
         assert json.loads((tmp_path / "samples_a.jsonl").read_text()) == {"score": kept}
 

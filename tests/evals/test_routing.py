@@ -215,7 +215,8 @@ def test_the_command_writes_a_page_and_its_numbers(saved, capsys):
 
 
 def test_kernels_of_the_machine_that_trained_are_not_asked_for(saved, monkeypatch):
-    compute = ComputeConfig(attention="splash", moe=MoeConfig(matmul="megablox"))
+    flags = ("--xla_tpu_enable_latency_hiding_scheduler=true",)  # which no CPU knows
+    compute = ComputeConfig(attention="splash", moe=MoeConfig(matmul="megablox"), xla_flags=flags)
     run = SimpleNamespace(compute=compute, mesh=MeshConfig(), seq_len=SEQ_LEN)
     monkeypatch.setattr("mixtral_jax.train.commands.routing.run_config", lambda checkpoint: run)
     data = ["--data", f"many={saved / 'lines.jsonl'}", "--tokens", "100", "--out", str(saved / "elsewhere")]

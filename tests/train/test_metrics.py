@@ -1,5 +1,6 @@
 """Throughput arithmetic, peaks, and sinks that hide no NaN and survive a failing tracker."""
 
+import contextlib
 import io
 import json
 import math
@@ -7,11 +8,13 @@ import struct
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
 from mixtral_jax.train.hooks import sinks, throughput
 from mixtral_jax.train.hooks.evaluate import bits_per_byte, perplexity
+from mixtral_jax.train.run import open_files
 
 
 def test_nan_and_infinity_are_written_visibly(tmp_path):
@@ -37,10 +40,16 @@ def test_a_resumed_run_drops_what_a_killed_one_logged_later(tmp_path):
 
 def test_an_evaluation_that_is_made_up_takes_the_place_of_its_own_line_alone(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    lines = [{"step": 2, "eval/loss": 1.0}, {"step": 2, "eval/boolq/acc": 0.5}, {"step": 1, "eval/loss": 3.0}]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sinks.JsonLines(file, start_step=2, again="eval/loss").close()
-    assert [json.loads(line) for line in file.read_text().splitlines()] == lines[1:]
+    others = [{"step": 2, "eval/boolq/acc": 0.5}, {"step": 1, "eval/loss": 3.0}]
+    own = [{"step": 2, "eval/loss": 1.0}, {"step": 2, "eval/mmlu_law/acc": 0.5}, {"step": 2, "eval/local_arc/acc": 0.5}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*own, *others]))
+    tasks = SimpleNamespace(names=("mmlu", "local_*"))
+    run = SimpleNamespace(metrics=file, moe=tmp_path / "moe.jsonl", attempt=1, ended=False)
+    log = SimpleNamespace(tensorboard=False, wandb=None)
+    config = SimpleNamespace(eval=SimpleNamespace(tasks=tasks), log=log, model=SimpleNamespace(is_dense=True))
+    with contextlib.ExitStack() as opened:
+        open_files(run, config, 2, True, opened)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == others
 
 
 class Tracker:

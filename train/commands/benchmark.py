@@ -45,8 +45,10 @@ def benchmark(
         return ExitCode.DONE
     print(json.dumps({"checkpoint": checkpoint, **results.metrics}) if as_json else results.table())
     if directory is not None:
-        results.write(directory, checkpoint=checkpoint, options=vars(options))
+        left_out = results.write(directory, checkpoint=checkpoint, options=vars(options))
         print(f"scores and samples are in {directory}", file=sys.stderr)
+        if left_out:
+            print(f"note: those of {', '.join(left_out)} stay, of all documents; a part is not kept", file=sys.stderr)
     step = Path(place).name
     if not out and (run := run_place(checkpoint)) is not None and step.isdigit():  # else a copy under another name
         if options.limit is None:

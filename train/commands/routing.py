@@ -72,7 +72,7 @@ def routing(
     compute = config.compute if config else ComputeConfig()
     if named is None:  # the run's own kernels may be of another machine
         moe = compute.moe.model_copy(update={"matmul": "auto"})
-        compute = compute.model_copy(update={"attention": "auto", "moe": moe})
+        compute = compute.model_copy(update={"attention": "auto", "moe": moe, "xla_flags": "auto"})
     set_xla_flags(compute.xla_flags)
     initialize(**joining)
     first = jax.process_index() == 0

@@ -147,16 +147,17 @@ class Results:
                     lines.append(f"{task:{width}}  {counts}  {metric:24}  {value:.4f}{shown}")
         return "\n".join(lines)
 
-    def write(self, directory: Path, **about: Any) -> None:
+    def write(self, directory: Path, **about: Any) -> list[str]:
         """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite.
 
-        Other tasks that are there stay, and so does one of which this is only a part (`limit`).
+        Other tasks that are there stay. Returns those that were left out, since this is only a part of them (`limit`)
+        and the whole of the same checkpoint is there.
         """
         directory.mkdir(parents=True, exist_ok=True)
         found = json_object(file := directory / "results.json").get("tasks")
         former = found if isinstance(found, dict) else {}
-        limited = about.get("options", {}).get("limit") is not None
-        whole = {task for task, own in former.items() if limited and own.get("options", {}).get("limit") is None}
+        limited = (about.get("options") or {}).get("limit") is not None
+        whole = [task for task in self.scores if limited and _is_whole(former.get(task), about.get("checkpoint"))]
         tasks = former | {
             task: {**about, "shots": self.shots.get(task), "documents": self.documents.get(task),
                    "version": self.versions.get(task),
@@ -169,6 +170,13 @@ class Results:
             lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
             write_atomically(directory / f"samples_{task}.jsonl", "".join(lines))
         write_atomically(file, json.dumps({"tasks": tasks}, indent=2, default=str) + "\n")
+        return whole
+
+
+def _is_whole(kept: Any, checkpoint: Any) -> bool:
+    """Whether an entry of results.json is of all documents, and of this checkpoint."""
+    options = kept.get("options") if isinstance(kept, dict) else None
+    return isinstance(options, dict) and options.get("limit") is None and kept.get("checkpoint") == checkpoint
 
 
 def run_tasks(

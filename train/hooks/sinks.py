@@ -27,8 +27,8 @@ class Sink(Protocol):
 class JsonLines:
     """One object a line, `step` first. NaN and infinities are written as NaN, Infinity, -Infinity."""
 
-    def __init__(self, path: Path, start_step: int = 0, attempt: int | None = None, again: str = ""):
-        """Goes on behind `start_step`, of which lines with keys that begin with `again` will be written again.
+    def __init__(self, path: Path, start_step: int = 0, attempt: int | None = None, again: tuple[str, ...] = ()):
+        """Goes on behind `start_step`, of which lines with a key that begins like `again` will be written again.
 
         With an `attempt` each line says it, and the `time` in seconds since 1970.
         """
@@ -167,7 +167,7 @@ def open_trackers(makers: Iterable[Callable[[], Sink]]) -> list[Sink]:
     return trackers
 
 
-def _keep_lines_until(path: Path, step: int, again: str) -> None:
+def _keep_lines_until(path: Path, step: int, again: tuple[str, ...]) -> None:
     """Drop what a killed run logged after the checkpoint that is resumed from, and a line that was cut off."""
     if not path.exists():
         return
@@ -175,7 +175,7 @@ def _keep_lines_until(path: Path, step: int, again: str) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
-            comes_again = again and found["step"] == step and any(key.startswith(again) for key in found)
+            comes_again = found["step"] == step and any(key.startswith(again) for key in found)
             if found["step"] <= step and not comes_again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):

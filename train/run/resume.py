@@ -106,9 +106,7 @@ def where_to_start(
                 moved = place.move_aside(own if apart else None)
             note_owner(directory, whose)
         else:
-            moved = set_aside(directory, newer_steps(config, _listed(directory, say)))
-            if moved:
-                moved += place.set_results_aside(place.start)
+            moved = _leave_branch(place, directory, newer_steps(config, _listed(directory, say)))
         remove = partial(checkpoints.discard_unfinished, directory)
         checkpoints.patiently(f"{directory} could not be tidied", remove, say)
         if found is None or found.trunk:
@@ -240,6 +238,11 @@ def _check_rename(place: Path) -> None:
         why = f"{place.parent} may not be written to"
     if why:
         raise UserError(f"--force: {place} cannot be moved aside: {why}")
+
+
+def _leave_branch(place: RunDirectory, directory: epath.PathLike, steps: list[int]) -> list[str]:
+    """Move these checkpoints and what was made of them aside: results first, for checkpoints tell of them."""
+    return [*place.set_results_aside(place.start), *set_aside(directory, steps)] if steps else []
 
 
 def set_aside(directory: epath.PathLike, steps: list[int]) -> list[str]:

@@ -37,7 +37,9 @@ def open_files(
     if (wandb := config.log.wandb) is not None:
         described = config.model_dump(mode="json")
         makers.append(lambda: Wandb(run.path, wandb.model_dump(), config.run_name, described))
-    lines = JsonLines(run.metrics, start, run.attempt, again="eval/loss" if owed else "")
+    tasks = () if config.eval.tasks is None else config.eval.tasks.names
+    own = ("eval/loss", *(f"eval/{name.partition('*')[0]}" for name in tasks))  # others are of `eval --tasks`
+    lines = JsonLines(run.metrics, start, run.attempt, again=own if owed else ())
     metrics = Writer(lines, open_trackers(makers))
     opened.enter_context(closing(metrics))
     counts = None if config.model.is_dense else opened.enter_context(closing(JsonLines(run.moe, start)))
