@@ -66,7 +66,7 @@ def write_samples(directory: Path) -> None:
     A small model learns where to look before it learns in which order to read: `same` has keys of one digit five
     times, for which it is enough to see the number at all, from far away too. `near` has all keys, no task and at most
     30 words of filler in between, at all distances: were there one, that distance would be learned. `train` has up to
-    210 words, most often few; `val` as many of each number. No key of `near`, `train` and `val` is in two of them.
+    210 words, every other prompt few; `val` any number up to that. No key of `near`, `train` and `val` is in two.
     """
     rng = np.random.default_rng(0)
     keys = iter(rng.permutation(np.arange(*KEYS)).tolist())
