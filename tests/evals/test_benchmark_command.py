@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,15 +116,16 @@ def test_another_task_joins_those_that_are_there(tmp_path: Path) -> None:
 
 
 def test_a_part_does_not_take_the_place_of_the_whole(tmp_path: Path) -> None:
-    def write(score: float, limit: int | None, checkpoint: str) -> list[str]:
+    def write(score: float, limit: int | None, **how: Any) -> list[str]:
         results = benchmarks.Results({"a": {"acc": score}}, {}, {}, {}, {"a": [{"score": score}]})
-        return results.write(tmp_path, options={"limit": limit}, checkpoint=checkpoint)
+        return results.write(tmp_path, options={"limit": limit}, **how)
 
-    for score, limit, checkpoint, kept in (
-        (0.1, 5, "x", 0.1), (0.2, 6, "x", 0.2), (0.3, None, "x", 0.3), (0.4, 5, "x", 0.3), (0.5, None, "x", 0.5),
-        (0.6, 5, "y", 0.6),
+    by_hand, other = {"whole_stays": True, "checkpoint": "runs/x"}, {"checkpoint": "y"}
+    for score, limit, how, kept in (
+        (0.1, 5, by_hand, 0.1), (0.2, 6, by_hand, 0.2), (0.3, None, {}, 0.3),  # the last as training writes it
+        (0.4, 5, by_hand, 0.3), (0.5, None, by_hand, 0.5), (0.6, 5, other, 0.6),
     ):  # fmt: skip
-        assert write(score, limit, checkpoint) == (["a"] if kept != score else [])
+        assert write(score, limit, **how) == (["a"] if kept != score else [])
         assert json.loads((tmp_path / "results.json").read_text())["tasks"]["a"]["scores"]["acc"] == kept
         assert json.loads((tmp_path / "samples_a.jsonl").read_text()) == {"score": kept}
 

@@ -45,7 +45,8 @@ def benchmark(
         return ExitCode.DONE
     print(json.dumps({"checkpoint": checkpoint, **results.metrics}) if as_json else results.table())
     if directory is not None:
-        left_out = results.write(directory, checkpoint=checkpoint, options=vars(options))
+        # a run's directory of a step is of one checkpoint, however it is called and whoever asked
+        left_out = results.write(directory, whole_stays=not out, checkpoint=checkpoint, options=vars(options))
         print(f"scores and samples are in {directory}", file=sys.stderr)
         if left_out:
             print(f"note: those of {', '.join(left_out)} stay, of all documents; a part is not kept", file=sys.stderr)

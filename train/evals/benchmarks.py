@@ -147,17 +147,17 @@ class Results:
                     lines.append(f"{task:{width}}  {counts}  {metric:24}  {value:.4f}{shown}")
         return "\n".join(lines)
 
-    def write(self, directory: Path, **about: Any) -> list[str]:
+    def write(self, directory: Path, *, whole_stays: bool = False, **about: Any) -> list[str]:
         """results.json, with what else is known `about` them, and samples_<task>.jsonl; null: a score is not finite.
 
-        Other tasks that are there stay. Returns those that were left out, since this is only a part of them (`limit`)
-        and the whole of the same checkpoint is there.
+        Other tasks that are there stay. `whole_stays`: so do those of all documents, where this is a part (`limit`);
+        they are returned.
         """
         directory.mkdir(parents=True, exist_ok=True)
         found = json_object(file := directory / "results.json").get("tasks")
         former = found if isinstance(found, dict) else {}
-        limited = (about.get("options") or {}).get("limit") is not None
-        whole = [task for task in self.scores if limited and _is_whole(former.get(task), about.get("checkpoint"))]
+        is_part = whole_stays and about["options"]["limit"] is not None
+        whole = [task for task in self.scores if is_part and _is_whole(former.get(task))]
         tasks = former | {
             task: {**about, "shots": self.shots.get(task), "documents": self.documents.get(task),
                    "version": self.versions.get(task),
@@ -173,10 +173,10 @@ class Results:
         return whole
 
 
-def _is_whole(kept: Any, checkpoint: Any) -> bool:
-    """Whether an entry of results.json is of all documents, and of this checkpoint."""
+def _is_whole(kept: Any) -> bool:
+    """Whether an entry of results.json is of all documents."""
     options = kept.get("options") if isinstance(kept, dict) else None
-    return isinstance(options, dict) and options.get("limit") is None and kept.get("checkpoint") == checkpoint
+    return isinstance(options, dict) and options.get("limit") is None
 
 
 def run_tasks(
