@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -44,9 +45,15 @@ class Terminal:
         """What it says up to `what`."""
         said, end = b"", time.monotonic() + seconds
         while what.encode() not in said:
-            assert time.monotonic() < end, said[-500:]
+            assert select.select([self.side], [], [], max(0, end - time.monotonic()))[0], said[-500:]
             said += os.read(self.side, 1)
         return said.decode(errors="replace")
+
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt. Python hears it while it sleeps there; on its way to sleep it would hear the next key."""
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            time.sleep(0.01)
+        self.type("\x03")
 
     def type(self, text: str) -> None:
         os.write(self.side, text.encode())
@@ -77,7 +84,9 @@ def test_a_chat_on_a_terminal(tmp_path: Path, terminal: Terminal) -> None:
     it.type("/save again.json\n")
     it.until("1 messages in again.json")
     it.until("> ")
-    it.type("half a line\x03")
+    it.type("half a line")
+    it.until("half a line")
+    it.interrupt()
     it.until("Ctrl-C again, or Ctrl-D, ends")
     it.until("> ")  # typed before it, between two prompts, Ctrl-D would be lost
     it.type("\x04")
