@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.kernels import Backend, Tokens, attend, linear
+from mixtral_jax.kernels import Backend, Tokens, attend, linear, saved
 from mixtral_jax.layers import apply_rope
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight, low_rank
 from mixtral_jax.parallel import Part, axis_index, axis_size, gather_row, psum
@@ -67,9 +66,9 @@ class Attention(nnx.Module):
         """The output, summed over the heads of all devices, and what `attend` kept. `rng`: of adapter dropout."""
         q, k, v = (self._linear(name, x_BTD, rng) for name in ("query", "key", "value"))
         q, k = apply_rope(q, angles_BTh), apply_rope(k, angles_BTh)
-        y_BTNH, kept = attend(*map(checkpoint_name, (q, k, v), ("query", "key", "value")))
+        y_BTNH, kept = attend(*map(saved, (q, k, v), ("query", "key", "value")))
         out_BTD = psum(self._linear("output", y_BTNH, rng), ("tensor",))
-        return checkpoint_name(out_BTD, "attention_output"), kept
+        return saved(out_BTD, "attention_output"), kept
 
 
 def attend_row(tokens: Tokens, window: int | None, backend: Backend) -> Attend:

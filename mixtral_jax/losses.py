@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels import bits, both_ways, from_bits, transposed
+from mixtral_jax.kernels import bits, both_ways, from_bits, narrowed, transposed
 from mixtral_jax.parallel import (
     TOKEN_AXES,
     axis_index,
@@ -131,7 +131,7 @@ def _dlogits(logits_cV: jax.Array, lse_c: jax.Array, column_c: jax.Array, weight
 
 def _gradients(x_cD: jax.Array, w_VD: Callable[[], jax.Array], dlogits_cV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The bits of that of x and, in fp32, that of W, which comes transposed."""
-    dlogits_cV, x_Dc = dlogits_cV.astype(x_cD.dtype), transposed(x_cD)
+    dlogits_cV, x_Dc = narrowed(dlogits_cV, x_cD.dtype), transposed(x_cD)
     dx_cD = jnp.dot(dlogits_cV, w_VD(), preferred_element_type=jnp.float32).astype(x_cD.dtype)
     return bits(dx_cD), jnp.dot(x_Dc, dlogits_cV, preferred_element_type=jnp.float32)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.grouped import grouped_matmul
+from mixtral_jax.kernels.products import narrowed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel import same_variance
 
@@ -38,7 +39,8 @@ def swiglu(
     """gate * silu(h1) * h3 in the dtype of h. `inside`: rows that count, the others are taken as 0."""
     h1_RF, h3_RF = (_selected(x_RF, inside_R1) for x_RF in jnp.split(h_R2F, 2, axis=-1))
     a_RF = jax.nn.silu(h1_RF) * h3_RF
-    return (a_RF if gate_R is None else a_RF * _selected(gate_R[:, None], inside_R1)).astype(h_R2F.dtype)
+    a_RF = a_RF if gate_R is None else a_RF * _selected(gate_R[:, None], inside_R1)
+    return narrowed(a_RF, h_R2F.dtype)
 
 
 def swiglu_gradient(
@@ -56,7 +58,8 @@ def swiglu_gradient(
     da_RF = da_RF * gate_R1
     dh1_RF = da_RF * h3_RF * (s_RF + silu_RF * (1 - s_RF))
     dh_R2F = jnp.concatenate([dh1_RF, da_RF * silu_RF], axis=-1)
-    return SwigluGradient(dh_R2F.astype(h_R2F.dtype), (gate_R1 * silu_RF * h3_RF).astype(h_R2F.dtype), dgate_R)
+    a_RF = gate_R1 * silu_RF * h3_RF
+    return SwigluGradient(narrowed(dh_R2F, h_R2F.dtype), narrowed(a_RF, h_R2F.dtype), dgate_R)
 
 
 def _selected(x_RF: jax.Array, inside_R1: jax.Array | None) -> jax.Array:

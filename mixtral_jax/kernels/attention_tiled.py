@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.products import transposed
+from mixtral_jax.kernels.products import save_bits, transposed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel import same_variance
 
@@ -198,7 +198,7 @@ def _forward(
         return None, (jnp.where(seen, out / total, 0.0).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -NEVER))
 
     out, lse = lax.scan(query_block, None, (q_iBKRH, queries, *bounds))[1]
-    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
+    out, lse = save_bits(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse)
 
 

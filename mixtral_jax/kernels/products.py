@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from mixtral_jax.parallel import compiler_quirks as quirks
-from mixtral_jax.parallel import platform, same_variance
+from mixtral_jax.parallel import platform, same_variance, zeros
 
 
 @cache
@@ -39,6 +40,17 @@ def turned(w: jax.Array) -> jax.Array:
     return in_rows(jnp.swapaxes(w, -1, -2))
 
 
+def turned_if(used: jax.Array, w: jax.Array) -> jax.Array:
+    """The transpose of a matrix if it is `used`, else zeros: a copy apart from what makes `w` and takes the result."""
+    if not (quirks.FUSES_TRANSPOSES.here and platform() == "cpu"):
+        return w.T
+
+    def turn(w: jax.Array) -> jax.Array:
+        return with_layout_constraint(w.T, Layout((0, 1)))
+
+    return jax.lax.cond(used, turn, lambda w: zeros(w.shape[::-1], w.dtype, w), w)
+
+
 def both_ways(w: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """`w`, and its transpose where a loop comes to use both: made ahead of the loop where it has to lie in rows."""
     if not _wants_rows(w):
@@ -47,15 +59,49 @@ def both_ways(w: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     return in_rows(w), lambda: back
 
 
+def _widened(x: jax.Array) -> bool:
+    return quirks.WIDENS_UPDATED.here and x.dtype.itemsize == 2 and platform() == "cpu"
+
+
 def bits(x: jax.Array) -> jax.Array:
     """What a buffer of x holds where it is written in parts: x, or on a CPU the bits of a 16-bit float."""
-    widened = quirks.WIDENS_UPDATED.here and x.dtype.itemsize == 2 and platform() == "cpu"
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if widened else x
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if _widened(x) else x
 
 
 def from_bits(held: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x of bits(x)."""
     return held if held.dtype == dtype else jax.lax.bitcast_convert_type(held, dtype)
+
+
+def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in `dtype`, as astype gives it."""
+    to_bf16 = (x.dtype, dtype) == (jnp.float32, jnp.bfloat16)
+    return _to_bf16(x) if quirks.NARROWS_SLOWLY.here and to_bf16 and platform() == "cpu" else x.astype(dtype)
+
+
+@jax.custom_vjp
+def _to_bf16(x: jax.Array) -> jax.Array:
+    held = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    held = (held + jnp.uint32(0x7FFF) + ((held >> 16) & 1)) >> 16  # to the nearest, ties to even
+    held = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), held)
+    return jax.lax.bitcast_convert_type(held.astype(jnp.uint16), jnp.bfloat16)
+
+
+_to_bf16.defvjp(lambda x: (_to_bf16(x), None), lambda _, g: (g.astype(jnp.float32),))
+
+
+def save_bits(x: jax.Array, name: str) -> jax.Array:
+    """checkpoint_name, within a rule of differentiation: what is kept in the stack of a scan over layers is bits(x)."""
+    return from_bits(checkpoint_name(bits(x), name), x.dtype)
+
+
+def saved(x: jax.Array, name: str) -> jax.Array:
+    """The same, to be differentiated."""
+    return _saved(x, name) if _widened(x) else checkpoint_name(x, name)
+
+
+_saved = jax.custom_vjp(save_bits, nondiff_argnums=(1,))
+_saved.defvjp(lambda x, name: (save_bits(x, name), None), lambda name, _, g: (g,))
 
 
 def transposed(arrays: Any) -> Any:

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
-from mixtral_jax.kernels.products import bits, from_bits, transposed, turned
+from mixtral_jax.kernels.products import bits, from_bits, narrowed, transposed, turned_if
 from mixtral_jax.parallel import same_variance, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
@@ -51,7 +51,8 @@ def blocked_swiglu(
     """w2( gate * silu(w1 x) * w3 x ) with the matrices of each row's group; rows behind the last are undefined.
 
     `low13` (E, D, r), (E, r, 2F) is added to w13, `low2` (E, F, r), (E, r, D) to w2. Source: GLU variants (2002.05202),
-    equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype.
+    equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype. w13
+    and w2 may have a wider one: they are cast one by one, and their gradients, sums in fp32, are not rounded to x's.
     """
     leaves, tree = jax.tree.flatten((x_RD, gate_R, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
     return _ffn(*jax.tree.unflatten(tree, same_variance(*leaves)))
@@ -88,7 +89,7 @@ def _product(x_bI: jax.Array, w_IO: jax.Array, low: Low | None) -> jax.Array:
     y_bO = _dot(x_bI, w_IO)
     if low is not None:
         y_bO += _dot(_dot(x_bI, low.a).astype(x_bI.dtype), low.b)
-    return y_bO.astype(x_bI.dtype)
+    return narrowed(y_bO, x_bI.dtype)
 
 
 def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
@@ -97,14 +98,16 @@ def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
     return Low(_dot(transposed(x_bI), g_br), _dot(transposed(u_br), dy_bO))
 
 
-def _flat(w: Weights) -> Weights:
-    return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1))
+def _ready(w: Weights, dtype: jnp.dtype) -> Weights:
+    """One group's, for products."""
+    return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1).astype(dtype), w2=w.w2.astype(dtype))
 
 
-def _back(w: Weights) -> Weights:
+def _back(w: Weights, used: jax.Array) -> Weights:
     """The matrices of the transposed products, dy W^T and (dy B^T) A^T."""
     low13, low2 = (None if low is None else Low(low.b.T, low.a.T) for low in (w.low13, w.low2))
-    return Weights(turned(w.w13), turned(w.w2), low13, low2)
+    turn = partial(turned_if, used) if w.w2.dtype.itemsize == 2 else jnp.transpose
+    return Weights(turn(w.w13), turn(w.w2), low13, low2)
 
 
 @jax.custom_vjp
@@ -119,7 +122,7 @@ def _forward(x_RD: jax.Array, gate_R: jax.Array, weights: Weights, sizes_E: jax.
 
     def group(buffers, inputs):
         w, start, size = inputs
-        w = _flat(w)
+        w = _ready(w, x_RD.dtype)
 
         def one_block(block, row, buffers):
             y_RD, h_R2F = buffers
@@ -152,9 +155,9 @@ def _vjp_backward(saved, dy_RD):
     x_RD, gate_R, dy_RD = _inside(sizes_E, x_RD, gate_R, dy_RD)
 
     def group(rows_gradients, inputs):
-        w, start, size = inputs
-        w = _flat(w)
-        back = _back(w)
+        held, start, size = inputs
+        w = _ready(held, x_RD.dtype)
+        back = _back(w, size > 0)
 
         def one_block(block, row, carry):
             dx_RD, dgate_R, sums = carry
@@ -171,8 +174,9 @@ def _vjp_backward(saved, dy_RD):
         like = _only(wanted, w._replace(w2=w.w2.T))
         sums = jax.tree.map(lambda leaf: zeros(leaf.shape, jnp.float32, x_RD), like)
         *rows_gradients, sums = _over_blocks(x_RD.shape[0], start, size, one_block, (*rows_gradients, sums))
-        sums = jax.tree.map(lambda total, leaf: bits(total.astype(leaf.dtype)), sums, like)
-        return tuple(rows_gradients), sums if sums.w2 is None else sums._replace(w2=sums.w2.T)
+        sums = sums if sums.w2 is None else sums._replace(w2=turned_if(size > 0, sums.w2))
+        sums = jax.tree.map(lambda total, leaf: bits(total.astype(leaf.dtype)), sums, _only(wanted, held))
+        return tuple(rows_gradients), sums
 
     inputs = (weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
     none = tuple(bits(zeros(x.shape, x.dtype, x_RD)) for x in (x_RD, gate_R))

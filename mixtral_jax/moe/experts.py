@@ -16,7 +16,7 @@ from mixtral_jax.parallel import machine
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of this device's experts, gathered, with their adapters."""
+    """The matrices of this device's experts, gathered, with their adapters; as held or in the compute dtype."""
 
     w13_ED2F: Float[Array, "E D *twoF"]  # (2, F), w1 then w3, or joined to 2F
     w2_EFD: Float[Array, "E F D"]
@@ -36,6 +36,8 @@ def grouped_swiglu(
     if kernel == "blocked" and not any(adapter.drops for adapter in weights.adapters.values()):
         low = _factors(weights.adapters)
         return blocked_swiglu(x_RD, gate_R, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *low)
+    w13_ED2F, w2_EFD = (w.astype(x_RD.dtype) for w in weights[:2])
+    weights = weights._replace(w13_ED2F=w13_ED2F, w2_EFD=w2_EFD)
     if kernel != "dense" and not weights.adapters:
         h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
         return grouped_down(h_R2F, gate_R, weights.w2_EFD, group_sizes_E, backend=kernel)

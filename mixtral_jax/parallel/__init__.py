@@ -8,6 +8,7 @@ from mixtral_jax.parallel.collectives import (
     axis_max,
     axis_size,
     devices_along,
+    inside,
     machine,
     platform,
     psum,

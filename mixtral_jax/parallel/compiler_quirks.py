@@ -189,6 +189,10 @@ SLOW_ON_TRANSPOSED_LEFT = Habit("jaxlib", "0.10.2")
 WIDENS_TRANSPOSED = Habit("jaxlib", "0.10.2")
 # A bf16 buffer that is written in parts goes to fp32 and back, all of it, for each part.
 WIDENS_UPDATED = Habit("jaxlib", "0.10.2")
+# A matrix is transposed in one loop with what cuts it out of a stack, or puts it into one: up to six times as slow.
+FUSES_TRANSPOSES = Habit("jaxlib", "0.10.2")
+# From fp32 to bf16 by integers is faster, twice behind exp.
+NARROWS_SLOWLY = Habit("jaxlib", "0.10.2")
 # Comparisons that make a mask are repeated for every head, inside each use of the scores.
 REPEATS_COMPARISONS = Habit("jaxlib", "0.10.2")
 # What is read of a buffer that a loop writes over is read again behind the first write, and so from a copy.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import blocked_swiglu, linear, native_bf16
+from mixtral_jax.kernels import blocked_swiglu, linear, narrowed, native_bf16, saved
 from mixtral_jax.losses import linear_cross_entropy
 
 bf16, fp32 = jnp.bfloat16, jnp.float32
@@ -45,6 +45,54 @@ def test_a_projection_and_its_gradients(inner):
 def test_in_fp32_it_is_the_plain_product():
     x, w = arrays((2, 8, 6), (6, 3), dtype=fp32)
     assert (linear(x, w) == jnp.tensordot(x, w, 1)).all()
+
+
+def test_to_bf16_by_integers_is_to_bf16():
+    patterns = np.arange(2**16, dtype=np.uint32)[:, None] << 16  # each bf16; around the half way to the next
+    x = (patterns | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).view(np.float32)
+    got = jax.jit(lambda x: narrowed(x, bf16))(x)
+    wanted = jnp.asarray(x).astype(bf16)
+    assert got.dtype == bf16 and (jnp.isnan(got) == np.isnan(x)).all()
+    same = jax.lax.bitcast_convert_type(got, jnp.uint16) == jax.lax.bitcast_convert_type(wanted, jnp.uint16)
+    assert (same | jnp.isnan(got)).all()
+    assert jax.grad(lambda x: narrowed(3 * x, bf16).astype(fp32))(1.0) == 3
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp32])
+def test_what_is_saved_in_a_stack_of_layers_is_written_once(dtype):
+    def run(x, w_LII, name=saved):
+        def layer(x, w):
+            return jnp.sin(name(x @ w, "kept")) @ w, None
+
+        policy = jax.checkpoint_policies.save_only_these_names("kept")
+        return jax.lax.scan(jax.checkpoint(layer, policy=policy), x, w_LII)[0].astype(fp32).sum()
+
+    x, w_LII = arrays((64, 32), (4, 32, 32), dtype=dtype)
+    gradient = jax.jit(jax.grad(run, (0, 1)))
+    wanted = jax.grad(lambda x, w_LII: run(x, w_LII, lambda x, name: x), (0, 1))(x, w_LII)
+    for got, plain in zip(gradient(x, w_LII), wanted, strict=True):
+        np.testing.assert_allclose(got.astype(fp32), plain.astype(fp32), atol=1e-6 if dtype == fp32 else 2**-4)
+    # two products forward and four back: the first is not computed again
+    jaxpr = str(jax.make_jaxpr(jax.grad(run, (0, 1)))(x, w_LII))
+    assert jaxpr.count("dot_general[") == 6 and ("u16[4,64,32]" in jaxpr) == (dtype == bf16)
+
+
+def test_gradients_of_matrices_held_in_fp32_are_not_rounded():
+    x, dy = arrays((96, 16), (96, 16))
+    w13, w2 = arrays((2, 16, 2, 8), (2, 8, 16), dtype=fp32)
+    gate, sizes = jnp.ones(96), jnp.array([60, 36], jnp.int32)
+
+    def run(x, w13, w2):
+        return blocked_swiglu(x, gate, w13, w2, sizes)
+
+    y, back = jax.vjp(run, x, w13, w2)
+    narrow_y, narrow_back = jax.vjp(run, x, w13.astype(bf16), w2.astype(bf16))
+    assert (y == narrow_y).all()
+    (dx, *dw), (narrow_dx, *narrow_dw) = back(dy), narrow_back(dy)
+    assert (dx == narrow_dx).all()
+    for wide, narrow in zip(dw, narrow_dw, strict=True):
+        assert (wide.dtype, narrow.dtype) == (fp32, bf16)
+        assert (wide.astype(bf16) == narrow).all() and (wide != narrow.astype(fp32)).any()
 
 
 @pytest.mark.skipif(not native_bf16(), reason="this processor has no products of bf16")

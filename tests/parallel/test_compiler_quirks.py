@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.kernels import bits, native_bf16, transposed
+from mixtral_jax.kernels.products import turned_if
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.collectives import gather_shards
 from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
@@ -110,6 +111,13 @@ def widens_an_updated():
     return "f32[4096,256]" in run.lower(*arrays, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
 
 
+def fuses_a_transpose():
+    """Whether a matrix is transposed in one loop with what cuts it out of a stack."""
+    run = jax.jit(lambda stack, at: turned_if(at > 0, stack[at]))
+    text = run.lower(jax.ShapeDtypeStruct((4, 128, 128), fp32), jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    return any("dynamic-slice(" in part and " transpose(" in part for part in text.split("\n\n") if "ENTRY" not in part)
+
+
 def hoists_an_invariant():
     """Whether what no round of a loop changes is made before it, be there a round or not."""
 
@@ -134,6 +142,7 @@ CASES = {
     "HOISTS_CASTS": hoists_a_cast,
     "SORTS_FOR_SCATTERS": sorts,
     "SLOW_ON_TRANSPOSED_LEFT": slow_on_a_transposed_left,
+    "FUSES_TRANSPOSES": fuses_a_transpose,
     "WIDENS_TRANSPOSED": widens_a_transposed,
     "WIDENS_UPDATED": widens_an_updated,
 }

@@ -50,7 +50,7 @@ class Terminal:
         return said.decode(errors="replace")
 
     def interrupt(self) -> None:
-        """Ctrl-C at the prompt. Python hears it while it sleeps there; on its way to sleep it would hear the next key."""
+        """Ctrl-C at the prompt, where Python hears it asleep; on its way to sleep it would hear it at the next key."""
         while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
             time.sleep(0.01)
         self.type("\x03")
