@@ -19,10 +19,10 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
 
     The product is one of fp32 numbers, which rounds alike, so that the scale's gradient is added up in fp32.
     """
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    unit, scale = (a.astype(x.dtype).astype(jnp.float32) for a in (x32 * inverse, scale))
-    return (unit * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+    x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # a matrix: quirks.SUMS_ROWS_OF_MATRICES
+    inverse_M1 = jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + eps)
+    unit_MD, scale = (a.astype(x.dtype).astype(jnp.float32) for a in (x_MD * inverse_M1, scale))
+    return (unit_MD * scale[None, :]).astype(x.dtype).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int8, UInt8
 
-from mixtral_jax.parallel import gather
+from mixtral_jax.parallel import gather, inside, platform
 
 Bits = Literal["int8", "nf4"]
 # Appendix E of 2305.14314: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0.
@@ -97,6 +97,13 @@ class QuantizedWeight(nnx.Module):
         return checkpoint_name(w, "weights")
 
 
-def gather_weight(weight: nnx.Param | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
-    """A matrix in the compute dtype, however it is held; see parallel.sharding.gather."""
-    return weight.gathered(dtype) if isinstance(weight, QuantizedWeight) else gather(weight, dtype)
+def gather_weight(weight: nnx.Param | QuantizedWeight, dtype: jnp.dtype, or_wider: bool = False) -> jax.Array:
+    """A matrix in the compute dtype, however it is held; see parallel.sharding.gather.
+
+    `or_wider`: on a single CPU one that is held in a wider dtype may stay in it.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return weight.gathered(dtype)
+    w = weight[...]
+    wider = or_wider and jnp.promote_types(w.dtype, dtype) == w.dtype
+    return w if wider and platform() == "cpu" and not inside() else gather(weight, dtype)

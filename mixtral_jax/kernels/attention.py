@@ -8,7 +8,6 @@ mask is made of positions and segments, never of places in the row. A query that
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from mixtral_jax.kernels.attention_tiled import (
@@ -24,6 +23,7 @@ from mixtral_jax.kernels.attention_tiled import (
     visible,
 )
 from mixtral_jax.kernels.choice import AttentionShape, Backend, choose_attention
+from mixtral_jax.kernels.products import saved
 from mixtral_jax.parallel import Part, machine, places, platform
 
 
@@ -85,7 +85,7 @@ def attend(
             bounds = segment_bounds(tiling, queries.segments) if ordered else seen_bounds(tiling, queries, keys, window)
         return chunked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window, tiling=tiling, bounds=bounds)
     compute = {"reference": reference_attention, "dot_product": dot_product_attention}[chosen]
-    return checkpoint_name(compute(q_BTNH, k_BSKH, v_BSKH, visible(queries, keys, window)), SAVED)
+    return saved(compute(q_BTNH, k_BSKH, v_BSKH, visible(queries, keys, window)), SAVED)
 
 
 def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, seen_BTS: Array) -> Array:

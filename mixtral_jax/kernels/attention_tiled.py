@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.products import save_bits, transposed
+from mixtral_jax.kernels.products import bits, from_bits, narrowed, transposed
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel import same_variance
 
@@ -186,7 +186,7 @@ def _forward(
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
             shrink = jnp.exp(top - new_top)
             p = jnp.exp(s - new_top)
-            out = out * shrink + _einsum("BKRS,BKSH->BKRH", p.astype(q.dtype), _at(v_jBKSH, j))
+            out = out * shrink + _einsum("BKRS,BKSH->BKRH", narrowed(p, q.dtype), _at(v_jBKSH, j))
             return out, new_top, total * shrink + p.sum(-1, keepdims=True)
 
         zeros = jnp.zeros_like(q, dtype=jnp.float32)
@@ -195,16 +195,18 @@ def _forward(
         # Rows without keys: output 0, and a log-sum-exp so high that their probabilities are 0 in the backward pass.
         seen = top > NEVER / 2
         total = jnp.where(seen, total, 1.0)
-        return None, (jnp.where(seen, out / total, 0.0).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -NEVER))
+        out = jnp.where(seen, out / total, 0.0).astype(q.dtype)
+        return None, (bits(out), jnp.where(seen, top + jnp.log(total), -NEVER))
 
-    out, lse = lax.scan(query_block, None, (q_iBKRH, queries, *bounds))[1]
-    out, lse = save_bits(out, SAVED), checkpoint_name(lse, SAVED)
+    held, lse = (checkpoint_name(a, SAVED) for a in lax.scan(query_block, None, (q_iBKRH, queries, *bounds))[1])
+    out = from_bits(held, q_iBKRH.dtype)
     return out, (q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse)
 
 
 def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]:
     q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse = saved
-    delta = jnp.sum(g_iBKRH.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+    rows_H = tuple(a.astype(jnp.float32).reshape(-1, a.shape[-1]) for a in (g_iBKRH, out))
+    delta = jnp.sum(rows_H[0] * rows_H[1], -1).reshape(*out.shape[:-1], 1)
 
     def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
         q, g, delta, lse, tokens, first, stop = block
@@ -215,10 +217,10 @@ def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]
             dq, dk, dv = state
             k, v = _at(k_jBKSH, j), _at(v_jBKSH, j)
             p = jnp.exp(_scores(q, k, tokens, Tokens(*(_at(x, j) for x in keys)), window) - lse)
-            ds = (p * (_einsum("BKRH,BKSH->BKRS", g, v) - delta)).astype(q.dtype)
+            ds = narrowed(p * (_einsum("BKRH,BKSH->BKRS", g, v) - delta), q.dtype)
             dq += _einsum("BKRS,BKSH->BKRH", ds, k)
             dk = _add_at(dk, j, _einsum("BKHR,BKRS->BKHS", q_T, ds))
-            return dq, dk, _add_at(dv, j, _einsum("BKHR,BKRS->BKHS", g_T, p.astype(g.dtype)))
+            return dq, dk, _add_at(dv, j, _einsum("BKHR,BKRS->BKHS", g_T, narrowed(p, g.dtype)))
 
         dq, dk, dv = lax.fori_loop(first, stop, visit, (jnp.zeros_like(q, dtype=jnp.float32), *sums))
         return (dk, dv), dq

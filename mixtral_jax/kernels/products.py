@@ -43,7 +43,7 @@ def turned(w: jax.Array) -> jax.Array:
 def turned_if(used: jax.Array, w: jax.Array) -> jax.Array:
     """The transpose of a matrix if it is `used`, else zeros: a copy apart from what makes `w` and takes the result."""
     if not (quirks.FUSES_TRANSPOSES.here and platform() == "cpu"):
-        return w.T
+        return turned(w)
 
     def turn(w: jax.Array) -> jax.Array:
         return with_layout_constraint(w.T, Layout((0, 1)))
@@ -74,7 +74,7 @@ def from_bits(held: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` in `dtype`, as astype gives it."""
+    """`x` in `dtype`, as astype gives it; a NaN may be another."""
     to_bf16 = (x.dtype, dtype) == (jnp.float32, jnp.bfloat16)
     return _to_bf16(x) if quirks.NARROWS_SLOWLY.here and to_bf16 and platform() == "cpu" else x.astype(dtype)
 
@@ -90,18 +90,17 @@ def _to_bf16(x: jax.Array) -> jax.Array:
 _to_bf16.defvjp(lambda x: (_to_bf16(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
-def save_bits(x: jax.Array, name: str) -> jax.Array:
-    """checkpoint_name, within a rule of differentiation: what is kept in the stack of a scan over layers is bits(x)."""
-    return from_bits(checkpoint_name(bits(x), name), x.dtype)
-
-
 def saved(x: jax.Array, name: str) -> jax.Array:
-    """The same, to be differentiated."""
+    """checkpoint_name, of which a scan over layers keeps a stack of bits(x); no second derivative."""
     return _saved(x, name) if _widened(x) else checkpoint_name(x, name)
 
 
-_saved = jax.custom_vjp(save_bits, nondiff_argnums=(1,))
-_saved.defvjp(lambda x, name: (save_bits(x, name), None), lambda name, _, g: (g,))
+def _saved_bits(x: jax.Array, name: str) -> jax.Array:
+    return from_bits(checkpoint_name(bits(x), name), x.dtype)
+
+
+_saved = jax.custom_vjp(_saved_bits, nondiff_argnums=(1,))
+_saved.defvjp(lambda x, name: (_saved_bits(x, name), None), lambda name, _, g: (g,))
 
 
 def transposed(arrays: Any) -> Any:
@@ -128,8 +127,8 @@ def _forward(x_MI, w_IO):
     return _linear(x_MI, w_IO), (x_MI, w_IO)
 
 
-def _backward(saved, g_MO):
-    x_MI, w_IO = saved
+def _backward(kept, g_MO):
+    x_MI, w_IO = kept
     dw_IO = jnp.dot(transposed(x_MI), g_MO, preferred_element_type=jnp.float32)
     return _linear(g_MO, turned(w_IO)), dw_IO.astype(w_IO.dtype)
 

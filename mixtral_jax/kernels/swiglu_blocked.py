@@ -100,12 +100,13 @@ def _low_gradient(x_bI: jax.Array, dy_bO: jax.Array, low: Low) -> Low:
 
 def _ready(w: Weights, dtype: jnp.dtype) -> Weights:
     """One group's, for products."""
-    return w._replace(w13=w.w13.reshape(w.w13.shape[0], -1).astype(dtype), w2=w.w2.astype(dtype))
+    return w._replace(w13=narrowed(w.w13.reshape(w.w13.shape[0], -1), dtype), w2=narrowed(w.w2, dtype))
 
 
 def _back(w: Weights, used: jax.Array) -> Weights:
     """The matrices of the transposed products, dy W^T and (dy B^T) A^T."""
     low13, low2 = (None if low is None else Low(low.b.T, low.a.T) for low in (w.low13, w.low2))
+    # a product of fp32 takes a transpose as it lies
     turn = partial(turned_if, used) if w.w2.dtype.itemsize == 2 else jnp.transpose
     return Weights(turn(w.w13), turn(w.w2), low13, low2)
 

@@ -11,15 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import MixtralConfig, MoeConfig
-from mixtral_jax.kernels import choose_matmul
 from mixtral_jax.lora import Adapter, LoraConfig, base_weight
 from mixtral_jax.moe.balance import RouterStats, router_stats
 from mixtral_jax.moe.dispatch import limit_capacity
-from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu
+from mixtral_jax.moe.experts import ExpertWeights, dense_swiglu, grouped_swiglu, in_blocks
 from mixtral_jax.moe.loops import by_chunks
 from mixtral_jax.moe.router import Routing, route
 from mixtral_jax.moe.transport import exchange_experts
-from mixtral_jax.parallel import gather, inside, machine, psum, take_chosen
+from mixtral_jax.parallel import gather, psum, take_chosen
 from mixtral_jax.quantize import gather_weight
 
 # (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x); expert number E is nobody's
@@ -74,9 +73,9 @@ class SparseMoe(nnx.Module):
                 own_key = jax.random.fold_in(key, index)
                 setattr(self, f"{name}_lora", Adapter(lora, inputs, outputs, key=own_key, stack=experts, dtype=dtype))
 
-    def experts(self, dtype: jnp.dtype, rng: jax.Array | None = None, as_held: bool = False) -> ExpertWeights:
-        """The matrices of all experts, gathered, in the compute dtype. `rng`: of adapter dropout. `as_held`: in the
-        dtype that they are held in, where nothing has to be gathered.
+    def experts(self, dtype: jnp.dtype, rng: jax.Array | None = None, once: bool = False) -> ExpertWeights:
+        """The matrices of all experts, gathered, in the compute dtype. `rng`: of adapter dropout. `once`: they meet all
+        rows at once, so that the kernel may cast them, one expert at a time.
         """
         adapters = {}
         for index, name in enumerate(("w1", "w3", "w2")):
@@ -84,10 +83,8 @@ class SparseMoe(nnx.Module):
             if adapter is not None:
                 own_rng = None if rng is None else jax.random.fold_in(rng, 100 + index)
                 adapters[name] = adapter.ready(dtype, own_rng)
-        w13, w2 = (
-            w[...] if as_held and isinstance(w, nnx.Param) and not inside() else gather_weight(w, dtype)
-            for w in (self.w13, self.w2)
-        )
+        or_wider = once and in_blocks(self.options.matmul, adapters)
+        w13, w2 = (gather_weight(w, dtype, or_wider) for w in (self.w13, self.w2))
         return ExpertWeights(w13, w2, adapters)
 
     def one_expert(self, layer: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
@@ -162,12 +159,12 @@ class SparseMoe(nnx.Module):
 
     def _apply_grouped(self, dtype: jnp.dtype, rng: jax.Array | None, tokens: int) -> Callable[..., Any]:
         """All of a device's tokens at once, or `chunk_tokens` at a time: as ApplyExperts, and RouterStats.overflow."""
-        options, experts = self.options, self.config.num_local_experts
         if self.config.is_dense:
             weights = self.experts(dtype, rng)
             return lambda x_MD, *_: (dense_swiglu(x_MD, weights), jnp.zeros(()))
-        in_blocks = choose_matmul(options.matmul, machine()).kernel == "blocked"  # casts one expert at a time
-        weights = self.experts(dtype, rng, as_held=in_blocks)
+        options, experts, chunk = self.options, self.config.num_local_experts, self.options.chunk_tokens
+        chunk = None if chunk is None or chunk >= tokens else chunk
+        weights = self.experts(dtype, rng, once=chunk is None)
 
         def run(weights: ExpertWeights, x_RD: jax.Array, gate_R: jax.Array, sizes_E: jax.Array) -> jax.Array:
             return grouped_swiglu(x_RD, gate_R, weights, sizes_E, options.matmul)
@@ -178,8 +175,7 @@ class SparseMoe(nnx.Module):
                 capacity=self._capacity(tokens), factor=options.buffer_factor,
             )  # fmt: skip
 
-        chunk = options.chunk_tokens
-        if chunk is None or chunk >= tokens:
+        if chunk is None:
             return lambda x_MD, expert_MC, gate_MC: apply(weights, x_MD, gate_MC, expert_MC)
         return partial(by_chunks, apply, chunk, experts, weights)
 

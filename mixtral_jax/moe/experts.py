@@ -7,20 +7,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels import Low, blocked_swiglu, choose_matmul, grouped_down, grouped_matmul, swiglu
+from mixtral_jax.kernels import Low, blocked_swiglu, choose_matmul, grouped_down, grouped_matmul, saved, swiglu
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
 from mixtral_jax.parallel import machine
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of this device's experts, gathered, with their adapters; as held or in the compute dtype."""
+    """The matrices of this device's experts, gathered, with their adapters."""
 
     w13_ED2F: Float[Array, "E D *twoF"]  # (2, F), w1 then w3, or joined to 2F
     w2_EFD: Float[Array, "E F D"]
     adapters: Mapping[str, LowRank] = {}  # of some of w1, w3, w2
+
+
+def in_blocks(backend: str, adapters: Mapping[str, LowRank]) -> bool:
+    """Whether the whole feed-forward is one function, which takes w13 and w2 in a wider dtype than x's too."""
+    return choose_matmul(backend, machine()).kernel == "blocked" and not any(a.drops for a in adapters.values())
 
 
 def grouped_swiglu(
@@ -31,15 +35,13 @@ def grouped_swiglu(
     backend: str,
 ) -> Float[Array, "R D"]:
     """w2( gate * silu(w1 x) * w3 x ) with the matrices of each row's expert; rows behind the last are undefined."""
-    x_RD, gate_R = (checkpoint_name(a, "expert_input") for a in (x_RD, gate_R))
-    kernel = choose_matmul(backend, machine()).kernel
-    if kernel == "blocked" and not any(adapter.drops for adapter in weights.adapters.values()):
+    x_RD, gate_R = (saved(a, "expert_input") for a in (x_RD, gate_R))
+    if in_blocks(backend, weights.adapters):
         low = _factors(weights.adapters)
         return blocked_swiglu(x_RD, gate_R, weights.w13_ED2F, weights.w2_EFD, group_sizes_E, *low)
-    w13_ED2F, w2_EFD = (w.astype(x_RD.dtype) for w in weights[:2])
-    weights = weights._replace(w13_ED2F=w13_ED2F, w2_EFD=w2_EFD)
+    kernel = choose_matmul(backend, machine()).kernel
     if kernel != "dense" and not weights.adapters:
-        h_R2F = checkpoint_name(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
+        h_R2F = saved(grouped_matmul(x_RD, weights.w13_ED2F, group_sizes_E, backend=kernel), "expert_hidden")
         return grouped_down(h_R2F, gate_R, weights.w2_EFD, group_sizes_E, backend=kernel)
     inside_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(group_sizes_E))[:, None]
     return _feed_forward(
@@ -96,7 +98,7 @@ def _feed_forward(
     if weights.adapters.keys() & {"w1", "w3"}:
         h1_RF, h3_RF = jnp.split(h_R2F, 2, axis=-1)
         h_R2F = jnp.concatenate([adapted("w1", x, h1_RF), adapted("w3", x, h3_RF)], axis=-1)
-    h_R2F = checkpoint_name(h_R2F, "expert_hidden")
+    h_R2F = saved(h_R2F, "expert_hidden")
 
     @partial(jax.checkpoint, prevent_cse=False)  # of the activation nothing is kept but h
     def down(h_R2F: jax.Array, gate: jax.Array | None, w2_EFD: jax.Array) -> jax.Array:

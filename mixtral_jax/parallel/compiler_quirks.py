@@ -2,8 +2,8 @@
 but that a reduction in steps adds in another order.
 
 A habit names the compiler and the newest version that was seen to have it. tests/parallel/test_compiler_quirks.py
-compiles ten of them without their work-around and fails where the habit is gone: `gone` then takes that version, newer
-compilers are left alone, and when no older one is supported the work-around goes too.
+compiles eleven of them without their work-around and fails where the habit is gone: `gone` then takes that version,
+newer compilers are left alone, and when no older one is supported the work-around goes too.
 """
 
 import math

@@ -2,6 +2,8 @@
 by number where bf16 was seen to go wrong.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,31 @@ def test_no_sum_of_the_step_is_in_bf16(mesh, variant):
     sums = [e for e in program(MESHES[mesh], **VARIANTS[variant]) if e.name in (*SUMS, "carried_sum")]
     assert len(sums) > 10
     assert not [e for e in sums if e.dtype == "bfloat16"]
+
+
+@pytest.mark.parametrize("attention", ["chunked", "reference"])
+def test_what_layers_save_on_a_cpu_are_stacks_of_bits(attention):
+    model = abstract_model(CONFIG, ComputeConfig(dtype="bfloat16", attention=attention))
+    ids, numbers = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
+    loss = jax.grad(lambda model, *rows: next_token_sums(model, *rows)[0].loss_sum)
+    text = str(jax.make_jaxpr(loss)(model, ids, ids, numbers, ids, ids))
+    stacks = set(re.findall(rf"bf16\[{CONFIG.num_hidden_layers},[\d,]+\]", text))
+    assert stacks == {f"bf16[3,{B},{T},72]"}  # the residual stream, which the scan itself keeps
+
+
+def test_gradients_of_experts_on_a_cpu_are_not_rounded_to_bf16():
+    model = Mixtral(CONFIG, ComputeConfig(dtype="bfloat16"), key=jax.random.key(0))
+    rows = jnp.ones((1, 64), jnp.int32)
+
+    @jax.jit
+    def gradients(model):
+        return nnx.grad(lambda model: next_token_sums(model, rows, rows, rows.astype(jnp.float32), rows, rows)[0][0])(
+            model
+        )
+
+    moe = gradients(model).layers.moe
+    for g in (moe.w13[...], moe.w2[...]):
+        assert g.dtype == jnp.float32 and (g != g.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])

@@ -2,6 +2,7 @@
 
 The habits that show as memory only, COPIES_STACKS and READS_AGAIN, need a whole layer at full size:
 they are held by the plans of the presets (docs/sharding.md); STACKS_AS_GATHERED, a GPU's, by tests/plan/test_gpus.py.
+NARROWS_SLOWLY and REPEATS_COMPARISONS show as time only (docs/decisions.md).
 """
 
 import os

@@ -52,6 +52,7 @@ class Terminal:
     def interrupt(self) -> None:
         """Ctrl-C at the prompt, where Python hears it asleep; on its way to sleep it would hear it at the next key."""
         while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            assert self.process.poll() is None
             time.sleep(0.01)
         self.type("\x03")
 
