@@ -205,8 +205,8 @@ def _forward(
 
 def _backward(window: int | None, saved: Any, g_iBKRH: Array) -> tuple[Any, ...]:
     q_iBKRH, k_jBKSH, v_jBKSH, queries, keys, bounds, out, lse = saved
-    rows_H = tuple(a.astype(jnp.float32).reshape(-1, a.shape[-1]) for a in (g_iBKRH, out))
-    delta = jnp.sum(rows_H[0] * rows_H[1], -1).reshape(*out.shape[:-1], 1)
+    g_RH, out_RH = (a.astype(jnp.float32).reshape(-1, a.shape[-1]) for a in (g_iBKRH, out))  # see layers.rms_norm
+    delta = jnp.sum(g_RH * out_RH, -1).reshape(*out.shape[:-1], 1)
 
     def query_block(sums: tuple[Array, Array], block: Any) -> tuple[tuple[Array, Array], Array]:
         q, g, delta, lse, tokens, first, stop = block
