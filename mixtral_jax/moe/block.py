@@ -74,8 +74,8 @@ class SparseMoe(nnx.Module):
                 setattr(self, f"{name}_lora", Adapter(lora, inputs, outputs, key=own_key, stack=experts, dtype=dtype))
 
     def experts(self, dtype: jnp.dtype, rng: jax.Array | None = None, once: bool = False) -> ExpertWeights:
-        """The matrices of all experts, gathered, in the compute dtype. `rng`: of adapter dropout. `once`: they meet all
-        rows at once, so that the kernel may cast them, one expert at a time.
+        """The matrices of all experts, gathered, in the compute dtype. `rng`: of adapter dropout. `once`: the rows come
+        in no chunks, for each of which the kernel would cast them again, one expert at a time.
         """
         adapters = {}
         for index, name in enumerate(("w1", "w3", "w2")):

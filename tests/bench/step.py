@@ -65,6 +65,7 @@ def _bf16(shape: str, steps: int) -> str:
         "mixtral-jax, fp32": ours,
     }
     if can_be_tuned():
+        others[f"{TUNED}, fp32"] = ["tests.bench.theirs_tuned", *options]
         others[f"{TUNED}, bf16"] = ["tests.bench.theirs_tuned", *options, bf16]
     results = beside(OURS_BF16, [*ours, bf16], others, steps)
     return "\n".join([*_rows("bf16", SHAPES[shape], results), "\n" + _rate("bf16", results[OURS_BF16])])

@@ -93,6 +93,8 @@ def test_what_layers_save_on_a_cpu_are_stacks_of_bits(attention):
     text = str(jax.make_jaxpr(loss)(model, ids, ids, numbers, ids, ids))
     stacks = set(re.findall(rf"bf16\[{CONFIG.num_hidden_layers},[\d,]+\]", text))
     assert stacks == {f"bf16[3,{B},{T},72]"}  # the residual stream, which the scan itself keeps
+    kinds = re.findall(rf"\w+:(\w+)\[3,{B},{T},72\]", text)  # beside it the output of attention
+    assert kinds.count("bf16") == kinds.count("u16") > 0
 
 
 def test_gradients_of_experts_on_a_cpu_are_not_rounded_to_bf16():
