@@ -20,6 +20,7 @@ from mixtral_jax.convert.models import load
 from mixtral_jax.convert.pipeline import exported_files, open_source, write_hf
 from mixtral_jax.convert.stream import ChangedSource, ReadRows, Source, copy
 from mixtral_jax.convert.table import Slot
+from mixtral_jax.parallel import host_memory
 
 # fp32 on both sides, another order of summation: what may differ, relative to the logits' spread (their standard
 # deviation over the vocabulary, the mean of all positions). Small models have small logits.
@@ -109,7 +110,7 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
     notes: list[str] = []
     logits: list[LogitDifference] = []
     largest = max(4 * s.config.num_params() for s in (source_a, source_b))
-    if largest > _free_memory() / 2:
+    if largest > host_memory() / 2:
         notes.append(f"logits not compared: the model takes {largest / 1e9:.1f} GB in fp32")
     elif source_a.config.vocab_size != source_b.config.vocab_size:
         notes.append("logits not compared: the vocabularies differ")
@@ -244,10 +245,6 @@ def compare_logits(a: str, b: str, first: Outputs, second: Outputs, *, tolerance
 def _log_softmax(logits_MV: np.ndarray) -> np.ndarray:
     shifted = logits_MV.astype(np.float64) - logits_MV.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _free_memory() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_prompts(

@@ -17,19 +17,24 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
-from mixtral_jax.generation.cache import Cache, cache_slots, decode, prefill
+from mixtral_jax.generation.cache import Cache, Held, cache_slots, decode, prefill
+from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, take_apart
 from mixtral_jax.generation.sampling import Drawing, Sampler, is_whole, make_sampler, sample
+from mixtral_jax.kernels import fewest_rows
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import (
     BATCH_AXES,
     TOKEN_AXES,
     assemble,
     axis_max,
+    free_memory,
     gathered,
+    platform,
     psum,
     sharded,
     varying,
 )
+from mixtral_jax.parallel import compiler_quirks as quirks
 
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
@@ -48,7 +53,7 @@ class Aligned(NamedTuple):
 class State(NamedTuple):
     """What a step of decoding takes and gives."""
 
-    cache: Cache
+    cache: Held
     token_B: Int[Array, " B"]  # the newest token, not in the cache yet
     done_B: Bool[Array, " B"]
     drawn: Int[Array, ""]  # tokens so far
@@ -96,10 +101,9 @@ def generate(
     if not count:
         return np.zeros((0, most), np.int32) if rows.is_array else []
     columns = _round_up(most)
-    batch, slots = _right_align(rows, columns)
-    out_BN = _run(
-        _gathered(model, batch, slots), batch, sampler, jnp.int32(max_new_tokens), slots=slots, columns=columns
-    )
+    batch, slots = _right_align(model, rows, columns)
+    ready, limit = _ready(model, batch, slots), jnp.int32(max_new_tokens)
+    out_BN = _run(*ready, batch, sampler, limit, slots=slots, columns=columns)
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
     _refuse_nan(model, out_BN, rows.numbers, first=1)
     ended = [_until(row, rows.eos) for row in out_BN.tolist()]
@@ -125,9 +129,9 @@ def stream(
     """
     rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
-    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
-    ended, whole = np.zeros(len(rows.prompts), bool), _gathered(model, batch, slots)
-    state, seen = _start(whole, batch, sampler, slots=slots)
+    batch, slots = _right_align(model, rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
+    ended, (whole, apart) = np.zeros(len(rows.prompts), bool), _ready(model, batch, slots)
+    state, seen = _start(whole, batch, sampler, slots=slots, apart=apart is not None)
     for number in range(1, max_new_tokens + 1):
         new, done = np.asarray(seen)[:, : len(ended)]
         _refuse_nan(model, np.where(ended, 0, new)[:, None], rows.numbers, first=number)
@@ -138,46 +142,57 @@ def stream(
         ended = done > 0
         if ended.all() or number == max_new_tokens:
             return
-        state, seen = _step(whole, state, batch, sampler)
+        state, seen = _step(whole, apart, state, batch, sampler)
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="slots")
-def _start(model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int) -> tuple[State, Int[Array, "2 B"]]:
+@partial(jax.jit, static_argnames=("slots", "apart"))
+def _start(
+    model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int, apart: bool
+) -> tuple[State, Int[Array, "2 B"]]:
     """Prefill, and the first token; with what `_seen` shows."""
 
     def local(model: Mixtral, rows: Aligned, sampler: Sampler) -> tuple[State, jax.Array]:
-        return _seen(_first(model, rows, sampler, slots))
+        return _seen(_first(model, rows, sampler, slots, apart))
 
     return sharded(local, model, (rows, sampler), (_ROWS, P()), (_STATE, P()))
 
 
 @partial(jax.jit, donate_argnames="state")
-def _step(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> tuple[State, Int[Array, "2 B"]]:
+def _step(
+    model: Mixtral, apart: Apart | None, state: State, rows: Aligned, sampler: Sampler
+) -> tuple[State, Int[Array, "2 B"]]:
     """One token more."""
 
     def local(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> tuple[State, jax.Array]:
-        return _seen(_next(model, _varying(state), rows, sampler))
+        return _seen(_next(model, apart, _varying(state), rows, sampler))
 
     return sharded(local, model, (state, rows, sampler), (_STATE, _ROWS, P()), (_STATE, P()))
 
 
 @partial(jax.jit, static_argnames=("slots", "columns"))
 def _run(
-    model: Mixtral, rows: Aligned, sampler: Sampler, limit: Int[Array, ""], *, slots: int, columns: int
+    model: Mixtral,
+    apart: Apart | None,
+    rows: Aligned,
+    sampler: Sampler,
+    limit: Int[Array, ""],
+    *,
+    slots: int,
+    columns: int,
 ) -> Int[Array, "B columns"]:
     """The tokens of each row up to `limit`, which is at most `columns`; behind a row's end its ending token."""
 
     def local(model: Mixtral, rows: Aligned, sampler: Sampler, limit: jax.Array) -> jax.Array:
         def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
             state, out_BN, _ = carry
-            state = _varying(_next(model, state, rows, sampler))
+            state = _varying(_next(model, apart, state, rows, sampler))
             out_BN = jax.lax.dynamic_update_slice(out_BN, state.token_B[:, None], (0, state.drawn - 1))
             return state, out_BN, _rows_left(state)
 
-        state = _varying(_first(model, rows, sampler, slots))
+        state = _varying(_first(model, rows, sampler, slots, apart is not None))
         out_BN = jnp.pad(state.token_B[:, None], ((0, 0), (0, columns - 1)))
         carry = (state, out_BN, _rows_left(state))
         _, out_BN, _ = jax.lax.while_loop(lambda c: (c[0].drawn < limit) & (c[2] > 0), body, carry)
@@ -189,20 +204,21 @@ def _run(
     return sharded(local, model, (rows, sampler, limit), (_ROWS, P(), P()), P())
 
 
-def _first(model: Mixtral, rows: Aligned, sampler: Sampler, slots: int) -> State:
+def _first(model: Mixtral, rows: Aligned, sampler: Sampler, slots: int, apart: bool) -> State:
     logits_BV, cache = prefill(model, rows.tokens_BT, rows.pad_B, slots)
+    held: Held = tuple(map(Cache, *cache)) if apart else cache
     done_B = rows.pad_B == rows.tokens_BT.shape[1]
-    return _draw(logits_BV, cache, done_B, jnp.int32(0), rows, sampler)
+    return _draw(logits_BV, held, done_B, jnp.int32(0), rows, sampler)
 
 
-def _next(model: Mixtral, state: State, rows: Aligned, sampler: Sampler) -> State:
+def _next(model: Mixtral, apart: Apart | None, state: State, rows: Aligned, sampler: Sampler) -> State:
     column = rows.tokens_BT.shape[1] + state.drawn - 1
-    logits_BV, cache = decode(model, state.cache, state.token_B, column, rows.pad_B, ~state.done_B)
+    logits_BV, cache = decode(model, state.cache, state.token_B, column, rows.pad_B, ~state.done_B, apart)
     return _draw(logits_BV, cache, state.done_B, state.drawn, rows, sampler)
 
 
 def _draw(
-    logits_BV: jax.Array, cache: Cache, done_B: jax.Array, count: jax.Array, rows: Aligned, sampler: Sampler
+    logits_BV: jax.Array, cache: Held, done_B: jax.Array, count: jax.Array, rows: Aligned, sampler: Sampler
 ) -> State:
     token_B = sample(logits_BV, sampler, rows.number_B, count)
     is_nan_B = token_B == logits_BV.shape[1]
@@ -219,7 +235,7 @@ def _rows_left(state: State) -> jax.Array:
 
 def _varying(state: State) -> State:
     """Typed as a step returns it: weights that were gathered differ, for all that jax knows, on every device."""
-    cache = Cache(*(varying(a, (*TOKEN_AXES, "tensor")) for a in state.cache))
+    cache = jax.tree.map(lambda a: varying(a, (*TOKEN_AXES, "tensor")), state.cache)
     return State(cache, varying(state.token_B, TOKEN_AXES), varying(state.done_B, TOKEN_AXES), state.drawn)
 
 
@@ -238,7 +254,6 @@ class _Request(NamedTuple):
     prompts: list[list[int]]
     numbers: Sequence[int]
     eos: list[int]
-    window: int | None
     is_array: bool
     single: bool
 
@@ -260,7 +275,7 @@ def _read_prompts(
             raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
     eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
     numbers = range(len(prompts)) if numbers is None else numbers
-    return _Request(prompts, numbers, eos, model.config.sliding_window, is_array, single)
+    return _Request(prompts, numbers, eos, is_array, single)
 
 
 def _warn_of_length(model: Mixtral, length: int) -> None:
@@ -294,12 +309,13 @@ def _refuse_nan(model: Mixtral, new_BN: np.ndarray, numbers: Sequence[int], firs
         )
 
 
-def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
+def _right_align(model: Mixtral, request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
     width = max(width, _round_up(max(map(len, request.prompts))))
-    rows = -(-len(request.prompts) // shards) * shards
+    least = fewest_rows(compute_dtype(model.compute.dtype))
+    rows = max(-(-len(request.prompts) // shards), least) * shards
     tokens_BT: Any = np.zeros((rows, width), np.int32)
     pad_B: Any = np.full(rows, width, np.int32)
     number_B: Any = np.zeros(rows, np.int32)
@@ -308,17 +324,24 @@ def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[A
     for b, prompt in enumerate(request.prompts):
         pad_B[b] = width - len(prompt)
         tokens_BT[b, pad_B[b] :] = prompt
-    slots = cache_slots(request.window, width + new_columns)
+    slots = cache_slots(model.config.sliding_window, width + new_columns)
     return Aligned(tokens_BT, pad_B, number_B, eos_N), slots
 
 
-def _gathered(model: Mixtral, rows: Aligned, slots: int) -> Mixtral:
-    """Its matrices gathered for the whole call where they fit beside the cache."""
+def _ready(model: Mixtral, rows: Aligned, slots: int) -> tuple[Mixtral, Apart | None]:
+    """The model with its matrices gathered and cast for the whole call, and its layers taken apart where products on a
+    few rows want that: each where it fits beside the cache.
+    """
     config, mesh = model.config, dict(jax.sharding.get_abstract_mesh().shape)
     shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
     columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
-    each = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return gathered(model, dtype, beside=columns * each // shards)
+    cache = columns * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize // shards
+    whole = gathered(model, dtype, beside=cache)
+    few = math.prod(mesh.values()) == 1 and rows.tokens_BT.shape[0] <= MAX_TOKENS
+    if not (few and platform() == "cpu" and quirks.COPIES_SLICES.here):
+        return whole, None
+    weights = sum(w.size * (1 + (w.dtype == jnp.uint8)) for w in jax.tree.leaves(whole.layers))  # codes of 4 bits: two
+    return whole, take_apart(whole) if weights * dtype.itemsize + cache <= free_memory() else None
 
 
 def _round_up(size: int) -> int:

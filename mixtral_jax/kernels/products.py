@@ -30,6 +30,11 @@ def _wants_rows(a: jax.Array) -> bool:
     return quirks.WIDENS_TRANSPOSED.here and a.dtype.itemsize == 2 and platform() == "cpu"
 
 
+def fewest_rows(dtype: jnp.dtype) -> int:
+    """Rows below which a product takes longer than with so many: for a loop over single tokens."""
+    return 2 if quirks.WIDENS_ONE_ROW.here and jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu" else 1
+
+
 def in_rows(a: jax.Array) -> jax.Array:
     """`a`, laid out in rows where products of its dtype want that."""
     return with_layout_constraint(a, Layout(tuple(range(a.ndim)))) if _wants_rows(a) else a

@@ -24,6 +24,8 @@ from mixtral_jax.quantize import gather_weight
 # (x_MD, expert_MC, gate_MC) -> sum over the choices of gate * expert(x); expert number E is nobody's
 ApplyExperts = Callable[[Float[Array, "M D"], Int[Array, "M C"], Float[Array, "M C"]], Float[Array, "M D"]]
 
+OF_ALL_EXPERTS = ("router", "router_lora")  # what of the block belongs to no single expert
+
 
 class MoeOutput(NamedTuple):
     """What the block gives: its output, and what became of the tokens."""
@@ -87,14 +89,14 @@ class SparseMoe(nnx.Module):
         w13, w2 = (gather_weight(w, dtype, or_wider) for w in (self.w13, self.w2))
         return ExpertWeights(w13, w2, adapters)
 
-    def one_expert(self, layer: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
+    def one_expert(self, layer: jax.Array | int, expert: jax.Array | int, dtype: jnp.dtype) -> ExpertWeights:
         """Of a stack of layers on one device: the matrices of one expert of one layer, as a stack of one.
 
         They are sliced out of the stack at once: a slice of a whole layer would be copied first.
         """
 
         def part(path: Any, p: jax.Array) -> jax.Array:
-            if path[0].key in ("router", "router_lora"):
+            if path[0].key in OF_ALL_EXPERTS:
                 return p
             box = jax.lax.dynamic_slice(p, (layer, expert, *(0,) * (p.ndim - 2)), (1, 1, *p.shape[2:]))
             return box[0]

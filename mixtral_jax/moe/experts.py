@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels import Low, blocked_swiglu, choose_matmul, grouped_down, grouped_matmul, saved, swiglu
+from mixtral_jax.kernels import (
+    Low,
+    blocked_swiglu,
+    choose_matmul,
+    grouped_down,
+    grouped_matmul,
+    linear,
+    saved,
+    swiglu,
+)
 from mixtral_jax.lora import LowRank, grouped_low_rank, low_rank
 from mixtral_jax.parallel import machine
 
@@ -76,7 +85,7 @@ def dense_swiglu(x_MD: Float[Array, "M D"], weights: ExpertWeights) -> Float[Arr
         x_MD,
         None,
         weights,
-        lambda x, w: jnp.dot(x, w[0].reshape(w.shape[1], -1)),
+        lambda x, w: linear(x[None], w[0].reshape(w.shape[1], -1))[0],
         lambda x, adapter: low_rank(x, replace(adapter, a=adapter.a[0], b=adapter.b[0])),
         lambda h: h,
     )

@@ -2,7 +2,7 @@
 but that a reduction in steps adds in another order.
 
 A habit names the compiler and the newest version that was seen to have it. tests/parallel/test_compiler_quirks.py
-compiles eleven of them without their work-around and fails where the habit is gone: `gone` then takes that version,
+compiles thirteen of them without their work-around and fails where the habit is gone: `gone` then takes that version,
 newer compilers are left alone, and when no older one is supported the work-around goes too.
 """
 
@@ -191,6 +191,10 @@ WIDENS_TRANSPOSED = Habit("jaxlib", "0.10.2")
 WIDENS_UPDATED = Habit("jaxlib", "0.10.2")
 # A matrix is transposed in one loop with what cuts it out of a stack, or puts it into one: up to six times as slow.
 FUSES_TRANSPOSES = Habit("jaxlib", "0.10.2")
+# What is cut out of a stack is copied before a product takes it.
+COPIES_SLICES = Habit("jaxlib", "0.10.2")
+# A product of one row in bf16 has its matrix cast to fp32 first.
+WIDENS_ONE_ROW = Habit("jaxlib", "0.10.2")
 # From fp32 to bf16 by integers is faster, twice behind exp.
 NARROWS_SLOWLY = Habit("jaxlib", "0.10.2")
 # Comparisons that make a mask are repeated for every head, inside each use of the scores.

@@ -1,7 +1,9 @@
-"""A model whose matrices are gathered once, for a loop that would otherwise gather them in every pass."""
+"""A model whose matrices are gathered and cast once, for a loop that would otherwise do so in every pass."""
 
 import math
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.parallel.sharding import GATHERED, LOGICAL_AXES, WHOLE, param_spec
 
-EXACT = ("router", "scales")  # parameters that no product takes in the compute dtype
+# Parameters that no product takes in the compute dtype, by the ends of their names.
+EXACT = ("router", "router_lora.a", "router_lora.b", "norm.scale", "scales")
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -23,19 +26,17 @@ class Whole(NamedTuple):
 
     axes: tuple[str, ...]
     dtype: jnp.dtype
-    spec: P
-    own: P  # as it is stored
+    spec: P | None  # None: there is no mesh
+    own: P | None  # as it is stored
 
 
 def gathered(model: Model, dtype: jnp.dtype, beside: int) -> Model:
-    """The model with its matrices whole along the mesh axes that only store them, in `dtype`.
+    """The model with its matrices in `dtype`, and whole along the mesh axes that only store them.
 
-    Dimensions that are computed on as shards stay shards; what needs no gather is not copied. Where the devices' memory
+    Dimensions that are computed on as shards stay shards; what is neither gathered nor cast is not copied. Where memory
     does not hold that and `beside` bytes more, the model as it is, whose matrices `gather` brings layer by layer.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return model
     leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param))
     params, wholes = [p for _, p in leaves], [as_used(path, p, mesh, dtype) for path, p in leaves]
     pairs = [(p, whole) for p, whole in zip(params, wholes, strict=True) if whole is not None]
@@ -50,33 +51,63 @@ def gathered(model: Model, dtype: jnp.dtype, beside: int) -> Model:
 
 
 def as_used(path: Any, p: nnx.Param, mesh: Any, dtype: jnp.dtype) -> Whole | None:
-    """None for a parameter that nothing gathers."""
+    """None for a parameter that is used as it is stored."""
     name, axes = jax.tree_util.keystr(path, simple=True, separator="."), p.get_metadata()["axes"]
+    keeps = name.endswith(EXACT) or not jnp.issubdtype(p.dtype, jnp.floating)
+    dtype = p.dtype if keeps else jnp.dtype(dtype)
 
     def is_cut(axis: str) -> bool:
         return axis in GATHERED and math.prod(mesh.shape[a] for a in LOGICAL_AXES[axis]) > 1
 
-    if not any(map(is_cut, axes)):
+    if mesh.empty:
+        return None if dtype == p.dtype else Whole(axes, dtype, None, None)
+    if dtype == p.dtype and not any(map(is_cut, axes)):
         return None
-    axes = tuple(WHOLE if is_cut(axis) else axis for axis in axes)
-    keeps = name.endswith(EXACT) or not jnp.issubdtype(p.dtype, jnp.floating)
-    specs = (param_spec(names, p.shape, mesh.shape, name) for names in (axes, p.get_metadata()["axes"]))
-    return Whole(axes, p.dtype if keeps else dtype, *specs)
+    whole = tuple(WHOLE if is_cut(axis) else axis for axis in axes)
+    return Whole(whole, dtype, *(param_spec(names, p.shape, mesh.shape, name) for names in (whole, axes)))
 
 
 def whole_bytes(p: nnx.Param, whole: Whole, mesh: Any) -> int:
     """What it takes on one device."""
-    return math.prod(NamedSharding(mesh, whole.spec).shard_shape(p.shape)) * jnp.dtype(whole.dtype).itemsize
+    shape = p.shape if whole.spec is None else NamedSharding(mesh, whole.spec).shard_shape(p.shape)
+    return math.prod(shape) * jnp.dtype(whole.dtype).itemsize
 
 
 def free_memory() -> float:
-    """Bytes that the fullest device of any process has left, less a tenth of all for what XLA needs; inf: not known."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    left = min(0.9 * s.get("bytes_limit", math.inf) - s.get("bytes_in_use", 0) for s in stats)
+    """Bytes that the fullest device of any process of the mesh has left, less a tenth of all for what XLA needs."""
+    devices = jax.local_devices()
+    on_host = devices[0].platform == "cpu"
+    left = 0.9 * host_memory() / len(devices) if on_host else min(map(_left, devices))
+    if jax.sharding.get_abstract_mesh().empty:
+        return left
     return float(np.min(multihost_utils.process_allgather(np.float32(left))))  # all processes must decide alike
+
+
+def _left(device: jax.Device) -> float:
+    """inf: not known."""
+    stats = device.memory_stats() or {}
+    return 0.9 * stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+
+
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process may still take of its host, with what the system would give back of its caches."""
+    free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (told := root / "proc/meminfo").exists():
+        free = 1024 * _numbers(told)["MemAvailable:"]
+    limit, held, parts = (root / "sys/fs/cgroup" / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():  # a container's own
+        free = min(free, int(most) - int(held.read_text()) + _numbers(parts)["inactive_file"])
+    return free
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    return {line.split()[0]: int(line.split()[1]) for line in file.read_text(encoding="ascii").splitlines()}
 
 
 @partial(jax.jit, static_argnames="wholes")
 def _gather(values: list[jax.Array], wholes: tuple[Whole, ...]) -> list[jax.Array]:
-    place = jax.lax.with_sharding_constraint  # twice: cast where it lies, so that it travels in its new dtype
-    return [place(place(v.astype(w.dtype), w.own), w.spec) for v, w in zip(values, wholes, strict=True)]
+    def placed(value: jax.Array, spec: P | None) -> jax.Array:
+        return value if spec is None else jax.lax.with_sharding_constraint(value, spec)
+
+    # placed twice: cast where it lies, so that it travels in its new dtype
+    return [placed(placed(v.astype(w.dtype), w.own), w.spec) for v, w in zip(values, wholes, strict=True)]

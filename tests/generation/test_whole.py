@@ -1,7 +1,9 @@
 """Generation on a mesh gathers the weights once per call, and gives the tokens of one device."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,9 @@ from flax import nnx
 
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.generation import engine
+from mixtral_jax.generation.cache import decode
 from mixtral_jax.generation.engine import generate, stream
+from mixtral_jax.generation.few_rows import take_apart
 from mixtral_jax.generation.sampling import make_sampler
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.model import Mixtral
@@ -50,7 +54,7 @@ def placed(model: Mixtral, mesh: jax.sharding.Mesh) -> Mixtral:
 def gathers_in_loop(model: Mixtral, rows: engine.Aligned, slots: int) -> list[tuple[int, ...]]:
     """Shapes of what is gathered inside the loop over tokens."""
     run = partial(engine._run, slots=slots, columns=16)
-    program = jax.make_jaxpr(run)(model, rows, make_sampler(), jnp.int32(4)).jaxpr
+    program = jax.make_jaxpr(run)(model, None, rows, make_sampler(), jnp.int32(4)).jaxpr
     loops = [e for e in equations(program) if e.primitive.name == "while"]
     inside = [e for loop in loops for e in equations(loop.params["body_jaxpr"].jaxpr)]
     return [e.outvars[0].aval.shape for e in inside if e.primitive.name.startswith("all_gather")]
@@ -83,15 +87,15 @@ def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytes
             ]
             assert steps == want
 
-        rows, slots = engine._right_align(engine._read_prompts(own, PROMPTS, None, 5, None), 16)
+        rows, slots = engine._right_align(own, engine._read_prompts(own, PROMPTS, None, 5, None), 16)
         matrices = {p.shape[1:] for _, p in nnx.to_flat_state(nnx.state(model.layers)) if p.ndim > 2}
         layer_by_layer = gathers_in_loop(own, rows, slots)
-        once = gathers_in_loop(engine._gathered(own, rows, slots), rows, slots)
+        once = gathers_in_loop(engine._ready(own, rows, slots)[0], rows, slots)
         of_tokens = 4 * (MESHES[name].get("expert", 1) > 1)  # to experts elsewhere: sizes, rows, and rows back
         assert len(layer_by_layer) > 8
         assert len(once) == of_tokens and not matrices & set(once)
         monkeypatch.setattr(whole, "free_memory", lambda: 1000.0)
-        assert gathers_in_loop(engine._gathered(own, rows, slots), rows, slots) == layer_by_layer
+        assert gathers_in_loop(engine._ready(own, rows, slots)[0], rows, slots) == layer_by_layer
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -116,8 +120,76 @@ def test_what_gathered_weights_take_is_known_beforehand(name: str, monkeypatch: 
 
 
 def test_free_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert whole.free_memory() == np.inf  # a CPU does not say
+    monkeypatch.setattr(whole, "host_memory", lambda: 8000.0)
+    assert whole.free_memory() == pytest.approx(900)  # of eight devices of one host
     full = [dict(bytes_limit=1000, bytes_in_use=used) for used in (100, 700, 300)]
-    devices = [type("Device", (), {"memory_stats": lambda self, s=s: s})() for s in full]
+    kind = {"platform": "gpu"}
+    devices = [type("Device", (), {**kind, "memory_stats": lambda self, s=s: s})() for s in full]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     assert whole.free_memory() == pytest.approx(200)
+
+
+def test_the_memory_of_a_host_ends_where_its_container_does(tmp_path: Path) -> None:
+    assert 0 < whole.host_memory() < 1e14
+    proc, group = tmp_path / "proc", tmp_path / "sys/fs/cgroup"
+    assert whole.host_memory(tmp_path) > 0  # neither told
+    proc.mkdir()
+    (proc / "meminfo").write_text("MemTotal:       900 kB\nMemAvailable:   500 kB\nHugePages_Total:       0\n")
+    assert whole.host_memory(tmp_path) == 500 * 1024
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")  # no limit
+    assert whole.host_memory(tmp_path) == 500 * 1024
+    (group / "memory.max").write_text("100000\n")
+    (group / "memory.current").write_text("70000\n")
+    (group / "memory.stat").write_text("anon 30000\ninactive_file 25000\n")
+    assert whole.host_memory(tmp_path) == 55000
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])  # experts in branches, and all of them
+@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert2-tensor2", "data2-fsdp4", "dense", "window"])
+def test_layers_taken_apart_give_the_tokens_of_their_stack(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"dense": dict(num_local_experts=1, num_experts_per_tok=1), "window": dict(sliding_window=5)}
+    model = Mixtral(tiny_config(**own[name]), key=jax.random.key(1)) if name in own else model_for(name)
+    prompts, taken, seen = [[1, 5, 9 + i] for i in range(rows)], [], []
+    monkeypatch.setattr(engine, "take_apart", lambda model: taken.append(take_apart(model)) or taken[-1])
+    for free in (1e12, 1000.0):  # all rows read the same tokens: the choice between two alike is left to rounding
+        monkeypatch.setattr(engine, "free_memory", lambda free=free: free)
+        request = engine._read_prompts(model, prompts, None, None, None)
+        batch, slots = engine._right_align(model, request, 16)
+        (whole_model, apart), sampler = engine._ready(model, batch, slots), make_sampler()
+        state, _ = engine._start(whole_model, batch, sampler, slots=slots, apart=apart is not None)
+        for token in (7, 8, 9):
+            live_B, column = np.arange(len(batch.pad_B)) < rows, jnp.int32(13 + token)
+            held = state.cache, jnp.full(len(batch.pad_B), token), column - 4, batch.pad_B, live_B
+            logits_BV, cache = jax.jit(decode)(whole_model, *held, apart)
+            state = state._replace(cache=cache)
+            seen.append(logits_BV[:rows])
+    assert len(taken) == 1
+    is_bf16 = model.compute.dtype == "bfloat16"
+    np.testing.assert_allclose(seen[:3], seen[3:], atol=0.02 if is_bf16 else 1e-6)
+    monkeypatch.setattr(engine, "free_memory", lambda: 1e12)
+    streamed = zip(*stream(model, prompts, max_new_tokens=6), strict=True)
+    assert generate(model, prompts, max_new_tokens=6) == [list(row) for row in streamed] and len(taken) == 3
+    blocks, experts = (jax.tree.leaves(part) for part in taken[0])
+    params = [p for _, p in nnx.to_flat_state(nnx.state(model.layers))]
+    assert sum(w.size for w in blocks) == sum(p.size for p in params if "experts" not in p.axes)  # and nothing twice
+    assert all(w.shape[0] == 1 for w in experts)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp8"])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids="-to-".join)
+def test_a_model_that_was_cast_once_is_the_same(dtypes: tuple[str, str], mesh: str | None) -> None:
+    stored, computed = map(jnp.dtype, dtypes)
+    lora = LoraConfig(rank=2, targets=["all-linear", "gate"])
+    model = Mixtral(
+        tiny_config(), ComputeConfig(dtype=computed.name), key=jax.random.key(1), param_dtype=stored, lora=lora
+    )
+    for path, p in nnx.to_flat_state(nnx.state(model)):  # everything has digits that bf16 rounds away
+        p[...] += (0.1 * jax.random.normal(jax.random.key(len(path)), p.shape)).astype(p.dtype)
+    with jax.set_mesh(make_mesh(MeshConfig(**MESHES[mesh]))) if mesh else nullcontext():
+        once = whole.gathered(model, computed, beside=0)
+        kept = {p.dtype for _, p in nnx.to_flat_state(nnx.state(once))}
+        assert kept == ({stored, computed} if stored == jnp.float32 else {computed, stored})
+        np.testing.assert_array_equal(once([[1, 5, 9, 4, 7, 3, 2, 6]] * 8), model([[1, 5, 9, 4, 7, 3, 2, 6]] * 8))

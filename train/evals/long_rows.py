@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.generation import Cache, cache_slots, extend
+from mixtral_jax.kernels import bits
 from mixtral_jax.losses import linear_logps
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import BATCH_AXES, TOKEN_AXES, assemble, axis_max, axis_size, gathered, sharded, varying
@@ -91,7 +92,7 @@ def _empty(model: Mixtral, rows: int, slots: int) -> Cache:
 
     def local(_: Mixtral, row_B: jax.Array) -> Cache:
         heads = config.num_key_value_heads // axis_size("tensor")
-        zeros = jnp.zeros((config.num_hidden_layers, row_B.shape[0], heads, slots, config.head_dim), dtype)
+        zeros = bits(jnp.zeros((config.num_hidden_layers, row_B.shape[0], heads, slots, config.head_dim), dtype))
         return Cache(*(varying(zeros, (*BATCH_AXES, "tensor")),) * 2)
 
     return sharded(local, model, (jnp.zeros(rows),), (ROWS,), CACHE)
