@@ -41,15 +41,22 @@ def _tuning(title: str, share: str, steps: int, dtype: str) -> str:
 
 
 def generation(new: int, calls: int) -> str:
-    """Cached greedy decoding at shape S, batch 1 and 8."""
+    """Cached greedy decoding at shape S, batch 1 and 8, in fp32 and in bf16."""
     rows = [
-        f"Shape S, fp32, greedy, {new} new tokens behind prompts of 32, random weights, the call compiled or warm.\n",
-        "| | tokens/s | ours is faster by |",
-        "|---|--:|--:|",
+        f"Shape S, greedy, {new} new tokens behind prompts of 32, random weights, the call compiled or warm.\n",
+        "| | tokens/s | ours is faster by | peak memory, GB |",
+        "|---|--:|--:|--:|",
     ]
+
+    def command(batch: int, who: str, dtype: str) -> list[str]:
+        return ["tests.bench.generation", "S", str(new), str(batch), who, f"dtype={dtype}"]
+
     for batch in (1, 8):
-        ours, theirs = (["tests.bench.generation", "S", str(new), str(batch), who] for who in ("ours", "theirs"))
-        results = beside(f"mixtral-jax, batch {batch}", ours, {f"transformers, batch {batch}": theirs}, calls)
-        for name, run in results.items():
-            rows.append(f"| {name} | {batch * new / run['seconds']:,.0f} | {faster(run)} |")
+        for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+            precisions = {name: dtype, "fp32": "float32"}  # bf16 beside both
+            others = {f"transformers, {n}, batch {batch}": command(batch, "theirs", d) for n, d in precisions.items()}
+            results = beside(f"mixtral-jax, {name}, batch {batch}", command(batch, "ours", dtype), others, calls)
+            for label, run in results.items():
+                speed, memory = batch * new / run["seconds"], run["peak_bytes"] / 1e9
+                rows.append(f"| {label} | {speed:,.0f} | {faster(run)} | {memory:.2f} |")
     return "\n".join(rows)
