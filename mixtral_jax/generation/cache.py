@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, few_rows_apart, few_rows_swiglu
-from mixtral_jax.kernels import Tokens, attend, bits, from_bits
+from mixtral_jax.kernels import Tokens, attend, bits, from_bits, product
 from mixtral_jax.model import Block, Mixtral
 from mixtral_jax.moe import ApplyExperts, ExpertWeights
 from mixtral_jax.parallel import MESH_AXES, assemble, devices_along, drop_padding
@@ -108,8 +108,10 @@ def extend_apart(
     live_BT: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
     """The same of up to MAX_TOKENS tokens, by layers taken apart."""
-    run, x_BTD, kept = _layer(model, caches[0], tokens_BT, column, pad_B, live_BT), model.embedded(tokens_BT), []
-    for block, weights_E, cache in zip(*apart, caches, strict=True):
+    run, tree = _layer(model, caches[0], tokens_BT, column, pad_B, live_BT), jax.tree.structure(model.dropless().layers)
+    x_BTD, kept = model.embedded(tokens_BT), []
+    for own, weights_E, cache in zip(*apart, caches, strict=True):
+        block = jax.tree.unflatten(tree, own)
         x_BTD, cache = run(block, x_BTD, cache, _write, partial(few_rows_apart, weights_E=weights_E))
         kept.append(cache)
     return model.norm(x_BTD), tuple(kept)
@@ -202,5 +204,5 @@ def _into_slots(k_BTKH: jax.Array, slots: int) -> jax.Array:
 
 
 def _logits(model: Mixtral, x_BD: jax.Array) -> Float[Array, "B V"]:
-    logits_BV = jnp.dot(x_BD, model.head_weight(), preferred_element_type=jnp.float32)
+    logits_BV = product(x_BD, model.head_weight())
     return drop_padding(assemble(logits_BV, 1, ("tensor",)), model.config.vocab_size)

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
+from mixtral_jax.config import MixtralConfig
 from mixtral_jax.generation.cache import Cache, Held, cache_slots, decode, prefill
-from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, take_apart
+from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, apart_bytes, take_apart
 from mixtral_jax.generation.sampling import Drawing, Sampler, is_whole, make_sampler, sample
-from mixtral_jax.kernels import fewest_rows
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import (
     BATCH_AXES,
@@ -36,6 +36,7 @@ from mixtral_jax.parallel import (
 )
 from mixtral_jax.parallel import compiler_quirks as quirks
 
+SMALL_EXPERT = 2**20  # bytes: copies of smaller ones stay in a processor's cache, and cost less than more to compile
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -101,7 +102,7 @@ def generate(
     if not count:
         return np.zeros((0, most), np.int32) if rows.is_array else []
     columns = _round_up(most)
-    batch, slots = _right_align(model, rows, columns)
+    batch, slots = _right_align(rows, columns)
     ready, limit = _ready(model, batch, slots), jnp.int32(max_new_tokens)
     out_BN = _run(*ready, batch, sampler, limit, slots=slots, columns=columns)
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
@@ -129,7 +130,7 @@ def stream(
     """
     rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
-    batch, slots = _right_align(model, rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
+    batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
     ended, (whole, apart) = np.zeros(len(rows.prompts), bool), _ready(model, batch, slots)
     state, seen = _start(whole, batch, sampler, slots=slots, apart=apart is not None)
     for number in range(1, max_new_tokens + 1):
@@ -254,6 +255,7 @@ class _Request(NamedTuple):
     prompts: list[list[int]]
     numbers: Sequence[int]
     eos: list[int]
+    window: int | None
     is_array: bool
     single: bool
 
@@ -275,7 +277,7 @@ def _read_prompts(
             raise ValueError(f"prompt {i} has tokens from {min(row)} to {max(row)}: the vocabulary has {vocab}")
     eos = [] if eos_id is None else [int(i) for i in np.atleast_1d(eos_id)]
     numbers = range(len(prompts)) if numbers is None else numbers
-    return _Request(prompts, numbers, eos, is_array, single)
+    return _Request(prompts, numbers, eos, model.config.sliding_window, is_array, single)
 
 
 def _warn_of_length(model: Mixtral, length: int) -> None:
@@ -309,13 +311,12 @@ def _refuse_nan(model: Mixtral, new_BN: np.ndarray, numbers: Sequence[int], firs
         )
 
 
-def _right_align(model: Mixtral, request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
+def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[Aligned, int]:
     """Prompts as an array whose last column is the last token of each, and the cache's slots."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
     width = max(width, _round_up(max(map(len, request.prompts))))
-    least = fewest_rows(compute_dtype(model.compute.dtype))
-    rows = max(-(-len(request.prompts) // shards), least) * shards
+    rows = -(-len(request.prompts) // shards) * shards
     tokens_BT: Any = np.zeros((rows, width), np.int32)
     pad_B: Any = np.full(rows, width, np.int32)
     number_B: Any = np.zeros(rows, np.int32)
@@ -324,24 +325,28 @@ def _right_align(model: Mixtral, request: _Request, new_columns: int, width: int
     for b, prompt in enumerate(request.prompts):
         pad_B[b] = width - len(prompt)
         tokens_BT[b, pad_B[b] :] = prompt
-    slots = cache_slots(model.config.sliding_window, width + new_columns)
+    slots = cache_slots(request.window, width + new_columns)
     return Aligned(tokens_BT, pad_B, number_B, eos_N), slots
 
 
 def _ready(model: Mixtral, rows: Aligned, slots: int) -> tuple[Mixtral, Apart | None]:
-    """The model with its matrices gathered and cast for the whole call, and its layers taken apart where products on a
-    few rows want that: each where it fits beside the cache.
+    """The model with its matrices gathered and cast for the whole call, or its layers taken apart where products on a
+    few rows want that: where it fits beside the cache.
     """
     config, mesh = model.config, dict(jax.sharding.get_abstract_mesh().shape)
     shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
     columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
     cache = columns * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize // shards
-    whole = gathered(model, dtype, beside=cache)
-    few = math.prod(mesh.values()) == 1 and rows.tokens_BT.shape[0] <= MAX_TOKENS
-    if not (few and platform() == "cpu" and quirks.COPIES_SLICES.here):
-        return whole, None
-    weights = sum(w.size * (1 + (w.dtype == jnp.uint8)) for w in jax.tree.leaves(whole.layers))  # codes of 4 bits: two
-    return whole, take_apart(whole) if weights * dtype.itemsize + cache <= free_memory() else None
+    if _wants_apart(config, rows.tokens_BT.shape[0], dtype) and math.prod(mesh.values()) == 1:
+        taken = apart_bytes(model) + 2 * cache
+        if taken <= free_memory():
+            return gathered(model, dtype, beside=taken, layers=False), take_apart(model)
+    return gathered(model, dtype, beside=cache), None
+
+
+def _wants_apart(config: MixtralConfig, rows: int, dtype: jnp.dtype) -> bool:
+    expert = 3 * config.hidden_size * config.intermediate_size * dtype.itemsize
+    return quirks.COPIES_SLICES.here and platform() == "cpu" and rows <= MAX_TOKENS and expert >= SMALL_EXPERT
 
 
 def _round_up(size: int) -> int:

@@ -1,6 +1,7 @@
 """The experts on a handful of tokens, as in decoding: time goes into reading weights, so only chosen ones are read."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.model import Block, Mixtral, compute_dtype
 from mixtral_jax.moe import OF_ALL_EXPERTS, ExpertWeights, dense_swiglu
+from mixtral_jax.parallel import used_dtype
 
 MAX_TOKENS = 128  # up to here every chosen expert on every token costs less than blocks of rows for each expert
 
@@ -17,26 +19,40 @@ MAX_TOKENS = 128  # up to here every chosen expert on every token costs less tha
 class Apart(NamedTuple):
     """A stack of layers taken apart: what a product takes is an array of its own (compiler_quirks.COPIES_SLICES)."""
 
-    blocks: tuple[Block, ...]  # of experts they have none
+    blocks: tuple[list[jax.Array], ...]  # leaves, in the order of the stack's; those of experts are empty
     experts: tuple[tuple[ExpertWeights, ...], ...]  # by layer; each a stack of one, in the compute dtype
 
 
-@jax.jit
+def apart_bytes(model: Mixtral) -> int:
+    """What the layers take when they are apart, at most."""
+    weights = sum(w.size * (2 if w.dtype == jnp.uint8 else 1) for w in jax.tree.leaves(model.layers))  # 4 bits: two
+    return weights * compute_dtype(model.compute.dtype).itemsize
+
+
 def take_apart(model: Mixtral) -> Apart:
     """The layers of a model on one device, for steps of up to MAX_TOKENS tokens."""
-    stack, dtype = model.dropless().layers, compute_dtype(model.compute.dtype)
-    graphdef, state = nnx.split(stack)
-    layers, experts = range(model.config.num_hidden_layers), range(model.config.num_local_experts)
+    leaves, tree = jax.tree.flatten(model.layers)
+    layers = range(model.config.num_hidden_layers)
+    parts = [_take_layer(leaves, layer, tree, compute_dtype(model.compute.dtype)) for layer in layers]
+    return Apart(*zip(*parts, strict=True))
 
-    def block(layer: int) -> Block:
-        def part(path: Any, p: jax.Array) -> jax.Array:
-            is_expert = path[0].key == "moe" and path[1].key not in OF_ALL_EXPERTS
-            return p[layer, :0] if is_expert else p[layer]
 
-        return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(part, nnx.to_pure_dict(state)))
+@partial(jax.jit, static_argnums=(2, 3))
+def _take_layer(
+    leaves: list[jax.Array], layer: jax.Array, tree: Any, dtype: jnp.dtype
+) -> tuple[list[jax.Array], tuple[ExpertWeights, ...]]:
+    stack: Block = jax.tree.unflatten(tree, leaves)
+    _, state = nnx.split(stack)
 
-    matrices = tuple(tuple(stack.moe.one_expert(layer, e, dtype) for e in experts) for layer in layers)
-    return Apart(tuple(map(block, layers)), matrices)
+    def part(path: Any, p: jax.Array) -> jax.Array:
+        name = [key.key for key in path]
+        if name[0] == "moe" and name[1] not in OF_ALL_EXPERTS:
+            return p[0, :0]
+        return p[layer].astype(used_dtype(".".join(name), p.dtype, dtype))
+
+    own = jax.tree.leaves(jax.tree_util.tree_map_with_path(part, nnx.to_pure_dict(state)))
+    experts = range(stack.moe.config.num_local_experts)
+    return own, tuple(stack.moe.one_expert(layer, expert, dtype) for expert in experts)
 
 
 def few_rows_swiglu(
@@ -66,21 +82,14 @@ def few_rows_apart(
     gate_MC: Float[Array, "M C"],
     weights_E: Sequence[ExpertWeights],
 ) -> Float[Array, "M D"]:
-    """The same, of experts whose matrices are arrays of their own.
-
-    Where there are two choices for each expert all are computed, though by chance a seventh is nobody's: they run side
-    by side, which branches do not.
-    """
+    """The same, of experts whose matrices are arrays of their own: each in a branch."""
     chosen_E, out_MD = _chosen(expert_MC, len(weights_E)), jnp.zeros(x_MD.shape, jnp.float32)
     for e, weights in enumerate(weights_E):
 
         def add(out_MD: jax.Array, weights: ExpertWeights, e: int = e) -> jax.Array:
             return out_MD + _share(x_MD, expert_MC, gate_MC, e, weights)
 
-        if expert_MC.size >= 2 * len(weights_E):
-            out_MD = add(out_MD, weights)
-        else:
-            out_MD = jax.lax.cond(chosen_E[e], add, lambda out_MD, _: out_MD, out_MD, weights)
+        out_MD = jax.lax.cond(chosen_E[e], add, lambda out_MD, _: out_MD, out_MD, weights)
     return out_MD
 
 

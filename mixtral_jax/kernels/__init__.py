@@ -8,11 +8,11 @@ from mixtral_jax.kernels.grouped import grouped_matmul
 from mixtral_jax.kernels.products import (
     bits,
     both_ways,
-    fewest_rows,
     from_bits,
     linear,
     narrowed,
     native_bf16,
+    product,
     saved,
     transposed,
 )

@@ -30,11 +30,6 @@ def _wants_rows(a: jax.Array) -> bool:
     return quirks.WIDENS_TRANSPOSED.here and a.dtype.itemsize == 2 and platform() == "cpu"
 
 
-def fewest_rows(dtype: jnp.dtype) -> int:
-    """Rows below which a product takes longer than with so many: for a loop over single tokens."""
-    return 2 if quirks.WIDENS_ONE_ROW.here and jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu" else 1
-
-
 def in_rows(a: jax.Array) -> jax.Array:
     """`a`, laid out in rows where products of its dtype want that."""
     return with_layout_constraint(a, Layout(tuple(range(a.ndim)))) if _wants_rows(a) else a
@@ -116,16 +111,27 @@ def transposed(arrays: Any) -> Any:
 def linear(x: Float[Array, "B T *I"], w: jax.Array) -> Float[Array, "B T *O"]:
     """x W in x's dtype, for W of shape (*I, *O); sums are in fp32."""
     inner = x.ndim - 2
-    if not _wants_rows(x):
+    if not (_wants_rows(x) or _stands_alone(x.shape[0] * x.shape[1])):
         return jnp.tensordot(x, w, inner)
     x_MI = x.reshape(x.shape[0] * x.shape[1], -1)
     y_MO = _linear(*same_variance(x_MI, w.reshape(x_MI.shape[1], -1)))
     return y_MO.reshape(*x.shape[:2], *w.shape[inner:])
 
 
+def _stands_alone(rows: int) -> bool:
+    return rows == 1 and quirks.SLOW_ON_ONE_ROW.here and platform() == "cpu"
+
+
+def product(x_MI: Float[Array, "M I"], w_IO: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    """x W in fp32. On a CPU what is one row is multiplied as two."""
+    rows = x_MI.shape[0]
+    x_MI = jnp.pad(x_MI, ((0, 1), (0, 0))) if _stands_alone(rows) else x_MI
+    return jnp.dot(x_MI, w_IO, preferred_element_type=jnp.float32)[:rows]
+
+
 @jax.custom_vjp
 def _linear(x_MI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    return jnp.dot(x_MI, w_IO, preferred_element_type=jnp.float32).astype(x_MI.dtype)
+    return product(x_MI, w_IO).astype(x_MI.dtype)
 
 
 def _forward(x_MI, w_IO):

@@ -39,4 +39,4 @@ from mixtral_jax.parallel.sharding import (
     sharded,
     sum_replicas,
 )
-from mixtral_jax.parallel.whole import free_memory, gathered, host_memory
+from mixtral_jax.parallel.whole import free_memory, gathered, host_memory, used_dtype

@@ -1,7 +1,6 @@
 """A model whose matrices are gathered and cast once, for a loop that would otherwise do so in every pass."""
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,15 +29,17 @@ class Whole(NamedTuple):
     own: P | None  # as it is stored
 
 
-def gathered(model: Model, dtype: jnp.dtype, beside: int) -> Model:
+def gathered(model: Model, dtype: jnp.dtype, beside: int, layers: bool = True) -> Model:
     """The model with its matrices in `dtype`, and whole along the mesh axes that only store them.
 
-    Dimensions that are computed on as shards stay shards; what is neither gathered nor cast is not copied. Where memory
-    does not hold that and `beside` bytes more, the model as it is, whose matrices `gather` brings layer by layer.
+    Dimensions that are computed on as shards stay shards; what is neither gathered nor cast is not copied, nor, without
+    `layers`, what is of a layer. Where memory does not hold that and `beside` bytes more, the model as it is, whose
+    matrices `gather` brings layer by layer.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param))
-    params, wholes = [p for _, p in leaves], [as_used(path, p, mesh, dtype) for path, p in leaves]
+    params = [p for _, p in leaves]
+    wholes = [as_used(path, p, mesh, dtype) if layers or "layers" not in p.axes else None for path, p in leaves]
     pairs = [(p, whole) for p, whole in zip(params, wholes, strict=True) if whole is not None]
     if not pairs or sum(whole_bytes(p, whole, mesh) for p, whole in pairs) + beside > free_memory():
         return model
@@ -53,8 +54,7 @@ def gathered(model: Model, dtype: jnp.dtype, beside: int) -> Model:
 def as_used(path: Any, p: nnx.Param, mesh: Any, dtype: jnp.dtype) -> Whole | None:
     """None for a parameter that is used as it is stored."""
     name, axes = jax.tree_util.keystr(path, simple=True, separator="."), p.get_metadata()["axes"]
-    keeps = name.endswith(EXACT) or not jnp.issubdtype(p.dtype, jnp.floating)
-    dtype = p.dtype if keeps else jnp.dtype(dtype)
+    dtype = used_dtype(name, p.dtype, dtype)
 
     def is_cut(axis: str) -> bool:
         return axis in GATHERED and math.prod(mesh.shape[a] for a in LOGICAL_AXES[axis]) > 1
@@ -67,6 +67,11 @@ def as_used(path: Any, p: nnx.Param, mesh: Any, dtype: jnp.dtype) -> Whole | Non
     return Whole(whole, dtype, *(param_spec(names, p.shape, mesh.shape, name) for names in (whole, axes)))
 
 
+def used_dtype(name: str, held: jnp.dtype, compute: jnp.dtype) -> jnp.dtype:
+    """What the parameter `name`, held so, is cast to before anything takes it."""
+    return held if name.endswith(EXACT) or not jnp.issubdtype(held, jnp.floating) else jnp.dtype(compute)
+
+
 def whole_bytes(p: nnx.Param, whole: Whole, mesh: Any) -> int:
     """What it takes on one device."""
     shape = p.shape if whole.spec is None else NamedSharding(mesh, whole.spec).shard_shape(p.shape)
@@ -74,10 +79,13 @@ def whole_bytes(p: nnx.Param, whole: Whole, mesh: Any) -> int:
 
 
 def free_memory() -> float:
-    """Bytes that the fullest device of any process of the mesh has left, less a tenth of all for what XLA needs."""
+    """Bytes that the fullest device of any process of the mesh has left, less a tenth for what XLA needs.
+
+    Devices that are CPUs have shares of their host, of which all are taken to be one.
+    """
     devices = jax.local_devices()
     on_host = devices[0].platform == "cpu"
-    left = 0.9 * host_memory() / len(devices) if on_host else min(map(_left, devices))
+    left = 0.9 * host_memory() / jax.device_count() if on_host else min(map(_left, devices))
     if jax.sharding.get_abstract_mesh().empty:
         return left
     return float(np.min(multihost_utils.process_allgather(np.float32(left))))  # all processes must decide alike
@@ -90,18 +98,37 @@ def _left(device: jax.Device) -> float:
 
 
 def host_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process may still take of its host, with what the system would give back of its caches."""
-    free: float = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (told := root / "proc/meminfo").exists():
-        free = 1024 * _numbers(told)["MemAvailable:"]
-    limit, held, parts = (root / "sys/fs/cgroup" / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():  # a container's own
-        free = min(free, int(most) - int(held.read_text()) + _numbers(parts)["inactive_file"])
+    """Bytes that this process may still take of its host, with what the system would give back of its caches.
+
+    As Linux says, and the limits of the control groups that the process is in (version 1 or 2): a container's, a
+    job's. inf: nobody says.
+    """
+    free = 1024 * _numbers(root / "proc/meminfo").get("MemAvailable:", math.inf)
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        old = "memory" in kinds.split(",")
+        if not (old or kinds == ""):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if old else "")
+        limit, used, cached = OLD_GROUP if old else GROUP
+        place = top / path.lstrip("/")
+        for group in (place, *place.parents):
+            if group.is_relative_to(top) and (group / limit).exists():
+                most = (group / limit).read_text().strip()
+                held = int((group / used).read_text()) - _numbers(group / "memory.stat").get(cached, 0)
+                free = min(free, int(most) - held if most.isdigit() else math.inf)
     return free
 
 
+# Of a control group: its limit, what it holds, and what of that are pages of files that would be given back.
+GROUP = ("memory.max", "memory.current", "inactive_file")
+OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
 def _numbers(file: Path) -> dict[str, int]:
-    return {line.split()[0]: int(line.split()[1]) for line in file.read_text(encoding="ascii").splitlines()}
+    lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
+    return {name: int(value) for name, value, *_ in map(str.split, lines)}
 
 
 @partial(jax.jit, static_argnames="wholes")

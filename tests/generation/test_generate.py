@@ -12,7 +12,7 @@ from mixtral_jax.config import ComputeConfig, MoeConfig
 from mixtral_jax.generation import engine
 from mixtral_jax.generation.cache import cache_slots, decode, prefill
 from mixtral_jax.generation.engine import generate, stream
-from mixtral_jax.generation.few_rows import few_rows_swiglu
+from mixtral_jax.generation.few_rows import few_rows_apart, few_rows_swiglu
 from mixtral_jax.model import Mixtral
 from mixtral_jax.moe import block
 from mixtral_jax.moe.experts import ExpertWeights, grouped_swiglu
@@ -159,7 +159,7 @@ def test_forms_of_input() -> None:
     assert generate(model, [], max_new_tokens=4) == []
 
 
-@pytest.mark.parametrize("way", ["few_rows", "blocked", "ragged_dot", "dense"])
+@pytest.mark.parametrize("way", ["few_rows", "apart", "blocked", "ragged_dot", "dense"])
 def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
     """A gate, an input, an expert's matrix: NaN for the tokens that chose what is NaN, the others as without it."""
     rng = np.random.default_rng(0)
@@ -172,6 +172,9 @@ def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
         if way == "few_rows":
             read = lambda e: ExpertWeights(*(w[e][None] for w in weights[:2]))  # noqa: E731 - shorter
             return np.asarray(few_rows_swiglu(jnp.array(x_MD), jnp.array(expert_MC), jnp.array(gate_MC), 3, read))
+        if way == "apart":
+            own = [ExpertWeights(*(w[e][None] for w in weights[:2])) for e in range(3)]
+            return np.asarray(few_rows_apart(*map(jnp.array, (x_MD, expert_MC, gate_MC)), own))
         run = lambda w, x, gate, sizes: grouped_swiglu(x, gate, w, sizes, way)  # noqa: E731 - shorter
         rows = [weights, *map(jnp.array, (x_MD, expert_MC, gate_MC))]
         return np.asarray(exchange_experts(*rows, run, experts=3, transport="auto", capacity=None)[0])
@@ -184,7 +187,7 @@ def test_nan_stays_with_the_tokens_that_have_it(way: str) -> None:
     plain_MD = apply(x_MD, gate_MC, w2_EFD)
     assert not plain_MD[4].any()
     cases = [((x_MD, poisoned(gate_MC, 2, 1), w2_EFD), [2]), ((poisoned(x_MD, 1), gate_MC, w2_EFD), [1])]
-    if way in ("few_rows", "blocked"):  # the others multiply every row with every matrix, by 0
+    if way not in ("ragged_dot", "dense"):  # which multiply every row with every matrix, by 0
         cases.append(((x_MD, gate_MC, poisoned(w2_EFD, 2)), [1, 2]))
     for given, hit in cases:
         got_MD = apply(*given)
