@@ -17,9 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
-from mixtral_jax.config import MixtralConfig
 from mixtral_jax.generation.cache import Cache, Held, cache_slots, decode, prefill
-from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, apart_bytes, take_apart
+from mixtral_jax.generation.few_rows import Apart, apart_bytes, take_apart, wants_apart
 from mixtral_jax.generation.sampling import Drawing, Sampler, is_whole, make_sampler, sample
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import (
@@ -29,14 +28,11 @@ from mixtral_jax.parallel import (
     axis_max,
     free_memory,
     gathered,
-    platform,
     psum,
     sharded,
     varying,
 )
-from mixtral_jax.parallel import compiler_quirks as quirks
 
-SMALL_EXPERT = 2**20  # bytes: copies of smaller ones stay in a processor's cache, and cost less than more to compile
 SMALLEST = 16  # prompt columns and new tokens are rounded up to 16, 24, 32, 48, 64, 96, ...
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -103,7 +99,7 @@ def generate(
         return np.zeros((0, most), np.int32) if rows.is_array else []
     columns = _round_up(most)
     batch, slots = _right_align(rows, columns)
-    ready, limit = _ready(model, batch, slots), jnp.int32(max_new_tokens)
+    ready, limit = _ready(model, batch, slots, max_new_tokens), jnp.int32(max_new_tokens)
     out_BN = _run(*ready, batch, sampler, limit, slots=slots, columns=columns)
     out_BN = np.asarray(out_BN)[:count, :max_new_tokens]
     _refuse_nan(model, out_BN, rows.numbers, first=1)
@@ -131,8 +127,8 @@ def stream(
     rows = _read_prompts(model, list(tokens), None, eos_id, numbers)
     sampler = make_sampler(**drawing)
     batch, slots = _right_align(rows, _round_up(_positive("max_new_tokens", max_new_tokens)), width)
-    ended, (whole, apart) = np.zeros(len(rows.prompts), bool), _ready(model, batch, slots)
-    state, seen = _start(whole, batch, sampler, slots=slots, apart=apart is not None)
+    ended, ready = np.zeros(len(rows.prompts), bool), _ready(model, batch, slots, max_new_tokens)
+    state, seen = _start(*ready, batch, sampler, slots=slots)
     for number in range(1, max_new_tokens + 1):
         new, done = np.asarray(seen)[:, : len(ended)]
         _refuse_nan(model, np.where(ended, 0, new)[:, None], rows.numbers, first=number)
@@ -143,20 +139,20 @@ def stream(
         ended = done > 0
         if ended.all() or number == max_new_tokens:
             return
-        state, seen = _step(whole, apart, state, batch, sampler)
+        state, seen = _step(*ready, state, batch, sampler)
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("slots", "apart"))
+@partial(jax.jit, static_argnames="slots")
 def _start(
-    model: Mixtral, rows: Aligned, sampler: Sampler, *, slots: int, apart: bool
+    model: Mixtral, apart: Apart | None, rows: Aligned, sampler: Sampler, *, slots: int
 ) -> tuple[State, Int[Array, "2 B"]]:
     """Prefill, and the first token; with what `_seen` shows."""
 
     def local(model: Mixtral, rows: Aligned, sampler: Sampler) -> tuple[State, jax.Array]:
-        return _seen(_first(model, rows, sampler, slots, apart))
+        return _seen(_first(model, apart, rows, sampler, slots))
 
     return sharded(local, model, (rows, sampler), (_ROWS, P()), (_STATE, P()))
 
@@ -193,7 +189,7 @@ def _run(
             out_BN = jax.lax.dynamic_update_slice(out_BN, state.token_B[:, None], (0, state.drawn - 1))
             return state, out_BN, _rows_left(state)
 
-        state = _varying(_first(model, rows, sampler, slots, apart is not None))
+        state = _varying(_first(model, apart, rows, sampler, slots))
         out_BN = jnp.pad(state.token_B[:, None], ((0, 0), (0, columns - 1)))
         carry = (state, out_BN, _rows_left(state))
         _, out_BN, _ = jax.lax.while_loop(lambda c: (c[0].drawn < limit) & (c[2] > 0), body, carry)
@@ -205,9 +201,9 @@ def _run(
     return sharded(local, model, (rows, sampler, limit), (_ROWS, P(), P()), P())
 
 
-def _first(model: Mixtral, rows: Aligned, sampler: Sampler, slots: int, apart: bool) -> State:
+def _first(model: Mixtral, apart: Apart | None, rows: Aligned, sampler: Sampler, slots: int) -> State:
     logits_BV, cache = prefill(model, rows.tokens_BT, rows.pad_B, slots)
-    held: Held = tuple(map(Cache, *cache)) if apart else cache
+    held: Held = cache if apart is None else tuple(map(Cache, *cache))
     done_B = rows.pad_B == rows.tokens_BT.shape[1]
     return _draw(logits_BV, held, done_B, jnp.int32(0), rows, sampler)
 
@@ -329,7 +325,7 @@ def _right_align(request: _Request, new_columns: int, width: int = 0) -> tuple[A
     return Aligned(tokens_BT, pad_B, number_B, eos_N), slots
 
 
-def _ready(model: Mixtral, rows: Aligned, slots: int) -> tuple[Mixtral, Apart | None]:
+def _ready(model: Mixtral, rows: Aligned, slots: int, new_tokens: int) -> tuple[Mixtral, Apart | None]:
     """The model with its matrices gathered and cast for the whole call, or its layers taken apart where products on a
     few rows want that: where it fits beside the cache.
     """
@@ -337,16 +333,12 @@ def _ready(model: Mixtral, rows: Aligned, slots: int) -> tuple[Mixtral, Apart | 
     shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
     columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
     cache = columns * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize // shards
-    if _wants_apart(config, rows.tokens_BT.shape[0], dtype) and math.prod(mesh.values()) == 1:
-        taken = apart_bytes(model) + 2 * cache
+    if wants_apart(model, rows.tokens_BT.shape[0], new_tokens):
+        prompts = 3 * rows.tokens_BT.size * config.num_experts_per_tok * config.intermediate_size * dtype.itemsize
+        taken = apart_bytes(model) + 2 * cache + prompts
         if taken <= free_memory():
             return gathered(model, dtype, beside=taken, layers=False), take_apart(model)
     return gathered(model, dtype, beside=cache), None
-
-
-def _wants_apart(config: MixtralConfig, rows: int, dtype: jnp.dtype) -> bool:
-    expert = 3 * config.hidden_size * config.intermediate_size * dtype.itemsize
-    return quirks.COPIES_SLICES.here and platform() == "cpu" and rows <= MAX_TOKENS and expert >= SMALL_EXPERT
 
 
 def _round_up(size: int) -> int:

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels import native_bf16
 from mixtral_jax.model import Block, Mixtral, compute_dtype
 from mixtral_jax.moe import OF_ALL_EXPERTS, ExpertWeights, dense_swiglu
-from mixtral_jax.parallel import used_dtype
+from mixtral_jax.parallel import MESH_AXES, devices_along, platform, used_dtype
+from mixtral_jax.parallel import compiler_quirks as quirks
 
 MAX_TOKENS = 128  # up to here every chosen expert on every token costs less than blocks of rows for each expert
+SMALL_EXPERT = 2**20  # bytes: copies of smaller ones stay in a processor's cache, and cost less than more to compile
+FEWEST_STEPS = 32  # to take the layers apart costs as much as they save in 10 to 30
+MOST_PROGRAMS = 256  # of layers x experts: a quarter of a minute to compile
 
 
 class Apart(NamedTuple):
@@ -24,9 +29,22 @@ class Apart(NamedTuple):
 
 
 def apart_bytes(model: Mixtral) -> int:
-    """What the layers take when they are apart, at most."""
-    weights = sum(w.size * (2 if w.dtype == jnp.uint8 else 1) for w in jax.tree.leaves(model.layers))  # 4 bits: two
-    return weights * compute_dtype(model.compute.dtype).itemsize
+    """What the layers take when they are apart."""
+    return sum(w.size for w in jax.tree.leaves(model.layers)) * compute_dtype(model.compute.dtype).itemsize
+
+
+def wants_apart(model: Mixtral, rows: int, new_tokens: int) -> bool:
+    """Whether steps of so many rows are faster by layers taken apart: where that was measured (docs/decisions.md).
+
+    Not with a base in blocks, which is held so to be small.
+    """
+    config, leaves = model.config, jax.tree.leaves(model.layers)
+    expert = 3 * config.hidden_size * config.intermediate_size * compute_dtype(model.compute.dtype).itemsize
+    pays = expert >= SMALL_EXPERT and new_tokens >= FEWEST_STEPS and rows <= MAX_TOKENS
+    programs = config.num_hidden_layers * config.num_local_experts
+    is_plain = all(jnp.issubdtype(w.dtype, jnp.floating) for w in leaves)
+    copies = quirks.COPIES_SLICES.here and platform() == "cpu" and native_bf16() and devices_along(MESH_AXES) == 1
+    return copies and pays and is_plain and programs <= MOST_PROGRAMS
 
 
 def take_apart(model: Mixtral) -> Apart:

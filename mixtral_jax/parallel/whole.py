@@ -1,6 +1,7 @@
 """A model whose matrices are gathered and cast once, for a loop that would otherwise do so in every pass."""
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -101,23 +102,17 @@ def host_memory(root: Path = Path("/")) -> float:
     """Bytes that this process may still take of its host, with what the system would give back of its caches.
 
     As Linux says, and the limits of the control groups that the process is in (version 1 or 2): a container's, a
-    job's. inf: nobody says.
+    job's. Where nobody says, half of all memory.
     """
-    free = 1024 * _numbers(root / "proc/meminfo").get("MemAvailable:", math.inf)
-    own = root / "proc/self/cgroup"
-    for line in own.read_text().splitlines() if own.exists() else ():
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = 1024 * _numbers(root / "proc/meminfo").get("MemAvailable:", everything / 2048)
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, kinds, path = line.split(":", 2)
-        old = "memory" in kinds.split(",")
-        if not (old or kinds == ""):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if old else "")
-        limit, used, cached = OLD_GROUP if old else GROUP
-        place = top / path.lstrip("/")
-        for group in (place, *place.parents):
-            if group.is_relative_to(top) and (group / limit).exists():
-                most = (group / limit).read_text().strip()
-                held = int((group / used).read_text()) - _numbers(group / "memory.stat").get(cached, 0)
-                free = min(free, int(most) - held if most.isdigit() else math.inf)
+        if kinds == "" or "memory" in kinds.split(","):
+            top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+            place = top / path.lstrip("/")
+            groups = [group for group in (place, *place.parents) if group.is_relative_to(top)]
+            free = min(free, *(_left_of_group(group, *(OLD_GROUP if kinds else GROUP)) for group in groups))
     return free
 
 
@@ -126,9 +121,22 @@ GROUP = ("memory.max", "memory.current", "inactive_file")
 OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def _numbers(file: Path) -> dict[str, int]:
-    lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
-    return {name: int(value) for name, value, *_ in map(str.split, lines)}
+def _left_of_group(group: Path, limit: str, used: str, cached: str) -> float:
+    most, held = (_text(group / name).strip() for name in (limit, used))
+    given_back = _numbers(group / "memory.stat").get(cached, 0)
+    return int(most) - int(held) + given_back if most.isdigit() and held.isdigit() else math.inf
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    words = [line.split() for line in _text(file).splitlines()]
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:  # of another system, or hidden from a process in a sandbox
+        return ""
 
 
 @partial(jax.jit, static_argnames="wholes")
