@@ -333,7 +333,7 @@ def _ready(model: Mixtral, rows: Aligned, slots: int, new_tokens: int) -> tuple[
     shards, dtype = math.prod(mesh.get(a, 1) for a in (*BATCH_AXES, "tensor")), compute_dtype(model.compute.dtype)
     columns = rows.tokens_BT.shape[0] * slots * config.num_hidden_layers
     cache = columns * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize // shards
-    if wants_apart(model, rows.tokens_BT.shape[0], new_tokens):
+    if math.prod(mesh.values()) == 1 and wants_apart(model, rows.tokens_BT.shape[0], new_tokens):
         prompts = 3 * rows.tokens_BT.size * config.num_experts_per_tok * config.intermediate_size * dtype.itemsize
         taken = apart_bytes(model) + 2 * cache + prompts
         if taken <= free_memory():

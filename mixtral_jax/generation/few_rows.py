@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from mixtral_jax.kernels import native_bf16
 from mixtral_jax.model import Block, Mixtral, compute_dtype
 from mixtral_jax.moe import OF_ALL_EXPERTS, ExpertWeights, dense_swiglu
-from mixtral_jax.parallel import MESH_AXES, devices_along, platform, used_dtype
 from mixtral_jax.parallel import compiler_quirks as quirks
+from mixtral_jax.parallel import platform, used_dtype
 
 MAX_TOKENS = 128  # up to here every chosen expert on every token costs less than blocks of rows for each expert
 SMALL_EXPERT = 2**20  # bytes: copies of smaller ones stay in a processor's cache, and cost less than more to compile
@@ -34,7 +34,7 @@ def apart_bytes(model: Mixtral) -> int:
 
 
 def wants_apart(model: Mixtral, rows: int, new_tokens: int) -> bool:
-    """Whether steps of so many rows are faster by layers taken apart: where that was measured (docs/decisions.md).
+    """Whether steps of so many rows on one device are faster by layers taken apart, as measured (docs/decisions.md).
 
     Not with a base in blocks, which is held so to be small.
     """
@@ -43,7 +43,7 @@ def wants_apart(model: Mixtral, rows: int, new_tokens: int) -> bool:
     pays = expert >= SMALL_EXPERT and new_tokens >= FEWEST_STEPS and rows <= MAX_TOKENS
     programs = config.num_hidden_layers * config.num_local_experts
     is_plain = all(jnp.issubdtype(w.dtype, jnp.floating) for w in leaves)
-    copies = quirks.COPIES_SLICES.here and platform() == "cpu" and native_bf16() and devices_along(MESH_AXES) == 1
+    copies = quirks.COPIES_SLICES.here and platform() == "cpu" and native_bf16()
     return copies and pays and is_plain and programs <= MOST_PROGRAMS
 
 

@@ -77,6 +77,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mesh = model_for(name), make_mesh(MeshConfig(**MESHES[name]))
     options = dict(max_new_tokens=4, eos_id=5)
+    monkeypatch.setattr(
+        engine, "wants_apart", lambda *_: not jax.sharding.get_abstract_mesh().empty
+    )  # but on a mesh never
     want, drawn = generate(model, PROMPTS, **options), generate(model, PROMPTS, temperature=1.0, **options)
     with jax.set_mesh(mesh):
         own = placed(model, mesh)
@@ -90,6 +93,7 @@ def test_weights_are_gathered_once_and_tokens_stay(name: str, monkeypatch: pytes
 
         rows, slots = engine._right_align(engine._read_prompts(own, PROMPTS, None, 5, None), 16)
         matrices = {p.shape[1:] for _, p in nnx.to_flat_state(nnx.state(model.layers)) if p.ndim > 2}
+        assert engine._ready(own, rows, slots, 16)[1] is None
         layer_by_layer = gathers_in_loop(own, rows, slots)
         once = gathers_in_loop(engine._ready(own, rows, slots, 16)[0], rows, slots)
         of_tokens = 4 * (MESHES[name].get("expert", 1) > 1)  # to experts elsewhere: sizes, rows, and rows back
