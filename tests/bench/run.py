@@ -55,7 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     for name, run in sections(args.form == "full", args).items():
         if name in args.only:
-            how = f" {IN_TURN}" if name in ("step", "tuning", "generation") else ""
+            how = f" {IN_TURN}" if name in ("step", "tuning", "generation", "growth") else ""
             text = f"{heading()}{how} `python -m tests.bench.run {' '.join(sys.argv[1:])}`\n\n{run()}"
             print(text, flush=True)
             write_section(DOC, name, text)
