@@ -15,7 +15,7 @@ from mixtral_jax.data.prepare import PreparedData, digest, prepare
 from mixtral_jax.data.records import stage_in
 from mixtral_jax.data.rows import Position, batches
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
-from mixtral_jax.model import Mixtral
+from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, patiently
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
@@ -248,7 +248,8 @@ def numbers_of_reference(
     made_of = {
         "weights": arrays_identity(reference),
         "model": config.model.model_dump(mode="json"),
-        "compute": config.compute.model_dump(mode="json"),
+        "compute": config.compute.model_dump(mode="json") | {"dtype": compute_dtype(config.compute.dtype).name},
+        "platform": jax.default_backend(),  # which decides what `auto` is
         "ld_alpha": config.dpo.ld_alpha,
         "micro_batch": config.rows_per_micro_batch,
     }

@@ -110,6 +110,12 @@ def generate(
     return ended[0] if rows.single else ended
 
 
+def check_options(*, max_new_tokens: int = 64, **drawing: Unpack[Drawing]) -> None:
+    """Raise the ValueError of `generate` for a setting out of range, before there is a model."""
+    make_sampler(**drawing)
+    _positive("max_new_tokens", max_new_tokens)
+
+
 def stream(
     model: Mixtral,
     tokens: Sequence[Sequence[int]],

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mixtral_jax.kernels.products import bits, from_bits, narrowed, transposed, turned_right
 from mixtral_jax.parallel import same_variance, zeros
 
 BLOCK_ROWS = 128
@@ -20,23 +21,23 @@ def blocked_rows(
     """x[r] @ w[g], or x[r] @ w[g]^T; rows behind the last group hold garbage."""
     rows, block = x_RD.shape[0], min(BLOCK_ROWS, x_RD.shape[0])
     x_RD = jnp.pad(x_RD, ((0, block), (0, 0)))
-    contract = (((1,), (1 if transpose else 0,)), ((), ()))
     starts_E = jnp.cumsum(sizes_E) - sizes_E
 
     def group(y_RF, inputs):
         w_DF, start, size = inputs
+        w_DF = turned_right(size > 0, w_DF) if transpose else w_DF
 
         def one_block(i, y_RF):
             row = start + i * block
             x_bD = jax.lax.dynamic_slice_in_dim(x_RD, row, block)
-            y_bF = jax.lax.dot_general(x_bD, w_DF, contract, preferred_element_type=jnp.float32)
-            return jax.lax.dynamic_update_slice_in_dim(y_RF, y_bF.astype(y_RF.dtype), row, axis=0)
+            y_bF = narrowed(jnp.dot(x_bD, w_DF, preferred_element_type=jnp.float32), x_RD.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(y_RF, bits(y_bF), row, axis=0)
 
         return jax.lax.fori_loop(0, (size + block - 1) // block, one_block, y_RF), None
 
-    y_RF = zeros((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD.dtype, x_RD)
+    y_RF = bits(zeros((rows + block, w_EDF.shape[1 if transpose else 2]), x_RD.dtype, x_RD))
     y_RF, _ = jax.lax.scan(group, y_RF, (w_EDF, starts_E, sizes_E))
-    return y_RF[:rows]
+    return from_bits(y_RF[:rows], x_RD.dtype)
 
 
 def blocked_weight_gradient(
@@ -55,7 +56,7 @@ def blocked_weight_gradient(
             inside_b1 = (i * block + jnp.arange(block) < size)[:, None]
             x_bD = jnp.where(inside_b1, jax.lax.dynamic_slice_in_dim(x_RD, row, block), 0)
             dy_bF = jnp.where(inside_b1, jax.lax.dynamic_slice_in_dim(dy_RF, row, block), 0)
-            return dw_DF + jnp.einsum("bD,bF->DF", x_bD, dy_bF, preferred_element_type=jnp.float32)
+            return dw_DF + jnp.dot(transposed(x_bD), dy_bF, preferred_element_type=jnp.float32)
 
         none_DF = zeros((x_RD.shape[1], dy_RF.shape[1]), jnp.float32, x_RD)
         return None, jax.lax.fori_loop(0, (size + block - 1) // block, one_block, none_DF)

@@ -51,6 +51,11 @@ def turned_if(used: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.cond(used, turn, lambda w: zeros(w.shape[::-1], w.dtype, w), w)
 
 
+def turned_right(used: jax.Array, w: jax.Array) -> jax.Array:
+    """The transpose of a matrix that is `used`, for the right side of a product: one of fp32 takes it as it lies."""
+    return turned_if(used, w) if w.dtype.itemsize == 2 else w.T
+
+
 def both_ways(w: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """`w`, and its transpose where a loop comes to use both: made ahead of the loop where it has to lie in rows."""
     if not _wants_rows(w):

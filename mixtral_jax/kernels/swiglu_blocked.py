@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.activation import swiglu, swiglu_gradient
-from mixtral_jax.kernels.products import bits, from_bits, narrowed, transposed, turned_if
+from mixtral_jax.kernels.products import bits, from_bits, narrowed, transposed, turned_if, turned_right
 from mixtral_jax.parallel import same_variance, zeros
 
 BLOCKS = (512, 128, 64)  # rows; each divides the one before
@@ -106,9 +106,7 @@ def _ready(w: Weights, dtype: jnp.dtype) -> Weights:
 def _back(w: Weights, used: jax.Array) -> Weights:
     """The matrices of the transposed products, dy W^T and (dy B^T) A^T."""
     low13, low2 = (None if low is None else Low(low.b.T, low.a.T) for low in (w.low13, w.low2))
-    # a product of fp32 takes a transpose as it lies
-    turn = partial(turned_if, used) if w.w2.dtype.itemsize == 2 else jnp.transpose
-    return Weights(turn(w.w13), turn(w.w2), low13, low2)
+    return Weights(turned_right(used, w.w13), turned_right(used, w.w2), low13, low2)
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ Two balance losses are in use and are not interchangeable; both are here, by nam
 """
 
 import itertools
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,10 +38,11 @@ def router_stats(
     chosen_ME = jnp.sum(jax.nn.one_hot(routing.expert_MC, experts, dtype=jnp.float32), axis=1)
     log_z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1)
     entropy_M = log_z_M - jnp.sum(routing.probs_ME * routing.logits_ME, axis=-1)
+    over_tokens = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # accelerators would round what they take
     dropped_C = jnp.zeros((2,)) if dropped_MC is None else jnp.sum(dropped_MC, axis=0, dtype=jnp.float32)
     return RouterStats(
-        counts_LE=jax.lax.stop_gradient(valid_M @ chosen_ME),
-        probs_LE=valid_M @ routing.probs_ME,
+        counts_LE=jax.lax.stop_gradient(over_tokens(valid_M, chosen_ME)),
+        probs_LE=over_tokens(valid_M, routing.probs_ME),
         z_L=jnp.sum(valid_M * jnp.square(log_z_M)),
         entropy_L=jax.lax.stop_gradient(jnp.sum(valid_M * entropy_M)),
         dropped_L=jnp.sum(dropped_C),

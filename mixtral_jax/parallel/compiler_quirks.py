@@ -44,6 +44,11 @@ def _version(package: str) -> tuple[int, ...]:
         return ()
 
 
+def breaks_on_bf16() -> bool:
+    """Whether jaxlib ends the process at a few odd shapes of bf16, on a CPU that multiplies bf16 (docs/install.md)."""
+    return (0, 12) <= _version("jaxlib") <= (0, 12, 0, 1)
+
+
 # ---- scatters and gathers over a torus -------------------------------------------------------------------------------
 #
 # The transpose of an all-gather is a reduce-scatter. The TPU compiler has no such collective for a group that spans a

@@ -13,6 +13,7 @@ import datetime
 import gzip
 import itertools
 import json
+import os
 import platform
 import re
 import statistics
@@ -22,16 +23,19 @@ import tempfile
 from operator import attrgetter
 from pathlib import Path
 
+from mixtral_jax.data.config import DataConfig
 from mixtral_jax.train.config import load_config
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run.environment import git_commit
 from tests.bench.rounds import in_turn
+from tests.bench.worker import PLATFORM
 
 RECORD = "configs/pretrain/quickstart.yaml"
 DOC = Path("docs/speedrun.md")
 BUDGET, HELD_BACK = 180, 20  # seconds; one of so many documents
-SAME = ("data.tokenizer", "data.train", "data.validation", "data.staging_dir", "eval.batches", "init_from")
-LEAST_ROW = 64
+OF_DATA = (f"data.{name}" for name in DataConfig.model_fields if name not in ("packing", "workers", "cache_dir"))
+SAME = (*OF_DATA, "eval.batches", "init_from", "resume_from", "checkpoint.directory")
+LEAST_ROW, LEAST_PAIRS = 64, 40
 QUIET = ("log.tensorboard=false", "log.progress=false", "checkpoint.every=1000000")
 
 
@@ -42,7 +46,9 @@ def main() -> int:
     parser.add_argument("--dev", action="store_true", help="on texts held back of the training texts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--part", type=float, default=1.0, help="of the budget")
-    parser.add_argument("--pairs", type=int, default=40, help="steps of each that are timed; 0: it costs as much")
+    parser.add_argument(
+        "--pairs", type=int, default=LEAST_PAIRS, help="steps of each that are timed; 0: it costs as much"
+    )
     parser.add_argument(
         "--anchor", action="store_true", help="by the clock, not by the record's steps: a quiet machine"
     )
@@ -50,24 +56,32 @@ def main() -> int:
     args = parser.parse_args()
     if args.write and (args.dev or args.part != 1 or args.seeds < 3):
         parser.error("--write is for the whole budget, three seeds and the validation texts")
+    if args.write and args.entry and (args.anchor or args.pairs < LEAST_PAIRS):
+        parser.error(f"--write is for {LEAST_PAIRS} steps and more, timed in turn with the record's")
     if min(args.seeds, args.pairs + 1) < 1 or args.part <= 0 or (args.anchor and not args.pairs):
         parser.error("--seeds is 1 or more, --pairs 0 or more (with --anchor 1), --part above 0")
     try:
         config, changes = split(args.entry)
     except (UserError, ValueError, OSError) as error:
         parser.error(str(error))
+    name, scores, code = ": ".join(filter(None, (args.write, " ".join(args.entry) or "the record"))), [], 0
     with tempfile.TemporaryDirectory() as folder:
-        steps = budget(Path(folder), config, changes, args.pairs, anchor=args.anchor)
-        steps = round(steps * args.part)
-        data = held_back(Path(folder)) if args.dev else ()
-        scores = [
-            trained(Path(folder) / f"{seed}", config, (*changes, *data), steps, seed) for seed in range(args.seeds)
-        ]
-    line = row(": ".join(filter(None, (args.write, " ".join(args.entry) or "the record"))), steps, scores)
-    print(line, flush=True)
-    if args.write:
+        try:
+            launch(config, *changes, "--dry-run")  # what a run refuses is refused before anything is timed
+            steps = round(budget(Path(folder), config, changes, args.pairs, anchor=args.anchor) * args.part)
+            data = held_back(Path(folder)) if args.dev else ()
+            for seed in range(args.seeds):
+                scores.append(trained(Path(folder) / f"{seed}", config, (*changes, *data), steps, seed))
+        except (subprocess.CalledProcessError, RuntimeError) as error:  # of a run, of one that is timed
+            code = max(1, getattr(error, "returncode", 1))
+            said = error if isinstance(error, RuntimeError) else f"launch.py ended with {code}"
+            print(f"speedrun: after {len(scores)} seeds: {said}", file=sys.stderr)
+    if scores:
+        line = row(name, steps, scores)
+        print(line, flush=True)
+    if args.write and not code:
         DOC.write_text(DOC.read_text(encoding="utf-8").rstrip("\n") + f"\n{line}\n", encoding="utf-8")
-    return 0
+    return code
 
 
 def split(words: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -126,11 +140,16 @@ def held_back(folder: Path) -> tuple[str, ...]:
 def trained(folder: Path, config: str, changes: tuple[str, ...], steps: int, seed: int) -> dict[str, float]:
     """Bits per byte by source, behind the last step."""
     last = (f"steps={steps}", f"eval.every={steps}", f"seed={seed}", "run_name=run", f"output_dir={folder}")
-    command = [sys.executable, "-P", "launch.py", "pretrain", config, *changes, *QUIET, *last]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    launch(config, *changes, *QUIET, *last)
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     found = {name: value for line in lines for name, value in line.items() if name.endswith("/bits_per_byte")}
     return {name.split("/")[1]: value for name, value in found.items() if name.count("/") == 2}
+
+
+def launch(*words: str) -> None:
+    """`launch.py pretrain` where entries are timed: on a CPU, whatever else the machine has."""
+    command = [sys.executable, "-P", "launch.py", "pretrain", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "JAX_PLATFORMS": PLATFORM})
 
 
 def row(change: str, steps: int, scores: list[dict[str, float]]) -> str:

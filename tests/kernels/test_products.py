@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import Low, blocked_swiglu, linear, narrowed, native_bf16, saved
+from mixtral_jax.kernels import Low, blocked_swiglu, grouped_matmul, linear, narrowed, native_bf16, saved
 from mixtral_jax.losses import linear_cross_entropy
 
 bf16, fp32 = jnp.bfloat16, jnp.float32
@@ -111,6 +111,11 @@ def test_no_product_of_a_layer_or_of_the_head_is_computed_in_fp32():
         return blocked_swiglu(rows, gate, w13, w2, sizes).astype(fp32).sum()
 
     assert not wide_products(jax.grad(experts, (0, 1, 2)), rows, w13, w2)
+
+    def grouped(rows, w):  # what adapters with dropout take
+        return grouped_matmul(rows, w, sizes, backend="blocked").astype(fp32).sum()
+
+    assert not wide_products(jax.grad(grouped, (0, 1)), rows, w13)
 
     targets, weights = jnp.zeros(512, jnp.int32), jnp.ones(512)
     for stored in ((256, 1024), (1024, 256)):  # tied embeddings come transposed

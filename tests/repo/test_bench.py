@@ -1,5 +1,6 @@
 """The benchmark's own parts: shapes with changes, our steps at a tiny shape, the document."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,16 @@ def test_the_table_of_steps(monkeypatch):
         (["configs/sft/tiny.yaml"], "is of stage sft"),
         (["eval.batches=1"], "eval.batches is the record's in every entry"),
         (["data.tokenizer=other.model"], "data.tokenizer is the record's"),
+        (["data.temperature=5"], "data.temperature is the record's"),
+        (["resume_from=runs/quickstart@487"], "resume_from is the record's"),
+        (["checkpoint.directory=steps"], "checkpoint.directory is the record's"),
         (["seq_len=32"], "rows have 64 tokens or more"),
         (["a.yaml", "b.yaml"], "one file, not a.yaml and b.yaml"),
         (["--pairs", "-1"], "--pairs 0 or more"),
         (["--seeds", "0"], "--seeds is 1 or more"),
         (["--dev", "--write", "x"], "three seeds and the validation texts"),
+        (["--write", "x", "--pairs", "0", "router.router_z_loss_coef=0"], "in turn with the record's"),
+        (["--write", "x", "--anchor", "router.router_z_loss_coef=0"], "in turn with the record's"),
     ],
 )
 def test_an_entry_that_cannot_race_is_told_in_a_sentence(monkeypatch, capsys, words, sentence):
@@ -115,6 +121,24 @@ def test_an_entry_that_cannot_race_is_told_in_a_sentence(monkeypatch, capsys, wo
     with pytest.raises(SystemExit) as ended:
         speedrun.main()
     assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_seeds_before_one_that_fails_are_shown_and_not_written(monkeypatch, capsys, tmp_path):
+    def trained(folder, *_):
+        if folder.name == "1":
+            raise subprocess.CalledProcessError(3, "launch.py")
+        return {"en": 2.0, "code": 3.0}
+
+    monkeypatch.setattr(speedrun, "launch", lambda *_: None)
+    monkeypatch.setattr(speedrun, "budget", lambda *_, **__: 974)
+    monkeypatch.setattr(speedrun, "trained", trained)
+    monkeypatch.setattr(speedrun, "DOC", tmp_path / "speedrun.md")
+    monkeypatch.setattr("sys.argv", ["speedrun", "--write", "more heads", "model.num_attention_heads=8"])
+    assert speedrun.main() == 3
+    out, err = capsys.readouterr()
+    assert err == "speedrun: after 1 seeds: launch.py ended with 3\n"
+    assert "| more heads: model.num_attention_heads=8 | 2.5000 (2.5000 to 2.5000) |" in out
+    assert not speedrun.DOC.exists()
 
 
 def test_the_texts_held_back_are_a_twentieth_and_none_is_trained_on(tmp_path):

@@ -83,6 +83,14 @@ def test_a_checkpoint_without_tokenizer(trained: Path, tmp_path: Path, capsys: p
     assert "holds no tokenizer: name one with --tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", [["--prompt", "x"], ["--chat"], ["--prompts", "nowhere.jsonl", "--out", "out.jsonl"]])
+def test_options_out_of_range_are_refused_before_anything_is_read(capsys, how):
+    for option, value, sentence in (("--top-p", "0", "top_p is 0"), ("--max-new-tokens", "0", "max_new_tokens is 0")):
+        assert launch.main(["generate", "nowhere", *how, option, value]) == 2
+        out, err = capsys.readouterr()
+        assert sentence in err and len(err.splitlines()) == 1 and not out
+
+
 @pytest.mark.parametrize("command", [["generate"], ["generate", "--prompt", "x"], ["generate", "--chat"]])
 def test_a_checkpoint_that_is_not_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main([command[0], "nothere", *command[1:]]) == 2

@@ -231,6 +231,12 @@ def test_precomputed_references_train_as_a_live_one_bit_for_bit_and_are_not_mixe
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "others"}))
     with pytest.raises(UserError, match="reference numbers of another weights"):
         build.numbers_of_reference(config, abstract, prepared, make_put(None, (0, 1)), (0, 1), print)
+    made_of = []  # `auto` is another dtype on another machine, which may share the cache
+    monkeypatch.setattr(build, "precomputed", lambda sources, ask, made, *_: made_of.append(made))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        monkeypatch.setattr(build, "compute_dtype", lambda _, dtype=dtype: jnp.dtype(dtype))
+        build.numbers_of_reference(config, abstract, prepared, make_put(None, (0, 1)), (0, 1), print)
+    assert config.compute.dtype == "auto" and made_of[0] != made_of[1]
 
 
 def test_the_base_under_adapters_is_the_reference_that_a_frozen_copy_is(start):

@@ -103,11 +103,15 @@ def test_a_kernel_that_falls_back_is_one_line_with_the_reason(tmp_path: Path, mo
     assert fallback_lines(half, ONE) == []
 
 
-@pytest.mark.parametrize(("native", "dtype", "lines"), [(True, "auto", 1), (False, "auto", 0), (True, "float32", 0)])
+@pytest.mark.parametrize(
+    ("native", "breaks", "dtype", "lines"),
+    [(True, False, "auto", 1), (False, False, "auto", 0), (True, False, "float32", 0), (True, True, "auto", 0)],
+)
 def test_products_of_bf16_are_offered_where_the_processor_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, dtype: str, lines: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, breaks: bool, dtype: str, lines: int
 ) -> None:
     monkeypatch.setattr(screen, "native_bf16", lambda: native)
+    monkeypatch.setattr(screen, "breaks_on_bf16", lambda: breaks)
     config = load_config(write_run_file(tmp_path, compute={"dtype": dtype})).config
     assert sum("compute.dtype=bfloat16" in line for line in fallback_lines(config, ONE)) == lines
 

@@ -94,7 +94,6 @@ def complete(
             options.
         StorageError: another process writes `out`.
     """
-    generate(model, [], **options)  # an option out of range is refused
     ids = []
     for prompt in prompts:
         try:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from mixtral_jax.kernels import AttentionShape, choose_attention, choose_matmul, native_bf16
 from mixtral_jax.parallel import Machine, machine
+from mixtral_jax.parallel.compiler_quirks import breaks_on_bf16
 from mixtral_jax.train.plan import has_cuda_plugin, has_libtpu
 from mixtral_jax.train.run import OPTIONAL, installed
 
@@ -100,6 +101,8 @@ def devices() -> tuple[list[str], list[str]]:
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     products = ", with products of bfloat16" if native_bf16() and jax.default_backend() == "cpu" else ""
     lines = [f"{jax.device_count()} x {jax.default_backend()} ({kinds}{products})"]
+    if products and breaks_on_bf16():
+        lines.append("this jaxlib ends at bfloat16 of a few odd shapes; XLA_FLAGS=--xla_cpu_max_isa=AVX512 avoids it")
     return lines, [] if answer == 64.0 else [f"the sum of 64 ones came out as {answer} on {kinds}"]
 
 

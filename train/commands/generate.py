@@ -12,6 +12,7 @@ from typing import Any
 from mixtral_jax.config import ComputeConfig
 from mixtral_jax.data.progress import say
 from mixtral_jax.data.text import ends_of
+from mixtral_jax.generation import check_options
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.commands.batch import complete, read_prompts
 from mixtral_jax.train.commands.chat import Conversation, converse, write
@@ -40,12 +41,14 @@ def generate(
         options: max_new_tokens, temperature, top_k, top_p, seed.
 
     Raises:
+        ValueError: an option is out of range.
         UserError: no tokenizer is found or it does not fit the model, a file holds no messages or prompts; batch.py's.
     """
     before = [{"role": "system", "content": system}] if system is not None else []
     before += read_turns(turns) if turns is not None else []
     if before and not chat:
         raise UserError("--system and --turns belong to a chat: add --chat")
+    check_options(**options)
     _check_files(prompt, prompts, out, samples, batch_size)
     with _notes(), command() if out is not None else contextlib.nullcontext():
         own = run_template(checkpoint)  # a checkpoint that is not there is said before a tokenizer that is not

@@ -15,6 +15,7 @@ from mixtral_jax.data.rows import Position
 from mixtral_jax.kernels import native_bf16
 from mixtral_jax.model import compute_dtype, reduce_dtype
 from mixtral_jax.moe import resolve_transport
+from mixtral_jax.parallel.compiler_quirks import breaks_on_bf16
 from mixtral_jax.train.checkpoints import Say
 from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolved_yaml
 from mixtral_jax.train.meetings import meet
@@ -137,7 +138,8 @@ def fallback_lines(config: RunConfig, sizes: dict[str, int]) -> list[str]:
     """One for each kernel that is not the fastest of this kind of machine: why."""
     chosen = kernels_of(config, sizes).items()
     lines = [f"note: {name} falls back on {choice.kernel}: {choice.why}" for name, choice in chosen if choice.fallback]
-    if jax.default_backend() == "cpu" and native_bf16() and config.compute.dtype == "auto":
+    native = jax.default_backend() == "cpu" and native_bf16() and not breaks_on_bf16()
+    if native and config.compute.dtype == "auto":
         lines.append("note: this processor has products of bfloat16: compute.dtype=bfloat16 makes wide models faster")
     return lines
 
