@@ -1,4 +1,4 @@
-"""Hugging Face directories for the tests, written with the safetensors library: an obvious twin of our own table."""
+"""Hugging Face directories for the tests, written with the safetensors library, and checkpoints read slot by slot."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from mixtral_jax.convert import Leaf, Source, leaves, open_source
+from mixtral_jax.convert.files import PathLike
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TINY: dict[str, Any] = dict(
@@ -99,6 +103,22 @@ def read_hub(directory: Path) -> dict[str, np.ndarray]:
                 assert name not in out
                 out[name] = tensors.get_tensor(name)
     return out
+
+
+def read_leaf(source: Source, leaf: Leaf) -> np.ndarray:
+    """A native leaf of a source, filled slot by slot."""
+    own = [slot for slot in source.slots if slot.leaf == leaf]
+    out = np.empty(leaf.shape, source.dtype(own[0]))
+    for slot in own:
+        out[slot.box(0, slot.rows)] = slot.to_native(source.read(slot, 0, slot.rows))
+    return out
+
+
+def load_params(path: PathLike, dtype: Any = None) -> dict[str, Any]:
+    """The native tree of any checkpoint in numpy, nested; with a `dtype` every leaf is cast."""
+    source = open_source(path)
+    flat = {leaf.path: read_leaf(source, leaf) for leaf in leaves(source.config)}
+    return unflatten_dict({name: x if dtype is None else x.astype(dtype) for name, x in flat.items()}, sep=".")
 
 
 def assert_same_bytes(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:

@@ -13,9 +13,9 @@ from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
 from mixtral_jax.convert import table
 from mixtral_jax.convert.adapter import NativeAdapter
-from mixtral_jax.convert.models import read_leaf
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.model import Mixtral, abstract_model
+from tests.convert_files import read_leaf
 
 FP32 = ComputeConfig(dtype="float32", moe=MoeConfig(matmul="blocked"))
 

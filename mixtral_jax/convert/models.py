@@ -15,14 +15,12 @@ from mixtral_jax.convert.files import Directory, PathLike
 from mixtral_jax.convert.hf import read_config, read_shape
 from mixtral_jax.convert.mistral import is_mistral
 from mixtral_jax.convert.orbax import is_training_checkpoint, newest_step, run_shape
-from mixtral_jax.convert.parts import edges, place, read_parts
+from mixtral_jax.convert.parts import edges, place
 from mixtral_jax.convert.pipeline import SHARD, open_source, write_hf
 from mixtral_jax.convert.stream import NativeSource, Source
 from mixtral_jax.convert.table import Leaf, Slot, leaves, slots
 from mixtral_jax.model import Mixtral, abstract_model
 from mixtral_jax.parallel import param_shardings
-
-Index = tuple[slice, ...]
 
 
 def load(
@@ -65,16 +63,6 @@ def load_config(path: PathLike) -> MixtralConfig:
     return open_source(path).config
 
 
-def load_params(path: PathLike, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of any checkpoint as a nested dict of numpy arrays, the native tree.
-
-    `dtype` (a numpy dtype) casts every leaf; None keeps the dtype on disk. Holds the whole model in memory.
-    """
-    source = open_source(path)
-    flat = {leaf.path: read_leaf(source, leaf, dtype=dtype) for leaf in leaves(source.config)}
-    return unflatten_dict(flat, sep=".")
-
-
 def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
     """One parameter on devices (None: the default one); each process reads only the parts of its own, each once."""
     kind = np.dtype(dtype or _dtype(source, leaf))
@@ -84,18 +72,6 @@ def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> 
     boxes = {device: edges(index, leaf.shape) for device, index in places.items()}
     out = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
     return place(source, leaf, boxes, [out], lambda values, at: [(values.astype(kind, copy=False), at)])[0]
-
-
-def read_leaf(source: Source, leaf: Leaf, index: Index | None = None, dtype: Any = None) -> np.ndarray:
-    """The part of a native leaf that `index` (one slice an axis) selects; None: all of it."""
-    box = edges(index or (slice(None),) * len(leaf.shape), leaf.shape)
-    out = np.empty([stop - start for start, stop in box], dtype or _dtype(source, leaf))
-
-    def take(_: Any, at: tuple[int, ...], values: np.ndarray) -> None:
-        out[tuple(slice(a, a + n) for a, n in zip(at, values.shape, strict=True))] = values
-
-    read_parts(source, leaf, [box], take)
-    return out
 
 
 def _dtype(source: Source, leaf: Leaf) -> np.dtype:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from mixtral_jax.moe.router import Routing
 from mixtral_jax.parallel import TOKEN_AXES, psum
@@ -95,8 +95,3 @@ def load_metrics(stats: RouterStats, top_k: int) -> dict[str, Float[Array, ""]]:
         "moe/overflow_fraction": jnp.mean(stats.overflow_L / jnp.maximum(choices_L - stats.dropped_L, 1.0)),
         "moe/dropped_first": jnp.mean(stats.dropped_first_L * top_k / choices_L),
     }
-
-
-def expert_counts(stats: RouterStats) -> Int[Array, "L E"]:
-    """Choices per layer and expert as integers."""
-    return stats.counts_LE.astype(jnp.int32)

@@ -14,10 +14,10 @@ import mixtral_jax as mj
 from mixtral_jax.checkpoint import pieces
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import hf2orbax, load, load_params, orbax2hf, stream
+from mixtral_jax.convert import hf2orbax, load, orbax2hf, stream
 from mixtral_jax.convert import orbax as orbax_files
 from mixtral_jax.convert.orbax import OrbaxSource
-from tests.convert_files import BF16, TINY, assert_same_bytes, random_tensors, read_hub, write_hub
+from tests.convert_files import BF16, TINY, assert_same_bytes, load_params, random_tensors, read_hub, write_hub
 from tests.prepared import MODEL, TOKENIZER
 
 

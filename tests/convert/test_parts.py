@@ -9,7 +9,7 @@ from flax import nnx
 
 from mixtral_jax.checkpoint import save
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import files, hf2orbax, load, load_params, parts
+from mixtral_jax.convert import files, hf2orbax, load, parts
 from mixtral_jax.convert.models import place_leaf
 from mixtral_jax.convert.pipeline import open_source
 from mixtral_jax.convert.table import leaves
@@ -19,7 +19,7 @@ from mixtral_jax.parallel.mesh import MeshConfig, make_mesh
 from mixtral_jax.train.base import read_weights
 from mixtral_jax.train.state import TrainState
 from tests.convert.test_mistral import to_mistral, write_mistral
-from tests.convert_files import TINY, random_tensors, write_hub
+from tests.convert_files import TINY, load_params, random_tensors, write_hub
 
 SHAPE = {
     **TINY, "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8,

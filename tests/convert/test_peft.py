@@ -13,10 +13,10 @@ from scipy.linalg import block_diag
 from mixtral_jax import launch
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import MixtralConfig
-from mixtral_jax.convert import hf2orbax, load_params, lora2peft, merge_lora, peft2lora
+from mixtral_jax.convert import hf2orbax, lora2peft, merge_lora, peft2lora
 from mixtral_jax.convert.adapter import NativeAdapter
 from mixtral_jax.lora import LoraConfig, is_adapter
-from tests.convert_files import BF16, DENSE, TINY, random_tensors, read_hub, write_hub
+from tests.convert_files import BF16, DENSE, TINY, load_params, random_tensors, read_hub, write_hub
 from tests.lora_models import adapter_tree, merged, stored_leaves, write_native
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint import trees as checkpoint
-from mixtral_jax.convert import hf2orbax, load_params, orbax2hf
+from mixtral_jax.convert import hf2orbax, orbax2hf
 from mixtral_jax.convert.safetensors import split
-from tests.convert_files import BF16, DENSE, TINY, assert_same_bytes, fuse, random_tensors, read_hub, write_hub
+from tests.convert_files import (
+    BF16,
+    DENSE,
+    TINY,
+    assert_same_bytes,
+    fuse,
+    load_params,
+    random_tensors,
+    read_hub,
+    write_hub,
+)
 
 # NUMERICS B7: shapes that nothing divides.
 GRID = {

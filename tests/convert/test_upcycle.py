@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ComputeConfig
-from mixtral_jax.convert import hf2orbax, load, load_params, upcycle
-from tests.convert_files import BF16, DENSE, TINY, random_tensors, write_hub
+from mixtral_jax.convert import hf2orbax, load, upcycle
+from tests.convert_files import BF16, DENSE, TINY, load_params, random_tensors, write_hub
 
 LLAMA = {**DENSE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 5, "mlp_bias": False}
 TOKENS = jnp.array([[1, 5, 9, 2, 30, 7, 7, 0]])

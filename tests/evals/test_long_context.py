@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.data.text import load_tokenizer
-from mixtral_jax.data.text.passkey import FILLER, NEEDLE, Passkey, passkey_ids, passkey_text, write_samples
+from mixtral_jax.data.text.passkey import FILLER, NEEDLE, Passkey, passkey_ids
 from mixtral_jax.generation import generate
 from mixtral_jax.launch import main
 from mixtral_jax.train.commands import long_context
@@ -18,6 +18,7 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.evals import long_documents, loss_by_length, passkey_accuracy
 from tests.conftest import ROOT
 from tests.evals.cases import write_model
+from tests.passkey_samples import passkey_text, write_samples
 from tests.tiny import WORDS, tiny_config, tiny_model, write_byte_tokenizer
 
 SAMPLES = ROOT / "data" / "samples"

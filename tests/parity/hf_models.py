@@ -10,9 +10,9 @@ import transformers
 from flax import nnx
 
 from mixtral_jax.config import ComputeConfig, MixtralConfig, MoeConfig
-from mixtral_jax.convert import load_params
 from mixtral_jax.convert.hf import HfSource
 from mixtral_jax.model import Mixtral, abstract_model
+from tests.convert_files import load_params
 
 
 @dataclass(frozen=True)

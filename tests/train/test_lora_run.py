@@ -11,7 +11,7 @@ import pytest
 from mixtral_jax import launch
 from mixtral_jax.checkpoint import trees as checkpoint
 from mixtral_jax.config import ComputeConfig, MixtralConfig
-from mixtral_jax.convert import load, load_params, lora2peft, merge_lora
+from mixtral_jax.convert import load, lora2peft, merge_lora
 from mixtral_jax.lora import LoraConfig, is_adapter
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.base import (
@@ -27,7 +27,7 @@ from mixtral_jax.train.config.load import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.read_model import noted_base, read_model
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, leaves, trainable_table
-from tests.convert_files import TINY, random_tensors, write_hub
+from tests.convert_files import TINY, load_params, random_tensors, write_hub
 from tests.lora_models import adapted, write_native
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
