@@ -42,10 +42,10 @@ def check_first_records(
     )
     file, lump = next(lumps, ("", None))
     if lump is None:
-        raise ValueError(f"{_nothing_in(source, files)}, which has no records")
+        raise ValueError(f"{nothing_in(source, files)}, which has no records")
     lines = b"\n".join(lump.lines.split(b"\n", _RECORDS)[:_RECORDS])
     head = dataclasses.replace(lump, lines=lines, records=lump.records[:_RECORDS])
-    _documents(config, named, text, head, census, _layouts(config, source, file, lump))
+    documents_of(config, named, text, head, census, layouts_in(config, source, file, lump))
 
 
 def first_documents(
@@ -68,7 +68,7 @@ def first_documents(
         if enough <= 0:
             break
     if not found:
-        raise ValueError(_nothing_in(source, source_files(source)))
+        raise ValueError(nothing_in(source, source_files(source)))
     while most < tokens and sum(min(len(ids), most) for ids in found) < tokens:
         most *= 2
     before = itertools.accumulate((min(len(ids), most) for ids in found), initial=0)
@@ -81,8 +81,8 @@ def _all_documents(config: DataConfig, source: SourceConfig, text: Tokenizer | T
     for file in files:
         layouts = None
         for lump in read_lumps(named, file, columns(named, config.examples), census):
-            layouts = _layouts(config, source, file, lump) if layouts is None else layouts
-            made = _documents(config, named, text, lump, census, layouts)
+            layouts = layouts_in(config, source, file, lump) if layouts is None else layouts
+            made = documents_of(config, named, text, lump, census, layouts)
             yield from filter(len, np.split(made.tokens, np.cumsum(made.lengths)[:-1]))
 
 
@@ -90,8 +90,12 @@ def _named(config: DataConfig, source: SourceConfig, files: Sequence[str]) -> So
     return with_text_column(source, files) if config.examples == "text" else source
 
 
-def _layouts(config: DataConfig, source: SourceConfig, file: str, lump: Lump) -> tuple[str, ...]:
-    """The layouts of the first rows of a file."""
+def layouts_in(config: DataConfig, source: SourceConfig, file: str, lump: Lump) -> tuple[str, ...]:
+    """The layouts of the first rows of a file, of which `lump` is the first; of texts none.
+
+    Raises:
+        ValueError: no row has a column that the source names.
+    """
     if config.examples == "text":
         return ()
     rows = (record for _, record in itertools.islice(lump.parse(Census(skip=True)), _FIRST_ROWS))
@@ -101,15 +105,17 @@ def _layouts(config: DataConfig, source: SourceConfig, file: str, lump: Lump) ->
         raise ValueError(f"{file}: {error}") from None
 
 
-def _documents(
+def documents_of(
     config: DataConfig, source: SourceConfig, text: Tokenizer | Template, lump: Lump, census: Census,
     layouts: tuple[str, ...],
 ) -> Documents:  # fmt: skip
+    """The documents of a lump: texts as they are, chats and preferences by their template."""
     if not isinstance(text, Template):
         return text_documents(lump, source.text_key, text, census)
     return tuning_documents(lump, source, config.examples, text, config.train_on, census, layouts)
 
 
-def _nothing_in(source: SourceConfig, files: Sequence[str]) -> str:
+def nothing_in(source: SourceConfig, files: Sequence[str]) -> str:
+    """What to say of a source of which nothing can be learned."""
     shown = ", ".join(files[:3]) + " ..." * (len(files) > 3)
     return f"source {source.name!r}: no documents to learn from in {shown}"

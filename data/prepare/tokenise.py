@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import shutil
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -12,22 +11,13 @@ import numpy as np
 
 from mixtral_jax.data.prepare import documents
 from mixtral_jax.data.prepare.cache import forget, pull, seal, settle
+from mixtral_jax.data.prepare.glance import documents_of, layouts_in, nothing_in
 from mixtral_jax.data.prepare.recipe import Corpus, counts_of
 from mixtral_jax.data.prepare.workers import Workers
 from mixtral_jax.data.progress import meter
 from mixtral_jax.data.records import Census, Lump, Unit, ask_anew, clear_scratch, read_lumps, scratch
-from mixtral_jax.data.text import (
-    Documents,
-    Tokenizer,
-    columns,
-    layouts_of,
-    load_template,
-    load_tokenizer,
-    text_documents,
-    tuning_documents,
-)
+from mixtral_jax.data.text import Documents, Tokenizer, columns, load_template, load_tokenizer
 
-_FIRST_ROWS = 100  # of a file, which show its layout
 _HELD_TOKENS = 4 << 20  # until they are written: few blocks, bounded memory
 
 
@@ -86,12 +76,17 @@ def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
 
     Runs in a worker.
     """
-    corpus, kind, left = job.corpus, job.corpus.config.examples, job.unit.size
-    census = corpus.census(job.number)
+    config, source, file, left = job.corpus.config, job.corpus.source, job.unit.file, job.unit.size
+    census, wanted = job.corpus.census(job.number), columns(source, config.examples)
     held: list[Documents] = []
-    layouts = () if kind == "text" else _layouts(corpus, job.unit.file)
-    for lump in read_lumps(corpus.source, job.unit.file, columns(corpus.source, kind), census, job.unit):
-        held.append(_documents(corpus, lump, census, layouts))
+    layouts: tuple[str, ...] = ()
+    tokenizer = process_tokenizer(config.tokenizer, job.corpus.tokenizer)
+    text = load_template(config.template, tokenizer) if job.corpus.weighted else tokenizer
+    if job.corpus.weighted:
+        with contextlib.closing(read_lumps(source, file, wanted, Census(skip=True))) as lumps:
+            layouts = layouts_in(config, source, file, next(lumps, Lump(file, 1)))
+    for lump in read_lumps(source, file, wanted, census, job.unit):
+        held.append(documents_of(config, source, text, lump, census, layouts))
         if sum(len(each.tokens) for each in held) > _HELD_TOKENS:
             _write(job, held, census)
             held = []
@@ -101,26 +96,6 @@ def tokenise_unit(job: _Job) -> Generator[int, None, Census]:
     _write(job, held, census)
     yield left
     return census
-
-
-def _layouts(corpus: Corpus, file: str) -> tuple[str, ...]:
-    """The layouts of the first rows of a file."""
-    kind, census = corpus.config.examples, Census(skip=True)
-    with contextlib.closing(read_lumps(corpus.source, file, columns(corpus.source, kind), census)) as lumps:
-        first = [lump.parse(census) for lump in itertools.islice(lumps, 1)]
-    rows = [record for _, record in itertools.islice(itertools.chain(*first), _FIRST_ROWS)]
-    try:
-        return layouts_of(rows, corpus.source, kind)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def _documents(corpus: Corpus, lump: Lump, census: Census, layouts: tuple[str, ...]) -> Documents:
-    config, tokenizer = corpus.config, process_tokenizer(corpus.config.tokenizer, corpus.tokenizer)
-    if config.examples == "text":
-        return text_documents(lump, corpus.source.text_key, tokenizer, census)
-    template = load_template(config.template, tokenizer)
-    return tuning_documents(lump, corpus.source, config.examples, template, config.train_on, census, layouts)
 
 
 def _write(job: _Job, held: list[Documents], census: Census) -> None:
@@ -179,8 +154,6 @@ def no_documents(corpus: Corpus, census: Census) -> str:
     counts = census.counts
     seen = {"empty": counts["empty"], "without an answer to learn": counts["dropped"], "bad": census.bad}
     found = ", ".join(f"{count} {what}" for what, count in seen.items() if count)
-    files = ", ".join(corpus.files[:3]) + (" ..." if len(corpus.files) > 3 else "")
     first = "".join(f"; {message}" for message in census.bad_examples[:1])
-    return f"source {corpus.name!r}: no documents to learn from in {files}, " + (
-        f"which has {found} records{first}" if found else "which has no records"
-    )
+    has = f"{found} records{first}" if found else "no records"
+    return f"{nothing_in(corpus.source, corpus.files)}, which has {has}"
