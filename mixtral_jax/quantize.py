@@ -28,11 +28,6 @@ NF4 = (
 Codes = Int8[Array, "..."] | UInt8[Array, "..."]  # (*A, n, block or block / 2, *O)
 
 
-def block_size(contracted: int, block: int) -> int:
-    """The largest number of weights up to `block` that divides both it and the contracted dimension."""
-    return math.gcd(contracted, block)
-
-
 def quantize(w: Float[Array, "..."], axis: int, block: int, bits: Bits) -> tuple[Codes, Float[Array, "..."]]:
     """(codes, scales) of `w` (*A, I, *O), cut into blocks along `axis`; scales are (*A, n, *O).
 
@@ -79,7 +74,7 @@ class QuantizedWeight(nnx.Module):
         axes, self.bits = tuple(shape), bits
         axis = axes.index(contracted)
         self.from_end = axis - len(axes)  # in a scan over layers the leading axes are gone
-        size = block_size(shape[contracted], block)
+        size = math.gcd(shape[contracted], block)  # the most weights that divide both
         if bits == "nf4" and size % 2:
             raise ValueError(
                 f"lora.base_dtype is nf4, which packs two weights to a byte: {contracted} ({shape[contracted]}) has no "

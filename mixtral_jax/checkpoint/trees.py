@@ -97,7 +97,15 @@ def check_fits(path: epath.PathLike, abstract: Any, *, partial: bool = False) ->
     Raises:
         ValueError: a leaf is missing or has another shape; it is named.
     """
-    _check_shapes(_absolute(path), tree_shapes(path), _flat_shapes(abstract), partial)
+    target, stored, wanted = _absolute(path), tree_shapes(path), _flat_shapes(abstract)
+    for name, (shape, _) in wanted.items():
+        if name not in stored:
+            raise ValueError(f"checkpoint {target} has no {name}, which the model needs with shape {shape}")
+        if stored[name][0] != shape:
+            raise ValueError(f"{name} has shape {stored[name][0]} in checkpoint {target}, but {shape} in the model")
+    extra = [] if partial else [name for name in stored if name not in wanted]
+    if extra:
+        raise ValueError(f"checkpoint {target} has {extra[0]}, which the model does not have")
 
 
 def discard_unfinished(path: epath.PathLike) -> None:
@@ -209,17 +217,6 @@ def _flat_shapes(tree: Any) -> Shapes:
 def _dotted(path: tuple[Any, ...]) -> str:
     """`params.layers.moe.w2`; a field of a named tuple and a key of the dict that it is stored as read alike."""
     return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-def _check_shapes(path: epath.Path, stored: Shapes, wanted: Shapes, partial: bool) -> None:
-    for name, (shape, _) in wanted.items():
-        if name not in stored:
-            raise ValueError(f"checkpoint {path} has no {name}, which the model needs with shape {shape}")
-        if stored[name][0] != shape:
-            raise ValueError(f"{name} has shape {stored[name][0]} in checkpoint {path}, but {shape} in the model")
-    extra = [] if partial else [name for name in stored if name not in wanted]
-    if extra:
-        raise ValueError(f"checkpoint {path} has {extra[0]}, which the model does not have")
 
 
 def _file_sizes(path: epath.Path, prefix: str = "") -> dict[str, int]:

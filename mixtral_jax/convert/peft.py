@@ -265,14 +265,10 @@ def _target(slot: Slot) -> str:
     return slot.leaf.path.removeprefix("layers.").rpartition("_lora.")[0]
 
 
-def is_peft(path: PathLike) -> bool:
-    """Whether `path` is a PEFT directory, whole or not."""
-    return is_remote(path) or CONFIG in Directory(path).names()
-
-
 def open_adapter(path: PathLike, config: MixtralConfig) -> AdapterSource:
     """An adapter of any format for a base of shape `config`; raises as NativeAdapter and PeftAdapter."""
-    return PeftAdapter(path, config) if is_peft(path) else NativeAdapter(path)
+    is_peft = is_remote(path) or CONFIG in Directory(path).names()
+    return PeftAdapter(path, config) if is_peft else NativeAdapter(path)
 
 
 def peft2lora(

@@ -19,8 +19,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.kernels.attention_tiled import SAVED, segment_begins
-from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.parallel import same_variance
+from mixtral_jax.parallel import same_variance, unchecked
 
 SEGMENTS = 16  # of a row in one call; more cost memory (fp32, SEGMENTS x T x heads a row) and empty thread blocks
 

@@ -25,8 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 from mixtral_jax.kernels.attention_tiled import SAVED
-from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.parallel import Part, same_variance, variance, varying, zigzag
+from mixtral_jax.parallel import Part, same_variance, unchecked, variance, varying, zigzag
 
 SMALLEST_BLOCK = 128  # T must be a multiple
 

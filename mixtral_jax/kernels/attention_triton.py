@@ -19,8 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mixtral_jax.kernels.attention_tiled import NEVER, SAVED, segment_begins
-from mixtral_jax.kernels.pallas import unchecked
-from mixtral_jax.parallel import same_variance
+from mixtral_jax.parallel import same_variance, unchecked
 
 # Queries and keys of a tile, by pass: what fits in the registers and the shared memory of an A100 at heads of 128.
 FORWARD, BACKWARD_Q, BACKWARD_KV = (128, 64), (64, 32), (32, 64)

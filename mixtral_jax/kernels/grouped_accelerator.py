@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mixtral_jax.kernels.pallas import unchecked
+from mixtral_jax.parallel import unchecked
 
 # Rows, contracted and produced columns of a tile: about 12 MB of the 16 MB that a kernel may use, double buffered.
 TILE_ROWS = 512

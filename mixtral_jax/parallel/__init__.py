@@ -14,6 +14,7 @@ from mixtral_jax.parallel.collectives import (
     psum,
     same_variance,
     shard_key,
+    unchecked,
     variance,
     varying,
     zeros,

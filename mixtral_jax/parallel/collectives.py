@@ -5,12 +5,13 @@ never reduced.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.parallel import compiler_quirks as quirks
 from mixtral_jax.parallel.mesh import MESH_AXES
@@ -97,6 +98,19 @@ def same_variance(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return arrays
     axes = sorted(frozenset().union(*map(variance, arrays)))
     return tuple(varying(a, axes) for a in arrays)
+
+
+def unchecked(run: Callable[..., Any], *args: Any) -> Any:
+    """run(*args), a kernel of Pallas or cuDNN, without the check of variance; results are typed as varying like `args`.
+
+    Such kernels do not declare how their outputs vary. Left as they are, results would be typed as equal on all
+    devices. Not differentiable: forward and backward of a kernel are each wrapped, inside one custom_vjp.
+    """
+    axes = tuple(sorted(frozenset[str]().union(*map(variance, jax.tree.leaves(args)))))
+    if not axes:
+        return run(*args)
+    out = jax.shard_map(run, in_specs=P(), out_specs=P(), axis_names=set(), check_vma=False)(*args)
+    return jax.tree.map(lambda x: varying(x, axes), out)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
