@@ -59,8 +59,7 @@ def grouped_swiglu(
         weights,
         lambda x, w: grouped_matmul(x, w, group_sizes_E, backend=backend),
         lambda x, adapter: grouped_low_rank(x, adapter, group_sizes_E, backend),
-        # The rows of nobody may hold anything, NaN too: select, never multiply.
-        lambda h: jnp.where(inside_R1, h, 0),
+        inside_R1,
     )
 
 
@@ -87,7 +86,6 @@ def dense_swiglu(x_MD: Float[Array, "M D"], weights: ExpertWeights) -> Float[Arr
         weights,
         lambda x, w: linear(x[None], w[0].reshape(w.shape[1], -1))[0],
         lambda x, adapter: low_rank(x, replace(adapter, a=adapter.a[0], b=adapter.b[0])),
-        lambda h: h,
     )
 
 
@@ -97,7 +95,7 @@ def _feed_forward(
     weights: ExpertWeights,
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
     low_rank: Callable[[jax.Array, LowRank], jax.Array],
-    clean: Callable[[jax.Array], jax.Array],
+    inside_R1: jax.Array | None = None,
 ) -> jax.Array:
     def adapted(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
         adapter = weights.adapters.get(name)
@@ -111,7 +109,7 @@ def _feed_forward(
 
     @partial(jax.checkpoint, prevent_cse=False)  # of the activation nothing is kept but h
     def down(h_R2F: jax.Array, gate: jax.Array | None, w2_EFD: jax.Array) -> jax.Array:
-        a_RF = swiglu(clean(h_R2F), gate)
+        a_RF = swiglu(h_R2F, gate, inside_R1)
         return adapted("w2", a_RF, matmul(a_RF, w2_EFD))
 
     return down(h_R2F, gate, weights.w2_EFD)

@@ -5,8 +5,7 @@ traffic grows with the axis, not with k. `alltoall` sends each routed row to its
 device there is nothing to exchange.
 
 A device's rows have an order, and round i handles those of the i-th buffer. Without a bound there is one round, in a
-buffer for the worst case. With one, the first round is differentiated as usual, so that it costs what it costs without
-others; further ones are a loop of which nothing but its inputs is kept (moe/loops.py).
+buffer for the worst case; with one there may be several (moe/loops.py).
 """
 
 import math

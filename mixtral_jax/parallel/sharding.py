@@ -1,8 +1,7 @@
 """Where every parameter and activation lives on the mesh.
 
-The model runs inside one `jax.shard_map` over the whole mesh, so each collective below is written out, once, and
-`check_vma=True` makes jax refuse a value that claims to be equal on all devices and was never reduced. Without a mesh
-(one device) every function here is the identity.
+The model runs inside one `jax.shard_map` over the whole mesh (`sharded`). Without a mesh (one device) every function
+here is the identity.
 
 Axes. `data`, `fsdp` and `expert` share the batch; `context` shares the sequence; `tensor` shares heads, ffn and
 vocabulary. `fsdp` (and, for dense weights, `expert`) shard the parameters, which are gathered where they are used: the
