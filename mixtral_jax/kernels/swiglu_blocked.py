@@ -3,7 +3,7 @@
 Both products of a block and the activation between them run while its rows lie in the cache, forward and backward;
 h = x w13 alone is kept for the backward pass. Low-rank factors are part of their product: x W + (x A) B.
 Gradients of matrices that nothing differentiates by, such as a frozen base's, are not computed. Blocks overlap as in
-kernels/grouped_blocked.py.
+kernels/grouped.py.
 """
 
 from functools import partial
