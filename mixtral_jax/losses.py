@@ -193,10 +193,6 @@ def _cross_entropy(static, x_MD, w_DV, targets_M, weights_M, used) -> CrossEntro
     return _sums_and_gradients(static, False, x_MD, w_DV, targets_M, weights_M, used)[0]
 
 
-def _cross_entropy_fwd(static, x_MD, w_DV, targets_M, weights_M, used):
-    return _sums_and_gradients(static, True, x_MD, w_DV, targets_M, weights_M, used)
-
-
 def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) -> tuple[CrossEntropy, Any]:
     """The sums, and where it is wanted the gradients of the loss with respect to x and W."""
     chunk, vocab, entropy = static
@@ -229,7 +225,7 @@ def _cross_entropy_bwd(static, saved, g):
     return (scale * dx_MD).astype(dx_MD.dtype), (scale * dw_DV).astype(dw_DV.dtype), None, None, None
 
 
-_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+_cross_entropy.defvjp(lambda static, *args: _sums_and_gradients(static, True, *args), _cross_entropy_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -245,10 +241,6 @@ def _logps(static, x_MD, w_DV, targets_M, used) -> Scores:
     none = Scores(*(varying(jnp.zeros(chunk, dtype), axes) for dtype in (jnp.float32, bool)))
     _, found = _over_chunks(one, none, None, used, tuple(_chunks(a, chunk) for a in (x_MD, targets_M)))
     return jax.tree.map(lambda a_nc: a_nc.reshape(-1)[: x_MD.shape[0]], found)
-
-
-def _logps_fwd(static, x_MD, w_DV, targets_M, used):
-    return _logps(static, x_MD, w_DV, targets_M, used), (x_MD, w_DV, targets_M, used)
 
 
 def _logps_bwd(static, saved, g):
@@ -268,4 +260,4 @@ def _logps_bwd(static, saved, g):
     return _joined(dx_ncD, x_MD), dw_DV.astype(w_DV.dtype), None, None
 
 
-_logps.defvjp(_logps_fwd, _logps_bwd)
+_logps.defvjp(lambda static, *args: (_logps(static, *args), args), _logps_bwd)

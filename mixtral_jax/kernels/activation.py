@@ -100,10 +100,6 @@ def _up(backend: str, w_EFD: jax.Array, sizes_E: jax.Array) -> Callable[[jax.Arr
     return lambda g_RD: grouped_matmul(g_RD, jnp.swapaxes(w_EFD, 1, 2), sizes_E, backend=backend)
 
 
-def _vjp_forward(backend, h_R2F, gate_R, w_EFD, sizes_E):
-    return _grouped_down(backend, h_R2F, gate_R, w_EFD, sizes_E), (h_R2F, gate_R, w_EFD, sizes_E)
-
-
 def _vjp_backward(backend, saved, dy_RD):
     h_R2F, gate_R, w_EFD, sizes_E = saved
     da_RF = _up(backend, w_EFD, sizes_E)(dy_RD)
@@ -112,7 +108,7 @@ def _vjp_backward(backend, saved, dy_RD):
     return dh_R2F, dgate_R, dw_EFD, None
 
 
-_grouped_down.defvjp(_vjp_forward, _vjp_backward)
+_grouped_down.defvjp(lambda backend, *args: (_grouped_down(backend, *args), args), _vjp_backward)
 
 
 def gradient_in_place(

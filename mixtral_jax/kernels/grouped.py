@@ -69,11 +69,6 @@ def _flat(w_EDF: jax.Array) -> jax.Array:
     return w_EDF.reshape(*w_EDF.shape[:2], -1)
 
 
-def _vjp_forward(backend, x_RD, w_EDF, sizes_E):
-    # `w` is kept in the shape in which it came: a scan over layers then saves no copy of it
-    return _grouped_matmul(backend, x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
-
-
 def _vjp_backward(backend, saved, dy_RF):
     x_RD, w_EDF, sizes_E = saved
     dx_RD = _forward(backend, dy_RF, _flat(w_EDF), sizes_E, transpose=True)
@@ -83,7 +78,8 @@ def _vjp_backward(backend, saved, dy_RF):
     return dx_RD, dw_EDF, None
 
 
-_grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
+# `w` is kept in the shape in which it came: a scan over layers then saves no copy of it
+_grouped_matmul.defvjp(lambda backend, *args: (_grouped_matmul(backend, *args), args), _vjp_backward)
 
 
 def _membership(rows: int, sizes_E: jax.Array) -> jax.Array:

@@ -80,10 +80,6 @@ def _take_rows(x_MD: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC:
     return jnp.take(x_MD, order_R // slot_MC.shape[1], axis=0, mode="clip")
 
 
-def _take_rows_fwd(x_MD, order_R, slot_MC, here_MC):
-    return _take_rows(x_MD, order_R, slot_MC, here_MC), (slot_MC, here_MC)
-
-
 def _take_rows_bwd(saved, g_RD):
     slot_MC, here_MC = saved
     g_MCD = jnp.take(g_RD, slot_MC, axis=0, mode="clip")
@@ -91,7 +87,7 @@ def _take_rows_bwd(saved, g_RD):
     return g_MD.astype(g_RD.dtype), None, None, None
 
 
-_take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
+_take_rows.defvjp(lambda x, order, slot, here: (_take_rows(x, order, slot, here), (slot, here)), _take_rows_bwd)
 
 
 def dispatch(x_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "R D"]:
@@ -104,16 +100,14 @@ def _take_gates(gate_MC: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here
     return gate_MC.reshape(-1)[order_R]
 
 
-def _take_gates_fwd(gate_MC, order_R, slot_MC, here_MC):
-    return _take_gates(gate_MC, order_R, slot_MC, here_MC), (slot_MC, here_MC)
-
-
 def _take_gates_bwd(saved, g_R):
     slot_MC, here_MC = saved
     return jnp.where(here_MC, jnp.take(g_R, slot_MC, mode="clip"), 0), None, None, None
 
 
-_take_gates.defvjp(_take_gates_fwd, _take_gates_bwd)
+_take_gates.defvjp(
+    lambda gate, order, slot, here: (_take_gates(gate, order, slot, here), (slot, here)), _take_gates_bwd
+)
 
 
 def dispatch_gates(gate_MC: Float[Array, "M C"], plan: Plan) -> Float[Array, " R"]:

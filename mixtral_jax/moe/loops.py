@@ -209,12 +209,8 @@ def _behind(one: _Static, leaves, x, gate, ids, rounds, first, ticket):
     return _further(rounds, add, first, leaves, x, gate, ids)
 
 
-def _behind_forward(one, *args):
-    return _behind(one, *args), None
-
-
 def _behind_backward(one, _, g):
     return None, None, None, None, None, g, g
 
 
-_behind.defvjp(_behind_forward, _behind_backward)
+_behind.defvjp(lambda one, *args: (_behind(one, *args), None), _behind_backward)

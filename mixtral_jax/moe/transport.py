@@ -190,15 +190,11 @@ def _exchange(rows: tuple[int, int], x_RD: jax.Array, runs: Runs) -> jax.Array:
     return _moved(x_RD, runs, rows[1])
 
 
-def _exchange_forward(rows, x_RD, runs):
-    return _exchange(rows, x_RD, runs), runs
-
-
 def _exchange_backward(rows, runs, g_RD):
     return _moved(g_RD, runs.back, rows[0]), None
 
 
-_exchange.defvjp(_exchange_forward, _exchange_backward)
+_exchange.defvjp(lambda rows, x_RD, runs: (_exchange(rows, x_RD, runs), runs), _exchange_backward)
 
 
 def _moved(x_RD: jax.Array, runs: Runs, rows: int) -> jax.Array:
