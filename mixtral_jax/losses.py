@@ -170,11 +170,6 @@ def _entropy(logits_cV: jax.Array, lse_c: jax.Array, wanted: bool) -> jax.Array:
     return lse_c - mean_c
 
 
-def _reduced(sums: CrossEntropy) -> CrossEntropy:
-    """Equal on all shards of the vocabulary, and typed so."""
-    return CrossEntropy(*(axis_max(s, ("tensor",)) for s in sums))
-
-
 def _over_chunks(one: Callable[..., Any], skip: Any, start: Any, used: jax.Array | None, chunks: Any) -> Any:
     """(carry, stacked outputs) of one(carry, chunk); from chunk `used` on the carry stays and the output is skip."""
 
@@ -214,9 +209,8 @@ def _sums_and_gradients(static, wanted, x_MD, w_DV, targets_M, weights_M, used) 
     chunks = tuple(_chunks(a, chunk) for a in (x_MD, targets_M, weights_M))
     no_dx_cD = bits(zeros(chunks[0].shape[1:], x_MD.dtype, x_MD)) if wanted else None
     (total, dw_DV), dx_ncD = _over_chunks(one, no_dx_cD, start, used, chunks)
-    if not wanted:
-        return _reduced(total), None
-    return _reduced(total), (_joined(dx_ncD, x_MD), dw_DV.astype(w_DV.dtype))
+    total = CrossEntropy(*(axis_max(s, ("tensor",)) for s in total))  # equal on all shards of the vocabulary: say so
+    return total, (_joined(dx_ncD, x_MD), dw_DV.astype(w_DV.dtype)) if wanted else None
 
 
 def _cross_entropy_bwd(static, saved, g):

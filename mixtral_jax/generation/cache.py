@@ -17,7 +17,7 @@ from mixtral_jax.generation.few_rows import MAX_TOKENS, Apart, few_rows_apart, f
 from mixtral_jax.kernels import Tokens, attend, bits, from_bits, product
 from mixtral_jax.model import Block, Mixtral
 from mixtral_jax.moe import ApplyExperts, ExpertWeights
-from mixtral_jax.parallel import MESH_AXES, assemble, devices_along, drop_padding
+from mixtral_jax.parallel import MESH_AXES, assemble, axis_size, drop_padding
 
 # (what is held, new (B, T, K, H), their slots) -> (what is kept, what this layer reads)
 Write = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -81,7 +81,7 @@ def extend(
     Attention is what "auto" chooses, whatever `compute.attention` says: kernels for whole rows do not read a cache.
     """
     run, stack = _layer(model, cache, tokens_BT, column, pad_B, live_BT), model.layers.moe
-    few = devices_along(MESH_AXES) == 1 and tokens_BT.size <= MAX_TOKENS
+    few = axis_size(MESH_AXES) == 1 and tokens_BT.size <= MAX_TOKENS
 
     def layer(block: Block, x_BTD: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache, None]:
         # What of the layer is not used here, the experts above all where tokens are few, is never sliced.

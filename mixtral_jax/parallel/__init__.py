@@ -7,7 +7,6 @@ from mixtral_jax.parallel.collectives import (
     axis_index,
     axis_max,
     axis_size,
-    devices_along,
     inside,
     machine,
     platform,

@@ -47,13 +47,13 @@ def inside() -> bool:
     return not mesh.empty and len(mesh.manual_axes) > 0
 
 
-def axis_size(name: str) -> int:
-    """Devices along a mesh axis."""
+def axis_size(name: str | tuple[str, ...]) -> int:
+    """Devices along a mesh axis, or along several taken together; 1 without a mesh."""
     return jax.lax.axis_size(name) if inside() else 1
 
 
-def axis_index(name: str) -> jax.Array | int:
-    """This device's place along a mesh axis."""
+def axis_index(name: str | tuple[str, ...]) -> jax.Array | int:
+    """This device's place along a mesh axis, or along several taken as one (the first varies slowest)."""
     return jax.lax.axis_index(name) if inside() else 0
 
 
@@ -143,22 +143,9 @@ gather_shards.defvjp(_gather_forward, _gather_backward)
 
 def assemble(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
     """The whole array from the devices' shards along `dim`, the same on all of them; x itself without a mesh."""
-    if devices_along(MESH_AXES) == 1:
+    if axis_size(MESH_AXES) == 1:
         return x
-    shape = (*x.shape[:dim], x.shape[dim] * devices_along(axes), *x.shape[dim + 1 :])
+    shape = (*x.shape[:dim], x.shape[dim] * axis_size(axes), *x.shape[dim + 1 :])
     start: list[Any] = [0] * x.ndim
-    start[dim] = shard_index(axes) * x.shape[dim]
+    start[dim] = axis_index(axes) * x.shape[dim]
     return psum(jax.lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, start), axes)
-
-
-def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
-    """This device's place along several mesh axes taken as one."""
-    index: jax.Array | int = 0
-    for axis in axes:
-        index = index * axis_size(axis) + axis_index(axis)
-    return index
-
-
-def devices_along(axes: tuple[str, ...]) -> int:
-    """Devices along several mesh axes taken together; 1 without a mesh."""
-    return math.prod(axis_size(a) for a in axes)
