@@ -244,7 +244,7 @@ def _varying(state: State) -> State:
 
 def _seen(state: State) -> tuple[State, jax.Array]:
     """With the newest tokens, and which rows have ended, of all rows on every device: a process reads only its own."""
-    state = jax.tree.map(lambda a: axis_max(a, ("context",)), state)  # they hold the same: say so
+    state = axis_max(state, ("context",))  # they hold the same: say so
     return state, assemble(jnp.stack([state.token_B, state.done_B.astype(jnp.int32)]), 1, BATCH_AXES)
 
 

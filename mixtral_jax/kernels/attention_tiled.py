@@ -155,10 +155,8 @@ def chunked_attention(
     queries = Tokens(*(_cut_tokens(x, tiling.block_T) for x in queries))
     keys = Tokens(*(_cut_tokens(x, tiling.block_S) for x in keys))
     # one type for all: a carry of the loop must vary over the same mesh axes as what is added to it
-    first_i, stop_i = bounds or (jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32))
-    q, k, v, *tokens, first_i, stop_i = same_variance(q, k, v, *queries, *keys, first_i, stop_i)
-    queries, keys = Tokens(*tokens[:2]), Tokens(*tokens[2:])
-    return _join(_attend(q, k, v, queries, keys, (first_i, stop_i), window), T, N)
+    bounds = bounds or (jnp.array(tiling.first, jnp.int32), jnp.array(tiling.stop, jnp.int32))
+    return _join(_attend(*same_variance(q, k, v, queries, keys, bounds), window), T, N)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

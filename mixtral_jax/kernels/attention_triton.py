@@ -50,8 +50,7 @@ def triton_attention(
     T and S multiples of 128, H a power of 2. `interpret` runs on any device.
     """
     seen = seen_keys(q_segments_BT, kv_segments_BS, places_T, window)
-    q, k, v, *bounds = same_variance(q_BTNH, k_BSKH, v_BSKH, *seen)
-    return _attend(interpret, q, k, v, Seen(*bounds))
+    return _attend(interpret, *same_variance(q_BTNH, k_BSKH, v_BSKH, seen))
 
 
 def seen_keys(q_segments_BT: Array, kv_segments_BS: Array, places_T: Array, window: int | None) -> Seen:

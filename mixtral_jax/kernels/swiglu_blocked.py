@@ -54,8 +54,7 @@ def blocked_swiglu(
     equation 6; LoRA (2106.09685), section 4.1; products accumulate in fp32, h and the activation have x's dtype. w13
     and w2 may have a wider one: they are cast one by one, and their gradients, sums in fp32, are not rounded to x's.
     """
-    leaves, tree = jax.tree.flatten((x_RD, gate_R, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
-    return _ffn(*jax.tree.unflatten(tree, same_variance(*leaves)))
+    return _ffn(*same_variance(x_RD, gate_R, Weights(w13_ED2F, w2_EFD, low13, low2), group_sizes_E))
 
 
 def _over_blocks(rows: int, start: jax.Array, size: jax.Array, body: Any, carry: Any) -> Any:

@@ -76,59 +76,57 @@ def limit_capacity(
 
 
 @jax.custom_vjp
-def _take_rows(x_MD: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC: jax.Array) -> jax.Array:
-    return jnp.take(x_MD, order_R // slot_MC.shape[1], axis=0, mode="clip")
+def _take_rows(x_MD: jax.Array, plan: Plan) -> jax.Array:
+    return jnp.take(x_MD, plan.order_R // plan.slot_MC.shape[1], axis=0, mode="clip")
 
 
 def _take_rows_bwd(saved, g_RD):
     slot_MC, here_MC = saved
     g_MCD = jnp.take(g_RD, slot_MC, axis=0, mode="clip")
     g_MD = jnp.sum(jnp.where(here_MC[..., None], g_MCD, 0), axis=1, dtype=jnp.float32)
-    return g_MD.astype(g_RD.dtype), None, None, None
+    return g_MD.astype(g_RD.dtype), None
 
 
-_take_rows.defvjp(lambda x, order, slot, here: (_take_rows(x, order, slot, here), (slot, here)), _take_rows_bwd)
+_take_rows.defvjp(lambda x_MD, plan: (_take_rows(x_MD, plan), (plan.slot_MC, plan.here_MC)), _take_rows_bwd)
 
 
 def dispatch(x_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "R D"]:
     """Each routed row's token. Its gradient gathers by the inverse permutation and sums over the choices in fp32."""
-    return _take_rows(*same_variance(x_MD, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _take_rows(*same_variance(x_MD, plan))
 
 
 @jax.custom_vjp
-def _take_gates(gate_MC: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC: jax.Array) -> jax.Array:
-    return gate_MC.reshape(-1)[order_R]
+def _take_gates(gate_MC: jax.Array, plan: Plan) -> jax.Array:
+    return gate_MC.reshape(-1)[plan.order_R]
 
 
 def _take_gates_bwd(saved, g_R):
     slot_MC, here_MC = saved
-    return jnp.where(here_MC, jnp.take(g_R, slot_MC, mode="clip"), 0), None, None, None
+    return jnp.where(here_MC, jnp.take(g_R, slot_MC, mode="clip"), 0), None
 
 
-_take_gates.defvjp(
-    lambda gate, order, slot, here: (_take_gates(gate, order, slot, here), (slot, here)), _take_gates_bwd
-)
+_take_gates.defvjp(lambda gate_MC, plan: (_take_gates(gate_MC, plan), (plan.slot_MC, plan.here_MC)), _take_gates_bwd)
 
 
 def dispatch_gates(gate_MC: Float[Array, "M C"], plan: Plan) -> Float[Array, " R"]:
     """Each routed row's gate."""
-    return _take_gates(*same_variance(gate_MC, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _take_gates(*same_variance(gate_MC, plan))
 
 
 @jax.custom_vjp
-def _sum_choices(y_RD: jax.Array, order_R: jax.Array, slot_MC: jax.Array, here_MC: jax.Array) -> jax.Array:
-    y_MCD = jnp.where(here_MC[..., None], jnp.take(y_RD, slot_MC, axis=0, mode="clip"), 0)
+def _sum_choices(y_RD: jax.Array, plan: Plan) -> jax.Array:
+    y_MCD = jnp.where(plan.here_MC[..., None], jnp.take(y_RD, plan.slot_MC, axis=0, mode="clip"), 0)
     return jnp.sum(y_MCD, axis=1, dtype=jnp.float32)
 
 
-def _sum_choices_fwd(y_RD, order_R, slot_MC, here_MC):
+def _sum_choices_fwd(y_RD, plan):
     like = jnp.zeros((0,), y_RD.dtype)
-    return _sum_choices(y_RD, order_R, slot_MC, here_MC), (like, order_R, slot_MC)
+    return _sum_choices(y_RD, plan), (like, plan.order_R, plan.slot_MC)
 
 
 def _sum_choices_bwd(saved, g_MD):
     like, order_R, slot_MC = saved
-    return jnp.take(g_MD.astype(like.dtype), order_R // slot_MC.shape[1], axis=0, mode="clip"), None, None, None
+    return jnp.take(g_MD.astype(like.dtype), order_R // slot_MC.shape[1], axis=0, mode="clip"), None
 
 
 _sum_choices.defvjp(_sum_choices_fwd, _sum_choices_bwd)
@@ -139,4 +137,4 @@ def combine(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "M D"]:
 
     Rows of `y_RD` behind the last group are never read, whatever they hold; their gradient means nothing.
     """
-    return _sum_choices(*same_variance(y_RD, plan.order_R, plan.slot_MC, plan.here_MC))
+    return _sum_choices(*same_variance(y_RD, plan))

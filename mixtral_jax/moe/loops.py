@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mixtral_jax.moe.experts import ExpertWeights
 from mixtral_jax.parallel import compiler_quirks as quirks
-from mixtral_jax.parallel import same_variance, variance, varying, zeros
+from mixtral_jax.parallel import same_variance, zeros
 
 # (weights, x, gate, ids, index) -> what one pass makes; `ids`: all integers that it needs, `index`: its number. It must
 # get all that it differentiates by as arguments.
@@ -68,8 +68,7 @@ def in_rounds(
     with its gradients, and so behind it: at no time are there buffers for more than one round.
     """
     leaves, tree = jax.tree.flatten(weights)
-    axes = sorted(frozenset().union(*map(variance, jax.tree.leaves((leaves, x, gate, ids)))))
-    leaves, x, gate, ids = jax.tree.map(lambda a: varying(a, axes), (leaves, x, gate, ids))
+    leaves, x, gate, ids = same_variance(leaves, x, gate, ids)
     one = _Static(apply, tree, disjoint)
     leaves, x, gate, ticket = _before(one, leaves, x, gate, ids, rounds)
     first = one(leaves, x, gate, ids, jnp.zeros((), jnp.int32))

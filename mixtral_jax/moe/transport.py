@@ -181,8 +181,7 @@ def ragged_exchange(x_RD: Float[Array, "R *D"], runs: Runs, rows: int) -> Float[
 
     The gradient is the exchange the other way.
     """
-    x_RD, *runs_ = same_variance(x_RD, *runs)
-    return _exchange((x_RD.shape[0], rows), x_RD, Runs(*runs_))
+    return _exchange((x_RD.shape[0], rows), *same_variance(x_RD, runs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

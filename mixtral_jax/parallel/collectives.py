@@ -69,9 +69,11 @@ def psum(x: Any, axes: Sequence[str]) -> Any:
     return jax.tree.map(lambda a: jax.lax.psum(varying(a, axes), tuple(axes)), x) if inside() else x
 
 
-def axis_max(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+def axis_max(x: Any, axes: Sequence[str]) -> Any:
     """Maximum over the devices along `axes`; no gradient."""
-    return jax.lax.pmax(varying(jax.lax.stop_gradient(x), axes), tuple(axes)) if inside() else x
+    if not inside():
+        return x
+    return jax.tree.map(lambda a: jax.lax.pmax(varying(jax.lax.stop_gradient(a), axes), tuple(axes)), x)
 
 
 def variance(x: jax.Array) -> frozenset[str]:
@@ -92,12 +94,12 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
     return varying(jnp.zeros(shape, dtype), sorted(variance(like)))
 
 
-def same_variance(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays with one common variance: what a custom_vjp wants of its arguments."""
+def same_variance(*trees: Any) -> tuple[Any, ...]:
+    """The arrays of all trees with one common variance: what a custom_vjp wants of its arguments."""
     if not inside():
-        return arrays
-    axes = sorted(frozenset().union(*map(variance, arrays)))
-    return tuple(varying(a, axes) for a in arrays)
+        return trees
+    axes = sorted(frozenset().union(*map(variance, jax.tree.leaves(trees))))
+    return jax.tree.map(lambda a: varying(a, axes), trees)
 
 
 def unchecked(run: Callable[..., Any], *args: Any) -> Any:
