@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,30 +36,8 @@ _GATE = (".block_sparse_moe.gate", ".mlp.gate")  # the hub's name of the router,
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The part of adapter_config.json that fixes the numbers."""
-
-    lora: LoraConfig
-    base: str | None
-    whole: tuple[str, ...]  # modules_to_save
-    ties: bool  # ensure_weight_tying
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-
-    def of(self, module: str) -> LoraConfig:
-        """With rank and alpha of one module; a pattern matches the end of its name, as in PEFT."""
-
-        def matching(patterns: dict[str, Any], default: Any) -> Any:
-            found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-            return next(found, default)
-
-        rank, alpha = matching(self.rank_pattern, self.lora.rank), matching(self.alpha_pattern, self.lora.alpha)
-        return self.lora.model_copy(update={"rank": rank, "alpha": alpha})
-
-
-class _Numbers(BaseModel):
-    """The keys of adapter_config.json that are read, of the kinds that PEFT writes."""
+class Settings(BaseModel):
+    """The keys of adapter_config.json that fix the numbers, of the kinds that PEFT writes."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -72,6 +50,28 @@ class _Numbers(BaseModel):
     ensure_weight_tying: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+
+    @cached_property
+    def lora(self) -> LoraConfig:
+        """Of modules that no pattern names."""
+        dropout, targets = self.lora_dropout or 0.0, PEFT_NAMES["all-linear"]
+        rank, alpha, rslora = self.r, self.lora_alpha, bool(self.use_rslora)
+        return LoraConfig(rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, targets=targets)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """modules_to_save by their own names, without the modules around them."""
+        return tuple(name.rpartition(".")[2] for name in self.modules_to_save or ())
+
+    def of(self, module: str) -> LoraConfig:
+        """With rank and alpha of one module; a pattern matches the end of its name, as in PEFT."""
+
+        def matching(patterns: dict[str, Any] | None, default: Any) -> Any:
+            found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+            return next(found, default)
+
+        rank, alpha = matching(self.rank_pattern, self.r), matching(self.alpha_pattern, self.lora_alpha)
+        return self.lora.model_copy(update={"rank": rank, "alpha": alpha})
 
 
 def read_settings(directory: Directory) -> Settings:
@@ -87,7 +87,7 @@ def read_settings(directory: Directory) -> Settings:
         raise ValueError(f"{directory} has no {WEIGHTS}: it is no {kind}")
     _refuse(config, where)
     try:
-        read = _Numbers.model_validate(config)
+        read = Settings.model_validate(config)
         ranks, alphas = read.rank_pattern or {}, read.alpha_pattern or {}
         for pattern in (*ranks, *alphas):
             re.compile(pattern)
@@ -99,14 +99,10 @@ def read_settings(directory: Directory) -> Settings:
             f"{where}: r {rank}, lora_alpha {alpha:g} and lora_dropout {dropout:g} "
             "must be positive, positive, and in 0 ... 1"
         )
-    whole = tuple(name.rpartition(".")[2] for name in read.modules_to_save or ())
-    if other := sorted({*whole} - {*WHOLE.values()}):
+    if other := sorted({*read.whole} - {*WHOLE.values()}):
         known = ", ".join(WHOLE.values())
         raise ValueError(f"{where}: modules_to_save names {', '.join(other)}, which is not supported: {known} are")
-    lora = LoraConfig(
-        rank=rank, alpha=alpha, rslora=bool(read.use_rslora), dropout=dropout, targets=PEFT_NAMES["all-linear"]
-    )
-    return Settings(lora, read.base_model_name_or_path, whole, bool(read.ensure_weight_tying), ranks, alphas)
+    return read
 
 
 def _refuse(config: dict[str, Any], where: str) -> None:
@@ -136,7 +132,7 @@ class PeftAdapter(AdapterSource, TensorSource):
     def __init__(self, path: PathLike, config: MixtralConfig) -> None:
         directory = Directory(path)
         self._settings = read_settings(directory)
-        self.base, lora = self._settings.base, self._settings.lora
+        self.base, lora = self._settings.base_model_name_or_path, self._settings.lora
         tensors = _without_tied_head(read_tensors(directory, [WEIGHTS]), self._settings, config, directory)
         super().__init__(directory, {}, _with_rows(config, tensors, directory), tensors)
         self._halves: dict[str, bool] = {}
@@ -241,7 +237,7 @@ def _without_tied_head(
     """Without the head that PEFT saves a second time beside the embedding of a base that ties the two."""
     kept = dict(tensors)
     if config.tie_word_embeddings and (embedding := kept.get(f"{PEFT}model.embed_tokens.weight")):
-        if "embed_tokens" in settings.whole and not settings.ties:
+        if "embed_tokens" in settings.whole and not settings.ensure_weight_tying:
             raise ValueError(
                 f"{where}/{CONFIG}: modules_to_save names embed_tokens without ensure_weight_tying, so the head stays "
                 "the base's in PEFT, while here it is the embedding: untie the base, or train it with that set"
@@ -285,7 +281,7 @@ def peft2lora(
         FileExistsError: `dst` exists.
     """
     check_destination(dst, src, force=force, local=True)
-    where = read_settings(Directory(src)).base if base is None else os.fspath(base)
+    where = read_settings(Directory(src)).base_model_name_or_path if base is None else os.fspath(base)
     if where is None or not Directory(where).exists():
         raise ValueError(
             f"{src}/{CONFIG} names the base {where!r}, which is no directory here: say --base and its directory"
