@@ -128,7 +128,9 @@ def _arrow(file: str, columns: tuple[str, ...], census: Census) -> Records:
 def _rows(batches: Iterable[Any], file: str, census: Census, number: int = 0) -> Records:
     for batch in batches:
         try:
-            records = _records(batch)
+            readers = [(field.name, _reader(field.type)) for field in batch.schema]
+            rows = batch.to_pylist(maps_as_pydicts="strict")
+            records = [{name: read(row[name]) for name, read in readers} for row in rows]
         except (ValueError, LookupError, OverflowError, RecursionError) as error:
             if batch.num_rows > 1:  # a bad one among them: one at a time
                 yield from _rows((batch.slice(i, 1) for i in range(batch.num_rows)), file, census, number)
@@ -139,11 +141,6 @@ def _rows(batches: Iterable[Any], file: str, census: Census, number: int = 0) ->
         else:
             yield from records
         number += batch.num_rows
-
-
-def _records(batch: Any) -> list[dict[str, Any] | None]:
-    readers = [(field.name, _reader(field.type)) for field in batch.schema]
-    return [{name: read(row[name]) for name, read in readers} for row in batch.to_pylist(maps_as_pydicts="strict")]
 
 
 @functools.cache

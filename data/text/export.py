@@ -40,7 +40,8 @@ def tokenizer_files(
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     out = dict(tokenizer.files)
     config = json.loads(out.get("tokenizer_config.json", b"{}"))
-    names = {f"{key}_token": tokenizer.piece_of(id_) for key, id_ in _special(tokenizer).items()}
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.id_of("<unk>")}
+    names = {key: tokenizer.piece_of(id_) for key, id_ in special.items() if id_ is not None}
     if "tokenizer.json" not in out and isinstance(tokenizer, SentencePieceTokenizer):
         out["tokenizer.json"] = _dump(as_json(tokenizer), indent=None)
         out.pop("added_tokens.json", None)
@@ -102,11 +103,6 @@ def tokenizer_facts(files: Mapping[str, bytes], texts: Sequence[str]) -> dict[st
         except ValueError:
             facts["a chat"] = tokenizer.chat_template
     return facts
-
-
-def _special(tokenizer: Tokenizer) -> dict[str, int]:
-    unknown = tokenizer.id_of("<unk>")
-    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id} | ({} if unknown is None else {"unk": unknown})
 
 
 def _dump(value: Any, indent: int | None = 2) -> bytes:

@@ -65,17 +65,14 @@ def load_config(path: PathLike) -> MixtralConfig:
 
 def place_leaf(source: Source, leaf: Leaf, sharding: Any, dtype: Any = None) -> jax.Array:
     """One parameter on devices (None: the default one); each process reads only the parts of its own, each once."""
-    kind = np.dtype(dtype or _dtype(source, leaf))
+    stored = next(slot for slot in source.slots if slot.leaf.path == leaf.path)
+    kind = np.dtype(dtype or source.dtype(stored))
     places = {None: (slice(None),) * len(leaf.shape)}
     if sharding is not None:
         places = sharding.addressable_devices_indices_map(leaf.shape)
     boxes = {device: edges(index, leaf.shape) for device, index in places.items()}
     out = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
     return place(source, leaf, boxes, [out], lambda values, at: [(values.astype(kind, copy=False), at)])[0]
-
-
-def _dtype(source: Source, leaf: Leaf) -> np.dtype:
-    return source.dtype(next(slot for slot in source.slots if slot.leaf.path == leaf.path))
 
 
 def save_hf(
