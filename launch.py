@@ -12,30 +12,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Parsed = argparse.Namespace
-OK, UNEXPECTED, USAGE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (train/errors.py has them); the last line says why."""
-    words = sys.argv[1:] if argv is None else argv
-    for word in words:
+    try:
+        from mixtral_jax.train.errors import ExitCode, explain
+    except ImportError as error:  # a copy without its links, which says so
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for word in sys.argv[1:] if argv is None else argv:
         try:
             word.encode()
         except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as half surrogates
             print(f"error: {word!a} on the command line is not UTF-8", file=sys.stderr)
-            return USAGE
-    try:
-        parser = build_parser()
-    except ImportError as error:  # a copy without its links, which says so
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
+            return ExitCode.USAGE
+    parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.version:
         print(f"mixtral-jax {_version()}")
-        return OK
+        return ExitCode.DONE
     if "does" not in args:
         parser.print_help()
-        return USAGE
+        return ExitCode.USAGE
     if rest and not args.does.takes_overrides:
         parser.error(f"unrecognised arguments of {args.command}: {' '.join(rest)}")
     args.overrides, args.is_process = rest, argv is None
@@ -44,28 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = Lasting(sys.stdout)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Lasting(sys.stderr)):
-        code = _call(args)
+        try:
+            calls = args.does.calls
+            code = _forward(calls, args) if ":" in calls else PREPARED[calls](args)
+        except KeyboardInterrupt:
+            print("exit 1: interrupted", file=sys.stderr)
+            code = ExitCode.UNEXPECTED
+        except Exception as error:
+            code = explain(error, args.traceback)
         out.flush()
-        if code == OK and out.error is not None:  # of a run's own lines nothing is lost: its log has them
-            return _explain(OSError(out.error.errno, f"the output could not be written: {out.error.strerror}"))
+        if code == ExitCode.DONE and out.error is not None:  # of a run's own lines nothing is lost: its log has them
+            return explain(OSError(out.error.errno, f"the output could not be written: {out.error.strerror}"))
     return code
-
-
-def _call(args: Parsed) -> int:
-    try:
-        calls = args.does.calls
-        return _forward(calls, args) if ":" in calls else PREPARED[calls](args)
-    except KeyboardInterrupt:
-        print("exit 1: interrupted", file=sys.stderr)
-        return UNEXPECTED
-    except Exception as error:
-        return _explain(error, args.traceback)
-
-
-def _explain(error: Exception, with_traceback: bool = False) -> int:
-    from mixtral_jax.train.errors import explain
-
-    return explain(error, with_traceback)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +92,7 @@ def _forward(calls: str, args: Parsed) -> int:
     """Call `module:function` with what was given."""
     positional, options = _given(args)
     result = _function(*calls.split(":"))(*positional, **options)
-    return result if isinstance(result, int) else OK
+    return result if isinstance(result, int) else 0
 
 
 def _given(args: Parsed) -> tuple[list[Any], dict[str, Any]]:
@@ -188,7 +177,7 @@ def _plan(args: Parsed) -> int:
 def _show(args: Parsed) -> int:
     config, provenance = _load(args)
     print(_function("train.config", "resolved_yaml")(config, provenance), end="")
-    return OK
+    return 0
 
 
 def _submit(args: Parsed) -> int:

@@ -16,22 +16,29 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 
 class ExitCode(IntEnum):
     """Supervisors read these: 2, 3 and 4 are final; 74, 75, 76 and 124: the same command goes on (docs/runs.md)."""
 
-    DONE = 0  # or nothing left to do
-    UNEXPECTED = 1
-    USAGE = 2  # usage, configuration, or the format of data
-    NOT_FINITE = 3  # loss, gradient or logits, or updates are skipped for ever; the last good checkpoint stands
-    DIFFERENT = 4  # `convert verify` found a difference
-    STORAGE = 74  # a disk is full or does not answer; the checkpoints that were whole stand
-    STOPPED = 75  # on request, and saved
-    PEER_LOST = 76  # another process of the run, or the one that coordinates them
-    WATCHDOG = 124
-    AT_ONCE = 130  # as a shell reports a process that Ctrl-C ended
+    meaning: str  # in a few words, for launch files and their documentation
+
+    DONE = 0, "done"  # or nothing left to do
+    UNEXPECTED = 1, "an unexpected exception, or no memory"
+    USAGE = 2, "usage, configuration or data"
+    NOT_FINITE = 3, "loss or gradient is not finite"  # or updates are skipped for ever; the last good checkpoint stands
+    DIFFERENT = 4, "verify found a difference"
+    STORAGE = 74, "storage failed"  # a disk is full or does not answer; the checkpoints that were whole stand
+    STOPPED = 75, "stopped on request, saved"
+    PEER_LOST = 76, "another process was lost"  # or the one that coordinates them
+    WATCHDOG = 124, "nothing moved"
+    AT_ONCE = 130, "a second Ctrl-C"  # as a shell reports a process that it ended
+
+    def __new__(cls, value: int, meaning: str = "") -> Self:
+        code = int.__new__(cls, value)
+        code._value_, code.meaning = value, meaning
+        return code
 
     @classmethod
     def final(cls) -> tuple["ExitCode", ...]:
@@ -42,25 +49,6 @@ class ExitCode(IntEnum):
     def again(cls) -> tuple["ExitCode", ...]:
         """Those that ask for the same command."""
         return (cls.STORAGE, cls.STOPPED, cls.PEER_LOST, cls.WATCHDOG)
-
-    @property
-    def meaning(self) -> str:
-        """In a few words, for launch files and their documentation."""
-        return _MEANINGS[self]
-
-
-_MEANINGS = {
-    ExitCode.DONE: "done",
-    ExitCode.UNEXPECTED: "an unexpected exception, or no memory",
-    ExitCode.USAGE: "usage, configuration or data",
-    ExitCode.NOT_FINITE: "loss or gradient is not finite",
-    ExitCode.DIFFERENT: "verify found a difference",
-    ExitCode.STORAGE: "storage failed",
-    ExitCode.STOPPED: "stopped on request, saved",
-    ExitCode.PEER_LOST: "another process was lost",
-    ExitCode.WATCHDOG: "nothing moved",
-    ExitCode.AT_ONCE: "a second Ctrl-C",
-}
 
 
 class Outcome(NamedTuple):
