@@ -40,20 +40,11 @@ def make_put(mesh: jax.sharding.Mesh | None, share: tuple[int, int]) -> Callable
     sharding = batch_sharding(mesh, leading=1)
     if sharding is None:
         return lambda batch: jax.tree.map(jax.numpy.asarray, batch)
-    index, count = share
-
     per_row = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:2]))
 
     def put_leaf(local: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
-        offset = index * local.shape[1]
-        shape = (local.shape[0], local.shape[1] * count, *local.shape[2:])
-
-        def piece(where: tuple[slice, ...] | None) -> np.ndarray:
-            assert where is not None
-            start, stop, _ = where[1].indices(shape[1])
-            return local[where[0], start - offset : stop - offset, *where[2:]]
-
-        return jax.make_array_from_callback(shape, sharding, piece)
+        shape = (local.shape[0], local.shape[1] * share[1], *local.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
 
     def put(batch: Any) -> Any:
         """Positions are shared over context; the numbers of a pair, which no sequence axis has, are not."""
