@@ -104,7 +104,6 @@ def test_explicit_settings_come_first() -> None:
     assert detect(SLURM, num_processes=1) is None
     with pytest.raises(UserError, match="--coordinator and --process-id are missing"):
         detect({}, num_processes=2)
-    assert str(found) == "process 0 of 2 at h:1 (explicit settings)"
 
 
 def test_tpu_chips_ask_the_metadata_server_unless_told_otherwise() -> None:
@@ -139,7 +138,7 @@ def test_two_processes_find_each_other() -> None:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     code = (
         "from mixtral_jax.train.run.processes import initialize\n"
-        "print(initialize())\n"
+        "initialize()\n"
         "import jax\n"
         "from jax.experimental import multihost_utils\n"
         "print(jax.process_count(), jax.device_count(), multihost_utils.process_allgather(jax.process_index()).sum())\n"
@@ -154,11 +153,11 @@ def test_two_processes_find_each_other() -> None:
         )
         for i in range(2)
     ]
-    for i, process in enumerate(processes):
+    for process in processes:
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         lines = [line for line in without_gloo(out).splitlines() if line]
-        assert lines == [f"process {i} of 2 at {address} (environment)", "2 4 1"]
+        assert lines == ["2 4 1"]
 
 
 def test_gloo_may_write_a_line_inside_another() -> None:

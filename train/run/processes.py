@@ -30,11 +30,6 @@ class ProcessSetup:
     process_id: int | None = None
     local_device_ids: tuple[int, ...] | None = None
 
-    def __str__(self) -> str:
-        if self.coordinator is None:
-            return f"processes as the {self.source} runtime names them"
-        return f"process {self.process_id} of {self.num_processes} at {self.coordinator} ({self.source})"
-
 
 def detect(
     env: Mapping[str, str], *, coordinator: str | None = None, num_processes: int | None = None,
@@ -76,7 +71,7 @@ def detect(
 def initialize(
     *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None,
     timeout: float = 60.0,
-) -> ProcessSetup | None:  # fmt: skip
+) -> None:  # fmt: skip
     """Join the other processes within `timeout` seconds, if there are any; call before the first jax computation.
 
     Raises:
@@ -88,15 +83,14 @@ def initialize(
         tpu_chips=count_tpu_chips(),
     )  # fmt: skip
     if setup is None:
-        return None
+        return
     if setup.coordinator is not None:
         assert setup.num_processes is not None and setup.process_id is not None
         join(setup.coordinator, setup.num_processes, setup.process_id, timeout, setup.local_device_ids)
-        return setup
+        return
     import jax  # after the environment was read: importing it takes a second that a usage error need not wait for
 
     jax.distributed.initialize()
-    return setup
 
 
 def count_tpu_chips(sys_root: Path = Path("/sys")) -> int:
