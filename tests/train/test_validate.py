@@ -82,12 +82,12 @@ def test_whole_numbers_may_be_written_as_powers_of_ten() -> None:
         ("kind: linear", "kind = linear (f:2): unknown key; the nearest key is leaf.kind"),
         ("leaves: [{}, {rat: 1}]", "leaves.1.rat = 1 (f:2): unknown key; the nearest key is leaves.1.rate"),
         ("leaf: {qqq: 3}", "leaf.qqq = 3 (f:2): unknown key; the keys of leaf are size, rate, on, kind"),
-        ("lr: 3", "lr = 3 (f:2): unknown key; here that is leaf.rate"),
+        ("lr: 3", "lr = 3 (f:2): unknown key; here that is optimizer.learning_rate"),
         ("presett: 3", "presett = 3 (f:2): unknown key; the nearest key is preset"),
     ],
 )
 def test_a_problem_is_a_line_with_path_value_and_place(text: str, line: str) -> None:
-    assert lines(f"name: a\n{text}", synonyms={"lr": "leaf.rate"}, also_known=("preset",)) == [line]
+    assert lines(f"name: a\n{text}", also_known=("preset",)) == [line]
 
 
 def test_all_problems_come_at_once() -> None:

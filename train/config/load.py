@@ -142,13 +142,11 @@ def validate(
     tree: Tree,
     *,
     problems: Mapping[str, str] | None = None,
-    synonyms: Mapping[str, str] = SYNONYMS,
     also_known: Sequence[str] = (),
 ) -> Config:
     """Build the config, or name everything that is wrong.
 
-    `problems` (by dotted path) were found before; `synonyms` maps last parts of keys that other libraries use to
-    our dotted paths; `also_known` are paths that stand in files but not in the class.
+    `problems` (by dotted path) were found before; `also_known` are paths that stand in files but not in the class.
 
     Strict, as pydantic is about JSON, where lists stand for tuples and dicts for sections: a boolean is no number, a
     string is neither, so `tensorboard: no` is an error here. But `1e6` is a whole number.
@@ -161,7 +159,7 @@ def validate(
         config = config_class.model_validate_json(json.dumps(_whole_numbers(tree.values)), strict=True)
     except ValidationError as error:
         known = [*known_paths(config_class), *also_known]
-        found |= {path: text for path, text in _sentences(error, tree, known, synonyms) if path not in found}
+        found |= {path: text for path, text in _sentences(error, tree, known) if path not in found}
     if found or config is None:
         raise UserError("\n".join(line for path, text in found.items() for line in _lines(tree, path, text)))
     return config
@@ -280,15 +278,13 @@ def _lines(tree: Tree, path: str, text: str) -> Iterator[str]:
         yield f"{path}{shown}{origin}: {line}{where}" if path else line + where
 
 
-def _sentences(
-    error: ValidationError, tree: Tree, known: list[str], synonyms: Mapping[str, str]
-) -> Iterator[tuple[str, str]]:
+def _sentences(error: ValidationError, tree: Tree, known: list[str]) -> Iterator[tuple[str, str]]:
     """(dotted path, what is wrong there); alternatives of a union in one sentence."""
     found: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
         path = ".".join(_keys(tree.values, detail))
         unknown = detail["type"] == "extra_forbidden"
-        text = f"unknown key; {_nearest(path, known, synonyms)}" if unknown else _sentence(detail)
+        text = f"unknown key; {_nearest(path, known)}" if unknown else _sentence(detail)
         found.setdefault(path, []).append(text)
     for path, texts in found.items():
         if not any(other.startswith(f"{path}.") for other in found):  # else its parts are wrong, and said so
@@ -324,10 +320,10 @@ def _sentence(detail: Any) -> str:
     return f"must be {_MUST_BE[kind]}{', not text' if is_text else ''}"
 
 
-def _nearest(path: str, known: list[str], synonyms: Mapping[str, str]) -> str:
+def _nearest(path: str, known: list[str]) -> str:
     section, _, word = path.rpartition(".")
-    if word in synonyms:
-        return f"here that is {synonyms[word]}"
+    if word in SYNONYMS:
+        return f"here that is {SYNONYMS[word]}"
     index = next((part for part in path.split(".") if part.isdigit()), "0")
     known = [p.replace("*", index) for p in known]
     near = closest(path, known)
