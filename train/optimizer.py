@@ -68,17 +68,15 @@ SPIKE_WEIGHT = 3.0  # a norm counts as at most so many times the mean, so that o
 
 
 class Optimizer(NamedTuple):
-    """What the step needs: the optax transformation without learning rate and clipping, and those two.
+    """What the step needs: the optax transformation without learning rate and clipping, and what says of those.
 
     The factor on the router's updates is no transformation: a run may resume with another one, or with none.
     """
 
     transformation: optax.GradientTransformation
     schedule: Schedule
-    max_grad_norm: float | None
-    skip_spikes: float | None
+    config: OptimizerConfig
     router_factor: float
-    state_dtype: held.StateDtype
 
 
 class OptimizerState(NamedTuple):
@@ -116,16 +114,13 @@ def make_optimizer(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
     )
-    schedule = make_schedule(config, steps, parts)
-    return Optimizer(
-        transformation, schedule, config.max_grad_norm, config.skip_spikes, router_factor, config.state_dtype
-    )
+    return Optimizer(transformation, make_schedule(config, steps, parts), config, router_factor)
 
 
 def init_optimizer(optimizer: Optimizer, params: Params) -> OptimizerState:
     """Zero moments, one of each for every parameter."""
     adam, *others = optimizer.transformation.init(params)
-    mu, nu = held.zeros(params, optimizer.state_dtype)
+    mu, nu = held.zeros(params, optimizer.config.state_dtype)
     moments = (adam._replace(mu=mu, nu=nu), *others)
     return OptimizerState(moments, jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(True))
 
@@ -207,8 +202,8 @@ def apply_gradients(
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     spike = _is_spike(optimizer, state, grad_norm)
     scale = jnp.ones(())
-    if optimizer.max_grad_norm is not None:
-        scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
+    if optimizer.config.max_grad_norm is not None:
+        scale = jnp.minimum(1.0, optimizer.config.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
     learning_rate = optimizer.schedule(n)
 
     adam, *others = state.moments
@@ -224,7 +219,7 @@ def apply_gradients(
         params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
         return params, *held.write(after.mu, after.nu, (mu, nu), key)
 
-    in_layers = optimizer.state_dtype != "float32" and LAYERS in params
+    in_layers = optimizer.config.state_dtype != "float32" and LAYERS in params
     change = _by_layer if in_layers else _at_once
     params, mu, nu = change(move, applies, key, grads, params, adam.mu, adam.nu)
     moments = (adam._replace(count=adam.count + applies, mu=mu, nu=nu), *others)
@@ -272,7 +267,6 @@ def _norm_mean(state: OptimizerState) -> Float[Array, ""]:
 
 
 def _is_spike(optimizer: Optimizer, state: OptimizerState, grad_norm: Float[Array, ""]) -> Bool[Array, ""]:
-    if optimizer.skip_spikes is None:
+    if optimizer.config.skip_spikes is None:
         return jnp.array(False)
-    mean = _norm_mean(state)
-    return (state.norm_count >= SPIKE_WARMUP) & (grad_norm > optimizer.skip_spikes * mean)
+    return (state.norm_count >= SPIKE_WARMUP) & (grad_norm > optimizer.config.skip_spikes * _norm_mean(state))
