@@ -7,7 +7,6 @@ run of small ones), so the base is never in memory as a whole in a wider form, n
 
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -40,6 +39,7 @@ from mixtral_jax.convert import (
 )
 from mixtral_jax.convert import leaves as stored_leaves
 from mixtral_jax.convert import newest_step as newest_whole_step
+from mixtral_jax.data.progress import say
 from mixtral_jax.lora import is_adapter
 from mixtral_jax.model import abstract_model
 from mixtral_jax.quantize import QuantizedWeight, quantize
@@ -49,6 +49,7 @@ from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.weights import Tree, abstract_params, is_trained, join, keep, leaves, random_weights
 
 Config = TypeVar("Config", bound=RunConfig)
+_say_once = functools.cache(say)
 
 
 def base_weights(config: RunConfig, abstract: Tree) -> Tree:
@@ -271,11 +272,6 @@ def checkpoints_of(run: Path) -> epath.PathLike:
     """Where a run keeps its checkpoints, as its config.yaml says; any other directory is itself."""
     file = run / "config.yaml"
     return read_tree(file).find("checkpoint.directory")[1] or run / "checkpoints" if file.is_file() else run
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def holds_adapters(path: str) -> bool:

@@ -67,6 +67,11 @@ def find_run(name: str) -> Path:
     return place
 
 
+def last_attempt(run: Path) -> int:
+    """The number of the last start of a run; 0: there is none."""
+    return max((int(p.name) for p in (run / "attempts").glob("*") if p.name.isdecimal()), default=0)
+
+
 def standing(place: Path, newest: float = 0.0) -> Standing:
     """What the files of a run say; `newest` is the latest time that was seen on its file system."""
     status, config = json_object(place / "STATUS"), yaml_object(place / "config.yaml")

@@ -32,9 +32,10 @@ from mixtral_jax.train.launchers.job import (
     yaml_text,
 )
 from mixtral_jax.train.launchers.kubernetes import gke_shape, hosts
-from mixtral_jax.train.launchers.verdict import MOST, MOST_UNSEEN, Verdict, last_attempt, verdict
+from mixtral_jax.train.launchers.verdict import MOST, MOST_UNSEEN, Verdict, verdict
 from mixtral_jax.train.plan import parse_topology
 from mixtral_jax.train.run.processes import detect
+from mixtral_jax.train.run_files import last_attempt
 
 PRESETS = {"pretrain": "mixtral-8x7b-v5p-64", "sft": "mixtral-8x7b-v5p-64", "dpo": "mixtral-8x7b-v5p-64"}
 MOUNTED = ("--volume", "runs:/runs", "--volume", "data:/data")

@@ -6,7 +6,8 @@
 import sys
 from pathlib import Path
 
-from mixtral_jax.train.launchers.verdict import last_attempt, verdict
+from mixtral_jax.train.launchers.verdict import verdict
+from mixtral_jax.train.run_files import last_attempt
 
 run = Path(sys.argv[1])
 print(last_attempt(run) if sys.argv[2:] == ["attempt"] else verdict(run, int(sys.argv[2]), int(sys.argv[3])))

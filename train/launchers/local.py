@@ -15,8 +15,9 @@ from mixtral_jax.data.prepare import search_path
 from mixtral_jax.train.console import duration
 from mixtral_jax.train.errors import ASKING, ExitCode, UserError
 from mixtral_jax.train.launchers.job import Job, Plan
-from mixtral_jax.train.launchers.verdict import Verdict, last_attempt, read_status, verdict
+from mixtral_jax.train.launchers.verdict import Verdict, verdict
 from mixtral_jax.train.plan import Topology
+from mixtral_jax.train.run_files import json_object, last_attempt
 
 _POLL, _PEERS, _SAVING = 0.2, 120.0, 300.0  # seconds: between looks; for the others to notice a death; for a save
 # PR_SET_PDEATHSIG: even a supervisor that is killed leaves no processes that hold the run; jax forbids a preexec_fn
@@ -132,7 +133,7 @@ class Supervisor:
         if self._how.kill_seconds is None or self._killed == self._how.kills:
             return False
         if self._due is None:
-            status = read_status(self._job.run)
+            status = json_object(self._job.run / "STATUS")
             if status.get("state") == "training" and status.get("attempt", 0) > self._before:
                 self._due = time.monotonic() + self._how.kill_seconds
         return self._due is not None and time.monotonic() >= self._due

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mixtral_jax.data.prepare import replace_or_overwrite
 from mixtral_jax.train.base import checkpoints_of
@@ -31,16 +31,6 @@ class Verdict(NamedTuple):
         return f"{self.code}, {_named(self.code)}{self.note}"
 
 
-def last_attempt(run: Path) -> int:
-    """The number of the last start of a run; 0: there is none."""
-    return max((int(p.name) for p in (run / "attempts").glob("*") if p.name.isdecimal()), default=0)
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """STATUS of a run; empty where there is none."""
-    return json_object(run / "STATUS")
-
-
 def verdict(run: Path, code: int, before: int) -> Verdict:
     """Judge the attempt that has just ended, and count it.
 
@@ -53,7 +43,7 @@ def verdict(run: Path, code: int, before: int) -> Verdict:
         code: of the processes; negative or above 128: a signal ended them.
         before: the number of the last start when they were started.
     """
-    status = read_status(run)
+    status = json_object(run / "STATUS")
     said, reason = status.get("exit_code"), _named(code)
     if isinstance(said, int) and isinstance(status.get("attempt"), int) and status["attempt"] > before:
         code, reason = said, str(status.get("reason", ""))

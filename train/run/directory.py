@@ -24,7 +24,7 @@ from mixtral_jax.train.run import lease
 from mixtral_jax.train.run.account import Account
 from mixtral_jax.train.run.environment import environment
 from mixtral_jax.train.run.goodput import Goodput
-from mixtral_jax.train.run_files import json_object
+from mixtral_jax.train.run_files import json_object, last_attempt
 
 _IN_ORDER = (ExitCode.DONE, ExitCode.NOT_FINITE, ExitCode.STOPPED)  # how a run ends that has not failed
 _STATES = {ExitCode.WATCHDOG: "watchdog", ExitCode.STOPPED: "preempted"}  # of attempts that were ended; others: failed
@@ -44,7 +44,7 @@ class RunDirectory:
         self.log = path / "logs" / f"process_{jax.process_index()}.log"
         self.checkpoints = path / "checkpoints"
         self.attempts = path / "attempts"
-        self.attempt = max(self._numbers(), default=0)  # the number of this one, once it has begun; before, the last
+        self.attempt = last_attempt(self.path)  # the number of this one, once it has begun; before, the last
         self.step: int | None = None  # that this attempt has come to; None: it has not begun
         self.account: Account | None = None  # where it stands in its data
         self.start, self.undone = 0, 0  # the step that it began from, and how many it took back
@@ -150,7 +150,7 @@ class RunDirectory:
             self.attempt = 1
             return
         if jax.process_index() == 0:
-            self.attempt = max(self._numbers(), default=0) + 1
+            self.attempt = last_attempt(self.path) + 1
             (self.attempts / str(self.attempt)).mkdir(parents=True)
         self.attempt = int(hear(np.array(self.attempt), 0))  # the directory of another machine may be another one
         with contextlib.suppress(OSError, ValueError):
@@ -166,10 +166,7 @@ class RunDirectory:
             with contextlib.suppress(OSError):  # unless it has files
                 (self.attempts / str(self.attempt)).rmdir()
             self.goodput.forget()
-            self.attempt = max(self._numbers(), default=0)
-
-    def _numbers(self) -> list[int]:
-        return [int(p.name) for p in self.attempts.glob("*") if p.name.isdecimal()]
+            self.attempt = last_attempt(self.path)
 
     def describe(self, config: RunConfig, provenance: Provenance | None, mesh: jax.sharding.Mesh | None) -> None:
         """Write what the attempt is made of: the resolved configuration, the one that was given, the environment."""

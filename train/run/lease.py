@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -18,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.data.prepare import digest
+from mixtral_jax.data.prepare import digest, write_atomically
+from mixtral_jax.data.progress import say
 from mixtral_jax.train.errors import UserError
 
 FILE = "LEASE"
@@ -80,7 +80,7 @@ class Lease:
             return False
         try:
             if stands := read(self.directory) == found:
-                self._replace()
+                write_atomically(self.file, json.dumps(self._said))
                 if found.get("id") in _ours and (before := _made.get(found["id"])) is not None:
                     before.handed_over = True
                     before.stop()
@@ -102,14 +102,6 @@ class Lease:
             raise
         return True
 
-    def _replace(self) -> None:
-        temporary = self.file.with_name(f"{FILE}.{self._said['id']}.tmp")
-        try:
-            temporary.write_text(json.dumps(self._said), encoding="utf-8")
-            os.replace(temporary, self.file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     def _watch(self, found: dict[str, Any]) -> dict[str, Any] | None:
         """What stands there after so long without a movement; None: it was released."""
         began, told = time.monotonic(), False
@@ -127,10 +119,7 @@ class Lease:
                 began, found = time.monotonic(), now
             if not told and time.monotonic() - began > 3 * BEAT_SECONDS:
                 told = True
-                line = (
-                    f"{self.directory} is leased to {owner(found)}: watching {PATIENCE_SECONDS:g} s whether that lives"
-                )
-                print(line, file=sys.stderr, flush=True)
+                say(f"{self.directory} is leased to {owner(found)}: watching {PATIENCE_SECONDS:g} s whether that lives")
         return found
 
     def _is_ours(self, found: dict[str, Any] | None) -> bool:
