@@ -1,5 +1,6 @@
 """What a checkpoint stands for: its model (a run's adapters on the base under them, too), its tokenizer, its run."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     is_file = not place.is_dir()
     if is_file or any(next(place.glob(pattern), None) for pattern in ("*.model*", "tokenizer.json")):
         return load_tokenizer(path)
-    run = run_config(str(path))
+    run = run_place(str(path))
     if run is None:
         raise UserError(f"{path} holds no tokenizer: name one with --tokenizer")
-    return load_tokenizer(kept_tokenizer(run_place(str(path)) or run.run_dir) or run.data.tokenizer)
+    return load_tokenizer(kept_tokenizer(run) or load_config(run / "config.yaml").config.data.tokenizer)
 
 
 def with_tokenizer(config: RunConfig, checkpoint: str) -> RunConfig:
@@ -87,10 +88,10 @@ def with_tokenizer(config: RunConfig, checkpoint: str) -> RunConfig:
 
 def run_template(checkpoint: str) -> str | Mapping[str, Any] | None:
     """The chat format of the run that a checkpoint belongs to; None: there is none, or it trains on documents."""
-    run = run_config(checkpoint)
-    if run is None or run.stage == "pretrain":
+    run, config = run_place(checkpoint), run_config(checkpoint)
+    if run is None or config is None or config.stage == "pretrain":
         return None
-    return kept_template(run_place(checkpoint) or run.run_dir) or run.data.template
+    return kept_template(run) or config.data.template
 
 
 def run_config(checkpoint: str) -> RunConfig | None:
@@ -118,3 +119,23 @@ def run_place(checkpoint: str) -> Path | None:
         if (place / "config.yaml").is_file() and not (place / "config.json").exists():
             return place
     return None
+
+
+def results_directory(checkpoint: str, path: str, out: str | None) -> Path | None:
+    """`out`, or <run>/eval/<step> of the step at `path`, see newest_step; None: the checkpoint is of no run.
+
+    It is made here, before there is anything to lose.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    run = run_place(checkpoint)
+    directory = Path(out) if out else run and run / "eval" / Path(path).name
+    if directory is not None and jax.process_index() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be made ({error.strerror}): --out names where to write") from error
+        if not os.access(directory, os.W_OK):
+            raise UserError(f"{directory} may not be written into: --out names another place")
+    return directory

@@ -2,21 +2,21 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
+from mixtral_jax.data.progress import say
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.base import newest_step
 from mixtral_jax.train.config import MachineConfig, RunConfig, load_config, shape_of
 from mixtral_jax.train.errors import ExitCode, UserError
-from mixtral_jax.train.evals import TaskOptions, find_tasks, results_directory, run_tasks
+from mixtral_jax.train.evals import TaskOptions, find_tasks, run_tasks
 from mixtral_jax.train.meetings import agree
-from mixtral_jax.train.read_model import read_model, read_tokenizer, run_place, run_template
+from mixtral_jax.train.read_model import read_model, read_tokenizer, results_directory, run_place, run_template
 from mixtral_jax.train.run import RunDirectory, failures_reported, open_files
 from mixtral_jax.train.run_files import lines_backwards
 
@@ -47,15 +47,15 @@ def benchmark(
     if directory is not None:
         # a run's directory of a step is of one checkpoint, however it is called and whoever asked
         left_out = results.write(directory, whole_stays=not out, checkpoint=checkpoint, options=vars(options))
-        print(f"scores and samples are in {directory}", file=sys.stderr)
+        say(f"scores and samples are in {directory}")
         if left_out:
-            print(f"note: those of {', '.join(left_out)} stay, of all documents; a part is not kept", file=sys.stderr)
+            say(f"note: those of {', '.join(left_out)} stay, of all documents; a part is not kept")
     step = Path(place).name
     if not out and (run := run_place(checkpoint)) is not None and step.isdigit():  # else a copy under another name
         if options.limit is None:
             _note(run, int(step), results.metrics)
         else:
-            print("note: nothing is added to metrics.jsonl, as --limit leaves documents out", file=sys.stderr)
+            say("note: nothing is added to metrics.jsonl, as --limit leaves documents out")
     return ExitCode.DONE
 
 
@@ -82,7 +82,7 @@ def _note(place: Path, step: int, metrics: dict[str, float]) -> None:
         try:
             run.hold(None)
         except UserError as error:
-            print(f"note: nothing is added to metrics.jsonl: {error}", file=sys.stderr)
+            say(f"note: nothing is added to metrics.jsonl: {error}")
             return
         opened.callback(run.release)
         newest = max((line["step"] for line in lines_backwards(run.metrics)), default=step)

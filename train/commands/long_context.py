@@ -1,7 +1,6 @@
 """`eval --passkey`, `eval --by-length`: what a checkpoint makes of long contexts, printed, and kept beside the run."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.prepare import digest, write_atomically
-from mixtral_jax.data.progress import meter
+from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import source_files, text_size_estimate
 from mixtral_jax.data.text import Tokenizer, texts_of
 from mixtral_jax.train.base import newest_step
@@ -28,10 +27,9 @@ from mixtral_jax.train.evals import (
     loss_by_length,
     passkey_accuracy,
     passkey_table,
-    results_directory,
 )
 from mixtral_jax.train.meetings import agree
-from mixtral_jax.train.read_model import read_tokenizer
+from mixtral_jax.train.read_model import read_tokenizer, results_directory
 from mixtral_jax.train.run import failures_reported
 
 SHORTEST = 128  # of the lengths that are tried where none are named; each is twice the one before
@@ -66,7 +64,7 @@ def long_context(
         most, samples = shape_of(place).max_position_embeddings, asked.samples or 20
         lengths = sorted(set(asked.lengths or _doubling(most)))
         if lengths[-1] > most and jax.process_index() == 0:
-            print(f"note: the model was made for {most} tokens, its max_position_embeddings", file=sys.stderr)
+            say(f"note: the model was made for {most} tokens, its max_position_embeddings")
         documents, known = _documents(sources, tokenizer, lengths, samples) if sources else ([], [])
         found: dict[str, Any] = {}
         with model_of(checkpoint, place, config, tokenizer) as model:
@@ -86,7 +84,7 @@ def long_context(
     if directory is not None:
         for name, result in found.items():
             write_atomically(directory / f"{name}.json", json.dumps({"checkpoint": checkpoint, **result}))
-            print(f"written: {directory / name}.json", file=sys.stderr)
+            say(f"written: {directory / name}.json")
     return ExitCode.DONE
 
 
@@ -127,7 +125,7 @@ def _documents(
         documents, known = long_documents(texts, tokenizer, lengths, samples, advance)
     agree(documents=digest([document.ids for document in documents]))
     if len(documents) < samples and jax.process_index() == 0:
-        print(f"note: {len(documents)} documents, not {samples}, have {known[-1]} tokens", file=sys.stderr)
+        say(f"note: {len(documents)} documents, not {samples}, have {known[-1]} tokens")
     return documents, known
 
 

@@ -2,5 +2,5 @@
 
 from mixtral_jax.train.evals.routing.observe import Options
 from mixtral_jax.train.evals.routing.page import render
-from mixtral_jax.train.evals.routing.result import Changed, Coloured, Domain, Liking, Result
+from mixtral_jax.train.evals.routing.result import Result
 from mixtral_jax.train.evals.routing.survey import measure
