@@ -90,18 +90,18 @@ class Phases:
 
     def become(self, phase: Phase) -> None:
         """The outermost phase, which lasts until it becomes another."""
-        self._move(phase, lambda: self._stack.__setitem__(0, (phase, None)))
+        self._move(lambda: self._stack.__setitem__(0, (phase, None)))
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """A phase within the present one."""
         own = phase, object()  # a generator that was left takes out its own, whenever it is closed
         began = time.monotonic()
-        self._move(phase, lambda: self._stack.append(own))
+        self._move(lambda: self._stack.append(own))
         try:
             yield
         finally:
-            self._move(phase, lambda: self._stack.remove(own))
+            self._move(lambda: self._stack.remove(own))
             self._stays[phase] += 1
             self._longest[phase] = max(self._longest[phase], time.monotonic() - began)
 
@@ -127,7 +127,7 @@ class Phases:
         step = (self._seconds["step"] + self._seconds["data_wait"]) / max(1, steps)
         return save + self._longest[Phase.SAMPLING] + _FEW * step if save else None
 
-    def _move(self, phase: Phase, change: Callable[[], None]) -> None:
+    def _move(self, change: Callable[[], None]) -> None:
         with self._lock:
             before, state = self.now, self.state
             self._count()

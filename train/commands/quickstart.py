@@ -4,7 +4,6 @@ python -m mixtral_jax.train.commands.quickstart runs/quickstart
 """
 
 import gzip
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from mixtral_jax.convert import load
 from mixtral_jax.data.text import load_tokenizer, texts_of
 from mixtral_jax.train.commands.routing import routing
 from mixtral_jax.train.config import RunConfig, load_config
+from mixtral_jax.train.run_files import lines_backwards
 from mixtral_jax.train.text import generate
 
 LANGUAGES = {
@@ -39,7 +39,7 @@ def main(run_dir: str) -> int:
     """
     config = load_config(Path(run_dir) / "config.yaml").config
     console = Console(highlight=False, soft_wrap=True)
-    metrics = last_evaluation(Path(run_dir) / "metrics.jsonl")
+    metrics = next(line for line in lines_backwards(Path(run_dir) / "metrics.jsonl") if "eval/loss" in line)
     beaten = compare(config, metrics, console)
     write_samples(config, run_dir, console)
     console.print(_NEXT.format(run=run_dir))
@@ -49,12 +49,6 @@ def main(run_dir: str) -> int:
     if not beaten:
         print("exit 1: gzip compresses a language better than the model does", file=sys.stderr)
     return 0 if beaten else 1
-
-
-def last_evaluation(metrics: Path) -> dict[str, Any]:
-    """The newest line of metrics.jsonl that holds an evaluation."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return next(row for row in reversed(rows) if "eval/loss" in row)
 
 
 def gzip_bits_per_byte(texts: list[str]) -> float:

@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def run_tasks(
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(seed=_SHOTS_SEED)  # each evaluation goes on drawing where the one before ended
         found = evaluator.evaluate(
-            HarnessModel(model, tokenizer, template, _metered(check)), tasks, limit=options.limit,
+            HarnessModel(model, tokenizer, template, partial(_metered, check)), tasks, limit=options.limit,
             bootstrap_iters=BOOTSTRAPS, system_instruction=options.system,
             apply_chat_template=options.apply_chat_template, fewshot_as_multiturn=options.fewshot_as_multiturn,
             confirm_run_unsafe_code=options.allow_code,
@@ -214,20 +215,16 @@ def run_tasks(
     )  # fmt: skip
 
 
-def _metered(check: Callable[[], None]) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _metered(check: Callable[[], None], title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A meter on process 0 that calls `check` whenever it moves."""
+    with meter(title, total, show=jax.process_index() == 0) as advance:
 
-    @contextlib.contextmanager
-    def metered(title: str, total: int) -> Iterator[Callable[[int], None]]:
-        with meter(title, total, show=jax.process_index() == 0) as advance:
+        def moved(done: int) -> None:
+            check()
+            advance(done, "")
 
-            def moved(done: int) -> None:
-                check()
-                advance(done, "")
-
-            yield moved
-
-    return metered
+        yield moved
 
 
 def _named(own: Mapping[str, Any]) -> dict[str, float]:

@@ -27,8 +27,6 @@ class Hook(Protocol):
 
     def due(self, step: int, last: bool) -> bool:
         """After this step?"""
-        ...
 
     def run(self, moment: Moment) -> None:
         """Do it."""
-        ...

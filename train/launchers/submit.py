@@ -11,7 +11,7 @@ from mixtral_jax.data.prepare import write_atomically
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import kubernetes, local, sky, slurm
 from mixtral_jax.train.launchers.job import Job, Nodes, Plan, jobs
-from mixtral_jax.train.plan import NODE_GPUS, Topology, memory_line, parse_topology, passing_line
+from mixtral_jax.train.plan import NODE_GPUS, Topology, memory_line, mesh_text, parse_topology, passing_line
 
 Options = Mapping[str, Any]
 
@@ -116,9 +116,8 @@ def _write(files: Mapping[Path, str]) -> None:
 def _told(found: Sequence[Job], files: Mapping[Path, str], commands: list[list[str]], *, go: bool) -> Iterator[str]:
     """What will happen, for a person."""
     for job in found:
-        named = " x ".join(f"{axis} {size}" for axis, size in job.sizes.items() if size > 1) or "one device"
         much = f"{job.config.tokens_per_step:,} tokens a step, {job.config.steps or 'all'} steps"
-        yield f"{'run':>8}  {job.config.stage} {job.run} on {job.nodes}: mesh {named}, {much}"
+        yield f"{'run':>8}  {job.config.stage} {job.run} on {job.nodes}: mesh {mesh_text(job.sizes)}, {much}"
     yield f"{'memory':>8}  {memory_line(found[0].config, found[0].sizes)}"
     yield f"{'besides':>8}  {passing_line(found[0].config, found[0].sizes)}"
     for path in files:

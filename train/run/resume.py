@@ -241,14 +241,10 @@ def _check_rename(place: Path) -> None:
 
 
 def _leave_branch(place: RunDirectory, directory: epath.PathLike, steps: list[int]) -> list[str]:
-    """Move these checkpoints and what was made of them aside: results first, for checkpoints tell of them."""
-    return [*place.set_results_aside(place.start), *set_aside(directory, steps)] if steps else []
-
-
-def set_aside(directory: epath.PathLike, steps: list[int]) -> list[str]:
-    """Move single checkpoints out of a directory, on a file system; sentences of what was done."""
+    """Move these checkpoints, on a file system, and what was made of them aside; sentences of what was done."""
     if not steps:
         return []
+    said = place.set_results_aside(place.start)  # first, for checkpoints tell of results
     root = Path(directory).resolve()  # beside what a link points to, so that a rename is enough
     aside, link = free_name(root), root / "best"
     aside.mkdir()
@@ -256,7 +252,7 @@ def set_aside(directory: epath.PathLike, steps: list[int]) -> list[str]:
         link.unlink()
     for step in steps:
         os.rename(root / str(step), aside / str(step))
-    return [f"checkpoints {', '.join(map(str, steps))} were moved to {aside}"]
+    return [*said, f"checkpoints {', '.join(map(str, steps))} were moved to {aside}"]
 
 
 def _together(action: Callable[[], Any]) -> Any:

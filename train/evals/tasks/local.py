@@ -187,10 +187,8 @@ def _place(directory: Path, row: Row, split: str, *, tested: bool) -> Path | Non
 
 def _read(place: Path, split: str, row: Row) -> list[dict[str, Any]]:
     """The rows of a file, with the columns that the hub's have."""
-    source, census = (
-        SourceConfig(name="task", path=str(place), split=split if place.is_dir() else None),
-        Census(skip=False),
-    )
+    source = SourceConfig(name="task", path=str(place), split=split if place.is_dir() else None)
+    census = Census(skip=False)
     lumps = (lump for file in source_files(source) for lump in read_lumps(source, file, (), census))
     found = []
     for lump in lumps:
