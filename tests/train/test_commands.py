@@ -24,8 +24,9 @@ from tests.tiny import metrics_of, tiny_config, write_run_file
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of a finished run; the run lies in runs/run beside it."""
-    file = write_run_file(tmp_path_factory.mktemp("trained"), steps=3)
+    """The run file of a finished run, which drops in training alone; the run lies in runs/run beside it."""
+    dropping = {"moe": {"capacity_factor": 0.5}}
+    file = write_run_file(tmp_path_factory.mktemp("trained"), steps=3, compute=dropping)
     assert launch.main(["pretrain", str(file)]) == 0
     return file
 

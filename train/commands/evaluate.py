@@ -1,7 +1,6 @@
 """`eval`: loss, perplexity, bits per byte and accuracy of a checkpoint, or how it ranks pairs, source by source."""
 
 import contextlib
-import functools
 import json
 import math
 import sys
@@ -15,7 +14,6 @@ from mixtral_jax.data.loader import EvalSource, eval_sources
 from mixtral_jax.data.prepare import digest, prepare
 from mixtral_jax.data.records import stage_in
 from mixtral_jax.data.text import load_tokenizer
-from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.base import base_weights, newest_step, pin_base
 from mixtral_jax.train.build import sequence_logps_of
@@ -27,7 +25,6 @@ from mixtral_jax.train.evals import TaskOptions, listing
 from mixtral_jax.train.feed import batch_share, make_put
 from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.meetings import agree, first_alone
-from mixtral_jax.train.objective import token_sums
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
 from mixtral_jax.train.read_model import noted_base, read_model, with_tokenizer
@@ -119,17 +116,11 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
         sources, put = open_validation(config, mesh)
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
 
-        if isinstance(config, DpoStageConfig):
-            if config.reference != "none":
-                started, _ = pin_base(config, noted_base(place, config.init_from))
-                put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
-            score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
-            return measure_sources(lambda batch: score(model, None, put(batch)), sources)
-
-        def ask(batch: Any) -> Any:
-            return _sums(model, put(batch), skip_masked=config.stage == "sft")
-
-        return measure_sources(ask, sources)
+        if isinstance(config, DpoStageConfig) and config.reference != "none":
+            started, _ = pin_base(config, noted_base(place, config.init_from))
+            put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
+        score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
+        return measure_sources(lambda batch: score(model, None, put(batch)), sources)
 
 
 def open_validation(
@@ -141,11 +132,6 @@ def open_validation(
     with first_alone(config.data.cache_dir):
         prepared = prepare(config.data, config.seq_len, config.seed, progress=jax.process_index() == 0, train=False)
     return eval_sources(prepared, batch_size=rows, shard=share, batches=config.eval.batches), make_put(mesh, share)
-
-
-@functools.partial(jax.jit, static_argnames="skip_masked")
-def _sums(model: Mixtral, batch: Any, skip_masked: bool) -> Any:
-    return token_sums(model, jax.tree.map(lambda x: x[0], batch), skip_masked=skip_masked)[0]
 
 
 def _table(metrics: dict[str, float], sources: Sequence[str]) -> str:
