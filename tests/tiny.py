@@ -69,7 +69,7 @@ def write_run_file(directory: Path, **changes) -> Path:
     config = {
         "stage": "pretrain", "run_name": "run", "output_dir": str(directory / "runs"), "steps": 8, "seq_len": 32,
         "global_batch_size": 8, "model": TINY,
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "schedule": "constant"},  # one program for any length
         "data": {
             "tokenizer": str(directory / "tokenizer.json"), "cache_dir": str(directory / "cache"), "workers": 1,
             "train": [{"name": "words", "path": str(directory / "train.jsonl")}],

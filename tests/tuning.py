@@ -33,7 +33,7 @@ def write_tuning_file(directory: Path, stage: str, **changes) -> Path:
         "validation": [{"name": "answers", "path": str(directory / f"{stage}-val.jsonl")}],
     }
     common = {
-        "stage": stage, "seq_len": 64, "global_batch_size": 4, "steps": 3, "optimizer": {"warmup_steps": 0},
+        "stage": stage, "seq_len": 64, "global_batch_size": 4, "steps": 3, "optimizer": {"warmup_steps": 0, "schedule": "constant"},
         "checkpoint": {"every": None},
     }  # fmt: skip
     merged = common | changes

@@ -30,7 +30,11 @@ sys.exit(launch.main(sys.argv[1:]))
 
 def environment():
     """One CPU device; the tests' compilation cache."""
-    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": os.getcwd()}
+    return {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "PYTHONPATH": os.getcwd(),
+    }
 
 
 def launch(file, *overrides, code=None):

@@ -21,7 +21,7 @@ from tests.tiny import metrics_of, write_run_file
 def trained(tmp_path_factory):
     """A directory with a run `a`, and `b`: the same, but for its schedule, and its loss at step 4."""
     root = tmp_path_factory.mktemp("runs")
-    changes = {"steps": 4, "log": {"every": 1}, "checkpoint": {"every": None}, "optimizer": {"warmup_steps": 2}}
+    changes = {"steps": 4, "log": {"every": 1}, "checkpoint": {"every": None}, "optimizer": {"schedule": "cosine"}}
     file = write_run_file(root / "files", run_name="a", output_dir=str(root / "out"), **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_mesh", lambda config: None)
