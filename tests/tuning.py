@@ -33,8 +33,8 @@ def write_tuning_file(directory: Path, stage: str, **changes) -> Path:
         "validation": [{"name": "answers", "path": str(directory / f"{stage}-val.jsonl")}],
     }
     common = {
-        "stage": stage, "seq_len": 64, "global_batch_size": 4, "steps": 3, "optimizer": {"warmup_steps": 0, "schedule": "constant"},
-        "checkpoint": {"every": None},
+        "stage": stage, "seq_len": 64, "global_batch_size": 4, "steps": 3, "checkpoint": {"every": None},
+        "optimizer": {"warmup_steps": 0, "schedule": "constant"},
     }  # fmt: skip
     merged = common | changes
     merged["data"] = data | changes.get("data", {})
