@@ -122,10 +122,15 @@ def check_base(config: RunConfig, resumes: bool) -> list[str]:
     return notes
 
 
-def stands_on_base(config: RunConfig) -> bool:
-    """Whether init_from is read again when the run goes on: under adapters, and as a reference."""
+def needs_base(config: RunConfig) -> bool:
+    """Whether the weights that it began with are made again when it goes on: under adapters, and as a reference."""
     reference = config.reference if isinstance(config, DpoStageConfig) else "none"
-    return config.init_from is not None and (config.adapters is not None or reference != "none")
+    return config.adapters is not None or reference != "none"
+
+
+def stands_on_base(config: RunConfig) -> bool:
+    """Whether these are read again, from init_from."""
+    return config.init_from is not None and needs_base(config)
 
 
 def pin_base(config: Config, noted: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any] | None]:

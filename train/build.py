@@ -19,9 +19,8 @@ from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.base import base_weights, check_base_shape, first_params, pin_base
 from mixtral_jax.train.checkpoints import Found, Say, patiently
 from mixtral_jax.train.config import DpoStageConfig, RunConfig, TuningConfig, check_sizes, check_vocabulary, read_config
-from mixtral_jax.train.evals import TaskOptions, Tasks, find_tasks, run_tasks
+from mixtral_jax.train.evals import Tasks, run_tasks
 from mixtral_jax.train.feed import batch_share, make_put
-from mixtral_jax.train.hooks import TasksConfig
 from mixtral_jax.train.meetings import agree, first_alone, meet
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.optimizer import Params, RatePart, make_optimizer
@@ -35,6 +34,8 @@ from mixtral_jax.train.run import (
     first_screen,
     mask_lines,
     restored,
+    task_options,
+    tasks_of,
     tree_changes,
 )
 from mixtral_jax.train.state import TrainState, abstract_state, start_from
@@ -108,7 +109,7 @@ def build(
     if mesh is not None:
         check_sizes(config, mesh.shape)
     stage_in(config.data.staging_dir, config.data.staging_bytes)
-    tokenizer, tasks = load_tokenizer(config.data.tokenizer), _tasks(config)
+    tokenizer, tasks = load_tokenizer(config.data.tokenizer), tasks_of(config)
     check_vocabulary(config, tokenizer.vocab_size)
     prepared = prepare_data(config)
     account = _account(config, found, prepared, say)
@@ -201,16 +202,6 @@ def continuations(parts: Parts, config: RunConfig, params: Params, prompts: list
         parts.merge(params), prompts, tokenizer=parts.tokenizer, template=config.data.template, seed=config.seed,
         max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature,
     )  # fmt: skip
-
-
-def _tasks(config: RunConfig) -> Tasks | None:
-    told, longest = config.eval.tasks, config.model.max_position_embeddings
-    return None if told is None else find_tasks(told.names, task_options(told), longest=longest)
-
-
-def task_options(tasks: TasksConfig) -> TaskOptions:
-    """How the benchmarks of a run are found and run."""
-    return TaskOptions(**tasks.model_dump(exclude={"names", "every"}))
 
 
 def benchmark(

@@ -14,7 +14,7 @@ from mixtral_jax.data.records import is_remote
 from mixtral_jax.data.text import Tokenizer, load_tokenizer
 from mixtral_jax.model import Mixtral
 from mixtral_jax.train.base import base_weights, holds_adapters, newest_step, pin_base
-from mixtral_jax.train.config import RunConfig, load_config
+from mixtral_jax.train.config import RunConfig, load_config, run_and_step
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.run import kept_template
 from mixtral_jax.train.weights import abstract_params, is_trained, join, keep, make_merge
@@ -52,11 +52,22 @@ def read_model(
 
 def noted_base(checkpoint: str, init_from: str | None) -> Mapping[str, Any] | None:
     """Which weights the run of a checkpoint stands on, by its notes, where it names the same init_from."""
-    path = newest_step(checkpoint)
-    if not is_training_checkpoint(path):
-        return None
-    meta = arrays.read_item(path, "meta")
+    meta = _notes(newest_step(checkpoint))
     return meta.get("base") if meta.get("config", {}).get("init_from") == init_from else None
+
+
+def with_base(config: RunConfig, checkpoint: str) -> RunConfig:
+    """The config with the base of the run that resume_from names, as that run and those that it begins have it."""
+    if config.resume_from is None:
+        return config
+    own = _notes(newest_step(checkpoint))
+    noted = own if own.get("resumed_from") else _notes(newest_step(run_and_step(config.resume_from)[0]))
+    return config.model_copy(update={"init_from": noted.get("config", {}).get("init_from"), "resume_from": None})
+
+
+def _notes(path: str) -> Mapping[str, Any]:
+    """What a run noted at one of its steps; nothing at another place."""
+    return arrays.read_item(path, "meta") if is_training_checkpoint(path) else {}
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -87,9 +98,9 @@ def with_tokenizer(config: RunConfig, checkpoint: str) -> RunConfig:
 
 
 def run_template(checkpoint: str) -> str | Mapping[str, Any] | None:
-    """The chat format of the run that a checkpoint belongs to; None: there is none, or it trains on documents."""
+    """The chat format of the run that a checkpoint belongs to; None: there is none, or the run names none."""
     run, config = run_place(checkpoint), run_config(checkpoint)
-    if run is None or config is None or config.stage == "pretrain":
+    if run is None or config is None:
         return None
     return kept_template(run) or config.data.template
 

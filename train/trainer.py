@@ -14,7 +14,7 @@ from mixtral_jax.data.rows import Batch, PairBatch
 from mixtral_jax.model import Mixtral
 from mixtral_jax.parallel import make_mesh
 from mixtral_jax.train.build import Parts, benchmark, build, continuations, settle_steps
-from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, note_evaluation, stands, why
+from mixtral_jax.train.checkpoints import Best, Checkpointer, Found, comparable, note_evaluation, stands, why
 from mixtral_jax.train.config import Provenance, RunConfig
 from mixtral_jax.train.console import Console
 from mixtral_jax.train.errors import AGAIN, ExitCode, Outcome, StorageError, UserError, command_began, failure_of
@@ -129,7 +129,8 @@ class Trainer:
         self._found, self.step = found, 0 if found is None else found.step
         self._start, meta = self.step, {} if found is None else found.meta
         self._owed = bool(meta.get("evaluation_owed"))
-        self._best = Best(self.config.early_stopping, meta.get("best"), self.config.checkpoint.every)
+        best = comparable(meta, self.config.model_dump(mode="json"), self.say)
+        self._best = Best(self.config.early_stopping, best, self.config.checkpoint.every)
 
     def _ready(self) -> Parts:
         """What the steps need and what happens between them; made once. A finished run needs it only where asked."""
@@ -264,7 +265,7 @@ class Trainer:
         elif self._best.exhausted and not self._evaluate.owed:
             self._end("done", f"stopped after step {step} of {steps}: {self._best.why_stopped}", ExitCode.DONE)
         else:
-            reason = f"{signal} after step {step}; checkpoint {step} is saved: run the same command again"
+            reason = f"{signal} after step {step}; checkpoint {step} is saved: {self._begin.again}"
             self._end("preempted", reason, ExitCode.STOPPED)
 
     def _save_what_there_is(self, error: OSError) -> None:

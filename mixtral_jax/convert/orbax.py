@@ -1,5 +1,6 @@
 """Orbax checkpoints as slots, in and out: our model directories, and the checkpoints of training runs."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 from etils import epath
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from mixtral_jax import checkpoint
 from mixtral_jax.checkpoint import HELD, PIECE, ArrayReader, ArraySpec, ArrayWriter, piece_shape
@@ -105,7 +108,8 @@ class OrbaxSource(OrbaxArrays):
                 raise ValueError(
                     f"{path} holds no whole model (adapters only?): merge them first with convert merge-lora"
                 )
-            self.hf_config = shape.to_hf()
+            own = shape.to_hf()  # but for tokens, of which the run knows by its tokenizer alone
+            self.hf_config = {key: value for key, value in own.items() if not key.endswith("_token_id")}
         else:
             self.hf_config = read_config(self.directory)
         self.config = read_shape(self.hf_config, self.directory)
@@ -209,10 +213,21 @@ def is_orbax(path: Path) -> bool:
 
 def newest_step(root: Path) -> Path:
     """The newest whole step of a run's directory; any other directory is itself."""
-    directory = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    directory = _checkpoints_of(root)
     steps = [p for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
     whole = [p for p in steps if (p / checkpoint.COMMIT).is_file()]
     return max(whole, key=lambda p: int(p.name)) if whole else root
+
+
+def _checkpoints_of(root: Path) -> Path:
+    """Where a run keeps its checkpoints, by its config.yaml; any other directory is itself."""
+    told: Any = None
+    if not (root / "config.json").exists():  # a model directory may hold a config.yaml of others
+        with contextlib.suppress(OSError, ValueError, YAMLError):
+            told = YAML(typ="safe", pure=True).load((root / "config.yaml").read_text(encoding="utf-8"))
+    named = (told.get("checkpoint") or {}).get("directory") if isinstance(told, dict) else None
+    place = Path(named) if named else root / "checkpoints"
+    return place if place.is_dir() else root
 
 
 def kept_tokenizer(run: Path) -> Path | None:

@@ -1,10 +1,11 @@
 """The conversions: open a source, check it, stream it into a new directory, put the small files beside it."""
 
+import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,8 @@ def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, forc
     check_destination(dst, force=force, local=True)
     dtype_of = chosen_dtype(source, dtype)
     small = None if source.template() is None else exported_files(source)
-    write(source, dst, OrbaxSink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
+    config = _config(source, dtype_of, small or {})
+    write(source, dst, OrbaxSink, dtype_of, *config, small=small, force=force, progress=progress)
 
 
 def write_hf(
@@ -94,7 +96,8 @@ def write_hf(
         names = sorted({dtype_of(s).name for s in source.slots})
         print(f"{dst}: {_bytes(source, dtype_of):,} bytes of weights in {', '.join(names)}", file=sys.stderr)
     small = exported_files(source) if small is None else small
-    write(source, dst, sink, dtype_of, *_config(source, dtype_of), small=small, force=force, progress=progress)
+    config = _config(source, dtype_of, small)
+    write(source, dst, sink, dtype_of, *config, small=small, force=force, progress=progress)
 
 
 def exported_files(source: Source) -> Mapping[str, bytes]:
@@ -202,8 +205,16 @@ def _bytes(source: Source, dtype_of: DtypeOf) -> int:
     return sum(slot.rows * slot.cols * dtype_of(slot).itemsize for slot in source.slots)
 
 
-def _config(source: Source, dtype_of: DtypeOf) -> tuple[str, dict[str, Any]]:
-    return "config.json", export_config(source.hf_config, source.config, dtype_of(source.slots[0]).name)
+def _config(source: Source, dtype_of: DtypeOf, small: Mapping[str, bytes]) -> tuple[str, dict[str, Any]]:
+    """config.json, with the tokens of the tokenizer beside it where the source does not name others."""
+    told: Any = None
+    with suppress(ValueError):  # a file of others
+        told = json.loads(small.get("generation_config.json", b"{}"))
+    ids: dict[str, int] = {}
+    for key in ("bos_token_id", "eos_token_id") if isinstance(told, dict) else ():
+        first = told.get(key)[0] if isinstance(told.get(key), list) and told[key] else told.get(key)
+        ids |= {key: first} if isinstance(first, int) else {}
+    return "config.json", export_config({**ids, **source.hf_config}, source.config, dtype_of(source.slots[0]).name)
 
 
 @contextmanager

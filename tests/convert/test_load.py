@@ -1,5 +1,7 @@
 """Checkpoints as models and back, on one device and on a mesh."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ from tests.convert_files import (
     read_leaf,
     write_hub,
 )
+from tests.tiny import tiny_config, tiny_model, write_byte_tokenizer
 
 # The model is split over the mesh: sizes that the axes divide.
 EVEN = {**TINY, "vocab_size": 40, "head_dim": 8}
@@ -91,6 +94,14 @@ def test_save_hf_writes_what_was_loaded(checkpoints):
     assert_same_bytes(read_hub(checkpoints / "again"), random_tensors(EVEN, BF16))
     with pytest.raises(FileExistsError, match="exists already"):
         save_hf(model, checkpoints / "saved")
+
+
+def test_the_tokens_of_an_export_are_those_of_its_tokenizer(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer.json")
+    save_hf(tiny_model(tiny_config()), tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "out" / name).read_text())
+        assert (told["bos_token_id"], told["eos_token_id"]) == (0, 1)
 
 
 def test_save_hf_names_what_the_format_has_no_place_for(tmp_path):

@@ -6,13 +6,18 @@ import pytest
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.train.config.load import load_config
+from mixtral_jax.train.plan import compile as compile_room
 from mixtral_jax.train.plan.chips import CHIPS, parse_topology
 from mixtral_jax.train.plan.closed_form import attention_pairs, flops, traffic, useful
-from mixtral_jax.train.plan.compile import for_accelerator
-from mixtral_jax.train.plan.placement import memory
+from mixtral_jax.train.plan.placement import as_run_on, memory
 from mixtral_jax.train.plan.search import candidates, likely_rate
 
 BIG = MixtralConfig.preset("mixtral-8x7b").model_dump()
+
+
+def test_the_step_of_a_run_by_epochs_is_planned(make_config):
+    config = make_config(steps=None, data={"epochs": 2}, optimizer={"warmup_steps": 10})
+    assert compile_room._step(config, None).state.params
 
 
 def test_closed_form_flops_are_those_of_the_model_and_what_is_computed_again(make_config):
@@ -77,7 +82,7 @@ LONG = ["seq_len=32768", "mesh.fsdp=16", "mesh.context=4"]
 def test_closed_form_memory_is_near_what_the_compiler_says(name, rows, changes, compiled):
     changes = [*changes, f"global_batch_size={rows}", f"micro_batch_size={rows}"]
     file = Path(__file__).parents[2] / "configs" / "pretrain" / f"mixtral-{name}.yaml"
-    config = for_accelerator(load_config(file, changes).config)
+    config = as_run_on(load_config(file, changes).config, "tpu")
     sizes = config.mesh.sizes(parse_topology(name.split("-", 1)[1]).chips)
     parts = memory(config, sizes)
     assert sum(parts.values()) == pytest.approx(compiled * 1e9, rel=0.07)
@@ -97,14 +102,14 @@ EXPERT_8 = ["mesh.expert=8", "compute.remat=full"]
 )  # fmt: skip
 def test_closed_form_memory_of_gpus_is_near_what_the_compiler_says(rows, changes, compiled):
     file = Path(__file__).parents[2] / "configs" / "pretrain" / "mixtral-8x7b-h100-64.yaml"
-    config = for_accelerator(load_config(file, [*changes, f"micro_batch_size={rows}"]).config)
+    config = as_run_on(load_config(file, [*changes, f"micro_batch_size={rows}"]).config, "tpu")
     assert sum(memory(config, config.mesh.sizes(64), "gpu").values()) == pytest.approx(compiled * 1e9, rel=0.07)
 
 
 def test_closed_form_memory_of_adapters_on_gpus_is_near_what_the_compiler_says():
     """With the flags of compute.xla_flags: auto; without them it was 65.6 GB."""
     file = Path(__file__).parents[2] / "configs" / "sft" / "mixtral-8x7b-lora-h100-8.yaml"
-    config = for_accelerator(load_config(file, []).config)
+    config = as_run_on(load_config(file, []).config, "tpu")
     assert sum(memory(config, config.mesh.sizes(8), "gpu").values()) == pytest.approx(53.33e9, rel=0.07)
 
 

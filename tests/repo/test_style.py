@@ -1,7 +1,9 @@
 """The house rules that a machine can check."""
 
 import ast
+import builtins
 import re
+import symtable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,29 @@ def long_functions(text: str) -> list[str]:
         and node.end_lineno is not None
         and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
     ]
+
+
+def unknown_names(text: str) -> set[str]:
+    """What functions read of the module and nothing defines. Linters are told not to look: shapes are strings."""
+    scopes, read = [symtable.symtable(text, "module", "exec")], set()
+    known = {*dir(builtins), "__file__", "__path__"}
+    known |= {s.get_name() for s in scopes[0].get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        known |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global()}
+        read |= {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
+    return read - known
+
+
+def test_every_name_is_known() -> None:
+    found = {relative(path): unknown_names(path.read_text(encoding="utf-8")) for path in (*SOURCES, *TESTS)}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_name_that_nothing_defines_is_found() -> None:
+    text = "import os\ndef f(a: 'B D') -> None:\n    return os, g, [a for b in a], print\ndef h(): return f(x)\n"
+    assert unknown_names(text) == {"g", "x"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -11,16 +11,20 @@ import pytest
 from mixtral_jax import checkpoint
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert import load_config as load_shape
+from mixtral_jax.convert import newest_step as newest_whole_step
 from mixtral_jax.lora import LoraConfig, is_adapter
+from mixtral_jax.parallel import MESH_AXES
 from mixtral_jax.train import base as room
+from mixtral_jax.train import read_model
 from mixtral_jax.train.base import adapter_weights, check_base, check_base_shape, newest_step, pin_base
 from mixtral_jax.train.config import load_config, resolved_yaml
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.run.check import check_place
+from mixtral_jax.train.run.check import check, check_place
 from mixtral_jax.train.run.resume import check_same_base
 from mixtral_jax.train.weights import abstract_params, is_trained, keep
 from tests.convert_files import TINY, random_tensors, write_hub
 from tests.lora_models import adapted, write_native
+from tests.tiny import TINY as TINY_SHAPE
 from tests.tiny import write_run_file
 from tests.tuning import write_tuning_file
 
@@ -45,8 +49,33 @@ def test_best_is_the_step_that_it_stands_for(tmp_path):
     assert newest_step(str(steps / "best")) == newest_step(str(elsewhere)) == str(steps / "4")
 
 
+def test_the_front_door_finds_a_runs_checkpoints_where_its_file_says(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    for place, step in ((run / "checkpoints", 1), (kept, 7)):
+        (place / str(step)).mkdir(parents=True)
+        (place / str(step) / checkpoint.COMMIT).touch()
+    assert newest_whole_step(run) == run / "checkpoints" / "1"
+    (run / "config.yaml").write_text(f"checkpoint:\n  directory: {kept}\n")
+    assert newest_whole_step(run) == kept / "7"  # not an older one that was left behind
+    (run / "config.json").touch()  # a model directory, with a config.yaml of others
+    assert newest_whole_step(run) == run / "checkpoints" / "1"
+
+
 def tuned(tmp_path, stage="sft", **changes):
     return load_config(write_tuning_file(tmp_path, stage, **({"lora": LORA} | changes))).config
+
+
+def test_adapters_with_all_defaults_are_adapters_and_those_of_nothing_are_refused(tmp_path):
+    empty, named = tuned(tmp_path, "dpo", lora={}), tuned(tmp_path, "dpo", lora={"rank": 16})
+    assert (empty.router, empty.reference) == (named.router, named.reference)
+    assert empty.reference == "lora_base" and empty.router.update == "frozen"
+    for lora, model in (
+        ({"targets": []}, {}),
+        ({"targets": "gate"}, {"num_local_experts": 1, "num_experts_per_tok": 1}),
+    ):
+        config = tuned(tmp_path, lora=lora, model={**TINY_SHAPE, **model})
+        with pytest.raises(UserError, match=r"lora trains nothing: lora\.targets names no matrix"):
+            check(config, dict.fromkeys(MESH_AXES, 1), resumes=False)
 
 
 def save_step(path, model):
@@ -69,6 +98,37 @@ def test_a_base_that_is_far_away_is_known_by_its_path(tmp_path, far):
                 found = SimpleNamespace(step=1, meta={"config": config.model_dump(mode="json"), "base": before})
                 check_same_base(found, at(path))  # it leaves that to what knows the place
                 pin_base(at(path), before)
+
+
+def test_a_reference_of_another_base_is_refused_where_the_run_goes_on(tmp_path):
+    before = tuned(tmp_path, "dpo", lora=None, init_from="base", dpo={"reference": "frozen"})
+    noted = {"step": None, "digest": "abc", "path": "base"}
+    found = SimpleNamespace(name="checkpoint 1", meta={"config": before.model_dump(mode="json"), "base": noted})
+    check_same_base(found, before)
+    with pytest.raises(UserError, match="the reference of checkpoint 1 is made of init_from base, which is now None"):
+        check_same_base(found, before.model_copy(update={"init_from": None}))
+    random = before.model_copy(update={"init_from": None, "seed": 3})
+    found.meta = {"config": random.model_dump(mode="json"), "base": None}
+    with pytest.raises(UserError, match="is made of seed 3, which is now 4"):
+        check_same_base(found, random.model_copy(update={"seed": 4}))
+    sft = tuned(tmp_path, lora=None, init_from="base")
+    found.meta = {"config": sft.model_dump(mode="json"), "base": None}
+    check_same_base(found, sft.model_copy(update={"init_from": None}))  # which it began with, and needs no more
+
+
+def test_a_dpo_run_that_goes_on_from_another_is_evaluated_beside_that_ones_base(tmp_path, monkeypatch):
+    config = tuned(tmp_path, "dpo", lora=None, resume_from="runs/trunk@2")
+    notes = {
+        "runs/fork": {"resumed_from": {"run": "runs/trunk"}, "config": {"init_from": "base"}},
+        "runs/trunk": {"config": {"init_from": "base"}}, "runs/other": {"config": {"init_from": "another"}}, "hf": {},
+    }  # fmt: skip
+    monkeypatch.setattr(read_model, "newest_step", lambda path: path)
+    monkeypatch.setattr(read_model, "_notes", notes.get)
+    for place in notes:
+        based = read_model.with_base(config, place)
+        assert (based.init_from, based.resume_from) == ("base", None)
+    plain = tuned(tmp_path, "dpo", lora=None, init_from="mine")
+    assert read_model.with_base(plain, "runs/fork") is plain
 
 
 def test_the_step_of_a_run_that_keeps_its_checkpoints_far_away_stays_the_base(tmp_path, far):

@@ -10,7 +10,7 @@ from mixtral_jax.checkpoint.trees import damage
 from mixtral_jax.convert import load_config as load_model_config
 from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.checkpoints import checkpointer as checkpoint
-from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig
+from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig, comparable
 from mixtral_jax.train.checkpoints.checkpointer import CheckpointConfig, Checkpointer, best_step, discard, saved_steps
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
@@ -73,6 +73,20 @@ def test_a_checkpoint_says_where_to_go_on_unless_it_watched_something_else():
     other = EarlyStoppingConfig(metric="eval/accuracy", patience=3)
     assert judged(other, [0.1, 0.0, 0.0], Best(other, record)) == (10, None)
     assert Best(None, record).record is None and not str(Best(None, record))
+
+
+def test_the_best_of_another_measure_is_forgotten_and_of_files_that_moved_not():
+    def noted(path="a/val.jsonl", batches=None, beta=0.1):
+        sources = [{"name": "words", "path": path}]
+        return {"seq_len": 32, "data": {"validation": sources}, "eval": {"batches": batches}, "dpo": {"beta": beta}}
+
+    said, best = [], {"value": 1.0}
+    meta = {"best": best, "config": noted()}
+    assert comparable(meta, noted(), said.append) == comparable(meta, noted("b/val.jsonl"), said.append) == best
+    assert comparable({"config": noted()}, noted(batches=1), said.append) is None and not said
+    for now in (noted(batches=1), noted(beta=0.5), noted("a/other.jsonl"), {**noted(), "seq_len": 64}):
+        assert comparable(meta, now, said.append) is None
+    assert len(said) == 4 and "early_stopping begins anew" in said[0]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mixtral_jax.train import trainer as loop
 from mixtral_jax.train.config import read_config
 from mixtral_jax.train.config.load import load_config
 from mixtral_jax.train.errors import UserError
-from mixtral_jax.train.run import dry_run
+from mixtral_jax.train.run import check, dry_run
 from tests.tiny import metrics_of, write_run_file
 
 TRUNK = {
@@ -229,6 +229,15 @@ def test_a_dry_run_surveys_it(runs, capsys):
     assert f"begins with checkpoint 6 of {runs / 'trunk'}" in out and "changed steps: 8 -> 9" in out
     with pytest.raises(UserError, match="no whole checkpoint 7"):
         dry_run(load_config(write_run_file(runs.parent, **{**changes, "resume_from": f"{runs / 'trunk'}@7"})).config)
+
+
+def test_a_dry_run_looks_benchmarks_up(tmp_path, monkeypatch):
+    def unknown(names, options, *, longest):
+        raise UserError(f"task {names[0]} is unknown")
+
+    monkeypatch.setattr(check, "find_tasks", unknown)
+    with pytest.raises(UserError, match="task no_such is unknown"):
+        dry_run(load_config(write_run_file(tmp_path, eval={"tasks": {"names": ["no_such"]}})).config)
 
 
 def test_a_checkpoint_of_another_order_is_refused_before_anything_is_prepared(runs, tmp_path, capsys):

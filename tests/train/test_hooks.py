@@ -139,6 +139,17 @@ def test_profile_traces_the_steps_that_were_asked_for(tmp_path, console, monkeyp
             calls.append(step)
             hook.run(Moment(step, None, None, 0, step == 10))
     assert calls == [3, "start", 6, "stop"]
+    calls.clear()  # a run that goes on behind that is traced where it begins, once
+    for name, steps in (("new", [20, "start", 23, "stop"]), ("traced", [])):
+        hook = Profile(ProfileConfig(start=4, steps=3), tmp_path / name, console)
+        (tmp_path / "traced").mkdir(exist_ok=True)
+        (tmp_path / "traced" / "trace.json").touch()
+        for step in range(20, 26):
+            if hook.due(step, step == 30):
+                calls.append(step)
+                hook.run(Moment(step, None, None, 0, step == 30))
+        assert calls == steps
+        calls.clear()
 
 
 def test_lines_for_people():

@@ -305,6 +305,8 @@ def test_in_a_container_run_and_verdict_use_its_python_on_the_same_paths(config,
         (["output_dir=/shm/runs"], "output_dir: /shm/runs is a place of this machine"),
         (["data.train.0.path=file:///shm"], ": /shm is a place of this machine"),
         (["data.no_such=1"], "data.no_such"),
+        (["resume=never"], "resume is never, and a job that was stopped starts again: set resume=auto"),
+        (["resume=5"], "resume is 5, and"),
     ],
 )
 @pytest.mark.usefixtures("_shared")

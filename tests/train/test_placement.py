@@ -8,7 +8,16 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from mixtral_jax.train.config.load import load_config
-from mixtral_jax.train.plan.placement import SHARES, axis_lines, passing_line, placement_warnings, replicated
+from mixtral_jax.train.plan.placement import (
+    SHARES,
+    axis_lines,
+    human_bytes,
+    memory_line,
+    passing_line,
+    placement_warnings,
+    replicated,
+    resident,
+)
 from mixtral_jax.train.weights import abstract_params, leaves
 from tests.tiny import write_run_file
 
@@ -46,7 +55,19 @@ def test_activations_are_those_of_one_devices_tokens(tmp_path):
     config = load_config(write_run_file(tmp_path, compute={"remat": "full"})).config
     sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": 2, "context": 2}
     # 8 rows of 32 tokens over 4 devices; a layer's input of 16 numbers is saved for each of 2 layers
-    assert f"({2 * 64 * 16 * 4 // 1024} KiB saved for the backward pass)" in passing_line(config, sizes)
+    assert f"({2 * 64 * 16 * 4 // 1024} KiB saved for the backward pass)" in passing_line(config, sizes, "cpu")
+
+
+def test_what_comes_and_goes_is_that_of_the_machine_asked_for_and_of_several_micro_batches(tmp_path):
+    config = load_config(write_run_file(tmp_path, compute={"remat": "full"}, micro_batch_size=4)).config
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    saved = {
+        where: float(passing_line(config, sizes, where).split("(")[1].split()[0]) for where in ("cpu", "gpu", "tpu")
+    }
+    assert saved["cpu"] == 2 * saved["gpu"] == 2 * saved["tpu"]  # auto: fp32 and bf16
+    whole = config.model_copy(update={"micro_batch_size": None})
+    once, twice = (human_bytes(n * resident(config, sizes)["parameters"]) for n in (1, 2))
+    assert f"gradients {twice}" in memory_line(config, sizes) and f"gradients {once}" in memory_line(whole, sizes)
 
 
 def test_replicas_are_warned_of_and_shards_are_not(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.slices import ArrayReader
+from mixtral_jax.train.run.resume import Start
 from tests.tiny import metrics_of, write_run_file
 
 # Holds on just before checkpoint 6, which is on disk under its temporary name, gets its final one.
@@ -26,6 +27,17 @@ os.rename, os.replace = pausing(os.rename), pausing(os.replace)
 from mixtral_jax import launch
 sys.exit(launch.main(sys.argv[1:]))
 """
+
+
+@pytest.mark.parametrize(
+    ("forced", "resume", "again"),
+    [
+        (False, "auto", "run the same command again"), (False, "never", "go on with resume=auto"),
+        (False, 4, "go on with resume=auto"), (True, "auto", "go on with resume=auto and without --force"),
+    ],
+)  # fmt: skip
+def test_what_goes_on_where_a_run_was_stopped_is_said(make_config, forced, resume, again):
+    assert Start(None, "", print, [], make_config(resume=resume), forced).again == again
 
 
 def environment():

@@ -1,6 +1,12 @@
 """Which step is saved when, which is found again, and which is the best."""
 
-from mixtral_jax.train.checkpoints.best import Best, EarlyStoppingConfig, note_evaluation, watching_problems
+from mixtral_jax.train.checkpoints.best import (
+    Best,
+    EarlyStoppingConfig,
+    comparable,
+    note_evaluation,
+    watching_problems,
+)
 from mixtral_jax.train.checkpoints.checkpointer import (
     CheckpointConfig,
     Checkpointer,

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from etils import epath
@@ -49,6 +50,21 @@ def watching_problems(
     known = [f"eval/{prefix}{what}" for prefix in ("", *(f"{s}/" for s in sources)) for what in MEASURED[examples]]
     if config.metric not in known:
         yield f"early_stopping.metric ({config.metric}) is not measured: known are {', '.join(known)}"
+
+
+def comparable(meta: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], Any]) -> Mapping[str, Any] | None:
+    """The best evaluation that a checkpoint knows, if a configuration of now measures what that one did."""
+    best = meta.get("best")
+    if best is None or _measured(meta["config"]) == _measured(now):
+        return best
+    say("early_stopping begins anew: what is evaluated, or how, is not what it was")
+    return None
+
+
+def _measured(config: Mapping[str, Any]) -> list[Any]:
+    """What decides the numbers; files may move."""
+    sources = [(s["name"], PurePath(str(s["path"])).name) for s in config.get("data", {}).get("validation") or ()]
+    return [sources, *(config.get(key) for key in ("seq_len", "dpo")), config.get("eval", {}).get("batches")]
 
 
 class Best:

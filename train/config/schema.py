@@ -149,6 +149,10 @@ class RunConfig(FrozenConfig):
                 f"init_from ({self.init_from}) and resume_from ({self.resume_from}) both say what the run begins with: "
                 "remove init_from, as the whole state of a run brings the base that it stands on"
             )
+        if self.on_nonfinite == "rollback" and self.checkpoint.every is None and self.checkpoint.every_minutes is None:
+            problems.append("on_nonfinite is rollback, but checkpoint.every is null: there is nothing to go back to")
+        if self.sample.every is not None and not self.sample.prompts:
+            problems.append("sample.every is set, but sample.prompts is empty: there is nothing to continue")
         if self.early_stopping is not None:
             sources = [source.name for source in self.data.validation]
             problems += watching_problems(self.early_stopping, self.data.examples, sources, self.eval.every)
@@ -313,7 +317,7 @@ class TuningConfig(RunConfig):
             settled["data"] = {"examples": cls.EXAMPLES, **data}
         if isinstance(router, Mapping):
             router = {key: value for key, value in router.items() if value is not None}
-            router.setdefault("update", "frozen" if values.get("lora") else "train")
+            router.setdefault("update", "train" if values.get("lora") is None else "frozen")
             own = MixtralConfig.model_fields["router_aux_loss_coef"].default
             if isinstance(model, Mapping):
                 own = model.get("router_aux_loss_coef", own)

@@ -23,9 +23,12 @@ class Profile:
     def __init__(self, config: ProfileConfig, directory: Path, console: Console):
         self._first, self._end = config.start, config.start + config.steps
         self._directory, self._console = directory, console
-        self._tracing = False
+        self._tracing, self._begun = False, False
 
     def due(self, step: int, last: bool) -> bool:
+        if not self._begun and step >= self._first and not any(self._directory.glob("**/*")):
+            self._first, self._end = step + 1, step + 1 + self._end - self._first  # of a run that goes on behind it
+        self._begun = True
         return step + 1 == self._first or (self._tracing and (last or step + 1 >= self._end))
 
     def run(self, moment: Moment) -> None:

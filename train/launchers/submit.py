@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixtral_jax.data.prepare import write_atomically
+from mixtral_jax.parallel import platform
 from mixtral_jax.train.errors import ExitCode, UserError
 from mixtral_jax.train.launchers import kubernetes, local, sky, slurm
 from mixtral_jax.train.launchers.job import Job, Nodes, Plan, jobs
@@ -73,7 +74,8 @@ def submit(name: str, path: str, overrides: Sequence[str], options: Options) -> 
         counted = job.here / "restarts.json"
         if options["go"] or not counted.exists():
             write_atomically(counted, "{}\n")  # which a disk that is full by then lets change
-    for line in _told(found, files, commands, go=options["go"]):
+    where = platform() if name == "local" else topology.machine.platform if topology else "gpu"
+    for line in _told(found, files, commands, where, go=options["go"]):
         print(line, flush=True)  # ahead of what the supervisor's processes say
     if not options["go"]:
         return ExitCode.DONE
@@ -113,13 +115,15 @@ def _write(files: Mapping[Path, str]) -> None:
             path.chmod(0o755)
 
 
-def _told(found: Sequence[Job], files: Mapping[Path, str], commands: list[list[str]], *, go: bool) -> Iterator[str]:
-    """What will happen, for a person."""
+def _told(
+    found: Sequence[Job], files: Mapping[Path, str], commands: list[list[str]], where: str, *, go: bool
+) -> Iterator[str]:
+    """What will happen on machines of a platform, for a person."""
     for job in found:
         much = f"{job.config.tokens_per_step:,} tokens a step, {job.config.steps or 'all'} steps"
         yield f"{'run':>8}  {job.config.stage} {job.run} on {job.nodes}: mesh {mesh_text(job.sizes)}, {much}"
     yield f"{'memory':>8}  {memory_line(found[0].config, found[0].sizes)}"
-    yield f"{'besides':>8}  {passing_line(found[0].config, found[0].sizes)}"
+    yield f"{'besides':>8}  {passing_line(found[0].config, found[0].sizes, where)}"
     for path in files:
         yield f"{'written':>8}  {path}"
     for word, codes, more in (("again", ExitCode.again(), ", a signal or 1"), ("final", ExitCode.final(), "")):

@@ -27,6 +27,8 @@ from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_train_step
 from mixtral_jax.train.weights import abstract_params, is_trained, keep, make_base_merge, make_merge
 
+UNKNOWN_STEPS = 1_000_000  # of a run by data.epochs, whose length its data tell: no program is larger or slower for it
+
 
 def plan_mesh(config: RunConfig, topology: Topology) -> jax.sharding.Mesh | None:
     """The mesh of the run on a machine that is not there, or on this one's devices.
@@ -63,13 +65,6 @@ def missing_compiler(topology: Topology) -> str | None:
 def has_libtpu() -> bool:
     """Whether libtpu (the extra `aot`) is installed."""
     return importlib.util.find_spec("libtpu") is not None
-
-
-def for_accelerator(config: RunConfig) -> RunConfig:
-    """The config as an accelerator would run it: this process's own platform must not decide what `auto` means."""
-    if config.compute.dtype != "auto":
-        return config
-    return config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": "bfloat16"})})
 
 
 def compile_step(
@@ -130,7 +125,8 @@ class _Step(NamedTuple):
 def _step(config: RunConfig, mesh: jax.sharding.Mesh | None) -> _Step:
     """What train/build.py makes for a run, of shapes."""
     weights, trained = abstract_params(config, mesh), is_trained(config)
-    optimizer, shapes = make_optimizer(config.optimizer, config.steps, config.router_factor), keep(weights, trained)
+    steps = config.steps or UNKNOWN_STEPS
+    optimizer, shapes = make_optimizer(config.optimizer, steps, config.router_factor), keep(weights, trained)
     state = abstract_state(shapes, optimizer)
     frozen = None if config.adapters is None else keep(weights, lambda path: not trained(path))
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)

@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.lora import LoraConfig, is_adapter
-from mixtral_jax.model import abstract_model, compute_dtype
+from mixtral_jax.model import abstract_model
 from mixtral_jax.moe import Buffer, buffer_of
-from mixtral_jax.parallel import MESH_AXES, param_shardings, platform
+from mixtral_jax.parallel import MESH_AXES, param_shardings
 from mixtral_jax.train.config import DpoStageConfig, RunConfig
 from mixtral_jax.train.moments import BLOCK, SMALLEST_BLOCK, StateDtype, moment_bytes
 from mixtral_jax.train.weights import is_trained, leaves
@@ -125,6 +125,14 @@ def _moments(model: MixtralConfig, lora: LoraConfig | None, dtype: StateDtype) -
     return {path: 2 * moment_bytes(path.split("."), leaf.shape, dtype) for path, leaf in shapes}
 
 
+def as_run_on(config: RunConfig, where: str) -> RunConfig:
+    """The config with the dtype that `auto` stands for on a platform: this process's own must not decide it."""
+    if config.compute.dtype != "auto":
+        return config
+    dtype = "float32" if where == "cpu" else "bfloat16"
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})})
+
+
 def layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """The matrices of one layer as products use them: gathered, in the compute dtype."""
     own = config.model.matmul_params
@@ -166,11 +174,16 @@ def memory(config: RunConfig, sizes: Mapping[str, int], where: str = "tpu") -> d
         rows = buffer.rows
     return {
         **state,
-        "gradients": state["parameters"] * (2 if config.accumulation > 1 else 1),
+        "gradients": gradient_bytes(config, state),
         "saved": model.num_hidden_layers * tokens * saved,
         "layer": tokens * itemsize * (4 * width + 3 * heads) + itemsize * (rows * width_of_row + sent),
         "weights": held * layer_bytes(config, sizes) + 2 * model.matmul_params.head / tensor * itemsize,
     }
+
+
+def gradient_bytes(config: RunConfig, state: Mapping[str, float]) -> float:
+    """Of what `resident` says is trained: those of a micro-batch, and with several of them their sum."""
+    return state["parameters"] * (2 if config.accumulation > 1 else 1)
 
 
 def saved_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -216,7 +229,7 @@ def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     held = resident(config, sizes)
     dtype = config.optimizer.state_dtype
     optimizer = "optimizer" if dtype == "float32" else f"optimizer ({dtype})"
-    each = {"parameters": held["parameters"], optimizer: held["optimizer"], "gradients": held["parameters"]}
+    each = {"parameters": held["parameters"], optimizer: held["optimizer"], "gradients": gradient_bytes(config, held)}
     if config.adapters is not None:
         each = {f"frozen base ({config.adapters.base_dtype})": held["frozen"]} | each
     if copies_reference(config):
@@ -226,11 +239,11 @@ def memory_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     return f"{human_bytes(sum(each.values()))} a device before activations: {parts} ({shards} parameter shards)"
 
 
-def passing_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
-    """What comes and goes in a step on one device, by the closed form of `plan`, which knows no compiler's tricks."""
-    dtype = compute_dtype(config.compute.dtype).name
-    config = config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": dtype})})
-    parts = memory(config, sizes, platform())
+def passing_line(config: RunConfig, sizes: Mapping[str, int], where: str) -> str:
+    """What comes and goes in a step on one device of a platform, by the closed form of `plan`, which knows no
+    compiler's tricks.
+    """
+    parts = memory(as_run_on(config, where), sizes, where)
     return (
         f"about {human_bytes(parts['saved'] + parts['layer'])} of activations a device "
         f"({human_bytes(parts['saved'])} saved for the backward pass) and {human_bytes(parts['weights'])} of gathered "

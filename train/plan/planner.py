@@ -14,9 +14,9 @@ from mixtral_jax.train.config import RunConfig, check_sizes
 from mixtral_jax.train.errors import UserError
 from mixtral_jax.train.plan.chips import Topology, local_machine, parse_topology
 from mixtral_jax.train.plan.closed_form import Flops, attention_kernel, attention_pairs, kernels, roofline
-from mixtral_jax.train.plan.compile import compile_step, for_accelerator, missing_compiler, plan_mesh
+from mixtral_jax.train.plan.compile import compile_step, missing_compiler, plan_mesh
 from mixtral_jax.train.plan.hlo import ATTENTION, Collective, Program, axes_of, read_program, sent_by_axis
-from mixtral_jax.train.plan.placement import local_tokens
+from mixtral_jax.train.plan.placement import as_run_on, local_tokens
 from mixtral_jax.train.plan.report import PlanReport, estimate, gb
 from mixtral_jax.train.plan.search import candidates, ranked, table, what_fits
 
@@ -79,7 +79,7 @@ def plan(
         ValueError: the mesh does not fit the machine.
     """
     if topology is not None and devices is None:
-        machine, config = parse_topology(topology, between_nodes), for_accelerator(config)
+        machine = parse_topology(topology, between_nodes)
     elif devices is not None and topology is None:
         if devices < 1:
             raise UserError(f"--devices is {devices}: a plan needs at least one device")
@@ -87,7 +87,7 @@ def plan(
     else:
         raise UserError("plan needs --topology (such as v5p-64) or --devices N, and not both")
     check_sizes(config, config.mesh.sizes(machine.chips))
-    return _report(config, machine)
+    return _report(as_run_on(config, machine.machine.platform), machine)
 
 
 def best_plans(config: RunConfig, topology: str, between_nodes: float | None = None) -> list[PlanReport]:
@@ -96,7 +96,8 @@ def best_plans(config: RunConfig, topology: str, between_nodes: float | None = N
     Raises:
         UserError: an unknown topology, or nothing that fits.
     """
-    machine, config = parse_topology(topology, between_nodes), for_accelerator(config)
+    machine = parse_topology(topology, between_nodes)
+    config = as_run_on(config, machine.machine.platform)
     kernels(config, {"context": 1}, machine.machine)  # what cannot run there is no mesh's fault
     found = candidates(config, machine)[:COMPILED_BY_SEARCH]
     if not found:

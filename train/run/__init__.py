@@ -1,7 +1,7 @@
 """A run on this machine: its directory, its processes, signals, and what it says at the start."""
 
 from mixtral_jax.train.run.account import Account, begin_at
-from mixtral_jax.train.run.check import kernels_of, sizes_of
+from mixtral_jax.train.run.check import kernels_of, sizes_of, task_options, tasks_of
 from mixtral_jax.train.run.directory import RunDirectory
 from mixtral_jax.train.run.environment import OPTIONAL, installed
 from mixtral_jax.train.run.fork import restored

@@ -18,6 +18,9 @@ from mixtral_jax.parallel import MESH_AXES, machine
 from mixtral_jax.train.base import by_tensorflow, check_base, stands_on_base
 from mixtral_jax.train.config import RunConfig, check_sizes, check_vocabulary
 from mixtral_jax.train.errors import ExitCode, UserError, failure_of
+from mixtral_jax.train.evals import TaskOptions, Tasks, find_tasks
+from mixtral_jax.train.hooks import TasksConfig
+from mixtral_jax.train.plan import resident
 
 
 def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tuple[Tokenizer, list[str]]:
@@ -47,6 +50,7 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     stage_in(config.data.staging_dir, config.data.staging_bytes)
     looked(partial(check_sizes, config, sizes))
     looked(partial(kernels_of, config, sizes))
+    looked(partial(_check_something_learns, config))
     text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
         looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
@@ -65,6 +69,26 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return tokenizer, notes or []
+
+
+def _check_something_learns(config: RunConfig) -> None:
+    if not resident(config, dict.fromkeys(MESH_AXES, 1))["parameters"]:
+        raise UserError("lora trains nothing: lora.targets names no matrix that this model has")
+
+
+def tasks_of(config: RunConfig) -> Tasks | None:
+    """The benchmarks of a run; all processes call this.
+
+    Raises:
+        UserError: see `find_tasks`.
+    """
+    told, longest = config.eval.tasks, config.model.max_position_embeddings
+    return None if told is None else find_tasks(told.names, task_options(told), longest=longest)
+
+
+def task_options(tasks: TasksConfig) -> TaskOptions:
+    """How the benchmarks of a run are found and run."""
+    return TaskOptions(**tasks.model_dump(exclude={"names", "every"}))
 
 
 def kernels_of(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, Choice]:

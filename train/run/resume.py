@@ -17,6 +17,7 @@ from mixtral_jax.data.records import is_remote
 from mixtral_jax.data.text import Tokenizer
 from mixtral_jax.lora import LoraConfig
 from mixtral_jax.train import checkpoints
+from mixtral_jax.train.base import needs_base
 from mixtral_jax.train.checkpoints import Best, Found, Say
 from mixtral_jax.train.config import RunConfig
 from mixtral_jax.train.console import Console
@@ -43,6 +44,14 @@ class Start(NamedTuple):
     clear: Callable[[Console], None]  # makes room; all processes call it
     notes: list[str]  # to be said
     config: RunConfig  # with the base of the run that resume_from names
+    forced: bool
+
+    @property
+    def again(self) -> str:
+        """What goes on where the run is stopped: the same command may begin elsewhere, or be refused."""
+        if self.forced or self.config.resume != "auto":
+            return "go on with resume=auto" + " and without --force" * self.forced
+        return "run the same command again"
 
     def nothing_left(self, config: RunConfig, best: Best, say: Say) -> str:
         """Why no step is left to do, and which settings are others than those of the steps that were done.
@@ -126,7 +135,7 @@ def where_to_start(
             console.say(line)
 
     place.resumed_from = found and found.meta.get("resumed_from")
-    return Start(found, directory, clear, [*waited, *notes], as_it_stands(config, found))
+    return Start(found, directory, clear, [*waited, *notes], as_it_stands(config, found), force)
 
 
 def survey(
@@ -293,8 +302,8 @@ def check_same_base(found: Found, config: RunConfig) -> None:
     """A checkpoint of adapters means nothing beside another base, or at another scale; nor one of another stage.
 
     Raises:
-        UserError: the stage is another; or init_from is not the one that the adapters were trained on, or `lora` says
-            something else of them.
+        UserError: the stage is another; or init_from is not the one that the adapters were trained on or the reference
+            is made of, or `lora` says something else of them.
     """
     then, now = found.meta["config"], config.model_dump(mode="json")
     if (stage := then.get("stage", config.stage)) != config.stage:
@@ -315,7 +324,8 @@ def check_same_base(found: Found, config: RunConfig) -> None:
                 f"{found.name} is of a run that trained {kinds[0]}, and lora now asks for {kinds[1]}: "
                 "set it back, or choose another run_name"
             )
-        return
+        if not needs_base(config):
+            return
     keys = ("rank", "alpha", "rslora", "targets", "modules_to_save", "base_dtype", "base_block")
     pairs: dict[str, tuple[Any, Any]] = {"init_from": (then.get("init_from"), config.init_from)}
     if config.init_from is None:
@@ -323,11 +333,12 @@ def check_same_base(found: Found, config: RunConfig) -> None:
     elif found.meta.get("base"):
         pairs = {}  # pin_base compares
     then_default = LoraConfig().model_dump(mode="json")  # of a checkpoint written before a setting existed
-    pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys}
+    pairs |= {f"lora.{key}": (old.get(key, then_default[key]), new[key]) for key in keys if old and new}
     for key, (before, after) in pairs.items():
         if before != after:
+            what = "the adapters of {} were trained on" if new else "the reference of {} is made of"
             raise UserError(
-                f"the adapters of {found.name} were trained on {key} {before}, which is now {after}: "
+                f"{what.format(found.name)} {key} {before}, which is now {after}: "
                 "set it back, or choose another run_name"
             )
 

@@ -21,7 +21,7 @@ from mixtral_jax.train.config import Provenance, RunConfig, check_sizes, resolve
 from mixtral_jax.train.meetings import meet
 from mixtral_jax.train.memory import drop_freed_memory
 from mixtral_jax.train.plan import axis_lines, human_bytes, memory_line, passing_line, peak_flops, useful_per_token
-from mixtral_jax.train.run.check import kernels_of, sizes_of
+from mixtral_jax.train.run.check import kernels_of, sizes_of, tasks_of
 from mixtral_jax.train.run.resume import changed_since, survey
 from mixtral_jax.train.run.xla_flags import line as flags_line
 from mixtral_jax.train.run.xla_flags import set_xla_flags
@@ -38,6 +38,7 @@ def dry_run(config: RunConfig, provenance: Provenance | None = None, *, force: b
     devices = jax.devices()
     sizes = config.mesh.sizes(len(devices))
     found, _, notes = survey(config, force, lambda: sizes, print, finished=True)
+    tasks_of(config)
     for line in changed_since(found, config):
         print(f"  changed {line}")
     rows = {
@@ -74,7 +75,7 @@ def first_screen(
         "model": model_line(config.model, useful_per_token(config)),
         "batch": batch_line(config, sizes),
         "memory": memory_line(config, sizes),
-        "besides": passing_line(config, sizes),
+        "besides": passing_line(config, sizes, jax.default_backend()),
         "data": f"{prepared.fingerprint}: {', '.join(prepared.sources)}; {sum(s.rows for s in prepared.train):,} rows",
         "router": router_line(config),
     }
