@@ -36,9 +36,11 @@ def test_batch(config: RunConfig) -> None:
         batch_line(config, ONE | {"data": 3})
 
 
-def test_memory_is_16_bytes_a_parameter(config: RunConfig) -> None:
-    total = human_bytes(16 * config.model.num_params())
-    assert memory_line(config, ONE | {"data": 8}).startswith(f"{total} a device")  # replicas save nothing
+def test_memory_is_16_bytes_a_parameter_and_20_with_several_micro_batches(config: RunConfig) -> None:
+    for rows, bytes_each in ((16, 16), (8, 20)):
+        total = human_bytes(bytes_each * config.model.num_params())
+        own = config.model_copy(update={"micro_batch_size": rows})
+        assert memory_line(own, ONE | {"data": 8}).startswith(f"{total} a device")  # replicas save nothing
 
 
 @pytest.mark.parametrize("base", [None, "float32", "nf4"])

@@ -14,7 +14,7 @@ from mixtral_jax.data.config import SourceConfig
 from mixtral_jax.data.progress import meter, say
 from mixtral_jax.data.records import Census, Place, digest, file_format, read_lumps, source_files, write_atomically
 from mixtral_jax.data.text import turns, with_beside
-from mixtral_jax.generation import generate
+from mixtral_jax.generation import check_options, generate
 from mixtral_jax.model import Mixtral, compute_dtype
 from mixtral_jax.train.errors import AGAIN, StorageError, UserError
 from mixtral_jax.train.text import Chat, Codec
@@ -90,10 +90,12 @@ def complete(
     same nothing is left to do.
 
     Raises:
+        ValueError: an option is out of range.
         UserError: a prompt breaks a rule of its template, or what lies there is made of other weights, prompts or
             options.
         StorageError: another process writes `out`.
     """
+    check_options(**options)
     ids = []
     for prompt in prompts:
         try:
