@@ -105,7 +105,7 @@ def test_a_reference_of_another_base_is_refused_where_the_run_goes_on(tmp_path):
     noted = {"step": None, "digest": "abc", "path": "base"}
     found = SimpleNamespace(name="checkpoint 1", meta={"config": before.model_dump(mode="json"), "base": noted})
     check_same_base(found, before)
-    with pytest.raises(UserError, match="the reference of checkpoint 1 is made of init_from base, which is now None"):
+    with pytest.raises(UserError, match="the reference of checkpoint 1 is made of init_from base, which is now null"):
         check_same_base(found, before.model_copy(update={"init_from": None}))
     random = before.model_copy(update={"init_from": None, "seed": 3})
     found.meta = {"config": random.model_dump(mode="json"), "base": None}

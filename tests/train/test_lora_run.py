@@ -92,7 +92,7 @@ def test_a_run_saves_adapters_only_resumes_bit_for_bit_and_stands_on_its_base(st
     assert "resuming from checkpoint 4 at row 16" in out and out.count("  changed ") == 1
     with pytest.raises(UserError, match=r"were trained on lora.rank 2, which is now 3"):
         start("other", steps=5, init_from=None, resume_from=trunk, lora=LORA | {"rank": 3})
-    with pytest.raises(UserError, match=r"were trained on init_from .*base, which is now None"):
+    with pytest.raises(UserError, match=r"were trained on init_from .*base, which is now null"):
         start("parts", steps=5, init_from=None)
     for change, says in {
         "lora.rank 2, which is now 3": {"lora": LORA | {"rank": 3}},

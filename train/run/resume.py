@@ -337,6 +337,7 @@ def check_same_base(found: Found, config: RunConfig) -> None:
     for key, (before, after) in pairs.items():
         if before != after:
             what = "the adapters of {} were trained on" if new else "the reference of {} is made of"
+            before, after = ("null" if value is None else value for value in (before, after))
             raise UserError(
                 f"{what.format(found.name)} {key} {before}, which is now {after}: "
                 "set it back, or choose another run_name"
