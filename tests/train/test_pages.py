@@ -102,7 +102,7 @@ def test_any_text_is_shown_and_none_is_markup() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1234567, "1.235M"), (12345, "12,345"), (0.00012345, "0.0001234"), (-2.5, "−2.5"), (31415.9, "31,416"),
+    [(0, "0"), (1234567, "1.235M"), (12345, "12,345"), (0.00012345, "0.0001234"), (-5e-5, "−5e−5"), (-2.5, "−2.5"), (31415.9, "31,416"),
      (math.nan, "NaN"), (-math.inf, "−∞"), (None, ""), ("as it is", "as it is"), (8e9, "8G")],
 )  # fmt: skip
 def test_numbers_for_people(value: Any, text: str) -> None:
@@ -172,6 +172,9 @@ def test_lines_are_read_by_pointer_and_keys(opened: Any) -> None:
     chart = "figure.lines > svg"
     assert browser.js(f"document.querySelectorAll('{chart} .odd').length") == 3  # NaN; two infinities in the other
     assert browser.js(f"document.querySelectorAll('{chart} .mark, {chart} .span').length") == 2
+    boxes = browser.js(f"$$('{chart} .alone').map(one => one.getBoundingClientRect().width)")
+    assert boxes and min(boxes) >= 5  # a point between two that are missing can be seen
+    assert browser.js("[5e-5, -5e-5, 0.00012345].map(number)") == ["5e−5", "−5e−5", "0.0001234"]
     left, width = 54, browser.js(f"document.querySelector('{chart}').clientWidth")
     browser.hover(chart, across=(left + 0.61 * (width - left - 12)) / width)
     assert tip(browser).split() == ["step", "300", "train", "2.5", "(2", "to", "2.75)", "eval", "3", "attempt", "2"]

@@ -59,7 +59,7 @@ def number(value: Cell) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{prefix}".replace("-", "−")
     whole = float(value).is_integer() or abs(value) >= 1e4
-    return (f"{value:,.0f}" if whole else f"{value:.4g}").replace("-", "−")
+    return (f"{value:,.0f}" if whole else f"{value:.4g}".replace("e-0", "e-")).replace("-", "−")
 
 
 def page(

@@ -70,7 +70,7 @@ function draw(chart) {
         const back = run.map(i => at(one.x[i], edge(one.low, i))).reverse();
         make("path", { class: "band", d: `M${[...run.map(i => at(one.x[i], edge(one.high, i))), ...back].join("L")}Z` }, group);
       }
-      if (run.length === 1) line += "h0";
+      if (run.length === 1) make("circle", { class: "alone", cx: px(one.x[run[0]]), cy: py(one.y[run[0]]), r: 3 }, group);
       run = [];
     };
     one.y.forEach((y, i) => {

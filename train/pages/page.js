@@ -29,6 +29,7 @@ function number(value) {
   value += 0; // no minus before a zero
   for (const [size, prefix] of [[1e12, "T"], [1e9, "G"], [1e6, "M"]])
     if (Math.abs(value) >= size) return `${+(value / size).toPrecision(4)}${prefix}`;
+  if (value && Math.abs(value) < 1e-4) return (+value.toPrecision(4)).toExponential().replaceAll("-", "−");
   const whole = Number.isInteger(value) || Math.abs(value) >= 1e4;
   return (whole ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(4))).replace("-", "−");
 }
