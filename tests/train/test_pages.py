@@ -102,8 +102,8 @@ def test_any_text_is_shown_and_none_is_markup() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1234567, "1.235M"), (12345, "12,345"), (0.00012345, "0.0001234"), (-5e-5, "−5e−5"), (-2.5, "−2.5"), (31415.9, "31,416"),
-     (math.nan, "NaN"), (-math.inf, "−∞"), (None, ""), ("as it is", "as it is"), (8e9, "8G")],
+    [(0, "0"), (1234567, "1.235M"), (12345, "12,345"), (0.00012345, "0.0001234"), (-5e-5, "−5e−5"), (-2.5, "−2.5"),
+     (31415.9, "31,416"), (math.nan, "NaN"), (-math.inf, "−∞"), (None, ""), ("as it is", "as it is"), (8e9, "8G")],
 )  # fmt: skip
 def test_numbers_for_people(value: Any, text: str) -> None:
     assert number(value) == text
