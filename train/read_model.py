@@ -56,13 +56,21 @@ def noted_base(checkpoint: str, init_from: str | None) -> Mapping[str, Any] | No
     return meta.get("base") if meta.get("config", {}).get("init_from") == init_from else None
 
 
-def with_base(config: RunConfig, checkpoint: str) -> RunConfig:
-    """The config with the base of the run that resume_from names, as that run and those that it begins have it."""
+def with_base(config: RunConfig, checkpoint: str) -> tuple[RunConfig, Mapping[str, Any] | None]:
+    """The config with the base of the run that resume_from names, if it names one, and what is noted of that base.
+
+    Raises:
+        UserError: neither that run nor one that it began is there to say.
+    """
     if config.resume_from is None:
-        return config
-    own = _notes(newest_step(checkpoint))
-    noted = own if own.get("resumed_from") else _notes(newest_step(run_and_step(config.resume_from)[0]))
-    return config.model_copy(update={"init_from": noted.get("config", {}).get("init_from"), "resume_from": None})
+        return config, noted_base(checkpoint, config.init_from)
+    trunk, own = run_and_step(config.resume_from)[0], _notes(newest_step(checkpoint))
+    begun = (own.get("resumed_from") or {}).get("run") == trunk and own["config"].get("stage") == config.stage
+    noted = own if begun else _notes(newest_step(trunk))
+    if not noted:
+        raise UserError(f"resume_from: {trunk} is not there to say which base it stands on: name that as init_from")
+    based = config.model_copy(update={"init_from": noted["config"].get("init_from"), "resume_from": None})
+    return based, noted.get("base")
 
 
 def _notes(path: str) -> Mapping[str, Any]:

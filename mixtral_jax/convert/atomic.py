@@ -73,6 +73,20 @@ def check_destination(destination: PathLike, *sources: PathLike, force: bool, lo
     return directory
 
 
+def check_survives(destination: PathLike, *read: PathLike) -> None:
+    """Whether what is read beside the source, such as a base, is still there once the destination is replaced.
+
+    Raises:
+        ValueError: the destination is it, or holds it.
+    """
+    own = Directory(destination)
+    for source in map(Directory, read):
+        if not (own.remote or source.remote):
+            a, b = (Path(os.path.realpath(directory.local)) for directory in (source, own))
+            if a == b or b in a.parents:
+                raise ValueError(f"{source} is read, and lies in destination {destination}: choose another destination")
+
+
 def _claim(work: Path) -> int:
     """An empty work directory that is ours until the descriptor closes."""
     for _ in range(2):

@@ -1,5 +1,6 @@
 """Are two checkpoints the same model? Tensors bit for bit, then what they compute on the same prompts."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -118,10 +119,15 @@ def verify(a: PathLike, b: PathLike, *, prompts: PathLike | list[list[int]] | No
         rows = read_prompts(prompts, source_a.config.vocab_size, source_a.side_files())
         first, second = our_outputs(a, rows), our_outputs(b, rows)
         logits.append(compare_logits("A", "B", first, second, tolerance=0.0))
-        other, note = transformers_outputs(a, rows)
-        notes += [note] if note else []
-        if other is not None:
-            logits.append(compare_logits("A", "A in transformers", first, other, tolerance=TRANSFORMERS_TOLERANCE))
+        sides = {"A": (a, source_a, first), "B": (b, source_b, second)}
+        for name in [name for name, (_, source, _) in sides.items() if isinstance(source, HfSource)] or ["A"]:
+            path, _, ours = sides[name]
+            other, note = transformers_outputs(path, rows)
+            notes += [note] if note and note not in notes else []
+            if other is not None:
+                logits.append(
+                    compare_logits(name, f"{name} in transformers", ours, other, tolerance=TRANSFORMERS_TOLERANCE)
+                )
     theirs = source_b.config.model_dump()
     config = {key: (ours, theirs[key]) for key, ours in source_a.config.model_dump().items() if ours != theirs[key]}
     tokenizers, more = compare_tokenizers(a, b, exported_files(source_a), exported_files(source_b))
@@ -235,8 +241,9 @@ def compare_logits(a: str, b: str, first: Outputs, second: Outputs, *, tolerance
     kl = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
     top1 = float(np.mean(first.logits_MV.argmax(-1) == second.logits_MV.argmax(-1)))
     router = None
-    if first.experts_LMC is not None and second.experts_LMC is not None:
-        both = first.experts_LMC[..., :, None] == second.experts_LMC[..., None, :]
+    chosen = [each.experts_LMC for each in (first, second) if each.experts_LMC is not None]
+    if len(chosen) == 2 and chosen[0].shape[:2] == chosen[1].shape[:2]:  # as many layers
+        both = chosen[0][..., :, None] == chosen[1][..., None, :]
         router = float(both.any(-1).mean())
     spread = float(first.logits_MV.std(-1).mean())
     return LogitDifference(a, b, max_abs, kl, top1, router, spread, tolerance * spread, max_abs <= tolerance * spread)
@@ -266,15 +273,25 @@ def read_prompts(
         rows = prompts
     else:
         lines = [line for line in Path(prompts).read_text().splitlines() if line.strip()]
-        rows = [json.loads(line) for line in lines if line.lstrip().startswith("[")]
-        if len(rows) != len(lines):
-            rows = _encode(lines, tokenizer)
+        found = [_ids_in(line) for line in lines]
+        texts = [line for line, ids in zip(lines, found, strict=True) if ids is None]
+        encoded = iter(_encode(texts, tokenizer) if texts else ())
+        rows = [next(encoded) if ids is None else ids for ids in found]
     if not rows or not all(rows):
         raise ValueError("no prompts: at least one non-empty line is needed")
     worst = max(max(row) for row in rows)
     if worst >= vocab_size or min(min(row) for row in rows) < 0:
         raise ValueError(f"a prompt holds token id {worst}, the vocabulary has {vocab_size}")
     return rows
+
+
+def _ids_in(line: str) -> list[int] | None:
+    """A JSON list of whole numbers; None: it is text, such as one that begins with [INST]."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, list) and all(type(id_) is int for id_ in row):
+            return row
+    return None
 
 
 def _encode(lines: list[str], directory: Directory | None) -> list[list[int]]:

@@ -13,7 +13,7 @@ from mixtral_jax.convert.atomic import check_destination
 from mixtral_jax.convert.files import PathLike
 from mixtral_jax.convert.identity import check_identity
 from mixtral_jax.convert.peft import open_adapter
-from mixtral_jax.convert.pipeline import open_hf, open_source, write_like, write_orbax
+from mixtral_jax.convert.pipeline import open_base, open_hf, open_source, write_like, write_orbax
 from mixtral_jax.convert.stream import ChangedSource, Source, bands
 from mixtral_jax.convert.table import PEFT, ROUTER, A, B, Slot, slots
 from mixtral_jax.seeds import hashed
@@ -35,6 +35,7 @@ def merge_lora(src: PathLike, dst: PathLike, *, adapter: PathLike, force: bool =
     check_destination(dst, src, adapter, force=force)
     model = open_source(src)
     change = open_adapter(adapter, model.config)
+    model = open_base(src, change.base_noted)
     check_same_model(model.config, change, os.fspath(src))
     check_identity(change.base_noted, model, os.fspath(src))
     write_like(model, MergedSource(model, change), dst, force=force, progress=progress)

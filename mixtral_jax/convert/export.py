@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, check_same_model
-from mixtral_jax.convert.atomic import check_destination
+from mixtral_jax.convert.atomic import check_destination, check_survives
 from mixtral_jax.convert.edits import ResizedSource
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import HfSource
 from mixtral_jax.convert.identity import check_identity
 from mixtral_jax.convert.peft import CONFIG, WEIGHTS
-from mixtral_jax.convert.pipeline import open_source, write, write_hf
+from mixtral_jax.convert.pipeline import open_base, write, write_hf
 from mixtral_jax.convert.safetensors import TensorSink
 from mixtral_jax.convert.stream import ChangedSource, Source
 from mixtral_jax.convert.table import PEFT, Slot, slots
@@ -36,7 +36,7 @@ def lora2peft(
 
     Raises:
         ValueError: the adapter is not whole, the run trained the router too, or the base is not the adapter's; nothing
-            is left at `dst`.
+            is left at `dst`, and a base that lies there is not replaced.
         FileExistsError: `dst` exists.
     """
     check_destination(dst, src, force=force)
@@ -63,7 +63,8 @@ def _base(adapter: NativeAdapter, base: str | None, dst: PathLike) -> tuple[str 
     where = base or next((path for path in (noted, adapter.base) if path and Path(path).exists()), None)
     if where is None or is_remote(where) or is_remote(dst):
         return where, None
-    model = open_source(where)
+    check_survives(dst, where)
+    model = open_base(where, adapter.base_noted)
     check_same_model(model.config, adapter, where)
     check_identity(adapter.base_noted, model, where)
     same = not adapter.longer or model.config.vocab_size == adapter.config.vocab_size

@@ -126,6 +126,11 @@ def _weight_files(directory: Directory) -> tuple[list[str], dict[str, str]]:
         absent = [f for f in files if f not in names]
         if absent:
             raise ValueError(f"{directory} lacks {', '.join(absent)}, which {INDEX} names")
+        if SINGLE in names and SINGLE not in files:
+            raise ValueError(
+                f"{directory} holds {SINGLE} and {INDEX}, which names other files: one is of an earlier save, "
+                "and transformers reads the first; remove what is not meant"
+            )
         strays = [s for s in shards if s not in files]
         if strays:
             raise ValueError(f"{directory}/{INDEX} does not name {', '.join(strays)}, which is there")

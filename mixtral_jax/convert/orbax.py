@@ -225,9 +225,10 @@ def _checkpoints_of(root: Path) -> Path:
     if not (root / "config.json").exists():  # a model directory may hold a config.yaml of others
         with contextlib.suppress(OSError, ValueError, YAMLError):
             told = YAML(typ="safe", pure=True).load((root / "config.yaml").read_text(encoding="utf-8"))
-    named = (told.get("checkpoint") or {}).get("directory") if isinstance(told, dict) else None
-    place = Path(named) if named else root / "checkpoints"
-    return place if place.is_dir() else root
+    section = told.get("checkpoint") if isinstance(told, dict) else None
+    named = section.get("directory") if isinstance(section, dict) else None
+    places = [Path(named)] if isinstance(named, str) else []
+    return next((place for place in (*places, root / "checkpoints") if place.is_dir()), root)
 
 
 def kept_tokenizer(run: Path) -> Path | None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixtral_jax.config import MixtralConfig
 from mixtral_jax.convert.adapter import WHOLE, AdapterSource, NativeAdapter, write_adapter
-from mixtral_jax.convert.atomic import check_destination
+from mixtral_jax.convert.atomic import check_destination, check_survives
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import check_tied, one_line
 from mixtral_jax.convert.models import load_config
@@ -286,6 +286,7 @@ def peft2lora(
         raise ValueError(
             f"{src}/{CONFIG} names the base {where!r}, which is no directory here: say --base and its directory"
         )
+    check_survives(dst, where)
     adapter = PeftAdapter(src, load_config(where))
     adapter.base = where
     write_adapter(adapter, dst, force=force, progress=progress)

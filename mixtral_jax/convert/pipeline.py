@@ -16,7 +16,7 @@ from mixtral_jax.convert.atomic import check_destination, new_directory
 from mixtral_jax.convert.files import Directory, PathLike, is_remote
 from mixtral_jax.convert.hf import ARCHITECTURES, HfSource, export_config, parse_size
 from mixtral_jax.convert.mistral import MistralSource, is_mistral
-from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step
+from mixtral_jax.convert.orbax import PARAMS, OrbaxSink, OrbaxSource, is_orbax, newest_step, sibling
 from mixtral_jax.convert.safetensors import TensorSink
 from mixtral_jax.convert.stream import DtypeOf, Sink, Source, copy
 from mixtral_jax.dtypes import SHORT, WEIGHTS
@@ -72,7 +72,8 @@ def write_orbax(source: Source, dst: PathLike, *, dtype: str | None = None, forc
     check_destination(dst, force=force, local=True)
     dtype_of = chosen_dtype(source, dtype)
     small = None if source.template() is None else exported_files(source)
-    config = _config(source, dtype_of, small or {})
+    tokens = {} if "eos_token_id" in source.hf_config else exported_files(source) if small is None else small
+    config = _config(source, dtype_of, tokens)
     write(source, dst, OrbaxSink, dtype_of, *config, small=small, force=force, progress=progress)
 
 
@@ -165,6 +166,14 @@ def open_source(path: PathLike) -> Source:
     if not is_remote(path) and is_orbax(newest_step(Directory(path).local)):
         return open_orbax(path)
     return open_hf(path)
+
+
+def open_base(path: PathLike, noted: Mapping[str, Any] | None) -> Source:
+    """The base of adapters: of a run's directory the step that their run noted, where that is still there."""
+    step = None if noted is None else noted.get("step")
+    if step is None or is_remote(path):
+        return open_source(path)
+    return open_source(sibling(str(newest_step(Directory(path).local)), step))
 
 
 def open_hf(path: PathLike, architectures: tuple[str, ...] = ARCHITECTURES) -> Source:

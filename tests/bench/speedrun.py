@@ -67,7 +67,7 @@ def main() -> int:
     name, scores, code = ": ".join(filter(None, (args.write, " ".join(args.entry) or "the record"))), [], 0
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch(config, *changes, "--dry-run")  # what a run refuses is refused before anything is timed
+            launch(config, *changes, *_named(Path(folder) / "dry"), "--dry-run")  # refused before anything is timed
             steps = round(budget(Path(folder), config, changes, args.pairs, anchor=args.anchor) * args.part)
             data = held_back(Path(folder)) if args.dev else ()
             for seed in range(args.seeds):
@@ -139,11 +139,15 @@ def held_back(folder: Path) -> tuple[str, ...]:
 
 def trained(folder: Path, config: str, changes: tuple[str, ...], steps: int, seed: int) -> dict[str, float]:
     """Bits per byte by source, behind the last step."""
-    last = (f"steps={steps}", f"eval.every={steps}", f"seed={seed}", "run_name=run", f"output_dir={folder}")
-    launch(config, *changes, *QUIET, *last)
+    last = (f"steps={steps}", f"eval.every={steps}", f"seed={seed}")
+    launch(config, *changes, *QUIET, *last, *_named(folder))
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     found = {name: value for line in lines for name, value in line.items() if name.endswith("/bits_per_byte")}
     return {name.split("/")[1]: value for name, value in found.items() if name.count("/") == 2}
+
+
+def _named(folder: Path) -> tuple[str, str]:
+    return "run_name=run", f"output_dir={folder}"
 
 
 def launch(*words: str) -> None:

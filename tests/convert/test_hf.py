@@ -71,6 +71,12 @@ def test_a_shard_missing_on_disk(tmp_path):
     refused(tmp_path, "lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names")
 
 
+def test_one_file_beside_an_index_of_others_is_refused(tmp_path):
+    source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=3)
+    (source / "model.safetensors").write_bytes((source / "model-00001-of-00003.safetensors").read_bytes())
+    refused(tmp_path, r"holds model\.safetensors and model\.safetensors\.index\.json, which names other files")
+
+
 def test_a_shard_missing_from_the_index(tmp_path):
     source = write_hub(tmp_path / "hf", TINY, random_tensors(TINY), shards=3)
     index = source / "model.safetensors.index.json"

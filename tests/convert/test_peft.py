@@ -349,6 +349,21 @@ def test_native_directories_that_are_refused(tmp_path):
         lora2peft(tmp_path / "nowhere", tmp_path / "out", progress=False)
 
 
+def test_a_base_is_still_there_behind_an_export_that_replaces_another(tmp_path, base):
+    native(tmp_path)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    peft = tmp_path / "peft"
+    lora2peft(tmp_path / "native", peft, progress=False)
+    (tmp_path / "old").mkdir()
+    held = base.rename(tmp_path / "old" / "base")
+    for call, source in ((lora2peft, tmp_path / "native"), (peft2lora, peft)):
+        for place in (held, tmp_path / "old"):
+            with pytest.raises(ValueError, match=f"{held} is read, and lies in destination {place}"):
+                call(source, place, base=held, force=True, progress=False)
+    assert {file.name: file.read_bytes() for file in held.iterdir()} == before
+    lora2peft(tmp_path / "native", held / "adapter", base=held, progress=False)  # inside it nothing is replaced
+
+
 def test_the_commands(tmp_path, base, capsys):
     native(tmp_path)
     at = {name: str(tmp_path / name) for name in ("base", "native", "peft", "back", "merged")}

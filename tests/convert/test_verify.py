@@ -85,8 +85,12 @@ def test_other_dtype_configuration_and_vocabulary(tmp_path):
     report = verify(tmp_path / "a", tmp_path / "d")
     assert {d.name for d in report.different_tensors} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert report.notes == ["logits not compared: the vocabularies differ"]
-    write_hub(tmp_path / "e", {**TINY, "num_hidden_layers": 1}, random_tensors({**TINY, "num_hidden_layers": 1}))
-    assert any(d.reason == "only in A" for d in verify(tmp_path / "a", tmp_path / "e", prompts=[[1]]).different_tensors)
+    for layers in (1, TINY["num_hidden_layers"] + 1):
+        shape = {**TINY, "num_hidden_layers": layers}
+        write_hub(tmp_path / f"layers{layers}", shape, random_tensors(shape))
+        report = verify(tmp_path / "a", tmp_path / f"layers{layers}", prompts=[[1]])
+        assert any(d.reason == ("only in A" if layers == 1 else "only in B") for d in report.different_tensors)
+        assert report.logits[0].router_agreement is None and not report.identical
 
 
 def test_prompts_from_a_file(tmp_path):
@@ -99,6 +103,10 @@ def test_prompts_from_a_file(tmp_path):
     (tmp_path / "ids").write_text("hello\n")
     with pytest.raises(ValueError, match=r"the checkpoint has neither tokenizer\.json nor tokenizer\.model"):
         verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")
+    for text in ("[INST] hello [/INST]", '["a"]', "[1.5, 2]", "[1, 2"):  # text, which no tokenizer is here for
+        (tmp_path / "ids").write_text(f"[1]\n{text}\n")
+        with pytest.raises(ValueError, match="the prompts are text"):
+            verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")
     (tmp_path / "ids").write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
         verify(tmp_path / "a", tmp_path / "a", prompts=tmp_path / "ids")

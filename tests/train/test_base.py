@@ -57,6 +57,9 @@ def test_the_front_door_finds_a_runs_checkpoints_where_its_file_says(tmp_path):
     assert newest_whole_step(run) == run / "checkpoints" / "1"
     (run / "config.yaml").write_text(f"checkpoint:\n  directory: {kept}\n")
     assert newest_whole_step(run) == kept / "7"  # not an older one that was left behind
+    for text in (f"checkpoint: {kept}", "checkpoint: {directory: [a]}", "- a", "checkpoint: {directory: gone}", "\t:"):
+        (run / "config.yaml").write_text(text)  # of others, or a run that was moved
+        assert newest_whole_step(run) == run / "checkpoints" / "1"
     (run / "config.json").touch()  # a model directory, with a config.yaml of others
     assert newest_whole_step(run) == run / "checkpoints" / "1"
 
@@ -76,6 +79,15 @@ def test_adapters_with_all_defaults_are_adapters_and_those_of_nothing_are_refuse
         config = tuned(tmp_path, lora=lora, model={**TINY_SHAPE, **model})
         with pytest.raises(UserError, match=r"lora trains nothing: lora\.targets names no matrix"):
             check(config, dict.fromkeys(MESH_AXES, 1), resumes=False)
+
+
+def test_what_would_never_happen_is_refused_where_a_run_starts_and_read_behind_it(tmp_path):
+    never = {"on_nonfinite": "rollback", "checkpoint": {"every": None}}
+    config = load_config(write_run_file(tmp_path, sample={"every": 5}, **never)).config
+    with pytest.raises(UserError, match=r"nothing to go back to\nsample\.every is set, but sample\.prompts is empty"):
+        check(config, dict.fromkeys(MESH_AXES, 1), resumes=False)
+    early = {"early_stopping": {"patience": 3}, "eval": {"every": 2}}
+    check(load_config(write_run_file(tmp_path, **never, **early)).config, dict.fromkeys(MESH_AXES, 1), resumes=False)
 
 
 def save_step(path, model):
@@ -117,18 +129,31 @@ def test_a_reference_of_another_base_is_refused_where_the_run_goes_on(tmp_path):
 
 
 def test_a_dpo_run_that_goes_on_from_another_is_evaluated_beside_that_ones_base(tmp_path, monkeypatch):
-    config = tuned(tmp_path, "dpo", lora=None, resume_from="runs/trunk@2")
+    config, trunk = tuned(tmp_path, "dpo", lora=None, resume_from="runs/trunk@2"), {"run": "runs/trunk"}
     notes = {
-        "runs/fork": {"resumed_from": {"run": "runs/trunk"}, "config": {"init_from": "base"}},
-        "runs/trunk": {"config": {"init_from": "base"}}, "runs/other": {"config": {"init_from": "another"}}, "hf": {},
-    }  # fmt: skip
+        "runs/fork": {
+            "resumed_from": trunk,
+            "base": 1,
+            "config": {"stage": "dpo", "init_from": "base"},
+        },
+        "runs/sft": {"resumed_from": trunk, "config": {"stage": "sft", "init_from": None}},
+        "runs/far": {"resumed_from": {"run": "runs/elsewhere"}, "config": {"stage": "dpo", "init_from": "another"}},
+        "runs/trunk": {"config": {"init_from": "base"}, "base": 1},
+        "runs/other": {"config": {"init_from": "another"}},
+        "hf": {},
+    }
     monkeypatch.setattr(read_model, "newest_step", lambda path: path)
     monkeypatch.setattr(read_model, "_notes", notes.get)
     for place in notes:
-        based = read_model.with_base(config, place)
-        assert (based.init_from, based.resume_from) == ("base", None)
-    plain = tuned(tmp_path, "dpo", lora=None, init_from="mine")
-    assert read_model.with_base(plain, "runs/fork") is plain
+        based, noted = read_model.with_base(config, place)
+        assert (based.init_from, based.resume_from, noted) == ("base", None, 1)
+    plain = tuned(tmp_path, "dpo", lora=None, init_from="base")
+    assert read_model.with_base(plain, "runs/fork") == (plain, 1)
+    del notes["runs/trunk"]
+    monkeypatch.setattr(read_model, "_notes", lambda path: notes.get(path, {}))
+    assert read_model.with_base(config, "runs/fork")[0].init_from == "base"
+    with pytest.raises(UserError, match="runs/trunk is not there to say which base it stands on"):
+        read_model.with_base(config, "hf")
 
 
 def test_the_step_of_a_run_that_keeps_its_checkpoints_far_away_stays_the_base(tmp_path, far):

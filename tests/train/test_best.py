@@ -76,17 +76,25 @@ def test_a_checkpoint_says_where_to_go_on_unless_it_watched_something_else():
 
 
 def test_the_best_of_another_measure_is_forgotten_and_of_files_that_moved_not():
-    def noted(path="a/val.jsonl", batches=None, beta=0.1):
-        sources = [{"name": "words", "path": path}]
-        return {"seq_len": 32, "data": {"validation": sources}, "eval": {"batches": batches}, "dpo": {"beta": beta}}
+    def noted(path="a/val.jsonl", batches=None, beta=0.1, early=True, **source):
+        sources = [{"name": "words", "path": path, **source}]
+        own = {"seq_len": 32, "data": {"validation": sources}, "eval": {"batches": batches}, "dpo": {"beta": beta}}
+        return own | {"early_stopping": {} if early else None}
 
     said, best = [], {"value": 1.0}
-    meta = {"best": best, "config": noted()}
-    assert comparable(meta, noted(), said.append) == comparable(meta, noted("b/val.jsonl"), said.append) == best
+    for before, now in (
+        (noted(), noted()), (noted(), noted("b/val.jsonl")), (noted(), noted(batches=1, early=False)),
+        (noted(["a/x", "a/y"]), noted(["b/x", "b/y"])), (noted(), noted(split="test")),  # a key that is new
+    ):  # fmt: skip
+        assert comparable({"best": best, "config": before}, now, said.append) == best
     assert comparable({"config": noted()}, noted(batches=1), said.append) is None and not said
-    for now in (noted(batches=1), noted(beta=0.5), noted("a/other.jsonl"), {**noted(), "seq_len": 64}):
-        assert comparable(meta, now, said.append) is None
-    assert len(said) == 4 and "early_stopping begins anew" in said[0]
+    for before, now in (
+        (noted(), noted(batches=1)), (noted(), noted(beta=0.5)), (noted(), noted("a/other.jsonl")),
+        (noted(), {**noted(), "seq_len": 64}), (noted(["a/x", "a/y"]), noted(["b/z", "b/y"])),
+        (noted("valid/*"), noted("test/*")), (noted(split="a"), noted(split="b")),
+    ):  # fmt: skip
+        assert comparable({"best": best, "config": before}, now, said.append) is None
+    assert len(said) == 7 and "early_stopping begins anew" in said[0]
 
 
 @pytest.fixture

@@ -95,8 +95,6 @@ def test_every_leaf_has_an_origin(file: Path) -> None:
         ),
         (["seq_len=8192"], "seq_len (8192) is larger than model.max_position_embeddings (4096)"),
         (["steps=10"], "optimizer.warmup_steps (10) is not smaller than steps (10)"),
-        (["on_nonfinite=rollback", "checkpoint.every=null"], "on_nonfinite is rollback, but checkpoint.every is null"),
-        (["sample.every=5"], "sample.every is set, but sample.prompts is empty"),
         (
             ["optimizer.schedule=wsd", "optimizer.decay_steps=95"],
             "optimizer.warmup_steps (10) and optimizer.decay_steps (95) are together longer than steps (100)",

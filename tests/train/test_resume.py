@@ -32,7 +32,8 @@ sys.exit(launch.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("forced", "resume", "again"),
     [
-        (False, "auto", "run the same command again"), (False, "never", "go on with resume=auto"),
+        (False, "auto", "run the same command again"), (False, "must", "run the same command again"),
+        (False, "never", "go on with resume=auto"),
         (False, 4, "go on with resume=auto"), (True, "auto", "go on with resume=auto and without --force"),
     ],
 )  # fmt: skip

@@ -54,17 +54,27 @@ def watching_problems(
 
 def comparable(meta: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], Any]) -> Mapping[str, Any] | None:
     """The best evaluation that a checkpoint knows, if a configuration of now measures what that one did."""
-    best = meta.get("best")
-    if best is None or _measured(meta["config"]) == _measured(now):
+    best, (then, own) = meta.get("best"), map(_measured, (meta.get("config", {}), now))
+    # what an earlier version did not say is as it was
+    if best is None or now["early_stopping"] is None or all(then.get(key, own[key]) == own[key] for key in own):
         return best
     say("early_stopping begins anew: what is evaluated, or how, is not what it was")
     return None
 
 
-def _measured(config: Mapping[str, Any]) -> list[Any]:
-    """What decides the numbers; files may move."""
-    sources = [(s["name"], PurePath(str(s["path"])).name) for s in config.get("data", {}).get("validation") or ()]
-    return [sources, *(config.get(key) for key in ("seq_len", "dpo")), config.get("eval", {}).get("batches")]
+def _measured(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the numbers, a part each; directories may move, but for those of patterns."""
+    data, sources = config.get("data", {}), config.get("data", {}).get("validation") or ()
+    found = {"seq_len": config.get("seq_len"), "batches": config.get("eval", {}).get("batches")}
+    found |= {"sources": [source["name"] for source in sources]}
+    found |= {key: data[key] for key in ("examples", "train_on", "template") if key in data}
+    found |= {f"dpo.{key}": value for key, value in (config.get("dpo") or {}).items()}
+    for source in sources:
+        paths = [source["path"]] if isinstance(source["path"], str) else source["path"]
+        ends = [PurePath(path).parts[-2 if set("*?[") & set(path) else -1 :] for path in paths]
+        own = {key: value for key, value in source.items() if key != "weight"} | {"path": ends}
+        found |= {f"{source['name']}.{key}": value for key, value in own.items()}
+    return found
 
 
 class Best:

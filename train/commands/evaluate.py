@@ -27,7 +27,7 @@ from mixtral_jax.train.hooks import measure_sources
 from mixtral_jax.train.meetings import agree, first_alone
 from mixtral_jax.train.objectives import OBJECTIVES
 from mixtral_jax.train.preference import live
-from mixtral_jax.train.read_model import noted_base, read_model, with_base, with_tokenizer
+from mixtral_jax.train.read_model import read_model, with_base, with_tokenizer
 from mixtral_jax.train.run import failures_reported, kernels_of, sizes_of
 from mixtral_jax.train.step import make_eval_step
 from mixtral_jax.train.weights import abstract_params
@@ -117,8 +117,7 @@ def measure(checkpoint: str, config: RunConfig) -> dict[str, float]:
         agree(validation=" ".join(source.fingerprint for source in sources.values()))
 
         if isinstance(config, DpoStageConfig) and config.reference != "none":
-            started = with_base(config, place)
-            started, _ = pin_base(started, noted_base(place, started.init_from))
+            started, _ = pin_base(*with_base(config, place))
             put = live(sequence_logps_of(config), base_weights(started, abstract_params(config, mesh)), put)
         score = make_eval_step(OBJECTIVES[config.stage](config), lambda model, _: model)
         return measure_sources(lambda batch: score(model, None, put(batch)), sources)

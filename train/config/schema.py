@@ -92,6 +92,11 @@ class RunConfig(FrozenConfig):
         return 1.0
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the same command goes on from where a run was stopped."""
+        return self.resume in ("auto", "must")
+
+    @property
     def trains_of_base(self) -> bool:
         """Whether under adapters some of the base is trained whole, so that it is no reference."""
         return self.adapters is not None and (self.router_factor > 0 or bool(self.adapters.whole))
@@ -149,10 +154,6 @@ class RunConfig(FrozenConfig):
                 f"init_from ({self.init_from}) and resume_from ({self.resume_from}) both say what the run begins with: "
                 "remove init_from, as the whole state of a run brings the base that it stands on"
             )
-        if self.on_nonfinite == "rollback" and self.checkpoint.every is None and self.checkpoint.every_minutes is None:
-            problems.append("on_nonfinite is rollback, but checkpoint.every is null: there is nothing to go back to")
-        if self.sample.every is not None and not self.sample.prompts:
-            problems.append("sample.every is set, but sample.prompts is empty: there is nothing to continue")
         if self.early_stopping is not None:
             sources = [source.name for source in self.data.validation]
             problems += watching_problems(self.early_stopping, self.data.examples, sources, self.eval.every)

@@ -111,7 +111,7 @@ def jobs(path: str, overrides: Sequence[str], sweep: Sequence[str], nodes: Nodes
             if base.checkpoint.directory:  # which belongs to one run
                 own.append(f"checkpoint.directory={base.checkpoint.directory}/{_point_name(point)}")
         job = Job(load_config(path, [*overrides, *own]).config if own else base, nodes, away)
-        if job.config.resume != "auto":
+        if not job.config.goes_on:
             raise UserError(f"resume is {job.config.resume}, and a job that was stopped starts again: set resume=auto")
         try:
             check_sizes(job.config, job.sizes)

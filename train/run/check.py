@@ -1,7 +1,7 @@
 """What is wrong with a run, as far as a second can tell: before a directory, a row or a weight is made."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     stage_in(config.data.staging_dir, config.data.staging_bytes)
     looked(partial(check_sizes, config, sizes))
     looked(partial(kernels_of, config, sizes))
-    looked(partial(_check_something_learns, config))
+    problems += _without_effect(config)
     text = tokenizer = looked(lambda: load_tokenizer(config.data.tokenizer))
     if tokenizer is not None:
         looked(lambda: check_vocabulary(config, tokenizer.vocab_size))
@@ -71,9 +71,15 @@ def check(config: RunConfig, sizes: Mapping[str, int], *, resumes: bool) -> tupl
     return tokenizer, notes or []
 
 
-def _check_something_learns(config: RunConfig) -> None:
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    """What is asked for and would never happen: no fault of a configuration that is read again behind its run."""
     if not resident(config, dict.fromkeys(MESH_AXES, 1))["parameters"]:
-        raise UserError("lora trains nothing: lora.targets names no matrix that this model has")
+        yield "lora trains nothing: lora.targets names no matrix that this model has"
+    saves = config.checkpoint.every or config.checkpoint.every_minutes or config.early_stopping or config.resume_from
+    if config.on_nonfinite == "rollback" and not saves:
+        yield "on_nonfinite is rollback, but checkpoint.every is null: there is nothing to go back to"
+    if config.sample.every is not None and not config.sample.prompts:
+        yield "sample.every is set, but sample.prompts is empty: there is nothing to continue"
 
 
 def tasks_of(config: RunConfig) -> Tasks | None:

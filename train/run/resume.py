@@ -49,7 +49,7 @@ class Start(NamedTuple):
     @property
     def again(self) -> str:
         """What goes on where the run is stopped: the same command may begin elsewhere, or be refused."""
-        if self.forced or self.config.resume != "auto":
+        if self.forced or not self.config.goes_on:
             return "go on with resume=auto" + " and without --force" * self.forced
         return "run the same command again"
 
