@@ -44,7 +44,8 @@ def tokenise(corpora: list[Corpus], index: int, count: int, pool: Workers, show:
     jobs: list[_Job] = []
     for corpus in corpora:
         final = corpus.parts(count)[index - 1]
-        if corpus.load() or corpus.load_part(final, count):
+        # who made this part may have joined it between the first two looks
+        if corpus.load() or corpus.load_part(final, count) or corpus.load():
             continue
         beside = corpus.place.with_name(f"{corpus.place.name}.part-{index}-of-{count}")
         clear_scratch(beside)

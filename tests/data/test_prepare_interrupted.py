@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mixtral_jax.data.config import DataConfig
 from mixtral_jax.data.prepare import prepared
+from mixtral_jax.data.prepare.tokenise import tokenise
 from tests.prepared import (
     ROOT,
     SAMPLES,
@@ -77,6 +79,15 @@ def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path, step: str, a
     again = prepare_one(config)
     assert records_of(again) == records_of(prepare_one(config_of(tmp_path / "whole", path)))
     assert leftovers(tmp_path / "killed") == [again.fingerprint[:24]]
+
+
+def test_parts_that_are_joined_between_two_looks_are_not_made_again() -> None:
+    looks = iter([False, True])
+    corpus: Any = SimpleNamespace(
+        parts=lambda count: [Path("part")], load=lambda: next(looks), load_part=lambda part, count: None
+    )
+    pool: Any = SimpleNamespace(ordered=lambda run, jobs, tell: map(run, jobs))
+    tokenise([corpus], 1, 1, pool, show=False)
 
 
 def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path: Path) -> None:
