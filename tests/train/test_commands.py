@@ -11,7 +11,7 @@ import pytest
 
 import mixtral_jax as mj
 from mixtral_jax import launch
-from mixtral_jax.convert import load, save_hf
+from mixtral_jax.convert import load, orbax2hf, resize_vocab, save_hf
 from mixtral_jax.data.text.tokenizer import load_tokenizer
 from mixtral_jax.generation.engine import generate
 from mixtral_jax.model import Mixtral
@@ -82,6 +82,17 @@ def test_a_checkpoint_without_tokenizer(trained: Path, tmp_path: Path, capsys: p
     save_hf(load(trained.parent / "runs" / "run" / "checkpoints" / "3"), tmp_path / "hf")
     assert launch.main(["generate", str(tmp_path / "hf"), "--prompt", "x"]) == 2
     assert "holds no tokenizer: name one with --tokenizer" in capsys.readouterr().err
+
+
+def test_exports_of_a_run_on_texts_name_its_tokenizers_tokens(trained: Path, tmp_path: Path) -> None:
+    """Also behind an Orbax directory, which has no copy of the files."""
+    run = trained.parent / "runs" / "run"
+    resize_vocab(run, tmp_path / "orbax", vocab_size=328, progress=False)
+    orbax2hf(run, tmp_path / "hf", progress=False)
+    orbax2hf(tmp_path / "orbax", tmp_path / "again", progress=False)
+    for place in ("orbax", "hf", "again"):
+        config = json.loads((tmp_path / place / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
 
 
 @pytest.mark.parametrize("how", [["--prompt", "x"], ["--chat"], ["--prompts", "nowhere.jsonl", "--out", "out.jsonl"]])
